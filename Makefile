@@ -1,0 +1,45 @@
+# Everything runs inside .venv; nothing is needed beforehand but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint format results clean
+
+demo: $(VENV)/demo
+	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
+	$(BIN)/proximo evaluate $(DEMO) --episodes 100
+	@echo
+	@echo "everything is in $(DEMO):"
+	@ls $(DEMO)
+
+# Lint, types, import contracts, then every test. `make test ARGS="-m 'not slow'"` leaves out the long ones.
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Learning results under benchmarks/results, as the README quotes them. Hours on two cores.
+results: $(VENV)/dev
+	$(BIN)/python benchmarks/learning.py CartPole-v1 --seeds 5
+	$(BIN)/python benchmarks/learning.py HalfCheetah-v5 --seeds 5
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,30 @@
+"""Proximo: PPO for Gymnasium environments, in JAX and PyTorch.
+
+    from proximo import PPO
+
+    agent = PPO("CartPole-v1", num_envs=8, seed=0).learn(100_000)
+    action = agent.predict(observation, deterministic=True)
+
+Public names are bound on first use, so that importing the package stays quick and pulls in no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proximo.config import Config
+    from proximo.errors import RunError, UserError
+    from proximo.ppo import PPO
+
+__version__ = "0.1.0"
+__all__ = ["PPO", "Config", "RunError", "UserError", "__version__"]
+
+_HOME = {"PPO": "ppo", "Config": "config", "UserError": "errors", "RunError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'proximo' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"proximo.{_HOME[name]}"), name)

@@ -1,0 +1,128 @@
+"""Checkpoints: a folder with `arrays.safetensors` and `manifest.json`. Loading one executes nothing.
+
+The folder is written under a temporary name, synced and renamed, so that a reader sees all of it or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as decode
+from safetensors.numpy import save as encode
+
+import proximo
+from proximo.errors import UserError
+
+SCHEMA = 1
+ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
+
+
+def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> Path:
+    """Write a checkpoint folder; one that stands there is replaced.
+
+    Raises:
+        UserError: something that is no checkpoint stands there.
+        OSError: it cannot be written; what stood there is intact.
+    """
+    path = Path(path)
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UserError(f"{path} exists and is no checkpoint: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    payload = encode({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    manifest = {
+        "format": "proximo-checkpoint",
+        "schema": SCHEMA,
+        "proximo": proximo.__version__,
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        **manifest,
+    }
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        _write(temporary / ARRAYS, payload)
+        _write(temporary / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False).encode())
+        _replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the checkpoint at `path`, or the latest one of a run folder: (arrays, manifest).
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another version.
+    """
+    folder = find(path)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        payload = (folder / ARRAYS).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != "proximo-checkpoint":
+        raise UserError(f"{folder / MANIFEST} is no manifest of a Proximo checkpoint")
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(
+            f"checkpoint {folder} has schema {manifest.get('schema')} (written by Proximo "
+            f"{manifest.get('proximo')}); this Proximo {proximo.__version__} reads schema {SCHEMA}"
+        )
+    if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
+        raise UserError(f"checkpoint {folder} is damaged: {ARRAYS} does not match its checksum")
+    try:
+        return decode(payload), manifest
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint folder that `path` names: itself, or the latest in a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    found = sorted((path / "checkpoints").glob(f"step_*/{MANIFEST}"))
+    if not found:
+        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: expected a run folder, or a checkpoint folder with {MANIFEST} in it")
+    return found[-1].parent
+
+
+def step_folder(run_dir: str | Path, global_step: int) -> Path:
+    """Where a run keeps its checkpoint of this step; names sort by step."""
+    return Path(run_dir) / "checkpoints" / f"step_{global_step:012d}"
+
+
+def _write(path: Path, payload: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Put `temporary` in the place of `path`. A folder cannot be renamed onto a full one: the old steps aside."""
+    old = path.parent / f".{path.name}.{os.getpid()}.old"
+    if path.exists():
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    shutil.rmtree(old, ignore_errors=True)

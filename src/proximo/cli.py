@@ -1,0 +1,257 @@
+"""The `proximo` command: parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+import proximo
+from proximo import presets
+from proximo.config import AMBIGUOUS, FIELDS, canonical_name, expected
+from proximo.errors import RunError, UserError, suggest
+
+if TYPE_CHECKING:
+    from proximo.evaluate import Evaluation
+
+GROUPS = {
+    "run": "run",
+    "update": "update (the algorithm)",
+    "network": "network",
+    "policy": "policy (continuous actions)",
+    "normalisation": "normalisation",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 (the run failed), 2 (bad input), 130 or 143 (a signal)."""
+    try:
+        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"proximo: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"proximo: the run stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def dispatch(arguments: list[str]) -> int:
+    parser = build_parser()
+    flags = {name for action in _all_actions(parser) for name in action.option_strings}
+    options, unknown = parser.parse_known_args([_canonical_flag(word, flags) for word in arguments])
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see proximo --help")
+    if options.command is None:
+        parser.print_help()
+        return 0
+    return options.run(options)
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; a flag for every setting comes from the table in `proximo.config`."""
+    parser = Parser(prog="proximo", description="PPO for Gymnasium environments.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"proximo {proximo.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train on an environment", allow_abbrev=False)
+    train.add_argument("env", metavar="ENV_ID", help="environment id, such as CartPole-v1, or MODULE:ID")
+    train.add_argument(
+        "--preset",
+        default="auto",
+        help="settings to start from: auto (the environment's own, where there is one), none, or a name; "
+        f"there are: {', '.join(presets.available())}",
+    )
+    train.add_argument("--quiet", action="store_true", help="print nothing while training")
+    groups = {key: train.add_argument_group(title) for key, title in GROUPS.items()}
+    for field in FIELDS.values():
+        _add_setting(groups[field.metadata["group"]], field)
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("evaluate", help="run episodes with a trained policy", allow_abbrev=False)
+    evaluate.add_argument(
+        "path", metavar="RUN", help="run folder (its latest checkpoint), or a checkpoint folder"
+    )
+    evaluate.add_argument("--episodes", type=_whole, default=100, help="complete episodes to run [100]")
+    evaluate.add_argument("--seed", type=_whole, default=0, help="seed of the environments [0]")
+    evaluate.add_argument(
+        "--deterministic", action=argparse.BooleanOptionalAction, default=True,
+        help="take the policy's mode rather than a sample",
+    )  # fmt: skip
+    evaluate.add_argument("--env", help="environment id, instead of the one trained on")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    evaluate.set_defaults(run=run_evaluate)
+    return parser
+
+
+def run_train(options: argparse.Namespace) -> int:
+    from proximo.ppo import PPO
+    from proximo.record import default_run_dir
+
+    settings = {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+    agent = PPO(options.env, preset=options.preset, **settings)
+    config, backend = agent.config, agent.learner.backend
+    run_dir = Path(config.run_dir or default_run_dir(options.env, backend, config.seed))
+    used = (
+        options.preset
+        if options.preset != "auto"
+        else options.env
+        if options.env in presets.available()
+        else "none"
+    )
+    say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
+    say(
+        f"{options.env}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
+        f"preset {used}, seed {config.seed}"
+    )
+    say(f"run folder: {run_dir}")
+
+    with Interrupt() as interrupt:
+        agent.learn(run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None)
+    agent.close()
+    step, reached = agent.progress.global_step, agent.progress.return_mean
+    what = (
+        "no episode ended"
+        if reached is None
+        else f"mean return of the last {len(agent.progress.episodes)} episodes {reached:.1f}"
+    )
+    say(f"{'interrupted' if interrupt.signal else 'finished'} after {step:,} steps: {what}")
+    say(
+        f"learning curve: {run_dir / 'learning_curve.png'}" if reached is not None else "learning curve: none"
+    )
+    say(f"evaluate with: proximo evaluate {run_dir}")
+    return 128 + interrupt.signal if interrupt.signal else 0
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    from proximo.ppo import PPO
+
+    agent = PPO.load(options.path)
+    result = agent.evaluate(
+        options.episodes, deterministic=options.deterministic, seed=options.seed, env=options.env
+    )
+    print(json.dumps(result.to_dict()) if options.json else describe(result, options.env or agent.env_id))
+    return 0
+
+
+def describe(result: Evaluation, env: str | None) -> str:
+    values = result.to_dict()
+    low, high = values["return_ci95"]
+    policy = "deterministic" if result.deterministic else "stochastic"
+    return (
+        f"{env}: {values['episodes']} episodes, {policy} policy\n"
+        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
+        f"95 % interval of the mean [{low:.2f}, {high:.2f}]\n"
+        f"length {values['length_mean']:.1f}"
+    )
+
+
+class Interrupt:
+    """The first SIGINT or SIGTERM asks for a stop after the iteration; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Interrupt:
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+
+def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
+    rule = field.metadata
+    flag = "--" + field.name.replace("_", "-")
+    default = field.default if field.default is not dataclasses.MISSING else {}
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+    text = f"{rule['meaning']} [{shown}]".replace("%", "%%")
+    if rule["kind"] == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif rule["kind"] == "ints":
+        group.add_argument(flag, nargs="*", default=None, metavar="N", help=text)
+    elif rule["kind"] == "mapping":
+        group.add_argument(flag, type=_mapping, default=None, metavar="YAML", help=text)
+    else:
+        metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["kind"].upper()
+        group.add_argument(
+            flag, default=None, metavar=metavar, help=f"{text}; {expected(field)}".replace("%", "%%")
+        )
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"expected names with values such as '{{gravity: -5}}', got {text!r}"
+        )
+    return value
+
+
+def _whole(text: str) -> int:
+    try:
+        number = float(text.replace("_", ""))
+        if number == int(number) and number >= 0:
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+
+
+def _canonical_flag(word: str, flags: set[str]) -> str:
+    """Our spelling of a flag: underscores become hyphens, and other libraries' names become ours."""
+    if not word.startswith("--") or word == "--":
+        return word
+    flag, equals, value = word.partition("=")
+    flag = "--" + flag[2:].replace("_", "-")
+    if flag not in flags:
+        name = flag[2:].replace("-", "_")
+        if name in AMBIGUOUS:
+            raise UserError(AMBIGUOUS[name])
+        try:
+            canonical = "--" + canonical_name(name).replace("_", "-")
+        except UserError:
+            return flag + equals + value
+        print(f"proximo: note: {flag} is {canonical} here", file=sys.stderr)
+        flag = canonical
+    return flag + equals + value
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    found: list[argparse.Action] = []
+    for action in parser._actions:
+        found.append(action)
+        if isinstance(action, argparse._SubParsersAction):
+            found += [inner for child in action.choices.values() for inner in _all_actions(child)]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

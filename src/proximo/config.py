@@ -1,0 +1,494 @@
+"""Every setting of a run, once: its meaning, range, default and source.
+
+The command line, YAML files, presets, checkpoints and `PPO(...)` all read this one table, so a setting has
+the same name and the same checks wherever it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proximo.errors import UserError, suggest
+
+ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu", "leaky_relu")
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    group: str,
+    kind: str,
+    optional: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    source: str = "",
+) -> Any:
+    """A setting. `kind` is int, float, bool, str, ints or mapping; `low`/`high` include, `above` excludes."""
+    metadata = {
+        "meaning": meaning,
+        "group": group,
+        "kind": kind,
+        "optional": optional,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+        "source": source,
+    }
+    if kind == "mapping":
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347"
+GAE_PAPER = "Schulman et al. 2015, arXiv:1506.02438"
+DETAILS = "Huang et al. 2022, The 37 Implementation Details of PPO"
+WHAT_MATTERS = "Andrychowicz et al. 2020, arXiv:2006.05990"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one run. Immutable, hashable but for `env_kwargs`, checked when built.
+
+    Raises:
+        UserError: a value has the wrong type or lies outside its range, or two settings contradict.
+    """
+
+    # Run
+    total_timesteps: int = option(
+        1_000_000,
+        "agent steps to train for, over all environments; a frame-skipped step counts once",
+        group="run", kind="int", low=1,
+    )  # fmt: skip
+    num_envs: int = option(8, "environments stepped in parallel (N)", group="run", kind="int", low=1)
+    num_steps: int = option(256, "steps per environment in one rollout (T)", group="run", kind="int", low=1)
+    seed: int = option(0, "seed of every random number", group="run", kind="int", low=0)
+    backend: str = option(
+        "auto", "array library of the learner", group="run", kind="str", choices=("auto", "jax", "torch")
+    )
+    engine: str = option(
+        "auto",
+        "how environments are run: sync (in this process), async (one process each), native "
+        "(the environment's own vectorised version)",
+        group="run", kind="str", choices=("auto", "sync", "async", "native"),
+    )  # fmt: skip
+    compile: bool = option(
+        False, "compile the PyTorch minibatch step (pays back on long runs)", group="run", kind="bool"
+    )
+    run_dir: str | None = option(
+        None, "folder of the run; by default a new one under runs/", group="run", kind="str", optional=True
+    )
+    env_kwargs: Mapping[str, Any] = option(
+        {}, "keyword arguments for the environment, as YAML or JSON", group="run", kind="mapping"
+    )
+    stop_at_return: float | None = option(
+        None,
+        "stop when the mean return of the last 100 training episodes reaches this",
+        group="run", kind="float", optional=True,
+    )  # fmt: skip
+    checkpoint_interval: int = option(
+        50, "iterations between checkpoints; 0 keeps only the final one", group="run", kind="int", low=0
+    )
+
+    # Update
+    update_epochs: int = option(
+        10, "passes over each rollout", group="update", kind="int", low=1, source=PPO_PAPER
+    )
+    minibatch_size: int | None = option(
+        None,
+        "transitions per minibatch; 64 unless num_minibatches is given",
+        group="update", kind="int", optional=True, low=1, source=PPO_PAPER,
+    )  # fmt: skip
+    num_minibatches: int | None = option(
+        None, "minibatches per epoch, instead of minibatch_size", group="update", kind="int", optional=True,
+        low=1, source=DETAILS,
+    )  # fmt: skip
+    sequence_length: int = option(
+        1,
+        "steps per training sequence; above 1 only for recurrent networks, and must divide num_steps",
+        group="update", kind="int", low=1,
+    )  # fmt: skip
+    learning_rate: float = option(
+        3e-4, "Adam's step size at the start", group="update", kind="float", low=0, source=PPO_PAPER
+    )
+    actor_learning_rate: float | None = option(
+        None, "step size of the actor and of a shared trunk; learning_rate unless given",
+        group="update", kind="float", optional=True, low=0,
+    )  # fmt: skip
+    critic_learning_rate: float | None = option(
+        None, "step size of the critic; learning_rate unless given", group="update", kind="float",
+        optional=True, low=0,
+    )  # fmt: skip
+    final_learning_rate: float = option(
+        0.0, "step size at the end of a linear or cosine schedule", group="update", kind="float", low=0
+    )
+    lr_schedule: str = option(
+        "linear",
+        "step size over the run; adaptive follows desired_kl",
+        group="update", kind="str", choices=("constant", "linear", "cosine", "adaptive"), source=DETAILS,
+    )  # fmt: skip
+    adam_epsilon: float = option(
+        1e-5, "added to Adam's denominator", group="update", kind="float", above=0, source=DETAILS
+    )
+    gamma: float = option(
+        0.99, "discount factor", group="update", kind="float", low=0, high=1, source=PPO_PAPER
+    )
+    gae_lambda: float = option(
+        0.95, "bias-variance trade-off of the advantages: 0 one-step, 1 Monte Carlo",
+        group="update", kind="float", low=0, high=1, source=GAE_PAPER,
+    )  # fmt: skip
+    clip_coef: float = option(
+        0.2, "the ratio is clipped to 1 ± this", group="update", kind="float", above=0, source=PPO_PAPER
+    )
+    clip_schedule: str = option(
+        "constant", "clip_coef over the run", group="update", kind="str", choices=("constant", "linear"),
+        source=PPO_PAPER,
+    )  # fmt: skip
+    final_clip_coef: float = option(
+        0.0, "clip_coef at the end of a linear schedule", group="update", kind="float", low=0
+    )
+    vf_clip_coef: float | None = option(
+        None, "the new value is clipped to the old ± this; off by default",
+        group="update", kind="float", optional=True, above=0, source=DETAILS,
+    )  # fmt: skip
+    ent_coef: float = option(
+        0.0, "weight of the entropy bonus", group="update", kind="float", low=0, source=PPO_PAPER
+    )
+    ent_schedule: str = option(
+        "constant", "ent_coef over the run", group="update", kind="str", choices=("constant", "linear")
+    )
+    final_ent_coef: float = option(
+        0.0, "ent_coef at the end of a linear schedule", group="update", kind="float", low=0
+    )
+    vf_coef: float = option(
+        0.5, "weight of the value loss, half the mean squared error", group="update", kind="float", low=0,
+        source=PPO_PAPER,
+    )  # fmt: skip
+    max_grad_norm: float | None = option(
+        0.5, "gradients are scaled down to this norm, taken over all parameters; none for no clipping",
+        group="update", kind="float", optional=True, above=0, source=DETAILS,
+    )  # fmt: skip
+    target_kl: float | None = option(
+        None, "stop the update before the minibatch whose KL divergence exceeds this; off by default",
+        group="update", kind="float", optional=True, above=0, source=DETAILS,
+    )  # fmt: skip
+    desired_kl: float = option(
+        0.01, "KL divergence that the adaptive schedule steers to", group="update", kind="float", above=0,
+        source="Rudin et al. 2021, arXiv:2109.11978",
+    )  # fmt: skip
+    normalize_advantage: str = option(
+        "minibatch", "over what advantages get mean 0 and standard deviation 1",
+        group="update", kind="str", choices=("minibatch", "rollout", "off"), source=DETAILS,
+    )  # fmt: skip
+
+    # Networks
+    hidden_sizes: tuple[int, ...] = option(
+        (64, 64), "widths of the hidden layers", group="network", kind="ints", low=1, source=PPO_PAPER
+    )
+    activation: str = option(
+        "tanh", "nonlinearity of the hidden layers", group="network", kind="str", choices=ACTIVATIONS,
+        source=WHAT_MATTERS,
+    )  # fmt: skip
+    shared_trunk: bool = option(
+        False, "one body with a policy head and a value head, instead of two networks",
+        group="network", kind="bool",
+    )  # fmt: skip
+    orthogonal_init: bool = option(
+        True,
+        "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise "
+        "uniform in ±1/sqrt(inputs), PyTorch's default",
+        group="network", kind="bool", source=DETAILS,
+    )  # fmt: skip
+
+    # Policy
+    std: str = option(
+        "learned",
+        "standard deviation of a Gaussian policy: learned without state, predicted from the observation, "
+        "or fixed",
+        group="policy", kind="str", choices=("learned", "predicted", "fixed"), source=WHAT_MATTERS,
+    )  # fmt: skip
+    init_std: float = option(
+        1.0, "standard deviation at the start", group="policy", kind="float", above=0, high=7.0
+    )
+    min_std: float = option(
+        1e-3, "lower bound of the standard deviation", group="policy", kind="float", above=0
+    )
+    tanh_mean: bool = option(
+        False, "bound the Gaussian's mean to [-1, 1] with tanh", group="policy", kind="bool"
+    )
+    squash: bool = option(
+        False, "squash actions into (-1, 1) with tanh, with the density corrected", group="policy",
+        kind="bool", source="Haarnoja et al. 2018, arXiv:1801.01290, appendix C",
+    )  # fmt: skip
+    rescale_actions: bool = option(
+        False, "map actions from [-1, 1] to the bounds of the action space", group="policy", kind="bool"
+    )
+    clip_actions: bool = option(
+        True, "clip actions to the bounds of the action space", group="policy", kind="bool", source=DETAILS
+    )
+
+    # Normalisation
+    normalize_observation: bool = option(
+        False, "bring observations to running mean 0 and standard deviation 1", group="normalisation",
+        kind="bool", source=DETAILS,
+    )  # fmt: skip
+    normalize_reward: bool = option(
+        False, "divide rewards by the running standard deviation of the discounted return",
+        group="normalisation", kind="bool", source=DETAILS,
+    )  # fmt: skip
+    clip_observation: float = option(
+        10.0, "normalised observations are clipped to ± this", group="normalisation", kind="float", above=0,
+        source=DETAILS,
+    )  # fmt: skip
+    clip_reward: float = option(
+        10.0, "normalised rewards are clipped to ± this", group="normalisation", kind="float", above=0,
+        source=DETAILS,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = check(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.minibatch_size is not None and self.num_minibatches is not None:
+            raise UserError(
+                "minibatch_size and num_minibatches are both given, but one decides the other: give one of them"
+            )
+        rows, what = (
+            self.num_envs * self.num_steps,
+            f"num_envs × num_steps = {self.num_envs} × {self.num_steps}",
+        )
+        if self.num_steps % self.sequence_length:
+            raise UserError(
+                f"num_steps {self.num_steps} is not divisible by sequence_length {self.sequence_length}: "
+                "choose a sequence_length that divides it"
+            )
+        if self.num_minibatches is not None and rows % (self.num_minibatches * self.sequence_length):
+            raise UserError(
+                f"{what} = {rows} transitions do not divide into num_minibatches {self.num_minibatches}"
+                f"{self._of_sequences()}: choose a divisor, or change num_envs or num_steps"
+            )
+        size = self.minibatch_transitions
+        if rows % size or size % self.sequence_length:
+            raise UserError(
+                f"{what} = {rows} transitions do not divide into minibatches of minibatch_size {size}"
+                f"{self._of_sequences()}: choose a divisor of {rows}, or give num_minibatches instead"
+            )
+        if self.std != "fixed" and self.init_std <= self.min_std:
+            raise UserError(f"init_std {self.init_std} must be above min_std {self.min_std}")
+        if self.squash and self.tanh_mean:
+            raise UserError(
+                "squash and tanh_mean both apply tanh, which would bound actions to tanh(±1): give one of them"
+            )
+
+    def _of_sequences(self) -> str:
+        return f" of whole sequences of {self.sequence_length}" if self.sequence_length > 1 else ""
+
+    @property
+    def minibatch_transitions(self) -> int:
+        """Transitions per minibatch."""
+        if self.num_minibatches is not None:
+            return self.num_envs * self.num_steps // self.num_minibatches
+        return 64 if self.minibatch_size is None else self.minibatch_size
+
+    @property
+    def minibatch_count(self) -> int:
+        """Minibatches per epoch."""
+        return self.num_envs * self.num_steps // self.minibatch_transitions
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some settings changed, checked again."""
+        return from_mapping({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, fit for YAML and JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["hidden_sizes"] = list(self.hidden_sizes)
+        values["env_kwargs"] = dict(self.env_kwargs)
+        return values
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Config)}
+
+# Names that other libraries use for the same thing.
+ALIASES = {
+    "n_steps": "num_steps",
+    "num_rollout_steps": "num_steps",
+    "rollout_length": "num_steps",
+    "n_envs": "num_envs",
+    "num_workers": "num_envs",
+    "n_epochs": "update_epochs",
+    "epochs": "update_epochs",
+    "ppo_epochs": "update_epochs",
+    "num_batches": "num_minibatches",
+    "mini_batch_size": "minibatch_size",
+    "clip_range": "clip_coef",
+    "clip_ratio": "clip_coef",
+    "clip_eps": "clip_coef",
+    "clip_epsilon": "clip_coef",
+    "epsilon": "clip_coef",
+    "surrogate_clip_threshold": "clip_coef",
+    "lam": "gae_lambda",
+    "lr": "learning_rate",
+    "entropy_coef": "ent_coef",
+    "entropy_loss_coefficient": "ent_coef",
+    "value_coef": "vf_coef",
+    "value_loss_coef": "vf_coef",
+    "value_function_loss_coefficient": "vf_coef",
+}
+AMBIGUOUS = {
+    "batch_size": "batch_size means the minibatch in some libraries and the whole rollout in others: "
+    "give minibatch_size, or num_envs and num_steps",
+    "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
+    "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
+}
+
+
+def canonical_name(name: str) -> str:
+    """The setting that `name` means, in this or another library's spelling.
+
+    Raises:
+        UserError: no such setting, or a name that means different things in different libraries.
+    """
+    name = name.replace("-", "_")
+    if name in AMBIGUOUS:
+        raise UserError(AMBIGUOUS[name])
+    name = ALIASES.get(name, name)
+    if name not in FIELDS:
+        raise UserError(f"unknown setting {name!r}{suggest(name, [*FIELDS, *ALIASES])}")
+    return name
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """Build a Config from names and values, as YAML or keyword arguments give them.
+
+    Raises:
+        UserError: an unknown name, a wrong type, a value outside its range, or a contradiction.
+    """
+    settings: dict[str, Any] = {}
+    for name, value in values.items():
+        canonical = canonical_name(name)
+        if canonical in settings:
+            raise UserError(f"{name} and {canonical} name the same setting: give one of them")
+        settings[canonical] = value
+    return Config(**settings)
+
+
+def check(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return `value` as its setting's type, or say what was expected.
+
+    Raises:
+        UserError: wrong type or out of range.
+    """
+    rule = field.metadata
+    if value is None or value == "none":
+        if rule["optional"]:
+            return None
+        raise UserError(f"{field.name} must be {expected(field)}, got none")
+    try:
+        value = _CONVERT[rule["kind"]](value)
+    except (TypeError, ValueError):
+        raise UserError(f"{field.name} must be {expected(field)}, got {value!r}") from None
+    numbers = value if rule["kind"] == "ints" else [value] if rule["kind"] in ("int", "float") else []
+    within = all(
+        math.isfinite(number)
+        and (rule["low"] is None or number >= rule["low"])
+        and (rule["high"] is None or number <= rule["high"])
+        and (rule["above"] is None or number > rule["above"])
+        for number in numbers
+    )
+    if not within or (rule["choices"] and value not in rule["choices"]):
+        hint = suggest(value, rule["choices"]) if rule["choices"] else ""
+        raise UserError(f"{field.name} must be {expected(field)}, got {value!r}{hint}")
+    return value
+
+
+def expected(field: dataclasses.Field[Any]) -> str:
+    """What a setting accepts, in words, such as 'a number in [0, 1]'."""
+    rule = field.metadata
+    if rule["choices"]:
+        text = "one of " + ", ".join(rule["choices"])
+    else:
+        text = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "str": "text",
+            "ints": "whole numbers",
+            "mapping": "names with values",
+        }[rule["kind"]]
+        low = (
+            f"[{rule['low']:g}"
+            if rule["low"] is not None
+            else f"({rule['above']:g}"
+            if rule["above"] is not None
+            else None
+        )
+        if low is not None:
+            text += f" in {low}, {rule['high']:g}]" if rule["high"] is not None else f" in {low}, ∞)"
+    return text + (" or none" if rule["optional"] else "")
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value.replace("_", "")) if isinstance(value, str) else value
+    if number != int(number):
+        raise ValueError
+    return (
+        int(value.replace("_", "")) if isinstance(value, str) and value.strip("-_").isdigit() else int(number)
+    )
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _to_bool(value: Any) -> bool:
+    words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _to_str(value: Any) -> str:
+    if value is False:  # YAML 1.1 reads a bare `off` as false
+        return "off"
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _to_ints(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    return tuple(_to_int(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _to_mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return dict(value)
+
+
+_CONVERT = {
+    "int": _to_int,
+    "float": _to_float,
+    "bool": _to_bool,
+    "str": _to_str,
+    "ints": _to_ints,
+    "mapping": _to_mapping,
+}

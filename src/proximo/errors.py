@@ -1,0 +1,23 @@
+"""The exceptions that a user meets: bad input, and a run that cannot go on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message names the thing, what was expected and what to do.
+
+    The command line prints the message alone and exits with status 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,97 @@
+"""Episodes with a policy, and what can be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from proximo.config import Config
+from proximo.envs import EnvLike, make_envs, spaces_of
+from proximo.errors import UserError
+from proximo.learner import Learner
+from proximo.randomness import Purpose, environment_seeds, generator
+from proximo.rollout import Collector, Episode, Rollout
+
+CHUNK = 32  # steps between looks at how many episodes have ended
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Raw returns and lengths of complete episodes, with the policy's normaliser frozen."""
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    deterministic: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Mean, population standard deviation and 95 % bootstrap interval of the mean."""
+        low, high = bootstrap_interval(np.asarray(self.returns))
+        return {
+            "return_mean": float(np.mean(self.returns)),
+            "return_std": float(np.std(self.returns)),
+            "return_ci95": [low, high],
+            "length_mean": float(np.mean(self.lengths)),
+            "episodes": len(self.returns),
+            "deterministic": self.deterministic,
+        }
+
+
+def bootstrap_interval(samples: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of samples [B] (Efron 1979)."""
+    rng = generator(seed, Purpose.BOOTSTRAP)
+    means = np.array([rng.choice(samples, len(samples)).mean() for _ in range(RESAMPLES)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def evaluate(
+    learner: Learner,
+    config: Config,
+    env: EnvLike,
+    episodes: int = 100,
+    deterministic: bool = True,
+    seed: int = 0,
+    num_envs: int = 8,
+) -> Evaluation:
+    """Run complete episodes with the learner's policy.
+
+    Every environment runs the same number of episodes (± 1), decided beforehand: taking whichever end first
+    would favour short ones.
+
+    Raises:
+        UserError: the environment cannot be made, or its spaces are not those of the policy.
+    """
+    if episodes < 1:
+        raise UserError(f"episodes must be a whole number in [1, ∞), got {episodes}")
+    envs = make_envs(env, min(num_envs, episodes), "sync", config.env_kwargs)
+    count = envs.num_envs
+    spaces = spaces_of(envs)
+    quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
+    rollout = Rollout(spaces, CHUNK, count)
+    collector = Collector(envs, spaces, config)
+    collector.reset(environment_seeds(seed, count, Purpose.EVALUATION))
+
+    def noise() -> Iterator[np.ndarray]:
+        rng = generator(seed, Purpose.EVALUATION, iteration=1)
+        while True:
+            yield spaces.action.noise(rng, (count,))
+
+    actor = learner.actor(None if deterministic else noise())
+    kept: list[Episode] = []
+    try:
+        while quota.any():
+            for episode in collector.collect(actor, rollout).episodes:
+                if quota[episode.env_index]:
+                    quota[episode.env_index] -= 1
+                    kept.append(episode)
+    finally:
+        envs.close()
+    return Evaluation(
+        tuple(episode.episode_return for episode in kept),
+        tuple(episode.length for episode in kept),
+        deterministic,
+    )

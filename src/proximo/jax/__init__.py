@@ -1,0 +1,1 @@
+"""The learner in JAX. Read in this order: networks, distributions, normalization, advantages, losses, learner."""

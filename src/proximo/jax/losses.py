@@ -1,0 +1,38 @@
+"""The terms of PPO's loss, one number per sample (Schulman et al. 2017, arXiv:1707.06347)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from proximo.jax.normalization import EPSILON, Reduce
+
+
+def clipped_surrogate(ratio: Array, advantage: Array, clip_coef: Array) -> Array:
+    """−min(r A, clip(r, 1 − ε, 1 + ε) A) (eq. 7)."""
+    clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
+    return -jnp.minimum(ratio * advantage, clipped * advantage)
+
+
+def squared_error(value: Array, target: Array) -> Array:
+    """½ (V − R)²."""
+    return 0.5 * (value - target) ** 2
+
+
+def clipped_squared_error(value: Array, old_value: Array, target: Array, clip: Array) -> Array:
+    """½ max((V − R)², (V_clipped − R)²), V_clipped within ± clip of the old value."""
+    near = old_value + jnp.clip(value - old_value, -clip, clip)
+    return 0.5 * jnp.maximum((value - target) ** 2, (near - target) ** 2)
+
+
+def kl_estimate(log_ratio: Array) -> Array:
+    """(r − 1) − log r: unbiased for KL(old ‖ new), never negative (Schulman 2020, joschu.net/blog/kl-approx)."""
+    return jnp.exp(log_ratio) - 1.0 - log_ratio
+
+
+def standardize(x: Array, weight: Array, reduce: Reduce) -> Array:
+    """(x − mean) / (population std + 1e-8) over weighted samples; a single sample becomes 0."""
+    count = jnp.maximum(reduce(jnp.sum(weight)), 1.0)
+    mean = reduce(jnp.sum(weight * x)) / count
+    variance = reduce(jnp.sum(weight * (x - mean) ** 2)) / count
+    return (x - mean) / (jnp.sqrt(variance) + EPSILON)

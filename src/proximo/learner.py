@@ -1,0 +1,64 @@
+"""The learner as the world sees it, and the choice of a backend."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from proximo.config import Config
+from proximo.errors import UserError
+from proximo.rollout import Actor, Rollout
+from proximo.schedules import Hyper
+from proximo.spaces import Obs, Spaces
+
+
+class Learner(Protocol):
+    """Networks, their optimizer and normalisers, in one backend; speaks NumPy."""
+
+    @property
+    def backend(self) -> str: ...
+
+    def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
+        """A frozen snapshot of policy and normaliser that acts T times with noise [T, N, K]; None is the mode."""
+        ...
+
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
+        """Learn from a rollout in the given minibatch order, int32 [epochs, minibatches, S]; return metrics."""
+        ...
+
+    def value(self, obs: Obs) -> np.ndarray:
+        """V [B] of observations [B, ...]."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything learned: names and shapes are the same in both backends."""
+        ...
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """Take over a state of either backend; UserError where it does not fit."""
+        ...
+
+
+def choose_backend(backend: str) -> str:
+    """Resolve "auto": JAX, the faster one for the small networks built in.
+
+    Raises:
+        UserError: PyTorch is asked for but not installed.
+    """
+    if backend == "torch" and importlib.util.find_spec("torch") is None:
+        raise UserError("backend torch needs PyTorch: pip install 'proximo[torch]'")
+    return "jax" if backend == "auto" else backend
+
+
+def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:
+    """A learner in the configured backend. `network` is that backend's `Network`, instead of the built-in MLP."""
+    if choose_backend(config.backend) == "torch":
+        from proximo.torch.learner import Learner as TorchLearner
+
+        return TorchLearner(config, spaces, network, **options)
+    from proximo.jax.learner import Learner as JaxLearner
+
+    return JaxLearner(config, spaces, network, **options)

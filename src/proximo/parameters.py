@@ -1,0 +1,74 @@
+"""The parameters of the built-in networks: names, shapes and initial values, the same for both backends.
+
+A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias` [outputs], where part is
+`actor`, `critic` or `trunk`, and layer a number or `head`. `actor.log_std` [size] belongs to a Gaussian
+whose standard deviation is learned. Networks whose names begin with `critic` move at the critic's rate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from proximo.config import Config
+from proximo.errors import UserError
+from proximo.randomness import Purpose, generator
+from proximo.spaces import Box, Spaces
+
+Parameters = dict[str, np.ndarray]
+
+HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN = math.sqrt(2.0), 0.01, 1.0
+
+
+def is_critic(name: str) -> bool:
+    """Whether a parameter moves at the critic's learning rate."""
+    return name.startswith("critic")
+
+
+def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
+    """Draw the initial parameters, float64, in a fixed order.
+
+    Raises:
+        UserError: an image observation, which a multilayer perceptron cannot read sensibly.
+    """
+    for leaf in spaces.observation:
+        if leaf.kind == "image":
+            raise UserError(
+                f"observation {leaf.path!r} is an image {leaf.shape}: the built-in networks read vectors; "
+                "pass a network of your own"
+            )
+    rng = generator(config.seed, Purpose.PARAMETERS)
+    inputs = sum(leaf.features for leaf in spaces.observation)
+    predicted = isinstance(spaces.action, Box) and config.std == "predicted"
+    outputs = spaces.action.head_size * (2 if predicted else 1)
+    parameters: Parameters = {}
+
+    def add(name: str, rows: int, columns: int, gain: float) -> None:
+        weight, bias = _layer(rng, rows, columns, gain, config.orthogonal_init)
+        parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight, bias
+
+    bodies = ["trunk"] if config.shared_trunk else ["actor", "critic"]
+    width = inputs
+    for body in bodies:
+        width = inputs
+        for index, hidden in enumerate(config.hidden_sizes):
+            add(f"{body}.{index}", width, hidden, HIDDEN_GAIN)
+            width = hidden
+    add("actor.head", width, outputs, POLICY_GAIN)
+    add("critic.head", width, 1, VALUE_GAIN)
+    if isinstance(spaces.action, Box) and config.std == "learned":
+        parameters["actor.log_std"] = np.full(spaces.action.size, math.log(config.init_std))
+    return parameters
+
+
+def _layer(
+    rng: np.random.Generator, rows: int, columns: int, gain: float, orthogonal: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    if not orthogonal:
+        bound = 1.0 / math.sqrt(rows)
+        return rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
+    tall = rng.standard_normal((max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(tall)
+    q *= np.sign(np.diag(r))  # makes the decomposition unique, hence the matrix uniformly distributed
+    return gain * (q if rows >= columns else q.T), np.zeros(columns)

@@ -1,0 +1,243 @@
+"""The public face: an agent that learns, acts, saves and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from proximo import checkpoint, presets
+from proximo.config import Config, canonical_name, from_mapping
+from proximo.envs import EnvLike, make_envs, spaces_of
+from proximo.errors import UserError
+from proximo.evaluate import Evaluation, evaluate
+from proximo.learner import Learner, choose_backend, make_learner
+from proximo.randomness import Purpose, generator
+from proximo.plot import plot_run
+from proximo.record import Console, Metrics, RunFolder
+from proximo.spaces import Spaces
+from proximo.train import Progress, iterations
+
+
+class PPO:
+    """PPO on an environment.
+
+        agent = PPO("CartPole-v1", num_envs=8, seed=0).learn(100_000)
+
+    Args:
+        env: an id registered with Gymnasium, a function that makes one environment, or a vector environment.
+        preset: "auto" starts from the environment's preset where there is one, None from the defaults, and
+            a name from that preset. Settings given here win.
+        network: a network of your own, in the backend's form (`proximo.jax.networks.Network` or
+            `proximo.torch.networks.Network`).
+        settings: any setting of `proximo.Config`, such as `num_envs`, `learning_rate`, `backend`.
+
+    Raises:
+        UserError: an unknown environment or setting, a value out of range, or a space that is not supported.
+    """
+
+    def __init__(
+        self, env: EnvLike, *, preset: str | None = "auto", network: Any = None, **settings: Any
+    ) -> None:
+        config = resolve(env, preset, settings)
+        envs = make_envs(env, config.num_envs, config.engine, config.env_kwargs)
+        self._bind(env, config, spaces_of(envs), network, envs)
+
+    def _bind(
+        self, env: EnvLike | None, config: Config, spaces: Spaces, network: Any, envs: VectorEnv | None
+    ) -> None:
+        self._env, self._envs, self._network = env, envs, network
+        self.config = config.replace(backend=choose_backend(config.backend))
+        self.spaces = spaces
+        self.learner: Learner = make_learner(self.config, spaces, network)
+        self.progress = Progress()
+        self._predictions = generator(config.seed, Purpose.EVALUATION, iteration=2)
+
+    @property
+    def env_id(self) -> str | None:
+        """The environment's id, where it has one."""
+        return self._env if isinstance(self._env, str) else None
+
+    def learn(
+        self,
+        total_timesteps: int | None = None,
+        *,
+        run_dir: str | Path | None = None,
+        progress: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> PPO:
+        """Train for `total_timesteps` more steps (default: `config.total_timesteps`), or until `stop_at_return`.
+
+        Schedules run over all the steps this agent will then have taken; each call begins new episodes.
+
+        Args:
+            run_dir: keep config, metrics, checkpoints and the learning curve in this new folder
+                (default: `config.run_dir`; nothing is written where both are None).
+            progress: show progress on the terminal.
+            stop: asked after every iteration; True ends the run there, saved like any other.
+
+        Raises:
+            RunError: an environment or the update gave NaN or infinity.
+            UserError: the run folder is in use or cannot be written.
+        """
+        steps = self.config.total_timesteps if total_timesteps is None else total_timesteps
+        run_dir = self.config.run_dir if run_dir is None else run_dir
+        interval = self.config.checkpoint_interval
+        training = self.iterate(steps)
+        console = Console(self.config.total_timesteps, self.progress.global_step) if progress else None
+        folder = RunFolder(run_dir, self.env_id, self.config) if run_dir is not None else None
+        try:
+            for metrics in training:
+                if console:
+                    console.show(metrics)
+                if folder:
+                    folder.write(metrics)
+                    if interval and self.progress.iteration % interval == 0:
+                        self._save_into(folder)
+                if stop():
+                    break
+        finally:
+            for sink in (console, folder):
+                if sink:
+                    sink.close()
+        if folder:
+            self._save_into(folder)
+            if self.progress.episodes:
+                plot_run(folder.path)
+        return self
+
+    def iterate(self, total_timesteps: int) -> Iterator[Metrics]:
+        """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
+        self.config = self.config.replace(total_timesteps=self.progress.global_step + total_timesteps)
+        return iterations(self.config, self._open_envs(), self.learner, self.progress)
+
+    def _save_into(self, folder: RunFolder) -> None:
+        path = checkpoint.step_folder(folder.path, self.progress.global_step)
+        if not path.exists():
+            self.save(path)
+
+    def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
+        """Environment actions for one observation, or for a batch of them along the first axis.
+
+        Raises:
+            UserError: the observation has not the shape of the observation space.
+        """
+        obs = {path: np.asarray(value) for path, value in self.spaces.read(observation)}
+        single = all(obs[leaf.path].ndim == len(leaf.shape) for leaf in self.spaces.observation)
+        obs = {leaf.path: obs[leaf.path].astype(leaf.dtype) for leaf in self.spaces.observation}
+        if single:
+            obs = {path: value[None] for path, value in obs.items()}
+        rows = len(next(iter(obs.values())))
+        noise = None if deterministic else [self.spaces.action.noise(self._predictions, (rows,))]
+        raw = self.learner.actor(noise)(obs, np.ones(rows, bool))
+        action = self.spaces.action.to_env(raw, self.config)
+        return action[0] if single else action
+
+    def evaluate(
+        self, episodes: int = 100, *, deterministic: bool = True, seed: int = 0, env: EnvLike | None = None
+    ) -> Evaluation:
+        """Complete episodes in fresh environments; see `proximo.evaluate`.
+
+        Raises:
+            UserError: the environment is not known (give `env`), or has other spaces.
+        """
+        env = self._env if env is None else env
+        if env is None or isinstance(env, VectorEnv):
+            raise UserError("evaluate needs an environment id or a function that makes one: give env=…")
+        return evaluate(self.learner, self.config, env, episodes, deterministic, seed)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a checkpoint folder, readable by both backends.
+
+        Raises:
+            UserError: something that is no checkpoint stands there.
+        """
+        manifest = {
+            "backend": self.learner.backend,
+            "env": self.env_id,
+            "network": "own" if self._network is not None else "built-in",
+            "config": self.config.to_dict(),
+            "spaces": self.spaces.to_dict(),
+            "global_step": self.progress.global_step,
+            "iteration": self.progress.iteration,
+        }
+        return checkpoint.save(path, self.learner.state(), manifest)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, env: EnvLike | None = None, *, network: Any = None, **changes: Any
+    ) -> PPO:
+        """Load a checkpoint folder, or the latest checkpoint of a run folder.
+
+        Args:
+            env: the environment to go on in; by default the id that the checkpoint names.
+            network: the user's own network, where one was trained.
+            changes: settings to change, such as `backend="torch"`.
+
+        Raises:
+            UserError: there is no checkpoint, it is damaged, or it does not fit.
+        """
+        arrays, manifest = checkpoint.load(path)
+        if manifest["network"] == "own" and network is None:
+            raise UserError(f"{path} was trained with a network of its user's: pass it again with network=…")
+        config = from_mapping({**manifest["config"], **{canonical_name(k): v for k, v in changes.items()}})
+        agent = cls.__new__(cls)
+        agent._bind(
+            manifest["env"] if env is None else env,
+            config,
+            Spaces.from_dict(manifest["spaces"]),
+            network,
+            None,
+        )
+        agent.learner.load(arrays)
+        agent.progress.global_step = manifest["global_step"]
+        agent.progress.iteration = manifest["iteration"]
+        return agent
+
+    def close(self) -> None:
+        """Close the environments."""
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
+
+    def _open_envs(self) -> VectorEnv:
+        if self._envs is None:
+            if self._env is None:
+                raise UserError("this checkpoint names no environment: give one with PPO.load(path, env=…)")
+            envs = make_envs(self._env, self.config.num_envs, self.config.engine, self.config.env_kwargs)
+            if spaces_of(envs) != self.spaces:
+                raise UserError(
+                    f"the environment's spaces are not those of the checkpoint: {spaces_of(envs)} "
+                    f"instead of {self.spaces}"
+                )
+            self._envs = envs
+        return self._envs
+
+
+def resolve(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Config:
+    """The config that preset and given settings make together; given settings win.
+
+    Raises:
+        UserError: an unknown name, a bad value or a contradiction.
+    """
+    given: dict[str, Any] = {}
+    for name, value in settings.items():
+        canonical = canonical_name(name)
+        if canonical in given:
+            raise UserError(f"{canonical} is given twice, once as {name}: give it once")
+        given[canonical] = value
+    if isinstance(env, VectorEnv):
+        if given.setdefault("num_envs", env.num_envs) != env.num_envs:
+            raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
+    base = presets.settings_for(env if isinstance(env, str) else None, preset)
+    rival = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
+    base = {name: value for name, value in base.items() if rival.get(name) not in given}
+    try:
+        return from_mapping({**base, **given})
+    except UserError as error:
+        if not base:
+            raise
+        raise UserError(f"{error} (starting from the preset; turn it off with preset none)") from error

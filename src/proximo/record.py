@@ -1,0 +1,144 @@
+"""What a run leaves behind, and what it says on the terminal while it goes on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+import proximo
+from proximo.config import Config
+from proximo.errors import UserError
+
+Metrics = dict[str, float | None]
+METRICS, CONFIG, VERSIONS = "metrics.jsonl", "config.yaml", "versions.json"
+
+
+class RunFolder:
+    """A folder of one run: config.yaml, versions.json, metrics.jsonl, checkpoints/ and plots.
+
+    Raises:
+        UserError: the folder holds something already, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, env_id: str | None, config: Config) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise UserError(
+                    f"run folder {self.path} is not empty: choose another --run-dir, or remove it"
+                )
+            text = yaml.safe_dump({"env": env_id, **config.to_dict()}, sort_keys=False)
+            (self.path / CONFIG).write_text(text, "utf-8")
+            (self.path / VERSIONS).write_text(json.dumps(versions(), indent=2), "utf-8")
+            self._metrics: IO[str] = (self.path / METRICS).open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one iteration's metrics as a JSON object."""
+        self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def default_run_dir(env_id: str, backend: str, seed: int) -> Path:
+    """runs/ENV-BACKEND-sSEED-TIME."""
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in env_id)
+    return Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def read_metrics(run_dir: str | Path) -> list[Metrics]:
+    """The metrics of a run, one object per iteration.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    path = Path(run_dir) / METRICS
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; expected a run folder") from error
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on besides its settings."""
+    packages = ("numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco")
+    found: dict[str, Any] = {"proximo": proximo.__version__, "python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "platform": platform.platform(), "machine": processor(), "cores": os.cpu_count()}
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+class Console:
+    """Progress on the terminal: one line that is rewritten, or plain lines now and then where output is no terminal."""
+
+    PLAIN_SECONDS = 5.0
+
+    def __init__(self, total_timesteps: int, first_step: int = 0, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._total, self._first = total_timesteps, first_step
+        self._began = time.perf_counter()
+        self._shown = -self.PLAIN_SECONDS
+        self._line = ""
+
+    def show(self, metrics: Metrics) -> None:
+        """Show steps done, speed, time left and the latest mean return."""
+        now = time.perf_counter() - self._began
+        self._line = self._format(metrics, now)
+        if self._live:
+            columns = os.get_terminal_size(self._stream.fileno()).columns if self._live else 80
+            self._stream.write("\r\x1b[K" + self._line[: max(columns - 1, 20)])
+            self._stream.flush()
+        elif now - self._shown >= self.PLAIN_SECONDS:
+            self._stream.write(self._line + "\n")
+            self._stream.flush()
+            self._shown = now
+
+    def close(self) -> None:
+        """End the line, leaving the last state to be read."""
+        if self._line:
+            self._stream.write("\n" if self._live else self._line + "\n")
+            self._stream.flush()
+
+    def _format(self, metrics: Metrics, seconds: float) -> str:
+        step = int(metrics["global_step"] or 0)
+        speed = (step - self._first) / max(seconds, 1e-9)
+        left = max(self._total - step, 0) / max(speed, 1e-9)
+        mean = metrics["rollout/episode_return_mean"]
+        shown = "none yet" if mean is None else f"{mean:.1f}"
+        return (
+            f"{step:>11,} / {self._total:,} steps  {100 * step / self._total:5.1f} %  "
+            f"{speed:>8,.0f} steps/s  {_clock(left)} left  return {shown}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

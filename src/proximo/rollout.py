@@ -1,0 +1,249 @@
+"""What the world hands to the learner, and how it is collected.
+
+T is steps per environment, N environments, B = T × N rows. Arrays are time-major [T, N]. A rollout carries
+facts of the world only: nothing that a network said about them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from proximo.config import Config
+from proximo.errors import RunError, UserError
+from proximo.spaces import Obs, Spaces
+
+Actor = Callable[[Obs, np.ndarray], np.ndarray]
+"""(observation [N, ...], start [N] bool) -> raw samples [N, ...]."""
+
+
+class Episode(NamedTuple):
+    """A finished episode: undiscounted sum of raw rewards, number of steps, and which environment ran it."""
+
+    episode_return: float
+    length: int
+    env_index: int
+
+
+class Rollout:
+    """T steps of N environments; allocated once and overwritten by each collection.
+
+    Row (t, n) is the transition obs[t, n], action[t, n] -> reward[t, n], and the observation that followed:
+    obs[t + 1, n], or the entry of `final_obs` whose `final_index` is t * N + n, where an autoreset put the
+    next episode's first observation in its place.
+    """
+
+    def __init__(self, spaces: Spaces, num_steps: int, num_envs: int) -> None:
+        rows = (num_steps, num_envs)
+        action = spaces.action
+        self.spaces = spaces
+        self.obs: Obs = {
+            leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype)
+            for leaf in spaces.observation
+        }
+        self.action = np.zeros((*rows, *action.raw_shape), action.raw_dtype)
+        self.reward = np.zeros(rows, np.float32)
+        self.terminated = np.zeros(rows, bool)
+        self.truncated = np.zeros(rows, bool)
+        self.valid = np.ones(rows, bool)  # False: a NEXT_STEP reset row, no transition at all
+        self.start = np.zeros((num_steps + 1, num_envs), bool)  # obs[t] begins an episode
+        self.clear()
+
+    @property
+    def num_steps(self) -> int:
+        return self.reward.shape[0]
+
+    @property
+    def num_envs(self) -> int:
+        return self.reward.shape[1]
+
+    def clear(self) -> None:
+        """Forget the final observations of the rollout before."""
+        self._final_index: list[int] = []
+        self._final_obs: list[Obs] = []
+
+    def add_final(self, t: int, n: int, observation: Any) -> None:
+        """Keep a copy of the observation that ended environment n's episode at step t."""
+        self._final_index.append(t * self.num_envs + n)
+        self._final_obs.append(
+            {path: np.array(value, self.obs[path].dtype) for path, value in self.spaces.read(observation)}
+        )
+
+    @property
+    def final_index(self) -> np.ndarray:
+        """[M] int64, rows t * N + n whose following observation is not obs[t + 1, n]."""
+        return np.asarray(self._final_index, np.int64)
+
+    @property
+    def final_obs(self) -> Obs:
+        """path -> [M, ...], the true final observations of those rows."""
+        return {
+            path: np.stack([final[path] for final in self._final_obs])
+            if self._final_obs
+            else np.zeros((0, *array.shape[2:]), array.dtype)
+            for path, array in self.obs.items()
+        }
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity before they reach a normaliser or an advantage.
+
+        Raises:
+            RunError: names the environment, the step and the quantity.
+        """
+        self._refuse("reward", self.reward, self.valid)
+        for path, array in self.obs.items():
+            if array.dtype.kind == "f":
+                finite_rows = np.isfinite(array).reshape(*array.shape[:2], -1).all(-1)
+                self._refuse(
+                    f"observation {path!r}" if path else "observation", np.where(finite_rows, 0.0, np.nan)
+                )
+
+    def _refuse(self, what: str, array: np.ndarray, where: np.ndarray | bool = True) -> None:
+        bad = ~np.isfinite(array) & where
+        if bad.any():
+            t, n = (int(index[0]) for index in np.nonzero(bad))
+            raise RunError(
+                f"environment {n} gave a {what} that is not finite at step {t} of the rollout: mend the "
+                "environment, or wrap it so that it ends the episode instead"
+            )
+
+
+class Collected(NamedTuple):
+    """What one collection reports besides the rollout: episodes that ended, and seconds spent."""
+
+    episodes: list[Episode]
+    env_seconds: float
+    act_seconds: float
+
+
+class Collector:
+    """Steps the environments and fills rollouts; episodes run on from one rollout into the next.
+
+    Every autoreset mode of Gymnasium 1.x gives the same stream of valid transitions and episodes.
+
+    Raises:
+        UserError: the vector environment does not say how it resets.
+    """
+
+    def __init__(self, envs: VectorEnv, spaces: Spaces, config: Config) -> None:
+        mode = envs.metadata.get("autoreset_mode")
+        if mode is None:
+            raise UserError(
+                "the vector environment does not say how it resets: set metadata['autoreset_mode'] to a "
+                "gymnasium.vector.AutoresetMode"
+            )
+        self.envs, self.spaces, self.config = envs, spaces, config
+        self.mode = AutoresetMode(mode)
+
+    def reset(self, seeds: list[int]) -> None:
+        """Begin new episodes everywhere. A vector environment that takes a single seed gets the first."""
+        listed = isinstance(self.envs.unwrapped, (SyncVectorEnv, AsyncVectorEnv))
+        seed: Any = seeds if listed else seeds[0]
+        observation, _ = self.envs.reset(seed=seed)
+        self.obs: Obs = {path: np.array(value) for path, value in self.spaces.read(observation)}
+        count = self.envs.num_envs
+        self.start = np.ones(count, bool)
+        self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
+        self.episode_return = np.zeros(count, np.float64)
+        self.episode_length = np.zeros(count, np.int64)
+
+    def collect(self, actor: Actor, rollout: Rollout) -> Collected:
+        """Fill `rollout` with T steps of every environment.
+
+        Raises:
+            RunError: an observation or reward is not finite.
+        """
+        episodes: list[Episode] = []
+        env_seconds = act_seconds = 0.0
+        rollout.clear()
+        self._store_observation(rollout, 0)
+        for t in range(rollout.num_steps):
+            began = time.perf_counter()
+            raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
+            action = self.spaces.action.to_env(raw, self.config)
+            acted = time.perf_counter()
+            observation, reward, terminated, truncated, info = self.envs.step(action)
+            env_seconds += time.perf_counter() - acted
+            act_seconds += acted - began
+
+            rollout.action[t], rollout.reward[t] = raw, reward
+            rollout.terminated[t], rollout.truncated[t] = terminated, truncated
+            valid = rollout.valid[t] = ~self.resetting
+            over = (terminated | truncated) & valid
+            episodes += self._count(reward, valid, over)
+
+            observation = self._begin_next(rollout, t, observation, over, info)
+            self.obs = dict(self.spaces.read(observation))
+            self._store_observation(rollout, t + 1)
+        self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
+        rollout.check_finite()
+        return Collected(episodes, env_seconds, act_seconds)
+
+    def _store_observation(self, rollout: Rollout, t: int) -> None:
+        for path, value in self.obs.items():
+            rollout.obs[path][t] = value
+        rollout.start[t] = self.start
+
+    def _begin_next(self, rollout: Rollout, t: int, observation: Any, over: np.ndarray, info: dict) -> Any:
+        """Keep final observations that a reset replaces; return what the next step acts on."""
+        if self.mode is AutoresetMode.NEXT_STEP:
+            # The final observation stands at t + 1; the step from there resets and is no transition.
+            self.start, self.resetting = self.resetting, over
+            return observation
+        self.start = over
+        ended = np.flatnonzero(over)
+        if self.mode is AutoresetMode.SAME_STEP and len(ended) and "final_obs" not in info:
+            raise UserError("the vector environment resets in the same step but gives no info['final_obs']")
+        source = info["final_obs"] if self.mode is AutoresetMode.SAME_STEP and len(ended) else observation
+        for n in ended:
+            rollout.add_final(t, int(n), _one(source, int(n)))
+        if self.mode is AutoresetMode.DISABLED and len(ended):
+            observation, _ = self.envs.reset(options={"reset_mask": over})
+        return observation
+
+    def _count(self, reward: np.ndarray, valid: np.ndarray, over: np.ndarray) -> list[Episode]:
+        self.episode_return += np.where(valid, reward, 0.0)
+        self.episode_length += valid
+        ended = np.flatnonzero(over)
+        episodes = [
+            Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended
+        ]
+        self.episode_return[ended] = 0.0
+        self.episode_length[ended] = 0
+        return episodes
+
+
+def _one(batch: Any, n: int) -> Any:
+    """Environment n's part of a batched observation; gymnasium marks presence with keys that begin with _."""
+    if isinstance(batch, dict):
+        return {key: _one(value, n) for key, value in batch.items() if not key.startswith("_")}
+    return batch[n]
+
+
+def minibatch_order(
+    valid: np.ndarray, epochs: int, minibatches: int, rng: np.random.Generator, sequence_length: int = 1
+) -> np.ndarray:
+    """Deal every sequence that holds a valid row into minibatches, once an epoch, as evenly as it goes.
+
+    A rollout [T, N] is cut into S = T / L * N sequences of length L; sequence `c * N + n` is steps
+    c * L … c * L + L - 1 of environment n. With L = 1 a sequence is a row.
+
+    Args:
+        valid: [T, N] bool.
+
+    Returns:
+        int32 [epochs, minibatches, ceil(S / minibatches)]; the index S stands for "nothing": weight 0.
+    """
+    num_steps, num_envs = valid.shape
+    used = valid.reshape(num_steps // sequence_length, sequence_length, num_envs).any(axis=1).reshape(-1)
+    sequences = np.flatnonzero(used)
+    size = -(-used.size // minibatches)
+    order = np.full((epochs, size * minibatches), used.size, np.int32)
+    for row in order:
+        row[: sequences.size] = rng.permutation(sequences)
+    # Dealt like cards, so that what is missing is missing from all minibatches alike.
+    return order.reshape(epochs, size, minibatches).transpose(0, 2, 1).copy()

@@ -1,0 +1,62 @@
+"""A learner's state as flat names and arrays, the form in which it crosses backends and lies in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from proximo.errors import UserError, suggest
+
+PER_ENVIRONMENT = ("running_return", "carry")  # begin at zero when the number of environments changes
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested named tuples and dictionaries of arrays -> `a/b/c` -> NumPy array."""
+    if isinstance(tree, tuple):
+        tree = tree._asdict()  # type: ignore[attr-defined]
+    if not isinstance(tree, Mapping):
+        return {prefix: np.asarray(tree)}
+    flat: dict[str, np.ndarray] = {}
+    for name, child in tree.items():
+        flat |= flatten(child, f"{prefix}/{name}" if prefix else name)
+    return flat
+
+
+def restore(template: Any, flat: Mapping[str, np.ndarray]) -> Any:
+    """The inverse of `flatten`: arrays of `flat` in the structure, and with the dtypes, of `template`.
+
+    Raises:
+        UserError: an array is missing, left over or of another shape; the message names it.
+    """
+    expected = flatten(template)
+    for name in flat:
+        if name not in expected:
+            raise UserError(
+                f"the checkpoint holds {name!r}, which this network does not have{suggest(name, expected)}: "
+                "its settings or spaces are not the ones it was trained with"
+            )
+    return _restore(template, flat, "")
+
+
+def _restore(template: Any, flat: Mapping[str, np.ndarray], prefix: str) -> Any:
+    if isinstance(template, tuple):
+        fields = template._asdict()  # type: ignore[attr-defined]
+        return type(template)(**_restore(fields, flat, prefix))
+    if isinstance(template, Mapping):
+        return {
+            name: _restore(child, flat, f"{prefix}/{name}" if prefix else name)
+            for name, child in template.items()
+        }
+    own = np.asarray(template)
+    if prefix not in flat:
+        raise UserError(f"the checkpoint has no {prefix!r}, which this network needs")
+    value = np.asarray(flat[prefix])
+    if prefix in PER_ENVIRONMENT and value.shape[1:] == own.shape[1:] and len(value) != len(own):
+        return np.zeros_like(own)
+    if value.shape != own.shape:
+        raise UserError(
+            f"{prefix!r} has shape {value.shape} in the checkpoint, but this network needs {own.shape}"
+        )
+    return value.astype(own.dtype)
