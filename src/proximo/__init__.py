@@ -13,12 +13,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from proximo.version import __version__
+
 if TYPE_CHECKING:
     from proximo.config import Config
     from proximo.errors import RunError, UserError
     from proximo.ppo import PPO
 
-__version__ = "0.1.0"
 __all__ = ["PPO", "Config", "RunError", "UserError", "__version__"]
 
 _HOME = {"PPO": "ppo", "Config": "config", "UserError": "errors", "RunError": "errors"}

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
-import proximo
 from proximo.errors import UserError
+from proximo.version import __version__
 
 SCHEMA = 1
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
@@ -36,11 +36,11 @@ def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, An
     if path.exists() and not (path / MANIFEST).is_file():
         raise UserError(f"{path} exists and is no checkpoint: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    payload = encode({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    payload = encode({name: np.array(value, order="C") for name, value in arrays.items()})
     manifest = {
         "format": "proximo-checkpoint",
         "schema": SCHEMA,
-        "proximo": proximo.__version__,
+        "proximo": __version__,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sha256": hashlib.sha256(payload).hexdigest(),
         **manifest,
@@ -73,7 +73,7 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if manifest.get("schema") != SCHEMA:
         raise UserError(
             f"checkpoint {folder} has schema {manifest.get('schema')} (written by Proximo "
-            f"{manifest.get('proximo')}); this Proximo {proximo.__version__} reads schema {SCHEMA}"
+            f"{manifest.get('proximo')}); this Proximo {__version__} reads schema {SCHEMA}"
         )
     if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
         raise UserError(f"checkpoint {folder} is damaged: {ARRAYS} does not match its checksum")

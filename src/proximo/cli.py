@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-import proximo
 from proximo import presets
 from proximo.config import AMBIGUOUS, FIELDS, canonical_name, expected
 from proximo.errors import RunError, UserError, suggest
+from proximo.version import __version__
 
 if TYPE_CHECKING:
     from proximo.evaluate import Evaluation
@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Hand bad usage to `main`, as any other bad input."""
         raise UserError(message)
 
 
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
+    """Parse and run one command; return the exit status."""
     parser = build_parser()
     flags = {name for action in _all_actions(parser) for name in action.option_strings}
     options, unknown = parser.parse_known_args([_canonical_flag(word, flags) for word in arguments])
@@ -67,10 +69,12 @@ def dispatch(arguments: list[str]) -> int:
 def build_parser() -> Parser:
     """The parser of all commands; a flag for every setting comes from the table in `proximo.config`."""
     parser = Parser(prog="proximo", description="PPO for Gymnasium environments.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"proximo {proximo.__version__}")
+    parser.add_argument("--version", action="version", version=f"proximo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train on an environment", allow_abbrev=False)
+    train = commands.add_parser(
+        "train", help="train on an environment", usage="proximo train ENV_ID [options]", allow_abbrev=False
+    )
     train.add_argument("env", metavar="ENV_ID", help="environment id, such as CartPole-v1, or MODULE:ID")
     train.add_argument(
         "--preset",
@@ -101,6 +105,7 @@ def build_parser() -> Parser:
 
 
 def run_train(options: argparse.Namespace) -> int:
+    """`proximo train`: a run in a folder of its own."""
     from proximo.ppo import PPO
     from proximo.record import default_run_dir
 
@@ -140,6 +145,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
+    """`proximo evaluate`: statistics of complete episodes."""
     from proximo.ppo import PPO
 
     agent = PPO.load(options.path)
@@ -151,6 +157,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def describe(result: Evaluation, env: str | None) -> str:
+    """An evaluation in words."""
     values = result.to_dict()
     low, high = values["return_ci95"]
     policy = "deterministic" if result.deterministic else "stochastic"

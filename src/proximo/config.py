@@ -375,11 +375,12 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         UserError: an unknown name, a wrong type, a value outside its range, or a contradiction.
     """
     settings: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for name, value in values.items():
         canonical = canonical_name(name)
-        if canonical in settings:
-            raise UserError(f"{name} and {canonical} name the same setting: give one of them")
-        settings[canonical] = value
+        if canonical in given:
+            raise UserError(f"{given[canonical]} and {name} name the same setting: give one of them")
+        settings[canonical], given[canonical] = value, name
     return Config(**settings)
 
 
@@ -396,7 +397,7 @@ def check(field: dataclasses.Field[Any], value: Any) -> Any:
         raise UserError(f"{field.name} must be {expected(field)}, got none")
     try:
         value = _CONVERT[rule["kind"]](value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{field.name} must be {expected(field)}, got {value!r}") from None
     numbers = value if rule["kind"] == "ints" else [value] if rule["kind"] in ("int", "float") else []
     within = all(

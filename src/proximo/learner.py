@@ -19,7 +19,9 @@ class Learner(Protocol):
     """Networks, their optimizer and normalisers, in one backend; speaks NumPy."""
 
     @property
-    def backend(self) -> str: ...
+    def backend(self) -> str:
+        """jax or torch."""
+        ...
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser that acts T times with noise [T, N, K]; None is the mode."""

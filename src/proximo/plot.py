@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from proximo.errors import UserError
 from proximo.record import read_metrics
 
@@ -26,7 +28,8 @@ def plot_run(run_dir: str | Path) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([row["global_step"] for row in metrics], [row[RETURN] for row in metrics], linewidth=1.8)
+    steps, returns = (np.array([row[name] for row in metrics], float) for name in ("global_step", RETURN))
+    axes.plot(steps, returns, linewidth=1.8)
     axes.set_xlabel("steps, over all environments")
     axes.set_ylabel("return, mean of the last 100 episodes")
     axes.set_title(Path(run_dir).name)

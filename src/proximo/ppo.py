@@ -10,13 +10,13 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from proximo import checkpoint, presets
-from proximo.config import Config, canonical_name, from_mapping
+from proximo.config import FIELDS, Config, canonical_name, check, from_mapping
 from proximo.envs import EnvLike, make_envs, spaces_of
 from proximo.errors import UserError
 from proximo.evaluate import Evaluation, evaluate
 from proximo.learner import Learner, choose_backend, make_learner
-from proximo.randomness import Purpose, generator
 from proximo.plot import plot_run
+from proximo.randomness import Purpose, generator
 from proximo.record import Console, Metrics, RunFolder
 from proximo.spaces import Spaces
 from proximo.train import Progress, iterations
@@ -228,10 +228,9 @@ def resolve(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Confi
         canonical = canonical_name(name)
         if canonical in given:
             raise UserError(f"{canonical} is given twice, once as {name}: give it once")
-        given[canonical] = value
-    if isinstance(env, VectorEnv):
-        if given.setdefault("num_envs", env.num_envs) != env.num_envs:
-            raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
+        given[canonical] = check(FIELDS[canonical], value)
+    if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
+        raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
     base = presets.settings_for(env if isinstance(env, str) else None, preset)
     rival = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
     base = {name: value for name, value in base.items() if rival.get(name) not in given}
@@ -240,4 +239,6 @@ def resolve(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Confi
     except UserError as error:
         if not base:
             raise
-        raise UserError(f"{error} (starting from the preset; turn it off with preset none)") from error
+        raise UserError(
+            f"{error} (settings not given come from the preset; --preset none uses the defaults)"
+        ) from error

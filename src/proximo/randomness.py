@@ -23,6 +23,7 @@ class Purpose(IntEnum):
 
 
 def sequence(seed: int, purpose: Purpose, iteration: int = 0, rank: int = 0) -> np.random.SeedSequence:
+    """The seed of one purpose of one iteration on one rank."""
     return np.random.SeedSequence([seed, int(purpose), iteration, rank])
 
 

@@ -13,9 +13,9 @@ from typing import IO, Any
 
 import yaml
 
-import proximo
 from proximo.config import Config
 from proximo.errors import UserError
+from proximo.version import __version__
 
 Metrics = dict[str, float | None]
 METRICS, CONFIG, VERSIONS = "metrics.jsonl", "config.yaml", "versions.json"
@@ -49,6 +49,7 @@ class RunFolder:
         self._metrics.flush()
 
     def close(self) -> None:
+        """Close the metrics; the folder is complete."""
         self._metrics.close()
 
 
@@ -75,7 +76,7 @@ def read_metrics(run_dir: str | Path) -> list[Metrics]:
 def versions() -> dict[str, Any]:
     """What a result depends on besides its settings."""
     packages = ("numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco")
-    found: dict[str, Any] = {"proximo": proximo.__version__, "python": platform.python_version()}
+    found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version()}
     for name in packages:
         try:
             found[name] = importlib.metadata.version(name)

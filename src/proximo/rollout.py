@@ -55,10 +55,12 @@ class Rollout:
 
     @property
     def num_steps(self) -> int:
+        """T."""
         return self.reward.shape[0]
 
     @property
     def num_envs(self) -> int:
+        """N."""
         return self.reward.shape[1]
 
     def clear(self) -> None:
@@ -98,6 +100,8 @@ class Rollout:
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
                 finite_rows = np.isfinite(array).reshape(*array.shape[:2], -1).all(-1)
+                final = self.final_obs[path]
+                finite_rows.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
                 self._refuse(
                     f"observation {path!r}" if path else "observation", np.where(finite_rows, 0.0, np.nan)
                 )
@@ -218,9 +222,9 @@ class Collector:
 
 
 def _one(batch: Any, n: int) -> Any:
-    """Environment n's part of a batched observation; gymnasium marks presence with keys that begin with _."""
+    """Environment n's part of a batched observation."""
     if isinstance(batch, dict):
-        return {key: _one(value, n) for key, value in batch.items() if not key.startswith("_")}
+        return {key: _one(value, n) for key, value in batch.items()}
     return batch[n]
 
 

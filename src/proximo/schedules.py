@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proximo.config import Config
 
@@ -14,21 +14,22 @@ MIN_ADAPTIVE_RATE, MAX_ADAPTIVE_RATE = 1e-6, 1e-2
 class Hyper(NamedTuple):
     """Numbers handed to one update. Traced, not compiled in, so that changing them recompiles nothing.
 
-    A setting that is off is 0 here and is left out of the computation by the config.
+    A setting that is off is 0 here and is left out of the computation by the config. Each field is a float
+    in the world, and a scalar of the backend's inside an update.
     """
 
-    actor_learning_rate: float
-    critic_learning_rate: float
-    adam_epsilon: float
-    gamma: float
-    gae_lambda: float
-    clip_coef: float
-    vf_clip_coef: float
-    ent_coef: float
-    vf_coef: float
-    max_grad_norm: float
-    target_kl: float
-    desired_kl: float
+    actor_learning_rate: Any
+    critic_learning_rate: Any
+    adam_epsilon: Any
+    gamma: Any
+    gae_lambda: Any
+    clip_coef: Any
+    vf_clip_coef: Any
+    ent_coef: Any
+    vf_coef: Any
+    max_grad_norm: Any
+    target_kl: Any
+    desired_kl: Any
 
 
 def interpolate(kind: str, start: float, end: float, fraction: float) -> float:

@@ -55,10 +55,12 @@ class Discrete:
 
     @property
     def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
         return ()
 
     @property
     def raw_dtype(self) -> str:
+        """Type of a raw sample as it is stored."""
         return "int32"
 
     @property
@@ -71,10 +73,8 @@ class Discrete:
         return rng.gumbel(size=(*leading, self.n)).astype(np.float32)
 
     def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
+        """Indices [N] -> environment actions [N]."""
         return raw.astype(np.int64) + self.start
-
-    def to_space(self) -> gym.Space[Any]:
-        return gym.spaces.Discrete(self.n, start=self.start)
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,17 @@ class Box:
 
     @property
     def size(self) -> int:
+        """D, the number of action dimensions."""
         return math.prod(self.shape)
 
     @property
     def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
         return (self.size,)
 
     @property
     def raw_dtype(self) -> str:
+        """Type of a raw sample as it is stored."""
         return "float32"
 
     @property
@@ -118,11 +121,6 @@ class Box:
             action = np.clip(action, low, high)
         return action.reshape(-1, *self.shape).astype(self.dtype)
 
-    def to_space(self) -> gym.Space[Any]:
-        low = np.reshape(self.low, self.shape).astype(self.dtype)
-        high = np.reshape(self.high, self.shape).astype(self.dtype)
-        return gym.spaces.Box(low, high, self.shape, np.dtype(self.dtype).type)
-
 
 ActionSpec = Discrete | Box
 
@@ -133,10 +131,6 @@ class Spaces:
 
     observation: tuple[Leaf, ...]
     action: ActionSpec
-
-    @property
-    def masked(self) -> bool:
-        return any(leaf.kind == "mask" for leaf in self.observation)
 
     def check(self, config: Config) -> None:
         """Refuse settings that these spaces cannot serve.
@@ -165,6 +159,7 @@ class Spaces:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Spaces:
+        """The inverse of `to_dict`."""
         leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in values["observation"])
         action = dict(values["action"])
         if action.pop("kind") == "Discrete":

@@ -44,6 +44,7 @@ class Progress:
 
     @property
     def length_mean(self) -> float | None:
+        """Mean length of the same episodes, in steps."""
         return float(np.mean([episode.length for episode in self.episodes])) if self.episodes else None
 
 

@@ -14,12 +14,12 @@ from proximo.spaces import Spaces
 
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
 
-# Which package registers or runs an environment that Gymnasium alone cannot make.
+# What makes an environment that Gymnasium alone cannot: an extra, or the package and module that register it.
 _EXTRAS = {"mujoco": "pip install 'proximo[mujoco]'", "box2d": "pip install 'proximo[box2d]'"}
 _NAMESPACES = {
-    "ALE": "pip install ale-py, and import it with --import ale_py or gymnasium.register_envs(ale_py)",
-    "MinAtar": "pip install minatar",
-    "BabyAI": "pip install minigrid",
+    "ALE": ("ale-py", "ale_py"),
+    "BabyAI": ("minigrid", "minigrid"),
+    "MinAtar": ("minatar", "minatar.gym"),
 }
 
 
@@ -46,8 +46,11 @@ def make_envs(
         if engine == "native":
             return _native(env, num_envs, env_kwargs)
         factory = partial(gym.make, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
-        kind = AsyncVectorEnv if engine == "async" else SyncVectorEnv
-        return kind([factory] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        factories, mode = [factory] * num_envs, AutoresetMode.DISABLED
+        if engine == "async":
+            # Spawned: a fork of a process in which JAX runs threads can deadlock.
+            return AsyncVectorEnv(factories, autoreset_mode=mode, context="spawn")
+        return SyncVectorEnv(factories, autoreset_mode=mode)
     except (gym.error.Error, ImportError) as error:
         raise UserError(explain(str(env), error)) from error
     except TypeError as error:
@@ -73,14 +76,15 @@ def explain(env_id: str, error: Exception) -> str:
     if isinstance(error, gym.error.DeprecatedEnv):
         return f"environment {env_id!r} is retired: {text}"
     if isinstance(error, gym.error.NamespaceNotFound):
-        namespace = env_id.partition("/")[0]
-        return f"unknown environment {env_id!r}: {_NAMESPACES.get(namespace, text)}"
+        package, module = _NAMESPACES.get(env_id.partition("/")[0], ("", ""))
+        remedy = f"pip install {package}, and name it {module}:{env_id}" if package else text
+        return f"unknown environment {env_id!r}: {remedy}"
     if isinstance(error, gym.error.UnregisteredEnv):
         known = [spec for spec in gym.registry if not spec.startswith("phys2d")]
         return (
-            f"unknown environment {env_id!r}{suggest(env_id, known)}. List the known ones with "
-            "python -c 'import gymnasium; gymnasium.pprint_registry()'; an environment of another package "
-            "is named MODULE:ID, so that its module is imported"
+            f"unknown environment {env_id!r}{suggest(env_id, known)}\n"
+            "  all that are known: python -c 'import gymnasium; gymnasium.pprint_registry()'\n"
+            "  one of another package is named MODULE:ID, so that its module is imported"
         )
     if isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
         lower = text.lower()

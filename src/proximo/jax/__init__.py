@@ -1,1 +1,4 @@
-"""The learner in JAX. Read in this order: networks, distributions, normalization, advantages, losses, learner."""
+"""The learner in JAX.
+
+Read in this order: networks, distributions, normalization, advantages, losses, learner.
+"""

@@ -93,6 +93,10 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
+    """What one minibatch measured: means over its samples, and the gradient's norm before clipping."""
+
+    """One minibatch's figures, each a mean over its samples: []."""
+
     policy: Array
     value: Array
     entropy: Array
@@ -197,7 +201,8 @@ def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Array,
         return jnp.sum(batch.weight * x) / count
 
     policy, value, _ = spec.network.apply(params, batch.obs, batch.start, batch.carry[0])
-    log_ratio = policy.log_prob(batch.action) - batch.log_prob
+    # Without weight the ratio may overflow, and 0 times infinity is no number.
+    log_ratio = jnp.where(batch.weight > 0, policy.log_prob(batch.action) - batch.log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
     advantage = batch.advantage
     if config.normalize_advantage == "minibatch":
@@ -387,10 +392,11 @@ class Learner:
         if len(index):
             final.flat[index] = True
             final_value.flat[index] = self._final_values(rollout, index)
-        return Transitions(
+        facts = (
             rollout.obs, rollout.action, rollout.reward, rollout.terminated, rollout.truncated,
             rollout.valid, rollout.start, final, final_value,
         )  # fmt: skip
+        return Transitions(*jax.tree.map(jnp.asarray, facts))
 
     def _final_values(self, rollout: Rollout, index: np.ndarray) -> np.ndarray:
         carry = np.zeros((len(index), 0), self._dtype)

@@ -73,6 +73,8 @@ def encode(spaces: Spaces, obs: Obs, dtype: jnp.dtype) -> Array:
 
 
 def linear(params: Params, name: str, x: Array) -> Array:
+    """x W + b: [..., inputs] -> [..., outputs]."""
+    """x W + b: [..., inputs] -> [..., outputs]."""
     return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
 
 

@@ -1,0 +1,121 @@
+"""Train a preset on several seeds in both backends and keep the result as JSON.
+
+    python benchmarks/learning.py HalfCheetah-v5 --seeds 5 [--backends jax torch] [--jobs 2]
+
+Each run is the `proximo train` command that its record states. A result is the mean return of the last 100
+training episodes at the end of the run, and the best such mean on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from proximo.evaluate import bootstrap_interval
+from proximo.record import read_metrics, versions
+
+RESULTS = Path(__file__).parent / "results"
+RETURN = "rollout/episode_return_mean"
+
+
+def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> dict:
+    """One training run in a process of its own, then a deterministic evaluation of its final policy."""
+    run_dir = folder / f"{backend}-{seed}"
+    command = ["proximo", "train", env, "--backend", backend, "--seed", str(seed), *flags]
+    module = [
+        sys.executable,
+        "-m",
+        *command,
+        "--quiet",
+        "--run-dir",
+        str(run_dir),
+        "--checkpoint-interval",
+        "0",
+    ]
+    subprocess.run(module, check=True)
+    rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
+    evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--episodes", "100", "--json"]
+    evaluation = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
+    best = max(rows, key=lambda row: row[RETURN])
+    print(f"{backend} seed {seed}: {rows[-1][RETURN]:.1f}", flush=True)
+    return {
+        "backend": backend,
+        "seed": seed,
+        "command": " ".join(command),
+        "steps": rows[-1]["global_step"],
+        "return_last_100_episodes": rows[-1][RETURN],
+        "best_return_last_100_episodes": best[RETURN],
+        "best_at_step": best["global_step"],
+        "evaluation": evaluation,
+        "curve": [[row["global_step"], round(row[RETURN], 2)] for row in rows[:: max(len(rows) // 200, 1)]],
+    }
+
+
+def difference_interval(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of mean(a) − mean(b), resampling both groups."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(a, len(a)).mean() - rng.choice(b, len(b)).mean() for _ in range(10_000)]
+    return [float(value) for value in np.quantile(means, [0.025, 0.975])]
+
+
+def main() -> None:
+    """Run all seeds and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("env")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--name", help="file name of the result; the environment's by default")
+    options, flags = parser.parse_known_args()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [
+            pool.submit(run, options.env, backend, seed, Path(folder), flags)
+            for seed in range(options.seeds)
+            for backend in options.backends
+        ]
+        runs = [job.result() for job in jobs]
+
+    summary = {}
+    for backend in options.backends:
+        returns = np.array([r["return_last_100_episodes"] for r in runs if r["backend"] == backend])
+        summary[backend] = {
+            "mean": float(returns.mean()),
+            "std": float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
+            "ci95": list(bootstrap_interval(returns)),
+            "seeds": [float(value) for value in returns],
+        }
+    if len(options.backends) == 2:
+        a, b = (np.array(summary[backend]["seeds"]) for backend in options.backends)
+        summary["difference"] = {
+            "of": " − ".join(options.backends),
+            "mean": float(a.mean() - b.mean()),
+            "ci95": difference_interval(a, b),
+        }
+    result = {
+        "env": options.env,
+        "command": "python benchmarks/learning.py " + " ".join(sys.argv[1:]),
+        "commit": commit.stdout.strip(),
+        "versions": versions(),
+        "summary": summary,
+        "runs": sorted(runs, key=lambda r: (r["backend"], r["seed"])),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{options.name or options.env}.json"
+    path.write_text(json.dumps(result, indent=1))
+    print(json.dumps(summary, indent=2))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

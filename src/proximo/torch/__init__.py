@@ -1,0 +1,4 @@
+"""The learner in PyTorch.
+
+Read in this order: networks, distributions, normalization, advantages, losses, learner.
+"""

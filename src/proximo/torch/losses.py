@@ -1,0 +1,38 @@
+"""The terms of PPO's loss, one number per sample (Schulman et al. 2017, arXiv:1707.06347)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from proximo.torch.normalization import EPSILON, Reduce
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_coef: Tensor) -> Tensor:
+    """−min(r A, clip(r, 1 − ε, 1 + ε) A) (eq. 7)."""
+    clipped = torch.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def squared_error(value: Tensor, target: Tensor) -> Tensor:
+    """½ (V − R)²."""
+    return 0.5 * (value - target) ** 2
+
+
+def clipped_squared_error(value: Tensor, old_value: Tensor, target: Tensor, clip: Tensor) -> Tensor:
+    """½ max((V − R)², (V_clipped − R)²), V_clipped within ± clip of the old value."""
+    near = old_value + torch.clip(value - old_value, -clip, clip)
+    return 0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)
+
+
+def kl_estimate(log_ratio: Tensor) -> Tensor:
+    """(r − 1) − log r: unbiased for KL(old ‖ new), never negative (Schulman 2020, joschu.net/blog/kl-approx)."""
+    return torch.exp(log_ratio) - 1.0 - log_ratio
+
+
+def standardize(x: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
+    """(x − mean) / (population std + 1e-8) over weighted samples; a single sample becomes 0."""
+    count = torch.clip(reduce(torch.sum(weight)), min=1.0)
+    mean = reduce(torch.sum(weight * x)) / count
+    variance = reduce(torch.sum(weight * (x - mean) ** 2)) / count
+    return (x - mean) / (torch.sqrt(variance) + EPSILON)

@@ -1,0 +1,109 @@
+"""Networks: pure functions from parameters and observations to a policy, a value and a carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from proximo.config import Config
+from proximo.parameters import initial_parameters
+from proximo.spaces import Discrete, Spaces
+from proximo.torch.distributions import MASKED, Categorical, Gaussian, Policy, SquashedGaussian, softplus
+
+Params = dict[str, Tensor]
+Obs = dict[str, Tensor]  # path -> [T, N, ...]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": functional.relu,
+    "elu": functional.elu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "leaky_relu": lambda x: torch.where(x >= 0, x, 0.01 * x),  # PyTorch's own has slope 0.01 at 0, not 1
+}
+MAX_LOG_STD = 2.0
+
+
+class Network(NamedTuple):
+    """What the learner needs of a network, built-in or the user's own.
+
+    `init()` gives the initial parameters, flat names to arrays. `apply(params, obs, start, carry)` takes
+    time-major observations [T, N, ...], `start` [T, N] (True where an episode begins, so that a recurrent
+    network forgets) and the carry [N, H] before step 0, and returns the policy [T, N], the values [T, N] and
+    the carries [T, N, H] after each step. Feed-forward networks have H = 0.
+    """
+
+    init: Callable[[], dict[str, np.ndarray]]
+    apply: Callable[[Params, Obs, Tensor, Tensor], tuple[Policy, Tensor, Tensor]]
+    carry_size: int = 0
+
+
+def mlp(config: Config, spaces: Spaces) -> Network:
+    """The built-in multilayer perceptron: separate actor and critic, or a shared trunk with two heads."""
+
+    def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
+        x = encode(spaces, obs, params["actor.head.weight"].dtype)
+        actor, critic = ("trunk", "trunk") if config.shared_trunk else ("actor", "critic")
+        hidden = body(config, params, actor, x)
+        critic_hidden = hidden if config.shared_trunk else body(config, params, critic, x)
+        output = linear(params, "actor.head", hidden)
+        value = linear(params, "critic.head", critic_hidden)[..., 0]
+        policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
+        return policy, value, value.new_zeros((*value.shape, 0))
+
+    return Network(lambda: initial_parameters(config, spaces), apply)
+
+
+def encode(spaces: Spaces, obs: Obs, dtype: torch.dtype) -> Tensor:
+    """All leaves as one vector of features [T, N, F]: numbers flat, discrete values one-hot, no masks."""
+    parts = []
+    for leaf in spaces.observation:
+        value = obs[leaf.path]
+        if leaf.kind == "discrete":
+            parts.append((value[..., None] - leaf.start == torch.arange(leaf.n)).to(dtype))
+        elif leaf.kind == "vector":
+            leading = value.shape[: value.ndim - len(leaf.shape)]
+            parts.append(value.reshape(*leading, leaf.features).to(dtype))
+    return torch.cat(parts, dim=-1)
+
+
+def linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """x W + b: [..., inputs] -> [..., outputs]."""
+    return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def body(config: Config, params: Params, part: str, x: Tensor) -> Tensor:
+    """The hidden layers of one part of the network."""
+    for index in range(len(config.hidden_sizes)):
+        x = ACTIVATIONS[config.activation](linear(params, f"{part}.{index}", x))
+    return x
+
+
+def policy_from_output(
+    config: Config, spaces: Spaces, output: Tensor, log_std: Tensor | None, obs: Obs
+) -> Policy:
+    """The distribution that the policy head's output [T, N, K] stands for."""
+    if isinstance(spaces.action, Discrete):
+        for leaf in spaces.observation:
+            if leaf.kind == "mask":
+                output = torch.where(obs[leaf.path] > 0, output, MASKED)
+        return Categorical(output)
+    mean = output[..., : spaces.action.size]
+    if config.tanh_mean:
+        mean = torch.tanh(mean)
+    if config.std == "predicted":
+        # Shifted so that a zero output means init_std.
+        shift = math.log(math.expm1(config.init_std - config.min_std))
+        std = softplus(output[..., spaces.action.size :] + shift) + config.min_std
+        log_std = torch.log(std)
+    elif config.std == "fixed" or log_std is None:
+        log_std = torch.full_like(mean, math.log(config.init_std))
+    log_std = torch.clip(log_std, math.log(config.min_std), MAX_LOG_STD)
+    log_std = torch.broadcast_to(log_std, mean.shape)
+    return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)

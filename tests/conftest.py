@@ -1,0 +1,6 @@
+"""One thread each: the networks are small, and the tests run in as many processes as there are cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PJRT_NPROC", "1")

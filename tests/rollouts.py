@@ -1,0 +1,99 @@
+"""Rollouts without environments: random facts, but actions that the learner really takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from proximo.config import Config
+from proximo.rollout import Rollout
+from proximo.spaces import Obs, Spaces
+
+SMALL = {"hidden_sizes": (8,), "num_envs": 3, "num_steps": 8, "minibatch_size": 6, "update_epochs": 2}
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (4,))
+CONTINUOUS = Spaces.of(VECTOR, gym.spaces.Box(-1.0, 1.0, (2,)))
+CATEGORICAL = Spaces.of(VECTOR, gym.spaces.Discrete(3))
+MASKED = Spaces.of(
+    gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}), gym.spaces.Discrete(3)
+)
+
+
+def small(**settings: Any) -> Config:
+    """A config whose updates take milliseconds."""
+    return Config(**{**SMALL, **settings})
+
+
+def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...]) -> Obs:
+    """Observations [*leading, ...] off-centre and out of scale; masks allow at least one action."""
+    obs: Obs = {}
+    for leaf in spaces.observation:
+        shape = (*leading, *leaf.shape)
+        if leaf.kind == "mask":
+            value = rng.random(shape) < 0.5
+            value[..., 0] |= ~value.any(axis=-1)
+        elif leaf.kind == "discrete":
+            value = leaf.start + rng.integers(leaf.n, size=shape)
+        else:
+            value = 2.0 + 3.0 * rng.standard_normal(shape)
+        obs[leaf.path] = value.astype(leaf.dtype)
+    return obs
+
+
+def act_rollout(
+    learner: Any, seed: int, resets: str = "next_step", ends: float = 0.2, noise: np.ndarray | None = None
+) -> Rollout:
+    """A random rollout of the learner's size, in which its own actor acts.
+
+    `resets` says what follows the end of an episode: "next_step" a row that is no transition, "same_step"
+    the next episode at once.
+    """
+    spaces, config = learner.spec.spaces, learner.spec.config
+    rng = np.random.default_rng(seed)
+    rows = config.num_steps, config.num_envs
+    rollout = Rollout(spaces, *rows)
+    if noise is None:
+        noise = spaces.action.noise(rng, rows)
+    actor = learner.actor(noise)
+    for path, value in random_obs(spaces, rng, (rows[0] + 1, rows[1])).items():
+        rollout.obs[path][:] = value
+    rollout.reward[:] = 1.0 + 5.0 * rng.standard_normal(rows)
+    rollout.start[0] = True
+    resetting = np.zeros(rows[1], bool)
+    for t in range(rows[0]):
+        rollout.action[t] = actor({path: x[t] for path, x in rollout.obs.items()}, rollout.start[t])
+        rollout.valid[t] = ~resetting
+        rollout.terminated[t] = (rng.random(rows[1]) < ends) & ~resetting
+        rollout.truncated[t] = (rng.random(rows[1]) < ends) & ~resetting
+        over = rollout.terminated[t] | rollout.truncated[t]
+        if resets == "next_step":
+            rollout.start[t + 1], resetting = resetting, over
+            continue
+        rollout.start[t + 1] = over
+        for n in np.flatnonzero(over):
+            final = {path: x[0] for path, x in random_obs(spaces, rng, (1,)).items()}
+            rollout.add_final(t, int(n), final.get("", final))
+    rollout.reward[~rollout.valid] = 0.0
+    return rollout
+
+
+def scramble(learner: Any, seed: int = 0, scale: float = 0.5) -> None:
+    """Replace the parameters by larger random ones, so that policy and value depend on what they see."""
+    rng = np.random.default_rng(seed)
+    state = learner.state()
+    for name in sorted(state):
+        if name.startswith("params/") and not name.endswith("log_std"):
+            state[name] = (scale * rng.standard_normal(state[name].shape)).astype(state[name].dtype)
+    learner.load(state)
+
+
+def parameters(learner: Any) -> dict[str, np.ndarray]:
+    return {name: x.copy() for name, x in learner.state().items() if name.startswith("params/")}
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """Equal names and equal arrays, bit for bit; NaN equals NaN."""
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        np.testing.assert_array_equal(x, b[name], err_msg=name)

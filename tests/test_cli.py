@@ -1,0 +1,172 @@
+"""The command as a user types it: what it leaves behind, and what it says to wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from proximo.cli import main
+
+PROXIMO = [sys.executable, "-m", "proximo"]
+SMALL = [
+    "--preset",
+    "none",
+    "--num-envs",
+    "2",
+    "--num-steps",
+    "16",
+    "--minibatch-size",
+    "16",
+    "--update-epochs",
+    "1",
+]
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_train_then_evaluate(tmp_path, backend, capsys):
+    """A run folder holds config, versions, metrics (one object an iteration), the last checkpoint and a
+    curve; the checkpoint is evaluated with an interval around the mean. 320 steps are 10 iterations of 32."""
+    run = tmp_path / "run"
+    arguments = ["train", "CartPole-v1", *SMALL, "--total-timesteps", "3.2e2", "--backend", backend]
+    assert main([*arguments, "--run-dir", str(run)]) == 0
+    assert f"backend {backend}" in capsys.readouterr().out
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["env"], config["backend"], config["total_timesteps"]) == ("CartPole-v1", backend, 320)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == [32 * (i + 1) for i in range(10)]
+    expected = {
+        "rollout/episode_return_mean", "rollout/episode_length_mean", "losses/policy", "losses/value",
+        "losses/entropy", "losses/total", "update/approx_kl", "update/clip_fraction",
+        "update/explained_variance", "update/gradient_norm", "update/epochs", "update/learning_rate",
+        "update/critic_learning_rate", "policy/std", "time/steps_per_second", "time/fraction_env",
+        "time/fraction_act", "time/fraction_update",
+    }  # fmt: skip
+    assert expected <= set(rows[-1])
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "versions.json").read_text())["gymnasium"]
+
+    assert main(["evaluate", str(run), "--episodes", "6", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    low, high = result["return_ci95"]
+    assert low <= result["return_mean"] <= high
+    assert result["episodes"] == 6
+    assert result["deterministic"] is True
+    assert result["length_mean"] == result["return_mean"]  # CartPole pays 1 a step
+
+    assert main([*arguments, "--run-dir", str(run)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
+    """Pendulum's episodes last 200 steps; 2 × 16 steps end none, and nothing is drawn."""
+    run = tmp_path / "run"
+    assert (
+        main(["train", "Pendulum-v1", *SMALL, "--total-timesteps", "32", "--run-dir", str(run), "--quiet"])
+        == 0
+    )
+    (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert row["rollout/episode_return_mean"] is None
+    assert not (run / "learning_curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train CartPol-v1", "did you mean 'CartPole-v1'"),
+        ("train ALE/Pong-v5", "pip install ale-py"),
+        ("train nosuchmodule:Env-v0", "nosuchmodule"),
+        ("train CartPole-v1 --nm-envs 3", "did you mean '--num-envs'"),
+        ("train CartPole-v1 --gamma 1.5", "gamma must be a number in [0, 1], got 1.5"),
+        ("train CartPole-v1 --num-envs many", "num_envs must be a whole number in [1, ∞), got 'many'"),
+        ("train CartPole-v1 --std lerned", "did you mean 'learned'"),
+        ("train CartPole-v1 --batch-size 64", "give minibatch_size"),
+        ("train CartPole-v1 --minibatch-size 100", "do not divide into minibatches of minibatch_size 100"),
+        ("train CartPole-v1 --num-minibatches 7", "do not divide into num_minibatches 7"),
+        ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
+        ("train CartPole-v1 --squash", "squash needs a Box action space"),
+        ("train Blackjack-v1", "observation space Tuple"),
+        ("train CartPole-v1 --env-kwargs 3", "expected names with values"),
+        ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),
+        ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
+        ("train", "ENV_ID"),
+        ("evaluate nowhere", "does not exist"),
+        ("fly", "invalid choice"),
+    ],
+)
+def test_wrong_input_gets_one_clear_message(arguments, message, capsys):
+    """Status 2, the thing named, and no traceback."""
+    words = [word.replace("\\", "") for word in arguments.replace("\\ ", "\\\0").split(" ")]
+    assert main([word.replace("\0", " ") for word in words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("proximo: error: ")
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+def test_a_retired_environment_names_its_successor(capsys):
+    assert main(["train", "LunarLander-v2"]) == 2
+    assert "LunarLander-v3" in capsys.readouterr().err
+
+
+def test_other_libraries_names_and_spellings_are_understood(tmp_path, capsys):
+    """--n_envs and --lr are --num-envs and --learning-rate, said in a line; 1_6 is 16."""
+    run = tmp_path / "run"
+    arguments = [
+        "train",
+        "CartPole-v1",
+        "--preset",
+        "none",
+        "--n_envs",
+        "2",
+        "--num_steps",
+        "1_6",
+        "--lr=1e-3",
+    ]
+    rest = ["--mini-batch-size", "16", "--n-epochs", "1", "--total_timesteps", "32", "--run-dir", str(run)]
+    assert main([*arguments, *rest]) == 0
+    assert "--n-envs is --num-envs here" in capsys.readouterr().err
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["num_envs"], config["num_steps"], config["learning_rate"]) == (2, 16, 1e-3)
+
+
+def test_help_lists_every_setting(capsys):
+    from proximo.config import FIELDS
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in text for name in FIELDS)
+
+
+def test_a_run_can_be_stopped(tmp_path):
+    """SIGINT ends the run after the iteration, saved: status 130, and the checkpoint evaluates."""
+    run = tmp_path / "run"
+    command = [*PROXIMO, "train", "CartPole-v1", "--run-dir", str(run), "--total-timesteps", "100_000_000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        metrics = run / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted after" in output
+    assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
+
+
+def test_importing_pulls_in_no_framework():
+    """Neither `import proximo` nor `proximo --help` imports JAX or PyTorch."""
+    code = (
+        "import sys, proximo, proximo.cli; proximo.cli.build_parser(); "
+        "print([name for name in ('jax', 'torch', 'gymnasium', 'matplotlib') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"

@@ -1,0 +1,193 @@
+"""Running moments, discounted returns, and the state that carries them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import BACKENDS, Backend, each_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from reference import slow_discounted_returns
+from rollouts import CONTINUOUS, act_rollout, assert_same, parameters, scramble, small
+
+from proximo.rollout import minibatch_order
+from proximo.schedules import hyper_at
+
+
+@cache
+def function(backend: Backend, name: str) -> Any:
+    module = backend.module("normalization")
+    if name == "merge":
+        return backend.precise(lambda moments, x, weight: module.merge(moments, x, weight, lambda x: x))
+    return backend.precise(getattr(module, name))
+
+
+def no_moments(backend: Backend, *shape: int) -> Any:
+    """What a learner begins with: nothing seen, mean 0, variance 1."""
+    return backend.module("normalization").Moments(np.zeros(()), np.zeros(shape), np.ones(shape))
+
+
+@each_backend
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    weights=st.lists(arrays(bool, (3, 2)), min_size=1, max_size=4),
+    center=st.sampled_from([0.0, -7.0, 1e5]),
+    seed=st.integers(0, 2**32),
+)
+def test_merged_chunks_are_the_pooled_sample(backend, weights, center, seed):
+    """Merging chunk by chunk gives count, mean and population variance of all weighted samples together."""
+    moments, kept = no_moments(backend, 2), np.zeros((0, 2))
+    for chunk, weight in enumerate(weights):
+        rng = np.random.default_rng([seed, chunk])
+        x = center + (1.0 + chunk) * rng.standard_normal((3, 2, 2))
+        moments = function(backend, "merge")(moments, x, weight.astype(float))
+        kept = np.concatenate([kept, x[weight]])
+    assert moments.count == len(kept)
+    if len(kept):
+        np.testing.assert_allclose(moments.mean, kept.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance, kept.var(axis=0), rtol=1e-8, atol=1e-10)
+    else:
+        np.testing.assert_array_equal(moments.mean, [0.0, 0.0])
+        np.testing.assert_array_equal(moments.variance, [1.0, 1.0])
+
+
+@each_backend
+def test_a_small_spread_far_from_zero_survives_float32(backend):
+    """Samples 10 000 ± 1: E[x²] − E[x]² would be 10⁸ − 10⁸ in float32, where one digit is 8."""
+    merge = backend.module("normalization").merge
+    moments = backend.array(type(no_moments(backend))(*(x.astype(np.float32) for x in no_moments(backend))))
+    x = (1e4 + np.random.default_rng(0).standard_normal((20, 64, 4))).astype(np.float32)
+    for chunk in x:
+        ones = np.ones(chunk.shape, np.float32)
+        moments = merge(moments, backend.array(chunk), backend.array(ones), lambda x: x)
+    assert backend.numpy(moments.variance) == pytest.approx(x.astype(np.float64).var(), rel=1e-3)
+
+
+@each_backend
+def test_normalise_by_hand(backend):
+    """(x − 3) / √4 clipped to ± 2."""
+    moments = type(no_moments(backend))(np.array(5.0), np.array([3.0]), np.array([4.0]))
+    normalised = function(backend, "normalize")(
+        np.array([[3.0], [5.0], [-1.0], [100.0], [-100.0]]), moments, 2.0
+    )
+    np.testing.assert_allclose(normalised[:, 0], [0.0, 1.0, -2.0, 2.0, -2.0], atol=1e-8)
+
+
+@each_backend
+def test_discounted_returns_by_hand(backend):
+    """R_t = ½ R_{t−1} + r_t, anew after an end, and standing still over a reset row.
+
+    Left: the rollout begins with R = 8 and an episode that ends with step 1; step 2 only resets (its reward
+    of 99 is no reward).   ½·8 + 1 = 5,  ½·5 + 2 = 4.5 | – | 0 + 4 = 4,  ½·4 + 5 = 7, carried on.
+    Right: ends with the last step.   ½·0 + 1 = 1,  2.5,  4.25,  6.125,  8.0625 | 0 carried on.
+    """
+    reward = np.array([[1.0, 1.0], [2.0, 2.0], [99.0, 3.0], [4.0, 4.0], [5.0, 5.0]])
+    over = np.array([[0, 0], [1, 0], [0, 0], [0, 0], [0, 1]], bool)
+    valid = np.array([[1, 1], [1, 1], [0, 1], [1, 1], [1, 1]], bool)
+    returns, running = function(backend, "discounted_returns")(reward, over, valid, np.array([8.0, 0.0]), 0.5)
+    np.testing.assert_allclose(returns[valid[:, 0], 0], [5.0, 4.5, 4.0, 7.0])
+    np.testing.assert_allclose(returns[:, 1], [1.0, 2.5, 4.25, 6.125, 8.0625])
+    np.testing.assert_allclose(running, [7.0, 0.0])
+
+
+def learned(backend: Backend, config: Any) -> Any:
+    """A learner whose critic says 0 everywhere."""
+    learner = backend.learner(config, CONTINUOUS)
+    state = learner.state()
+    for name in state:
+        if name.startswith("params/critic"):
+            state[name] = np.zeros_like(state[name])
+    learner.load(state)
+    return learner
+
+
+@each_backend
+@pytest.mark.parametrize("resets", ["next_step", "same_step"])
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(backend, resets):
+    """r / √Var R clipped to ± clip_reward, over all discounted returns R so far, this rollout's included.
+
+    Rewards are not centred and reset rows do not count. With V = 0 and λ = 0 the target is the reward itself.
+    """
+    config = small(
+        normalize_reward=True, clip_reward=0.5, gamma=0.9, gae_lambda=0.0, learning_rate=0.0,
+        final_learning_rate=0.0,
+    )  # fmt: skip
+    learner = learned(backend, config)
+    reward, over, valid = np.zeros((0, 3)), np.zeros((0, 3), bool), np.zeros((0, 3), bool)
+    for iteration in range(3):
+        rollout = act_rollout(learner, seed=iteration, resets=resets)
+        if iteration:  # an episode may go on from the rollout before, even across a reset row
+            assert not over[-1].all()
+        reward = np.concatenate([reward, rollout.reward])
+        over = np.concatenate([over, rollout.terminated | rollout.truncated])
+        valid = np.concatenate([valid, rollout.valid])
+        deviation = np.std(slow_discounted_returns(reward, over, valid, config.gamma))
+        expected = np.clip(rollout.reward / deviation, -0.5, 0.5)
+        assert 0.0 < (np.abs(expected) == 0.5).mean() < 0.8
+
+        target = backend.prepare(learner, rollout, hyper_at(config, 0)).target.reshape(rollout.reward.shape)
+        np.testing.assert_allclose(target[rollout.valid], expected[rollout.valid], rtol=2e-5)
+        order = minibatch_order(rollout.valid, 1, 1, np.random.default_rng(0))
+        learner.update(rollout, order, hyper_at(config, 0))
+        count, variance = (learner.state()[f"return_moments/{name}"] for name in ("count", "variance"))
+        assert count == valid.sum()
+        assert variance == pytest.approx(deviation**2, rel=1e-5)
+
+
+CONFIG = small(normalize_observation=True, normalize_reward=True, lr_schedule="adaptive")
+
+
+def updated(learner: Any, iterations: int = 2) -> Any:
+    for iteration in range(iterations):
+        rollout = act_rollout(learner, seed=iteration)
+        order = minibatch_order(rollout.valid, 2, 4, np.random.default_rng(iteration))
+        learner.update(rollout, order, hyper_at(CONFIG, iteration))
+    return learner
+
+
+@each_backend
+def test_the_state_holds_everything_learned(backend, tmp_path):
+    """A learner that loads another's state acts and learns exactly as that one, moments and Adam included."""
+    learner = updated(backend.learner(CONFIG, CONTINUOUS))
+    state = learner.state()
+    for name in ("count", "mean", "variance"):
+        assert np.any(state[f"obs_moments//{name}"] != 0.0)
+        assert np.any(state[f"return_moments/{name}"] != 0.0)
+    np.savez(tmp_path / "state.npz", **state)
+    with np.load(tmp_path / "state.npz") as file:
+        other = backend.learner(CONFIG.replace(seed=7), CONTINUOUS)
+        assert any(not np.array_equal(x, other.state()[name]) for name, x in state.items())
+        other.load({name: file[name] for name in file.files})
+    assert_same(state, other.state())
+    np.testing.assert_array_equal(act_rollout(learner, 5).action, act_rollout(other, 5).action)
+    assert_same(updated(learner).state(), updated(other).state())
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="needs both backends")
+def test_the_state_crosses_backends():
+    """Either backend takes the other's state: same names, shapes and dtypes, and the same actions after."""
+    for source, target in (BACKENDS, BACKENDS[::-1]):
+        learner, other = updated(source.learner(CONFIG, CONTINUOUS)), target.learner(CONFIG, CONTINUOUS)
+        state = learner.state()
+        other.load(state)
+        assert_same(state, other.state())
+        assert {name: x.dtype for name, x in state.items()} == {
+            name: x.dtype for name, x in other.state().items()
+        }
+        np.testing.assert_allclose(act_rollout(learner, 5).action, act_rollout(other, 5).action, atol=1e-5)
+
+
+@each_backend
+def test_the_state_is_a_copy(backend):
+    """Learning on does not change a state that was taken before."""
+    learner = backend.learner(CONFIG, CONTINUOUS)
+    scramble(learner)
+    state = learner.state()
+    before = {name: x.copy() for name, x in state.items()}
+    updated(learner, 1)
+    assert_same(state, before)
+    assert any(not np.array_equal(x, before[name]) for name, x in parameters(learner).items())

@@ -1,0 +1,197 @@
+"""The Python interface, checkpoints that cross backends, and learning on real environments."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from proximo import PPO, UserError, checkpoint
+
+SMALL = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "preset": None}
+BACKENDS = ["jax", "torch"]
+OTHER = {"jax": "torch", "torch": "jax"}
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@each_backend
+def test_environments_are_accepted_in_every_form(backend):
+    """An id, a factory, and ready vector environments in each autoreset mode, native ones included."""
+    ready = [
+        SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode) for mode in AutoresetMode
+    ]
+    native = gym.make_vec("CartPole-v1", 4, vectorization_mode="vector_entry_point")
+    for env in ["CartPole-v1", lambda: gym.make("CartPole-v1"), *ready, native]:
+        settings = {**SMALL, "num_envs": 4}
+        agent = PPO(env, backend=backend, **settings).learn(4 * 16 * 3)
+        assert agent.progress.global_step >= 4 * 16 * 3
+        assert agent.progress.episodes
+        agent.close()
+
+
+def test_engines_give_the_same_training():
+    """One process each or all in this one: the same metrics, number for number."""
+    rows = []
+    for engine in ("sync", "async"):
+        agent = PPO("CartPole-v1", engine=engine, **SMALL)
+        rows.append([{k: v for k, v in row.items() if "time/" not in k} for row in agent.iterate(4 * 16 * 3)])
+        agent.close()
+    assert rows[0] == rows[1]
+
+
+@each_backend
+def test_a_run_is_a_function_of_its_seed(backend):
+    def run(seed):
+        agent = PPO("Pendulum-v1", backend=backend, seed=seed, **SMALL).learn(4 * 16 * 2)
+        agent.close()
+        return agent.learner.state()["params/actor.0.weight"]
+
+    assert np.array_equal(run(0), run(0))
+    assert not np.array_equal(run(0), run(1))
+
+
+class Recorder(gym.Wrapper):
+    """Keeps what was done to the environment and what came of it."""
+
+    def __init__(self, env, log):
+        super().__init__(env)
+        self.log = log
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.log.append((np.array(action), np.array(result[0]), result[1]))
+        return result
+
+
+@pytest.mark.parametrize(("env", "tolerance"), [("CartPole-v1", 0.0), ("Pendulum-v1", 1e-3)])
+def test_both_backends_act_alike_in_a_real_environment(env, tolerance):
+    """The same seed gives the same trajectories over five iterations of acting and learning: every discrete
+    action exactly, so that the observations are equal bit for bit; real ones to 1e-3, since float32
+    differs in its last place and learning carries that on."""
+    logs = {}
+    for backend in BACKENDS:
+        log = logs[backend] = []
+        settings = {**SMALL, "num_steps": 64, "normalize_observation": True, "normalize_reward": True}
+        agent = PPO(lambda log=log: Recorder(gym.make(env), log), backend=backend, seed=3, **settings)
+        agent.learn(4 * 64 * 5)
+        agent.close()
+    assert len(logs["jax"]) == len(logs["torch"]) == 4 * 64 * 5
+    for mine, its in zip(logs["jax"], logs["torch"], strict=True):
+        for one, other in zip(mine, its, strict=True):
+            np.testing.assert_allclose(one, other, atol=tolerance, rtol=0)
+
+
+@each_backend
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_a_checkpoint_crosses_backends(backend, env, tmp_path):
+    """Saved by one backend, loaded by the other: the same actions to 1e-5, the same arrays bit for bit, and
+    training goes on from the same step."""
+    settings = {**SMALL, "normalize_observation": True, "normalize_reward": True}
+    agent = PPO(env, backend=backend, **settings).learn(4 * 16 * 3)
+    path = agent.save(tmp_path / "checkpoint")
+    twin = PPO.load(path, backend=OTHER[backend])
+    assert twin.learner.backend == OTHER[backend]
+
+    observations = np.stack(
+        [agent.spaces and agent._envs.single_observation_space.sample() for _ in range(50)]
+    )
+    np.testing.assert_allclose(agent.predict(observations), twin.predict(observations), atol=1e-5)
+    for name, value in agent.learner.state().items():
+        assert np.array_equal(value, twin.learner.state()[name]), name
+    twin.learn(4 * 16 * 2)
+    assert twin.progress.global_step == 4 * 16 * 5
+    assert twin.learner.state()["count"] == 5 * 2 * 2  # iterations × epochs × minibatches
+    agent.close()
+    twin.close()
+
+
+@each_backend
+def test_predict_takes_one_observation_or_many(backend):
+    agent = PPO("CartPole-v1", backend=backend, **SMALL)
+    one = agent.predict(np.zeros(4, np.float32))
+    assert one.shape == ()
+    assert agent.predict(np.zeros((7, 4)), deterministic=False).shape == (7,)
+    with pytest.raises(UserError, match="expected one ending in"):
+        agent.predict(np.zeros(3))
+    agent.close()
+    agent = PPO("Pendulum-v1", backend=backend, rescale_actions=True, **SMALL)
+    sampled = np.stack([agent.predict(np.zeros(3), deterministic=False) for _ in range(50)])
+    assert sampled.shape == (50, 1)
+    assert np.abs(sampled).max() <= 2.0  # the torque's bounds
+    assert sampled.std() > 0.5
+    agent.close()
+
+
+def test_checkpoint_refusals(tmp_path):
+    """Nothing there, a flipped byte, another schema, something else in the place: each said, nothing lost."""
+    agent = PPO("CartPole-v1", **SMALL)
+    path = agent.save(tmp_path / "checkpoint")
+    agent.close()
+    with pytest.raises(UserError, match="does not exist"):
+        PPO.load(tmp_path / "nowhere")
+    arrays = path / checkpoint.ARRAYS
+    whole = arrays.read_bytes()
+    arrays.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="checksum"):
+        PPO.load(path)
+    arrays.write_bytes(whole)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "schema": 99}))
+    with pytest.raises(UserError, match="schema 99"):
+        PPO.load(path)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    with pytest.raises(UserError, match="no checkpoint"):
+        agent.save(precious)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    agent.save(path)  # a checkpoint may be replaced
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "precious"]
+    with pytest.raises(UserError, match="hidden_sizes|shape|does not have"):
+        PPO.load(path, hidden_sizes=(8,))
+    with pytest.raises(UserError, match="spaces are not those"):
+        PPO.load(path, env="Acrobot-v1").learn(64)
+
+
+def test_a_second_call_of_learn_extends_the_schedule():
+    """64 steps, then 64 more: the second call starts half-way down a line that now ends at 128."""
+    agent = PPO("CartPole-v1", learning_rate=1e-3, **SMALL).learn(64)
+    (row,) = agent.iterate(64)
+    assert agent.config.total_timesteps == 128
+    assert row["update/learning_rate"] == pytest.approx(0.5e-3)
+    agent.close()
+
+
+def test_evaluation_counts_the_same_number_of_episodes_everywhere():
+    """An environment whose episodes last 1 step or 9, by its seed: the mean over a fixed number of episodes in
+    each of 8 environments is 5 up to chance, and not drawn to the short ones that end first."""
+
+    class Lottery(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (1,))
+        action_space = gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.left = int(self.np_random.choice([1, 9]))
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.left -= 1
+            return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+    agent = PPO(Lottery, **SMALL)
+    result = agent.evaluate(400, seed=1)
+    agent.close()
+    assert len(result.returns) == 400
+    # Standard error of the mean: 4 / sqrt(400) = 0.2.
+    assert result.to_dict()["return_mean"] == pytest.approx(5.0, abs=0.7)
+
+
+@pytest.mark.slow
+@each_backend
+def test_cartpole_is_solved(backend):
+    """The preset reaches a mean of 475 over 100 episodes within its 100 k steps."""
+    agent = PPO("CartPole-v1", backend=backend, seed=1, stop_at_return=475).learn()
+    agent.close()
+    assert agent.progress.return_mean >= 475
+    assert agent.evaluate(20).to_dict()["return_mean"] > 450

@@ -1,0 +1,171 @@
+"""What a space means: leaves that a network reads, and the way from raw samples to environment actions."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+
+from proximo.config import Config
+from proximo.errors import UserError
+from proximo.spaces import Leaf, Spaces
+
+VECTOR = Box(-1.0, 1.0, (3,))
+NESTED = Dict(
+    {
+        "camera": Box(0, 255, (8, 8, 3), np.uint8),
+        "robot": Dict({"joints": Box(-np.inf, np.inf, (2, 2), np.float64), "gear": Discrete(4, start=-1)}),
+        "action_mask": MultiBinary(3),
+        "switches": MultiBinary(2),
+        "bytes": Box(0, 255, (5,), np.uint8),
+    }
+)
+
+
+def test_observations_become_leaves():
+    """uint8 of rank 3 is an image and stays uint8; other numbers are float32; a mask is no feature."""
+    spaces = Spaces.of(NESTED, Discrete(3))
+    leaves = {leaf.path: leaf for leaf in spaces.observation}
+    assert leaves == {
+        "camera": Leaf("camera", "image", (8, 8, 3), "uint8"),
+        "robot.joints": Leaf("robot.joints", "vector", (2, 2), "float32"),
+        "robot.gear": Leaf("robot.gear", "discrete", (), "int32", n=4, start=-1),
+        "action_mask": Leaf("action_mask", "mask", (3,), "float32"),
+        "switches": Leaf("switches", "vector", (2,), "float32"),
+        "bytes": Leaf("bytes", "vector", (5,), "float32"),
+    }
+    assert {path: leaf.features for path, leaf in leaves.items()} == {
+        "camera": 192, "robot.joints": 4, "robot.gear": 4, "action_mask": 0, "switches": 2, "bytes": 5,
+    }  # fmt: skip
+    assert [leaf.path for leaf in Spaces.of(VECTOR, Discrete(3)).observation] == [""]
+
+
+def test_reading_an_observation_batched_or_not():
+    """Every leaf with its own trailing shape; what is missing or misshapen is named."""
+    spaces = Spaces.of(NESTED, Discrete(3))
+    single = NESTED.sample()
+    batch = gym.vector.utils.batch_space(NESTED, 2).sample()
+    for observation, leading in ((single, ()), (batch, (2,))):
+        read = dict(spaces.read(observation))
+        assert {path: x.shape for path, x in read.items()} == {
+            leaf.path: (*leading, *leaf.shape) for leaf in spaces.observation
+        }
+        np.testing.assert_array_equal(read["robot.joints"], observation["robot"]["joints"])
+    with pytest.raises(UserError, match=r"robot\.joints"):
+        dict(spaces.read({**single, "robot": {"gear": 0}}))
+    with pytest.raises(UserError, match=r"'switches' has shape \(3,\)"):
+        dict(spaces.read({**single, "switches": np.zeros(3)}))
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "words"),
+    [
+        (Tuple([VECTOR, VECTOR]), Discrete(2), "observation space"),
+        (Dict({"a": Tuple([VECTOR])}), Discrete(2), "observation space 'a'"),
+        (Text(5), Discrete(2), "observation space"),
+        (MultiDiscrete([2, 3]), Discrete(2), "observation space"),
+        (Box(0.0, 1.0, (0,)), Discrete(2), "empty"),
+        (Box(0.0, 1.0, (3, 0)), Discrete(2), "empty"),
+        (Dict({"a.b": VECTOR}), Discrete(2), "'a.b'"),
+        (Dict({"action_mask": MultiBinary(2)}), Discrete(3), "one entry for each"),
+        (Dict({"action_mask": MultiBinary(2), "x": VECTOR}), Box(-1.0, 1.0, (2,)), "mask"),
+        (VECTOR, MultiDiscrete([2, 3]), "action space"),
+        (VECTOR, MultiBinary(2), "action space"),
+        (VECTOR, Tuple([Discrete(2)]), "action space"),
+        (VECTOR, Dict({"a": Discrete(2)}), "action space"),
+        (VECTOR, Box(0, 5, (2,), np.int32), "action space"),
+        (VECTOR, Box(-1.0, 1.0, (0,)), "action space"),
+    ],
+)  # fmt: skip
+def test_spaces_that_cannot_be_trained_on(observation, action, words):
+    """Refused when the environment is made, in words, not by a shape error in the middle of a run."""
+    with pytest.raises(UserError, match=words):
+        Spaces.of(observation, action)
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "words"),
+    [
+        (Discrete(3), {"squash": True}, r"squash needs a Box .* Discrete\(3\)"),
+        (Discrete(3), {"rescale_actions": True}, "rescale_actions needs a Box"),
+        (Discrete(3), {"tanh_mean": True}, "tanh_mean needs a Box"),
+        (Box(-np.inf, np.inf, (2,)), {"rescale_actions": True}, "finite action bounds"),
+        (Box(np.float32([-1]), np.float32([np.inf])), {"rescale_actions": True}, "finite action bounds"),
+    ],
+)  # fmt: skip
+def test_settings_that_spaces_cannot_serve(space, settings, words):
+    """Rescaling to infinity, or squashing an index."""
+    with pytest.raises(UserError, match=words):
+        Spaces.of(VECTOR, space).check(Config(**settings))
+    Spaces.of(VECTOR, space).check(Config())
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        Discrete(3),
+        Discrete(3, start=5),
+        Box(-2.0, 3.0, (2, 2)),
+        Box(np.array([-np.inf, -1.0]), np.array([np.inf, np.inf]), dtype=np.float64),
+    ],
+)
+def test_spaces_survive_json(action):
+    """Strict JSON, which knows no infinity."""
+    spaces = Spaces.of(NESTED if action == Discrete(3) else VECTOR, action)
+    text = json.dumps(spaces.to_dict(), allow_nan=False)
+    assert Spaces.from_dict(json.loads(text)) == spaces
+
+
+def test_discrete_actions_begin_where_the_space_does():
+    """Index 0, 1, 2 of Discrete(3, start=5) is action 5, 6, 7."""
+    action = Spaces.of(VECTOR, Discrete(3, start=5)).action
+    mapped = action.to_env(np.array([0, 1, 2], np.int32), Config())
+    assert mapped.tolist() == [5, 6, 7]
+    assert all(x in Discrete(3, start=5) for x in mapped)
+    assert action.head_size == 3
+    assert action.raw_shape == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Bounds are [0, 10] and [-1, 1]. Clipping alone:
+        ({}, [[0.5, -1.0], [0.0, 1.0]]),
+        ({"clip_actions": False}, [[0.5, -3.0], [-2.0, 1.0]]),
+        # 0 + ½ (0.5 + 1) · 10 = 7.5;  −1 + ½ (−3 + 1) · 2 = −3, clipped;  ½ (−2 + 1) · 10 = −5, clipped
+        ({"rescale_actions": True}, [[7.5, -1.0], [0.0, 1.0]]),
+        ({"rescale_actions": True, "clip_actions": False}, [[7.5, -3.0], [-5.0, 1.0]]),
+        ({"squash": True}, [[math.tanh(0.5), math.tanh(-3.0)], [0.0, math.tanh(1.0)]]),
+        (
+            {"squash": True, "rescale_actions": True},
+            [[5.0 + 5.0 * math.tanh(0.5), math.tanh(-3.0)], [5.0 + 5.0 * math.tanh(-2.0), math.tanh(1.0)]],
+        ),
+    ],
+)
+def test_from_raw_samples_to_actions(settings, expected):
+    """Squash into (−1, 1), then rescale [−1, 1] to the bounds, then clip to them, each where asked."""
+    action = Spaces.of(VECTOR, Box(np.array([0.0, -1.0]), np.array([10.0, 1.0]), dtype=np.float64)).action
+    raw = np.array([[0.5, -3.0], [-2.0, 1.0]], np.float32)
+    before = raw.copy()
+    mapped = action.to_env(raw, Config(**settings))
+    np.testing.assert_allclose(mapped, expected, rtol=1e-6)
+    assert mapped.dtype == np.float64
+    np.testing.assert_array_equal(raw, before)  # the sample is what is stored and scored
+
+
+def test_actions_take_the_shape_and_stay_inside_the_bounds():
+    """A raw sample is flat; the environment gets its own shape and dtype, within bounds at any magnitude."""
+    space = Box(-0.4, 0.4, (2, 3))
+    action = Spaces.of(VECTOR, space).action
+    raw = np.arange(-6, 6, dtype=np.float32).reshape(2, 6) * 1e30
+    for settings in ({}, {"squash": True, "rescale_actions": True}):
+        mapped = action.to_env(raw, Config(**settings))
+        assert mapped.shape == (2, 2, 3)
+        assert all(x in space for x in mapped)
+    flat = action.to_env(np.arange(6, dtype=np.float32)[None], Config(clip_actions=False))
+    np.testing.assert_array_equal(flat[0], [[0, 1, 2], [3, 4, 5]])
+    assert action.head_size == 6

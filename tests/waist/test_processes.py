@@ -1,0 +1,83 @@
+"""The waist carries several processes: each has its own environments, and sums are taken over all."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backends import BACKENDS
+from rollouts import CONTINUOUS, act_rollout, small
+
+from proximo.rollout import minibatch_order
+from proximo.schedules import hyper_at
+
+RANKS, N, T = 2, 3, 8
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def union_order(orders: list[np.ndarray]) -> np.ndarray:
+    """Minibatch m of the union is minibatch m of rank 0 and that of rank 1 together: row t * N + n of rank r
+    is row t * 2 N + r N + n of the union; "nothing" (T N) stays nothing (T 2 N)."""
+    parts = []
+    for rank, order in enumerate(orders):
+        t, n = np.divmod(order, N)
+        parts.append(np.where(order == T * N, T * N * RANKS, t * N * RANKS + rank * N + n))
+    return np.concatenate(parts, axis=2).astype(np.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_two_processes_update_as_one_on_the_union(backend, tmp_path):
+    """Two real processes, three environments each with reset rows of their own, against one process with all
+    six: parameters, Adam's moments, normalisers and metrics to 1e-10, in float64. Sizes differ between the
+    ranks' minibatches, since reset rows do. Everything that sums is on: advantage, observation and reward
+    moments, the KL stop, the gradient norm."""
+    settings = {
+        "num_steps": T, "minibatch_size": None, "num_minibatches": 4, "normalize_observation": True,
+        "normalize_reward": True, "target_kl": 0.5, "learning_rate": 1e-2, "ent_coef": 0.01,
+    }  # fmt: skip
+    own, union = small(**settings, num_envs=N), small(**settings, num_envs=N * RANKS)
+    with backend.float64():
+        whole = backend.learner(union, CONTINUOUS, dtype="float64")
+        rollout = act_rollout(whole, seed=1)
+        start = backend.learner(own, CONTINUOUS, dtype="float64").state()
+        orders = [
+            minibatch_order(rollout.valid[:, r * N : (r + 1) * N], 2, 4, np.random.default_rng(r))
+            for r in range(RANKS)
+        ]
+        metrics = whole.update(rollout, union_order(orders), hyper_at(union, 0))
+        expected = whole.state()
+
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"config": own.to_dict(), "spaces": CONTINUOUS.to_dict()})
+    )
+    names = ("action", "reward", "terminated", "truncated", "valid", "start")
+    np.savez(
+        tmp_path / "rollout.npz", obs=rollout.obs[""], **{name: getattr(rollout, name) for name in names}
+    )
+    np.savez(tmp_path / "state.npz", **start)
+    for rank, order in enumerate(orders):
+        np.save(tmp_path / f"order{rank}.npy", order)
+
+    script, address = Path(__file__).with_name("rank.py"), free_address()
+    processes = [
+        subprocess.Popen([sys.executable, script, backend.name, str(rank), str(tmp_path), address])
+        for rank in range(RANKS)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for rank in range(RANKS):
+        mine = dict(np.load(tmp_path / f"{backend.name}{rank}.npz"))
+        for name, value in expected.items():
+            if name in ("running_return", "carry"):
+                value = value[rank * N : (rank + 1) * N]
+            np.testing.assert_allclose(mine[name], value, rtol=1e-10, atol=1e-10, err_msg=name)
+        reported = json.loads((tmp_path / f"{backend.name}{rank}.json").read_text())
+        for name, value in metrics.items():
+            assert reported[name] == pytest.approx(value, rel=1e-8, abs=1e-10), name
