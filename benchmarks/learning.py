@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from proximo.record import read_metrics, versions
 
 RESULTS = Path(__file__).parent / "results"
 RETURN = "rollout/episode_return_mean"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run per core
 
 
 def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> dict:
@@ -39,7 +41,7 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         "--checkpoint-interval",
         "0",
     ]
-    subprocess.run(module, check=True)
+    subprocess.run(module, check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
     evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--episodes", "100", "--json"]
     evaluation = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)

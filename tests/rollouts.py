@@ -42,12 +42,17 @@ def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...
 
 
 def act_rollout(
-    learner: Any, seed: int, resets: str = "next_step", ends: float = 0.2, noise: np.ndarray | None = None
+    learner: Any,
+    seed: int,
+    resets: str = "next_step",
+    ends: float = 0.2,
+    noise: np.ndarray | None = None,
+    begins: np.ndarray | bool = True,
 ) -> Rollout:
     """A random rollout of the learner's size, in which its own actor acts.
 
     `resets` says what follows the end of an episode: "next_step" a row that is no transition, "same_step"
-    the next episode at once.
+    the next episode at once. `begins` [N] says where the first row starts an episode.
     """
     spaces, config = learner.spec.spaces, learner.spec.config
     rng = np.random.default_rng(seed)
@@ -59,7 +64,7 @@ def act_rollout(
     for path, value in random_obs(spaces, rng, (rows[0] + 1, rows[1])).items():
         rollout.obs[path][:] = value
     rollout.reward[:] = 1.0 + 5.0 * rng.standard_normal(rows)
-    rollout.start[0] = True
+    rollout.start[0] = begins
     resetting = np.zeros(rows[1], bool)
     for t in range(rows[0]):
         rollout.action[t] = actor({path: x[t] for path, x in rollout.obs.items()}, rollout.start[t])

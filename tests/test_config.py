@@ -159,6 +159,7 @@ def test_contradictions():
     assert "init_std" in refusal(init_std=0.01, min_std=0.1)
     assert Config(std="fixed", init_std=0.01, min_std=0.1).init_std == 0.01
     assert "tanh" in refusal(squash=True, tanh_mean=True)
+    assert "adaptive" in refusal(lr_schedule="adaptive", actor_learning_rate=0.0)
 
 
 def test_a_config_survives_json_and_yaml():

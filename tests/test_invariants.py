@@ -187,6 +187,24 @@ def test_a_minibatch_without_a_transition(backend):
 
 
 @each_backend
+def test_nothing_weighs_nothing(backend):
+    """The index that stands for nothing may fill up a minibatch: losses, gradient and step stay the same.
+
+    So uneven minibatches are exact means over their own samples; in particular no sample is used twice.
+    """
+    config = small(**NORMALISED, vf_clip_coef=0.1, ent_coef=0.01)
+    learner = backend.learner(config, CONTINUOUS)
+    scramble(learner)
+    rollout, before, outcomes = act_rollout(learner, seed=1, ends=0.0), learner.state(), []
+    for rows in ([3, 23, 7, 8], [24, 3, 23, 24, 7, 8, 24]):
+        learner.load(before)
+        metrics = learner.update(rollout, np.array([[rows]], np.int32), hyper_at(config, 0))
+        outcomes.append({**learner.state(), **metrics})
+    for name, x in outcomes[0].items():
+        np.testing.assert_allclose(x, outcomes[1][name], rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@each_backend
 def test_early_stopping_looks_before_it_steps(backend):
     """The minibatch whose KL exceeds target_kl is not learned from, nor is anything after it.
 
@@ -310,3 +328,21 @@ def test_hyperparameters_follow_the_global_step():
         assert (*rates, hyper.clip_coef, hyper.ent_coef) == pytest.approx((actor, critic, clip, entropy))
         assert (hyper.gamma, hyper.gae_lambda, hyper.target_kl, hyper.vf_clip_coef) == (0.99, 0.95, 0.0, 0.0)
     assert hyper_at(config.replace(actor_learning_rate=1e-3), 0).actor_learning_rate == 1e-3
+
+
+@each_backend
+def test_a_learned_deviation_stays_in_its_bounds_and_comes_back(backend):
+    """Entropy weighted by 100 drives log σ up to the bound 2 and not past it (0.5 a step, 32 steps); weighted by
+    −100 it leaves the bound at once, and stops at log min_std = log 0.01."""
+    config = small(learning_rate=0.5, min_std=0.01, max_grad_norm=None)
+    learner = backend.learner(config, CONTINUOUS)
+
+    def push(ent_coef):
+        for seed in range(4):
+            rollout = act_rollout(learner, seed)
+            order = minibatch_order(rollout.valid, 2, 4, np.random.default_rng(seed))
+            learner.update(rollout, order, hyper_at(config, 0)._replace(ent_coef=ent_coef))
+        return learner.state()["params/actor.log_std"]
+
+    np.testing.assert_allclose(push(100.0), 2.0)
+    np.testing.assert_allclose(push(-100.0), np.log(0.01), rtol=1e-6)

@@ -79,19 +79,22 @@ def test_normalise_by_hand(backend):
 
 @each_backend
 def test_discounted_returns_by_hand(backend):
-    """R_t = ½ R_{t−1} + r_t, anew after an end, and standing still over a reset row.
+    """R_t = ½ R_{t−1} + r_t, anew with an episode, and standing still over a row that is no transition.
 
     Left: the rollout begins with R = 8 and an episode that ends with step 1; step 2 only resets (its reward
     of 99 is no reward).   ½·8 + 1 = 5,  ½·5 + 2 = 4.5 | – | 0 + 4 = 4,  ½·4 + 5 = 7, carried on.
-    Right: ends with the last step.   ½·0 + 1 = 1,  2.5,  4.25,  6.125,  8.0625 | 0 carried on.
+    Middle: begins an episode, so the R = 6 before is another's.   0 + 1 = 1,  2.5,  4.25,  6.125,  8.0625.
+    Right: a gap within an episode neither adds nor discounts.   1, –, –, ½·1 + 4 = 4.5,  ½·4.5 + 5 = 7.25.
     """
-    reward = np.array([[1.0, 1.0], [2.0, 2.0], [99.0, 3.0], [4.0, 4.0], [5.0, 5.0]])
-    over = np.array([[0, 0], [1, 0], [0, 0], [0, 0], [0, 1]], bool)
-    valid = np.array([[1, 1], [1, 1], [0, 1], [1, 1], [1, 1]], bool)
-    returns, running = function(backend, "discounted_returns")(reward, over, valid, np.array([8.0, 0.0]), 0.5)
+    reward = np.array([[1.0] * 3, [2.0, 2.0, 99.0], [99.0, 3.0, 99.0], [4.0] * 3, [5.0] * 3])
+    start = np.array([[0, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]], bool)
+    valid = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 1, 1]], bool)
+    running = np.array([8.0, 6.0, 0.0])
+    returns, running = function(backend, "discounted_returns")(reward, start, valid, running, 0.5)
     np.testing.assert_allclose(returns[valid[:, 0], 0], [5.0, 4.5, 4.0, 7.0])
     np.testing.assert_allclose(returns[:, 1], [1.0, 2.5, 4.25, 6.125, 8.0625])
-    np.testing.assert_allclose(running, [7.0, 0.0])
+    np.testing.assert_allclose(returns[valid[:, 2], 2], [1.0, 4.5, 7.25])
+    np.testing.assert_allclose(running, [7.0, 8.0625, 7.25])
 
 
 def learned(backend: Backend, config: Any) -> Any:
@@ -118,8 +121,10 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(backend, 
     )  # fmt: skip
     learner = learned(backend, config)
     reward, over, valid = np.zeros((0, 3)), np.zeros((0, 3), bool), np.zeros((0, 3), bool)
+    begins = True
     for iteration in range(3):
-        rollout = act_rollout(learner, seed=iteration, resets=resets)
+        rollout = act_rollout(learner, seed=iteration, resets=resets, begins=begins)
+        begins = rollout.terminated[-1] | rollout.truncated[-1] | rollout.start[-1]
         if iteration:  # an episode may go on from the rollout before, even across a reset row
             assert not over[-1].all()
         reward = np.concatenate([reward, rollout.reward])

@@ -283,6 +283,8 @@ class Config:
                 f"{what} = {rows} transitions do not divide into minibatches of minibatch_size {size}"
                 f"{self._of_sequences()}: choose a divisor of {rows}, or give num_minibatches instead"
             )
+        if self.lr_schedule == "adaptive" and 0 in (self.learning_rate, self.actor_learning_rate):
+            raise UserError("lr_schedule adaptive multiplies the step size: give a learning_rate above 0")
         if self.std != "fixed" and self.init_std <= self.min_std:
             raise UserError(f"init_std {self.init_std} must be above min_std {self.min_std}")
         if self.squash and self.tanh_mean:

@@ -18,12 +18,18 @@ from proximo.spaces import Box, Spaces
 
 Parameters = dict[str, np.ndarray]
 
+MAX_LOG_STD = 2.0
 HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN = math.sqrt(2.0), 0.01, 1.0
 
 
 def is_critic(name: str) -> bool:
     """Whether a parameter moves at the critic's learning rate."""
     return name.startswith("critic")
+
+
+def limits(name: str, config: Config) -> tuple[float, float]:
+    """The range that a parameter is put back into after every step: only a learned log-std has one."""
+    return (math.log(config.min_std), MAX_LOG_STD) if name == "actor.log_std" else (-math.inf, math.inf)
 
 
 def initial_parameters(config: Config, spaces: Spaces) -> Parameters:

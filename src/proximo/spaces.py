@@ -28,7 +28,7 @@ class Leaf:
     """One array of an observation.
 
     `kind` says how a network reads it: "vector" as numbers, normalised where asked; "image" (uint8, rank 3)
-    scaled to [0, 1]; "discrete" as the one-hot code of `value - start`; "mask" not at all.
+    as it is; "discrete" as the one-hot code of `value - start`; "mask" not at all.
     """
 
     path: str

@@ -81,11 +81,9 @@ class SquashedGaussian(NamedTuple):
 
     def sample(self, noise: Array) -> Array:
         """Standard normal noise [..., D] -> sample before the tanh [..., D]."""
-        """Standard normal noise [..., D] -> sample before the tanh [..., D]."""
         return Gaussian(self.mean, self.log_std).sample(noise)
 
     def log_prob(self, action: Array) -> Array:
-        """log density of tanh(sample), of a sample [..., D]: [...]."""
         """log density of the tanh of a sample [..., D], summed over dimensions: [...]."""
         normal = Gaussian(self.mean, self.log_std).log_prob(action)
         return normal - jnp.sum(log_tanh_slope(action.astype(self.mean.dtype)), axis=-1)
@@ -99,7 +97,6 @@ class SquashedGaussian(NamedTuple):
         return Gaussian(self.mean, self.log_std).entropy() + jnp.sum(slope, axis=-1)
 
     def std(self) -> Array:
-        """Mean standard deviation before the tanh: [...]."""
         """Mean standard deviation before the tanh, over dimensions: [...]."""
         return Gaussian(self.mean, self.log_std).std()
 

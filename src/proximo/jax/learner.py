@@ -31,7 +31,7 @@ from proximo.jax.losses import (
 )
 from proximo.jax.networks import Network, Obs, Params, mlp
 from proximo.jax.normalization import Moments, Reduce, discounted_returns, merge, normalize
-from proximo.parameters import is_critic
+from proximo.parameters import is_critic, limits
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
 from proximo.spaces import Spaces
@@ -95,8 +95,6 @@ class Batch(NamedTuple):
 class Metrics(NamedTuple):
     """What one minibatch measured: means over its samples, and the gradient's norm before clipping."""
 
-    """One minibatch's figures, each a mean over its samples: []."""
-
     policy: Array
     value: Array
     entropy: Array
@@ -138,7 +136,6 @@ def prepare(
     """Recompute what the policy that acted thought of the rollout, and estimate advantages."""
     config, reduce = spec.config, spec.reduce
     weight = data.valid.astype(data.final_value.dtype)
-    over = (data.terminated | data.truncated) & data.valid
     reward = jnp.where(data.valid, data.reward, 0.0).astype(weight.dtype)
     action = jnp.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
 
@@ -151,7 +148,7 @@ def prepare(
 
     running, moments = state.running_return, state.return_moments
     if config.normalize_reward:
-        returns, running = discounted_returns(reward, over, data.valid, running, hyper.gamma)
+        returns, running = discounted_returns(reward, data.start[:-1], data.valid, running, hyper.gamma)
         moments = merge(moments, returns, weight, reduce)
         scale = lax.rsqrt(moments.variance + 1e-8)
         reward = jnp.clip(reward * scale, -config.clip_reward, config.clip_reward)
@@ -237,7 +234,7 @@ def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[Stat
         moment_2[name] = BETA_2 * state.moment_2[name] + (1.0 - BETA_2) * g**2
         denominator = jnp.sqrt(moment_2[name] / correction_2) + hyper.adam_epsilon
         change = rate * state.rate_scale * (moment_1[name] / correction_1) / denominator
-        params[name] = state.params[name] - change
+        params[name] = jnp.clip(state.params[name] - change, *limits(name, spec.config))
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
 
 

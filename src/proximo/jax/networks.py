@@ -13,7 +13,7 @@ from jax import Array
 
 from proximo.config import Config
 from proximo.jax.distributions import MASKED, Categorical, Gaussian, Policy, SquashedGaussian
-from proximo.parameters import initial_parameters
+from proximo.parameters import MAX_LOG_STD, initial_parameters
 from proximo.spaces import Discrete, Spaces
 
 Params = dict[str, Array]
@@ -27,7 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "leaky_relu": jax.nn.leaky_relu,
 }
-MAX_LOG_STD = 2.0
 
 
 class Network(NamedTuple):
@@ -74,7 +73,6 @@ def encode(spaces: Spaces, obs: Obs, dtype: jnp.dtype) -> Array:
 
 def linear(params: Params, name: str, x: Array) -> Array:
     """x W + b: [..., inputs] -> [..., outputs]."""
-    """x W + b: [..., inputs] -> [..., outputs]."""
     return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
@@ -101,9 +99,8 @@ def policy_from_output(
         # Shifted so that a zero output means init_std.
         shift = math.log(math.expm1(config.init_std - config.min_std))
         std = jax.nn.softplus(output[..., spaces.action.size :] + shift) + config.min_std
-        log_std = jnp.log(std)
+        log_std = jnp.minimum(jnp.log(std), MAX_LOG_STD)
     elif config.std == "fixed" or log_std is None:
         log_std = jnp.full(spaces.action.size, math.log(config.init_std), mean.dtype)
-    log_std = jnp.clip(log_std, math.log(config.min_std), MAX_LOG_STD)
     log_std = jnp.broadcast_to(log_std, mean.shape)
     return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)

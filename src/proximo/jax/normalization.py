@@ -49,12 +49,13 @@ def normalize(x: Array, moments: Moments, clip: float) -> Array:
 
 
 def discounted_returns(
-    reward: Array, over: Array, valid: Array, running: Array, gamma: Array
+    reward: Array, start: Array, valid: Array, running: Array, gamma: Array
 ) -> tuple[Array, Array]:
     """R_t = γ R_{t−1} + r_t, begun anew with each episode.
 
     Args:
-        reward, over, valid: [T, N]; `over` is terminated or truncated.
+        reward, valid: [T, N].
+        start: [T, N] step t is the first of an episode.
         running: [N] R carried over from the rollout before.
 
     Returns:
@@ -62,9 +63,10 @@ def discounted_returns(
     """
 
     def advance(running: Array, row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        reward, over, valid = row
-        value = jnp.where(valid, gamma * running + reward, running)
-        return jnp.where(over, 0.0, value), value
+        reward, start, valid = row
+        before = jnp.where(start, 0.0, running)
+        running = jnp.where(valid, gamma * before + reward, before)
+        return running, running
 
-    running, returns = jax.lax.scan(advance, running, (reward, over, valid))
+    running, returns = jax.lax.scan(advance, running, (reward, start, valid))
     return returns, running

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 LOG_2PI = math.log(2.0 * math.pi)
-QUADRATURE_NODES, QUADRATURE_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
-QUADRATURE_WEIGHTS = QUADRATURE_WEIGHTS / QUADRATURE_WEIGHTS.sum()
+QUADRATURE_NODES, QUADRATURE_WEIGHTS = (x.tolist() for x in np.polynomial.hermite_e.hermegauss(16))
+QUADRATURE_WEIGHTS = [weight / sum(QUADRATURE_WEIGHTS) for weight in QUADRATURE_WEIGHTS]
 
 
 class Categorical(NamedTuple):
@@ -90,8 +90,8 @@ class SquashedGaussian(NamedTuple):
 
     def entropy(self) -> Tensor:
         """No closed form: H(normal) + E[log dtanh(x)/dx], by 16-point Gauss-Hermite quadrature: [...]."""
-        nodes = torch.tensor(QUADRATURE_NODES.tolist(), dtype=self.mean.dtype)
-        weights = torch.tensor(QUADRATURE_WEIGHTS.tolist(), dtype=self.mean.dtype)
+        nodes = torch.tensor(QUADRATURE_NODES, dtype=self.mean.dtype)
+        weights = torch.tensor(QUADRATURE_WEIGHTS, dtype=self.mean.dtype)
         points = self.mean[..., None] + torch.exp(self.log_std)[..., None] * nodes
         slope = torch.sum(log_tanh_slope(points) * weights, dim=-1)
         return Gaussian(self.mean, self.log_std).entropy() + torch.sum(slope, dim=-1)

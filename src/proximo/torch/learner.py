@@ -22,7 +22,7 @@ from torch import Tensor
 
 from proximo import state as trees
 from proximo.config import Config
-from proximo.parameters import is_critic
+from proximo.parameters import is_critic, limits
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
 from proximo.spaces import Spaces
@@ -39,6 +39,7 @@ from proximo.torch.normalization import Moments, Reduce, discounted_returns, mer
 
 BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates
 NORM_EPSILON = 1e-6
+FLAT = ("params", "moment_1", "moment_2")  # what a State holds as flat vectors
 
 
 class Spec(NamedTuple):
@@ -50,6 +51,8 @@ class Spec(NamedTuple):
     reduce: Reduce
     shapes: dict[str, tuple[int, ...]]  # of the parameters, in the order of the flat vector
     critic: Tensor  # [P] bool: moves at the critic's rate
+    low: Tensor  # [P] limits that parameters are put back into after every step
+    high: Tensor
 
 
 class State(NamedTuple):
@@ -122,6 +125,11 @@ def unflatten(spec: Spec, flat: Tensor) -> Params:
     return {name: part.view(shape) for (name, shape), part in zip(spec.shapes.items(), parts, strict=True)}
 
 
+def flatten(spec: Spec, params: Params) -> Tensor:
+    """The inverse of `unflatten`."""
+    return torch.cat([params[name].reshape(-1) for name in spec.shapes])
+
+
 def observe(spec: Spec, moments: dict[str, Moments], obs: Obs) -> Obs:
     """Observations as the network sees them: normalised where asked, images and codes untouched."""
     return {
@@ -161,7 +169,6 @@ def prepare(
     """Recompute what the policy that acted thought of the rollout, and estimate advantages."""
     config, reduce = spec.config, spec.reduce
     weight = data.valid.to(data.final_value.dtype)
-    over = (data.terminated | data.truncated) & data.valid
     reward = torch.where(data.valid, data.reward, 0.0).to(weight.dtype)
     action = torch.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
 
@@ -174,7 +181,7 @@ def prepare(
 
     running, moments = state.running_return, state.return_moments
     if config.normalize_reward:
-        returns, running = discounted_returns(reward, over, data.valid, running, hyper.gamma)
+        returns, running = discounted_returns(reward, data.start[:-1], data.valid, running, hyper.gamma)
         moments = merge(moments, returns, weight, reduce)
         scale = torch.rsqrt(moments.variance + 1e-8)
         reward = torch.clip(reward * scale, -config.clip_reward, config.clip_reward)
@@ -259,6 +266,7 @@ def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[Stat
     moment_2 = BETA_2 * state.moment_2 + (1.0 - BETA_2) * gradient**2
     denominator = torch.sqrt(moment_2 / correction_2) + hyper.adam_epsilon
     params = state.params - rate * state.rate_scale * (moment_1 / correction_1) / denominator
+    params = torch.clip(params, spec.low, spec.high)
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
 
 
@@ -377,7 +385,7 @@ def initial_state(spec: Spec, num_envs: int, dtype: torch.dtype) -> State:
     def moments(shape: tuple[int, ...]) -> Moments:
         return Moments(zeros(()), zeros(shape), ones(shape))
 
-    params = flatten({name: tensor(value).to(dtype) for name, value in spec.network.init().items()})
+    params = flatten(spec, {name: tensor(value).to(dtype) for name, value in spec.network.init().items()})
     observed = [leaf for leaf in spec.spaces.observation if leaf.kind == "vector"]
     return State(
         params=params,
@@ -392,11 +400,6 @@ def initial_state(spec: Spec, num_envs: int, dtype: torch.dtype) -> State:
         running_return=zeros(num_envs),
         carry=zeros((num_envs, spec.network.carry_size)),
     )
-
-
-def flatten(params: Params) -> Tensor:
-    """Named parameters as one flat vector [P]; the inverse of `unflatten`."""
-    return torch.cat([value.reshape(-1) for value in params.values()])
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -428,8 +431,16 @@ class Learner:
         network = network or mlp(config, spaces)
         initial = network.init()
         shapes = {name: np.shape(value) for name, value in initial.items()}
-        critic = np.concatenate([np.full(np.size(value), is_critic(name)) for name, value in initial.items()])
-        self.spec = Spec(config, spaces, network, reduce, shapes, torch.from_numpy(critic))
+
+        def per_parameter(function: Callable[[str], Any], dtype: torch.dtype) -> Tensor:
+            return torch.cat(
+                [torch.full((np.size(x),), function(name), dtype=dtype) for name, x in initial.items()]
+            )
+
+        critic = per_parameter(is_critic, torch.bool)
+        low = per_parameter(lambda name: limits(name, config)[0], self._dtype)
+        high = per_parameter(lambda name: limits(name, config)[1], self._dtype)
+        self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high)
         self._state = initial_state(self.spec, config.num_envs, self._dtype)
         self._minibatch = compiled(minibatch) if config.compile else minibatch
 
@@ -504,12 +515,10 @@ class Learner:
             UserError: it belongs to other settings or spaces.
         """
         named = each(tensor, trees.restore(self._named(), state))
-        self._state = named._replace(
-            params=flatten(named.params), moment_1=flatten(named.moment_1), moment_2=flatten(named.moment_2)
-        )
+        self._state = named._replace(**{name: flatten(self.spec, getattr(named, name)) for name in FLAT})
 
     def _named(self) -> Any:
         """The state with its flat vectors under names."""
-        named = partial(unflatten, self.spec)
-        state = self._state._asdict()
-        return State(**{**state, **{name: named(state[name]) for name in ("params", "moment_1", "moment_2")}})
+        return self._state._replace(
+            **{name: unflatten(self.spec, getattr(self._state, name)) for name in FLAT}  # type: ignore[arg-type]
+        )

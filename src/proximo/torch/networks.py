@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from proximo.config import Config
-from proximo.parameters import initial_parameters
+from proximo.parameters import MAX_LOG_STD, initial_parameters
 from proximo.spaces import Discrete, Spaces
 from proximo.torch.distributions import MASKED, Categorical, Gaussian, Policy, SquashedGaussian, softplus
 
@@ -27,7 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "leaky_relu": lambda x: torch.where(x >= 0, x, 0.01 * x),  # PyTorch's own has slope 0.01 at 0, not 1
 }
-MAX_LOG_STD = 2.0
 
 
 class Network(NamedTuple):
@@ -101,9 +100,8 @@ def policy_from_output(
         # Shifted so that a zero output means init_std.
         shift = math.log(math.expm1(config.init_std - config.min_std))
         std = softplus(output[..., spaces.action.size :] + shift) + config.min_std
-        log_std = torch.log(std)
+        log_std = torch.clip(torch.log(std), max=MAX_LOG_STD)
     elif config.std == "fixed" or log_std is None:
         log_std = torch.full_like(mean, math.log(config.init_std))
-    log_std = torch.clip(log_std, math.log(config.min_std), MAX_LOG_STD)
     log_std = torch.broadcast_to(log_std, mean.shape)
     return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)

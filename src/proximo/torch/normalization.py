@@ -49,12 +49,13 @@ def normalize(x: Tensor, moments: Moments, clip: float) -> Tensor:
 
 
 def discounted_returns(
-    reward: Tensor, over: Tensor, valid: Tensor, running: Tensor, gamma: Tensor
+    reward: Tensor, start: Tensor, valid: Tensor, running: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """R_t = γ R_{t−1} + r_t, begun anew with each episode.
 
     Args:
-        reward, over, valid: [T, N]; `over` is terminated or truncated.
+        reward, valid: [T, N].
+        start: [T, N] step t is the first of an episode.
         running: [N] R carried over from the rollout before.
 
     Returns:
@@ -62,8 +63,9 @@ def discounted_returns(
     """
     reward = torch.where(valid, reward, 0.0)
     discount = torch.where(valid, gamma * torch.ones_like(reward), 1.0)  # the sum stands still elsewhere
+    discount = torch.where(start, 0.0, discount)
     returns = []
-    for reward_t, discount_t, over_t in zip(reward.unbind(), discount.unbind(), over.unbind(), strict=True):
-        returns.append(torch.addcmul(reward_t, discount_t, running))
-        running = returns[-1].masked_fill(over_t, 0.0)
+    for reward_t, discount_t in zip(reward.unbind(), discount.unbind(), strict=True):
+        running = torch.addcmul(reward_t, discount_t, running)
+        returns.append(running)
     return torch.stack(returns), running
