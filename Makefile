@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 
 # Lint, types, import contracts, then every test. `make test ARGS="-m 'not slow'"` leaves out the long ones.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -27,19 +27,22 @@ format: $(VENV)/dev
 # Learning results under benchmarks/results, as the README quotes them. Hours on two cores.
 results: $(VENV)/dev
 	$(BIN)/python benchmarks/learning.py CartPole-v1 --seeds 5
-	$(BIN)/python benchmarks/learning.py HalfCheetah-v5 --seeds 5
+	$(BIN)/python benchmarks/learning.py HalfCheetah-v5 --seeds 5 --compile
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-$(VENV)/bin/python:
+$(VENV)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
 
-$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@touch $@
 
-$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@touch $@

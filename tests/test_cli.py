@@ -96,6 +96,8 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
         ("train", "ENV_ID"),
         ("evaluate nowhere", "does not exist"),
+        ("evaluate nowhere --episode 3", "did you mean '--episodes'"),
+        ("train Pendulum-v1 --engine native", "engine native"),
         ("fly", "invalid choice"),
     ],
 )
@@ -146,20 +148,38 @@ def test_help_lists_every_setting(capsys):
     assert all("--" + name.replace("_", "-") in text for name in FIELDS)
 
 
-def test_a_run_can_be_stopped(tmp_path):
-    """SIGINT ends the run after the iteration, saved: status 130, and the checkpoint evaluates."""
+@pytest.mark.parametrize("engine", ["sync", "async"])
+def test_a_run_can_be_stopped(engine, tmp_path):
+    """Ctrl-C (SIGINT to the whole process group, workers too) ends the run after the iteration, saved: status 130,
+    and the checkpoint evaluates."""
     run = tmp_path / "run"
     command = [*PROXIMO, "train", "CartPole-v1", "--run-dir", str(run), "--total-timesteps", "100_000_000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command += ["--engine", engine, "--num-envs", "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         metrics = run / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted after" in output
+    assert "stopping after this iteration" in errors
+    assert "Traceback" not in errors
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
+
+
+def test_numbers_belong_to_the_flag_they_follow(tmp_path, capsys):
+    """A negative number with an exponent is no flag, an environment's id is no width of a layer."""
+    run = tmp_path / "run"
+    arguments = ["train", *SMALL, "--hidden-sizes", "8", "4", "Acrobot-v1", "--stop-at-return", "-1e2"]
+    assert main([*arguments, "--total-timesteps", "32", "--run-dir", str(run)]) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["hidden_sizes"] == [8, 4]
+    assert config["stop_at_return"] == -100.0
+    assert "stop_at_return -100 was not reached" in capsys.readouterr().out
 
 
 def test_importing_pulls_in_no_framework():

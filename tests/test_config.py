@@ -84,7 +84,7 @@ def test_values_as_people_write_them(name, value, expected):
         ("activation", 3, "one of tanh"),
         ("hidden_sizes", "64 wide", "whole numbers"),
         ("hidden_sizes", (64, 0), "whole numbers in [1, ∞)"),
-        ("env_kwargs", "g=9.81", "names with values"),
+        ("env_kwargs", "g=9.81", "names with plain values"),
         ("run_dir", 7, "text or none"),
     ],
 )

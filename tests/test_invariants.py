@@ -227,7 +227,7 @@ def test_early_stopping_looks_before_it_steps(backend):
     learner.load(before)
     alone = learner.update(rollout, order[:1, :1], hyper_at(config, 0))
     for name, x in learner.state().items():
-        np.testing.assert_allclose(x, stopped[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(x, stopped[name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert alone["losses/total"] == pytest.approx(metrics["losses/total"], rel=1e-5)
 
     learner.load(before)

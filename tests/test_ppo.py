@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from proximo import PPO, UserError, checkpoint
+from proximo import PPO, RunError, UserError, checkpoint
 
 SMALL = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "preset": None}
 BACKENDS = ["jax", "torch"]
@@ -136,6 +136,11 @@ def test_checkpoint_refusals(tmp_path):
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
     arrays.write_bytes(whole)
+    said = (path / checkpoint.MANIFEST).read_text()
+    (path / checkpoint.MANIFEST).write_text(said.replace('"global_step": 0', '"global_step": 9'))
+    with pytest.raises(UserError, match="checksum"):
+        PPO.load(path)
+    (path / checkpoint.MANIFEST).write_text(said)
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "schema": 99}))
     with pytest.raises(UserError, match="schema 99"):
@@ -147,9 +152,9 @@ def test_checkpoint_refusals(tmp_path):
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     agent.save(path)  # a checkpoint may be replaced
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "precious"]
-    with pytest.raises(UserError, match="hidden_sizes|shape|does not have"):
+    with pytest.raises(UserError, match=r"shape|does not have"):
         PPO.load(path, hidden_sizes=(8,))
-    with pytest.raises(UserError, match="spaces are not those"):
+    with pytest.raises(UserError, match="the policy was made for"):
         PPO.load(path, env="Acrobot-v1").learn(64)
 
 
@@ -160,6 +165,92 @@ def test_a_second_call_of_learn_extends_the_schedule():
     assert agent.config.total_timesteps == 128
     assert row["update/learning_rate"] == pytest.approx(0.5e-3)
     agent.close()
+
+
+def test_learn_goes_up_to_the_configured_total():
+    """Without a number there is nothing left to do once the total is reached; a bad number is refused; an iterator
+    that is not used changes nothing."""
+    agent = PPO("CartPole-v1", total_timesteps=128, **SMALL).learn(64)
+    assert agent.progress.global_step == 64
+    agent.iterate(1000)
+    assert agent.config.total_timesteps == 64
+    agent = PPO("CartPole-v1", total_timesteps=128, **SMALL).learn().learn()
+    assert agent.progress.global_step == 128
+    with pytest.raises(UserError, match="whole number"):
+        agent.learn("many")
+    agent.close()
+
+
+def test_a_run_can_be_continued_from_its_folder(tmp_path):
+    """The folder is the first call's alone: the loaded agent goes on, and may be given another folder."""
+    run = tmp_path / "run"
+    PPO("CartPole-v1", run_dir=run, **SMALL).learn(64).learn(64).close()
+    with PPO.load(run) as agent:
+        assert agent.progress.global_step == 64
+        agent.learn(64, run_dir=tmp_path / "more")
+        assert agent.progress.global_step == 128
+    with PPO.load(tmp_path / "more", minibatch_size=32) as agent:  # instead of num_minibatches
+        assert agent.config.minibatch_count == 2
+        with pytest.raises(UserError, match="not empty"):
+            agent.learn(64, run_dir=run)
+        assert agent.config.total_timesteps == 128
+
+
+class Faulty(gym.Env):
+    """Pays one good reward a step, and after 100 steps the one that it was made with."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, reward):
+        self.bad, self.steps = reward, 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return (
+            np.zeros(1, np.float32),
+            1.0 if self.steps <= 100 else self.bad,
+            self.steps % 10 == 0,
+            False,
+            {},
+        )
+
+
+@each_backend
+@pytest.mark.parametrize(("reward", "message"), [(np.nan, "reward that is not finite"), (1e30, "diverged")])
+def test_a_run_that_fails_loses_nothing(reward, message, backend, tmp_path):
+    """Seven rollouts of 16 steps; the environment goes wrong in the seventh. NaN is found before the update, an
+    overflow (1e30² is infinite in float32) in it: either way the state is that of the sixth, saved, finite."""
+    run = tmp_path / "run"
+    agent = PPO(lambda: Faulty(reward), backend=backend, run_dir=run, checkpoint_interval=0, **SMALL)
+    with pytest.raises(RunError, match=message):
+        agent.learn(4 * 16 * 20)
+    agent.close()
+    assert agent.progress.iteration == 6
+    saved = PPO.load(run)
+    assert saved.progress.global_step == 4 * 16 * 6
+    for name, value in saved.learner.state().items():
+        assert np.isfinite(value).all(), name
+        assert np.array_equal(value, agent.learner.state()[name])
+
+
+def test_environments_that_do_not_fit_are_refused():
+    """Other spaces, an environment where its maker is expected, settings that could not be saved."""
+    agent = PPO("CartPole-v1", **SMALL)
+    with pytest.raises(UserError, match="the policy was made for"):
+        agent.evaluate(1, env="Acrobot-v1")
+    with pytest.raises(UserError, match="the policy was made for"):
+        agent.evaluate(1, env="MountainCar-v0")
+    agent.close()
+    env = gym.make("CartPole-v1")
+    with pytest.raises(UserError, match="give its id"):
+        PPO(env, **SMALL)
+    env.close()
+    with pytest.raises(UserError, match="plain values"):
+        PPO("CartPole-v1", env_kwargs={"function": print}, **SMALL)
 
 
 def test_evaluation_counts_the_same_number_of_episodes_everywhere():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from backends import each_backend
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -261,6 +261,24 @@ def test_episode_returns_are_raw_and_float64(mode):
     assert episodes == [Episode(3.0, 5, 0)] * 2
 
 
+class Bytes(VectorWrapper):
+    """Says terminated and truncated with 0 and 1 of uint8, as some simulators do."""
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        return obs, reward, terminated.astype(np.uint8), truncated.astype(np.uint8), info
+
+
+@each_mode
+def test_flags_may_be_bytes(mode):
+    """~0 is 255 in uint8, which is true: reset rows would count as transitions."""
+    envs = Bytes(SyncVectorEnv([partial(Script, [1.0, 1.0])], autoreset_mode=mode))
+    collector, rollout, _ = collector_of(envs, 6)
+    episodes = collector.collect(lambda obs, start: np.zeros(1, np.int32), rollout).episodes
+    ended = 2 if mode is AutoresetMode.NEXT_STEP else 3  # two steps and a reset row, or two steps
+    assert episodes == [Episode(2.0, 2, 0)] * ended
+
+
 @each_mode
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_is_refused(mode, bad):
@@ -301,18 +319,28 @@ def test_a_second_reset_begins_new_episodes(mode):
     _check_second_reset(envs)
 
 
-@pytest.mark.parametrize(
-    "shared_memory",
-    [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, reason="the collector does not know"))],
-)
-def test_a_second_reset_of_worker_processes(shared_memory):
-    """With shared_memory=False, Gymnasium's worker still resets in the step after reset(), if one was due."""
-    envs = AsyncVectorEnv(
+def workers(shared_memory):
+    return AsyncVectorEnv(
         [partial(Diary, n) for n in range(2)],
         autoreset_mode=AutoresetMode.NEXT_STEP, shared_memory=shared_memory, context="forkserver",
     )  # fmt: skip
+
+
+def test_a_second_reset_of_worker_processes():
+    """The same holds for one process each."""
+    envs = workers(shared_memory=True)
     try:
         _check_second_reset(envs)
+    finally:
+        envs.close()
+
+
+def test_worker_processes_that_reset_unseen_are_refused():
+    """With shared_memory=False, Gymnasium's worker still resets in the step after reset(), if one was due."""
+    envs = workers(shared_memory=False)
+    try:
+        with pytest.raises(UserError, match="shared_memory=True"):
+            collector_of(envs, 1)
     finally:
         envs.close()
 

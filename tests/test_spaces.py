@@ -169,3 +169,20 @@ def test_actions_take_the_shape_and_stay_inside_the_bounds():
     flat = action.to_env(np.arange(6, dtype=np.float32)[None], Config(clip_actions=False))
     np.testing.assert_array_equal(flat[0], [[0, 1, 2], [3, 4, 5]])
     assert action.head_size == 6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_actions_lie_within_their_space(dtype):
+    """Bounds of 0.1, which float32 and float64 round differently: the actions are the space's own numbers."""
+    space = Box(-0.1, 0.1, (2,), dtype)
+    action = Spaces.of(VECTOR, space).action
+    for settings in ({}, {"rescale_actions": True}, {"squash": True, "rescale_actions": True}):
+        for raw in ([-50.0, 50.0], [-1.0, 1.0], [0.3, -0.3]):
+            assert action.to_env(np.array([raw], np.float32), Config(**settings))[0] in space
+
+
+def test_bounds_too_wide_to_rescale_are_refused():
+    """± 1.7e308 are finite, their difference is not."""
+    space = Box(-1.7e308, 1.7e308, (1,), np.float64)
+    with pytest.raises(UserError, match="finite action bounds"):
+        Spaces.of(VECTOR, space).check(Config(rescale_actions=True))

@@ -42,14 +42,16 @@ def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, An
         "schema": SCHEMA,
         "proximo": __version__,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "sha256": hashlib.sha256(payload).hexdigest(),
         **manifest,
     }
+    manifest["sha256"] = checksum(payload, manifest)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         _write(temporary / ARRAYS, payload)
         _write(temporary / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False).encode())
+        _sync(temporary)
         _replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,12 +77,18 @@ def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"checkpoint {folder} has schema {manifest.get('schema')} (written by Proximo "
             f"{manifest.get('proximo')}); this Proximo {__version__} reads schema {SCHEMA}"
         )
-    if hashlib.sha256(payload).hexdigest() != manifest.get("sha256"):
-        raise UserError(f"checkpoint {folder} is damaged: {ARRAYS} does not match its checksum")
+    if checksum(payload, manifest) != manifest.get("sha256"):
+        raise UserError(f"checkpoint {folder} is damaged: its files do not match their checksum")
     try:
         return decode(payload), manifest
     except SafetensorError as error:
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+
+
+def checksum(payload: bytes, manifest: dict[str, Any]) -> str:
+    """SHA-256 over the arrays and everything else that the manifest says."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(payload + json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def find(path: str | Path) -> Path:
@@ -114,6 +122,7 @@ def _write(path: Path, payload: bytes) -> None:
 def _replace(temporary: Path, path: Path) -> None:
     """Put `temporary` in the place of `path`. A folder cannot be renamed onto a full one: the old steps aside."""
     old = path.parent / f".{path.name}.{os.getpid()}.old"
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     try:
@@ -122,7 +131,13 @@ def _replace(temporary: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import signal
 import sys
 import types
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from proximo import presets
-from proximo.config import AMBIGUOUS, FIELDS, canonical_name, expected
+from proximo.config import ALIASES, AMBIGUOUS, FIELDS, expected
+from proximo.config import to_int as _to_int
 from proximo.errors import RunError, UserError, suggest
 from proximo.version import __version__
 
@@ -56,10 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(arguments: list[str]) -> int:
     """Parse and run one command; return the exit status."""
     parser = build_parser()
-    flags = {name for action in _all_actions(parser) for name in action.option_strings}
-    options, unknown = parser.parse_known_args([_canonical_flag(word, flags) for word in arguments])
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    chosen = commands.choices.get(arguments[0], parser) if arguments else parser
+    flags = set(chosen._option_string_actions)
+    options, unknown = parser.parse_known_args(_spelled(arguments, flags))
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see proximo --help")
+        raise UserError(
+            f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see {chosen.prog} --help"
+        )
     if options.command is None:
         parser.print_help()
         return 0
@@ -99,6 +105,7 @@ def build_parser() -> Parser:
         help="take the policy's mode rather than a sample",
     )  # fmt: skip
     evaluate.add_argument("--env", help="environment id, instead of the one trained on")
+    evaluate.add_argument("--backend", help="jax or torch, instead of the one trained with")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     evaluate.set_defaults(run=run_evaluate)
     return parser
@@ -127,9 +134,15 @@ def run_train(options: argparse.Namespace) -> int:
     )
     say(f"run folder: {run_dir}")
 
-    with Interrupt() as interrupt:
-        agent.learn(run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None)
-    agent.close()
+    try:
+        with Interrupt() as interrupt:
+            agent.learn(
+                run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None
+            )
+    except RunError as error:
+        raise RunError(f"{error}\n  what was learned up to then is in {run_dir}") from error
+    finally:
+        agent.close()
     step, reached = agent.progress.global_step, agent.progress.return_mean
     what = (
         "no episode ended"
@@ -141,6 +154,12 @@ def run_train(options: argparse.Namespace) -> int:
         f"learning curve: {run_dir / 'learning_curve.png'}" if reached is not None else "learning curve: none"
     )
     say(f"evaluate with: proximo evaluate {run_dir}")
+    if (
+        config.stop_at_return is not None
+        and not interrupt.signal
+        and (reached or -math.inf) < config.stop_at_return
+    ):
+        say(f"stop_at_return {config.stop_at_return:g} was not reached")
     return 128 + interrupt.signal if interrupt.signal else 0
 
 
@@ -148,7 +167,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """`proximo evaluate`: statistics of complete episodes."""
     from proximo.ppo import PPO
 
-    agent = PPO.load(options.path)
+    agent = PPO.load(options.path, **({"backend": options.backend} if options.backend else {}))
     result = agent.evaluate(
         options.episodes, deterministic=options.deterministic, seed=options.seed, env=options.env
     )
@@ -189,6 +208,7 @@ class Interrupt:
         if self.signal is not None:
             raise SystemExit(128 + number)
         self.signal = number
+        print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)
 
 
 def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
@@ -200,14 +220,13 @@ def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
     if rule["kind"] == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif rule["kind"] == "ints":
-        group.add_argument(flag, nargs="*", default=None, metavar="N", help=text)
+        group.add_argument(flag, default=None, metavar="N N …", help=text)
     elif rule["kind"] == "mapping":
         group.add_argument(flag, type=_mapping, default=None, metavar="YAML", help=text)
     else:
         metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["kind"].upper()
-        group.add_argument(
-            flag, default=None, metavar=metavar, help=f"{text}; {expected(field)}".replace("%", "%%")
-        )
+        limits = "" if rule["choices"] else f"; {expected(field)}"
+        group.add_argument(flag, default=None, metavar=metavar, help=text + limits)
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -224,12 +243,34 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _whole(text: str) -> int:
     try:
-        number = float(text.replace("_", ""))
-        if number == int(number) and number >= 0:
-            return int(number)
+        return max(_to_int(text), 0)
     except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def _spelled(words: list[str], flags: set[str]) -> list[str]:
+    """Arguments as argparse wants them: our names of flags, and numbers tied to the flag they follow.
+
+    Tied, `-1e2` is not taken for a flag, nor an environment's id for the width of a layer.
+    """
+    spelled: list[str] = []
+    for word in words:
+        last = spelled[-1] if spelled else ""
+        if last.startswith("--") and last in flags and _is_number(word):
+            spelled[-1] = f"{last}={word}"
+        elif last.startswith("--hidden-sizes=") and _is_number(word):
+            spelled[-1] = f"{last},{word}"
+        else:
+            spelled.append(_canonical_flag(word, flags))
+    return spelled
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _canonical_flag(word: str, flags: set[str]) -> str:
@@ -242,22 +283,12 @@ def _canonical_flag(word: str, flags: set[str]) -> str:
         name = flag[2:].replace("-", "_")
         if name in AMBIGUOUS:
             raise UserError(AMBIGUOUS[name])
-        try:
-            canonical = "--" + canonical_name(name).replace("_", "-")
-        except UserError:
+        canonical = "--" + ALIASES.get(name, name).replace("_", "-")
+        if canonical not in flags:
             return flag + equals + value
         print(f"proximo: note: {flag} is {canonical} here", file=sys.stderr)
         flag = canonical
     return flag + equals + value
-
-
-def _all_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    found: list[argparse.Action] = []
-    for action in parser._actions:
-        found.append(action)
-        if isinstance(action, argparse._SubParsersAction):
-            found += [inner for child in action.choices.values() for inner in _all_actions(child)]
-    return found
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ the same name and the same checks wherever it is given.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from proximo.errors import UserError, suggest
 
@@ -55,7 +59,7 @@ WHAT_MATTERS = "Andrychowicz et al. 2020, arXiv:2006.05990"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of one run. Immutable, hashable but for `env_kwargs`, checked when built.
+    """The settings of one run. Immutable, and checked when built.
 
     Raises:
         UserError: a value has the wrong type or lies outside its range, or two settings contradict.
@@ -361,6 +365,8 @@ def canonical_name(name: str) -> str:
     Raises:
         UserError: no such setting, or a name that means different things in different libraries.
     """
+    if not isinstance(name, str):
+        raise UserError(f"a setting is named by text, not by {name!r}")
     name = name.replace("-", "_")
     if name in AMBIGUOUS:
         raise UserError(AMBIGUOUS[name])
@@ -370,20 +376,35 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under their own names.
+
+    Raises:
+        UserError: an unknown name, or two names of one setting.
+    """
+    settings: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for name, value in values.items():
+        canonical = canonical_name(name)
+        if canonical in settings:
+            raise UserError(f"{given_as[canonical]} and {name} both mean {canonical}: give one of them")
+        settings[canonical], given_as[canonical] = value, name
+    return settings
+
+
+def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the settings given; minibatch_size and num_minibatches replace one another."""
+    rivals = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
+    return {**{name: value for name, value in base.items() if rivals.get(name) not in given}, **given}
+
+
 def from_mapping(values: Mapping[str, Any]) -> Config:
     """Build a Config from names and values, as YAML or keyword arguments give them.
 
     Raises:
         UserError: an unknown name, a wrong type, a value outside its range, or a contradiction.
     """
-    settings: dict[str, Any] = {}
-    given: dict[str, str] = {}
-    for name, value in values.items():
-        canonical = canonical_name(name)
-        if canonical in given:
-            raise UserError(f"{given[canonical]} and {name} name the same setting: give one of them")
-        settings[canonical], given[canonical] = value, name
-    return Config(**settings)
+    return Config(**canonical_names(values))
 
 
 def check(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -393,26 +414,34 @@ def check(field: dataclasses.Field[Any], value: Any) -> Any:
         UserError: wrong type or out of range.
     """
     rule = field.metadata
-    if value is None or value == "none":
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
         if rule["optional"]:
             return None
         raise UserError(f"{field.name} must be {expected(field)}, got none")
+    if value is False and "off" in (rule["choices"] or ()):
+        value = "off"  # which YAML 1.1 reads as false
     try:
-        value = _CONVERT[rule["kind"]](value)
+        converted = _CONVERT[rule["kind"]](value)
+        within = _within(rule, converted)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{field.name} must be {expected(field)}, got {value!r}") from None
+    if not within:
+        hint = suggest(converted, rule["choices"]) if rule["choices"] else ""
+        raise UserError(f"{field.name} must be {expected(field)}, got {converted!r}{hint}")
+    return converted
+
+
+def _within(rule: Mapping[str, Any], value: Any) -> bool:
+    if rule["choices"]:
+        return value in rule["choices"]
     numbers = value if rule["kind"] == "ints" else [value] if rule["kind"] in ("int", "float") else []
-    within = all(
+    return all(
         math.isfinite(number)
         and (rule["low"] is None or number >= rule["low"])
         and (rule["high"] is None or number <= rule["high"])
         and (rule["above"] is None or number > rule["above"])
         for number in numbers
     )
-    if not within or (rule["choices"] and value not in rule["choices"]):
-        hint = suggest(value, rule["choices"]) if rule["choices"] else ""
-        raise UserError(f"{field.name} must be {expected(field)}, got {value!r}{hint}")
-    return value
 
 
 def expected(field: dataclasses.Field[Any]) -> str:
@@ -427,7 +456,7 @@ def expected(field: dataclasses.Field[Any]) -> str:
             "bool": "true or false",
             "str": "text",
             "ints": "whole numbers",
-            "mapping": "names with values",
+            "mapping": "names with plain values (numbers, text, lists and the like)",
         }[rule["kind"]]
         low = (
             f"[{rule['low']:g}"
@@ -441,7 +470,8 @@ def expected(field: dataclasses.Field[Any]) -> str:
     return text + (" or none" if rule["optional"] else "")
 
 
-def _to_int(value: Any) -> int:
+def to_int(value: Any) -> int:
+    """Whole numbers, also as `1e6` and `1_000_000`; TypeError, ValueError or OverflowError for anything else."""
     if isinstance(value, bool):
         raise TypeError
     number = float(value.replace("_", "")) if isinstance(value, str) else value
@@ -462,33 +492,32 @@ def _to_bool(value: Any) -> bool:
     words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError
-    return value
+    return bool(value)
 
 
 def _to_str(value: Any) -> str:
-    if value is False:  # YAML 1.1 reads a bare `off` as false
-        return "off"
-    if not isinstance(value, str):
+    if not isinstance(value, (str, os.PathLike)):
         raise TypeError
-    return value
+    return os.fspath(value)
 
 
 def _to_ints(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
         value = value.replace(",", " ").split()
-    return tuple(_to_int(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+    return tuple(to_int(item) for item in (value if isinstance(value, Iterable) else [value]))
 
 
 def _to_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
+    json.dumps(dict(value))  # they are saved with the run
     return dict(value)
 
 
 _CONVERT = {
-    "int": _to_int,
+    "int": to_int,
     "float": _to_float,
     "bool": _to_bool,
     "str": _to_str,

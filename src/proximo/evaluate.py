@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from proximo.config import Config
-from proximo.envs import EnvLike, make_envs, spaces_of
-from proximo.errors import UserError
+from proximo.envs import EnvLike, make_envs, require_same, spaces_of
+from proximo.errors import RunError, UserError
 from proximo.learner import Learner
 from proximo.randomness import Purpose, environment_seeds, generator
 from proximo.rollout import Collector, Episode, Rollout
+from proximo.spaces import Spaces
 
 CHUNK = 32  # steps between looks at how many episodes have ended
 RESAMPLES = 10_000
+MAX_EPISODE_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -51,29 +53,27 @@ def bootstrap_interval(samples: np.ndarray, level: float = 0.95, seed: int = 0) 
 def evaluate(
     learner: Learner,
     config: Config,
+    spaces: Spaces,
     env: EnvLike,
     episodes: int = 100,
     deterministic: bool = True,
     seed: int = 0,
     num_envs: int = 8,
 ) -> Evaluation:
-    """Run complete episodes with the learner's policy.
+    """Run complete episodes with the learner's policy, which was made for `spaces`.
 
     Every environment runs the same number of episodes (± 1), decided beforehand: taking whichever end first
     would favour short ones.
 
     Raises:
         UserError: the environment cannot be made, or its spaces are not those of the policy.
+        RunError: an episode does not end, or an observation or reward is not finite.
     """
     if episodes < 1:
         raise UserError(f"episodes must be a whole number in [1, ∞), got {episodes}")
-    envs = make_envs(env, min(num_envs, episodes), "sync", config.env_kwargs)
-    count = envs.num_envs
-    spaces = spaces_of(envs)
+    count = min(num_envs, episodes)
     quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
     rollout = Rollout(spaces, CHUNK, count)
-    collector = Collector(envs, spaces, config)
-    collector.reset(environment_seeds(seed, count, Purpose.EVALUATION))
 
     def noise() -> Iterator[np.ndarray]:
         rng = generator(seed, Purpose.EVALUATION, iteration=1)
@@ -82,8 +82,17 @@ def evaluate(
 
     actor = learner.actor(None if deterministic else noise())
     kept: list[Episode] = []
+    envs = make_envs(env, count, "sync", config.env_kwargs)
     try:
+        require_same(spaces_of(envs), spaces)
+        collector = Collector(envs, spaces, config)
+        collector.reset(environment_seeds(seed, count, Purpose.EVALUATION))
         while quota.any():
+            if collector.episode_length.max() > MAX_EPISODE_STEPS:
+                raise RunError(
+                    f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps: give the environment a time "
+                    "limit, with max_episode_steps or gymnasium.wrappers.TimeLimit"
+                )
             for episode in collector.collect(actor, rollout).episodes:
                 if quota[episode.env_index]:
                     quota[episode.env_index] -= 1

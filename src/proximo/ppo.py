@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from proximo import checkpoint, presets
-from proximo.config import FIELDS, Config, canonical_name, check, from_mapping
-from proximo.envs import EnvLike, make_envs, spaces_of
+from proximo.config import FIELDS, Config, canonical_names, check, from_mapping, override
+from proximo.envs import EnvLike, make_envs, require_same, spaces_of
 from proximo.errors import UserError
 from proximo.evaluate import Evaluation, evaluate
 from proximo.learner import Learner, choose_backend, make_learner
@@ -44,7 +44,17 @@ class PPO:
     ) -> None:
         config = resolve(env, preset, settings)
         envs = make_envs(env, config.num_envs, config.engine, config.env_kwargs)
-        self._bind(env, config, spaces_of(envs), network, envs)
+        try:
+            self._bind(env, config, spaces_of(envs), network, envs)
+        except BaseException:
+            envs.close()
+            raise
+
+    def __enter__(self) -> PPO:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _bind(
         self, env: EnvLike | None, config: Config, spaces: Spaces, network: Any, envs: VectorEnv | None
@@ -69,36 +79,42 @@ class PPO:
         progress: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> PPO:
-        """Train for `total_timesteps` more steps (default: `config.total_timesteps`), or until `stop_at_return`.
+        """Train for `total_timesteps` more steps, or up to `config.total_timesteps`, or until `stop_at_return`.
 
-        Schedules run over all the steps this agent will then have taken; each call begins new episodes.
+        Schedules run over all the steps this agent will then have taken; each call begins new episodes, and
+        averages training returns over those alone.
 
         Args:
-            run_dir: keep config, metrics, checkpoints and the learning curve in this new folder
-                (default: `config.run_dir`; nothing is written where both are None).
+            run_dir: keep config, metrics, checkpoints and the learning curve in this new folder (the first
+                call's default: `config.run_dir`; nothing is written where both are None). What was learned is
+                saved there also when the run fails.
             progress: show progress on the terminal.
             stop: asked after every iteration; True ends the run there, saved like any other.
 
         Raises:
             RunError: an environment or the update gave NaN or infinity.
-            UserError: the run folder is in use or cannot be written.
+            UserError: the run folder is in use or cannot be written, or `total_timesteps` is no whole number.
         """
-        steps = self.config.total_timesteps if total_timesteps is None else total_timesteps
-        run_dir = self.config.run_dir if run_dir is None else run_dir
-        interval = self.config.checkpoint_interval
-        training = self.iterate(steps)
-        console = Console(self.config.total_timesteps, self.progress.global_step) if progress else None
-        folder = RunFolder(run_dir, self.env_id, self.config) if run_dir is not None else None
+        config = self._until(total_timesteps)
+        envs = self._open_envs()
+        run_dir = config.run_dir if run_dir is None else run_dir
+        folder = RunFolder(run_dir, self.env_id, config) if run_dir is not None else None
+        console = Console(config.total_timesteps, self.progress.global_step) if progress else None
+        self.config = config.replace(run_dir=None)
         try:
-            for metrics in training:
+            for metrics in iterations(self.config, envs, self.learner, self.progress):
                 if console:
                     console.show(metrics)
                 if folder:
                     folder.write(metrics)
-                    if interval and self.progress.iteration % interval == 0:
-                        self._save_into(folder)
+                    self._save_into(folder, config.checkpoint_interval)
                 if stop():
                     break
+        except (Exception, KeyboardInterrupt):
+            # Parameters are those of the last complete iteration.
+            if folder:
+                self._save_into(folder)
+            raise
         finally:
             for sink in (console, folder):
                 if sink:
@@ -109,24 +125,43 @@ class PPO:
                 plot_run(folder.path)
         return self
 
-    def iterate(self, total_timesteps: int) -> Iterator[Metrics]:
+    def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
-        self.config = self.config.replace(total_timesteps=self.progress.global_step + total_timesteps)
-        return iterations(self.config, self._open_envs(), self.learner, self.progress)
+        self.config = self._until(total_timesteps)
+        yield from iterations(self.config, self._open_envs(), self.learner, self.progress)
 
-    def _save_into(self, folder: RunFolder) -> None:
+    def _until(self, total_timesteps: int | None) -> Config:
+        """The config of a call that trains for so many more steps."""
+        if total_timesteps is None:
+            return self.config
+        steps = check(FIELDS["total_timesteps"], total_timesteps)
+        return self.config.replace(total_timesteps=self.progress.global_step + steps)
+
+    def _save_into(self, folder: RunFolder, interval: int = 1) -> None:
+        """Save every `interval` iterations; 0 is never."""
         path = checkpoint.step_folder(folder.path, self.progress.global_step)
-        if not path.exists():
+        if interval and self.progress.iteration % interval == 0 and not path.exists():
             self.save(path)
 
     def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
         """Environment actions for one observation, or for a batch of them along the first axis.
 
+        Each is taken as the first of an episode: a recurrent network remembers nothing between calls.
+
         Raises:
-            UserError: the observation has not the shape of the observation space.
+            UserError: the observation has not the shape of the observation space, or is not finite.
         """
         obs = {path: np.asarray(value) for path, value in self.spaces.read(observation)}
-        single = all(obs[leaf.path].ndim == len(leaf.shape) for leaf in self.spaces.observation)
+        leading = {
+            obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.spaces.observation
+        }
+        if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
+            raise UserError(
+                f"expected one observation or a batch along the first axis, got leading axes {leading}"
+            )
+        if not all(np.isfinite(value).all() for value in obs.values()):
+            raise UserError("the observation is not finite")
+        single = leading == {()}
         obs = {leaf.path: obs[leaf.path].astype(leaf.dtype) for leaf in self.spaces.observation}
         if single:
             obs = {path: value[None] for path, value in obs.items()}
@@ -147,7 +182,7 @@ class PPO:
         env = self._env if env is None else env
         if env is None or isinstance(env, VectorEnv):
             raise UserError("evaluate needs an environment id or a function that makes one: give env=…")
-        return evaluate(self.learner, self.config, env, episodes, deterministic, seed)
+        return evaluate(self.learner, self.config, self.spaces, env, episodes, deterministic, seed)
 
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint folder, readable by both backends.
@@ -159,7 +194,7 @@ class PPO:
             "backend": self.learner.backend,
             "env": self.env_id,
             "network": "own" if self._network is not None else "built-in",
-            "config": self.config.to_dict(),
+            "config": {**self.config.to_dict(), "run_dir": None},
             "spaces": self.spaces.to_dict(),
             "global_step": self.progress.global_step,
             "iteration": self.progress.iteration,
@@ -183,15 +218,11 @@ class PPO:
         arrays, manifest = checkpoint.load(path)
         if manifest["network"] == "own" and network is None:
             raise UserError(f"{path} was trained with a network of its user's: pass it again with network=…")
-        config = from_mapping({**manifest["config"], **{canonical_name(k): v for k, v in changes.items()}})
+        env = manifest["env"] if env is None else env
+        config = from_mapping(override(manifest["config"], given_for(env, changes)))
+        spaces = Spaces.from_dict(manifest["spaces"])
         agent = cls.__new__(cls)
-        agent._bind(
-            manifest["env"] if env is None else env,
-            config,
-            Spaces.from_dict(manifest["spaces"]),
-            network,
-            None,
-        )
+        agent._bind(env, config, spaces, network, None)
         agent.learner.load(arrays)
         agent.progress.global_step = manifest["global_step"]
         agent.progress.iteration = manifest["iteration"]
@@ -208,13 +239,25 @@ class PPO:
             if self._env is None:
                 raise UserError("this checkpoint names no environment: give one with PPO.load(path, env=…)")
             envs = make_envs(self._env, self.config.num_envs, self.config.engine, self.config.env_kwargs)
-            if spaces_of(envs) != self.spaces:
-                raise UserError(
-                    f"the environment's spaces are not those of the checkpoint: {spaces_of(envs)} "
-                    f"instead of {self.spaces}"
-                )
+            try:
+                require_same(spaces_of(envs), self.spaces)
+            except UserError:
+                envs.close()
+                raise
             self._envs = envs
         return self._envs
+
+
+def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under their own names, checked one by one; a vector environment decides num_envs.
+
+    Raises:
+        UserError: an unknown name or a bad value.
+    """
+    given = {name: check(FIELDS[name], value) for name, value in canonical_names(settings).items()}
+    if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
+        raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
+    return given
 
 
 def resolve(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Config:
@@ -223,19 +266,10 @@ def resolve(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Confi
     Raises:
         UserError: an unknown name, a bad value or a contradiction.
     """
-    given: dict[str, Any] = {}
-    for name, value in settings.items():
-        canonical = canonical_name(name)
-        if canonical in given:
-            raise UserError(f"{canonical} is given twice, once as {name}: give it once")
-        given[canonical] = check(FIELDS[canonical], value)
-    if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
-        raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
+    given = given_for(env, settings)
     base = presets.settings_for(env if isinstance(env, str) else None, preset)
-    rival = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
-    base = {name: value for name, value in base.items() if rival.get(name) not in given}
     try:
-        return from_mapping({**base, **given})
+        return from_mapping(override(base, given))
     except UserError as error:
         if not base:
             raise

@@ -33,10 +33,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
-                raise UserError(
-                    f"run folder {self.path} is not empty: choose another --run-dir, or remove it"
-                )
-            text = yaml.safe_dump({"env": env_id, **config.to_dict()}, sort_keys=False)
+                raise UserError(f"run folder {self.path} is not empty: choose another run_dir, or remove it")
+            text = yaml.safe_dump({"env": env_id, **config.to_dict(), "run_dir": None}, sort_keys=False)
             (self.path / CONFIG).write_text(text, "utf-8")
             (self.path / VERSIONS).write_text(json.dumps(versions(), indent=2), "utf-8")
             self._metrics: IO[str] = (self.path / METRICS).open("w", encoding="utf-8")

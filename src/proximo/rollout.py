@@ -97,14 +97,14 @@ class Rollout:
             RunError: names the environment, the step and the quantity.
         """
         self._refuse("reward", self.reward, self.valid)
+        final_obs = self.final_obs
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
-                finite_rows = np.isfinite(array).reshape(*array.shape[:2], -1).all(-1)
-                final = self.final_obs[path]
-                finite_rows.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
-                self._refuse(
-                    f"observation {path!r}" if path else "observation", np.where(finite_rows, 0.0, np.nan)
-                )
+                finite = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
+                final = final_obs[path]
+                finite.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
+                what = f"observation {path!r}" if path else "observation"
+                self._refuse(what, np.where(finite, 0.0, np.nan))
 
     def _refuse(self, what: str, array: np.ndarray, where: np.ndarray | bool = True) -> None:
         bad = ~np.isfinite(array) & where
@@ -130,7 +130,7 @@ class Collector:
     Every autoreset mode of Gymnasium 1.x gives the same stream of valid transitions and episodes.
 
     Raises:
-        UserError: the vector environment does not say how it resets.
+        UserError: the vector environment does not say how it resets, or does not do as it says.
     """
 
     def __init__(self, envs: VectorEnv, spaces: Spaces, config: Config) -> None:
@@ -142,6 +142,16 @@ class Collector:
             )
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
+        inner = envs.unwrapped
+        if (
+            isinstance(inner, AsyncVectorEnv)
+            and not inner.shared_memory
+            and self.mode is AutoresetMode.NEXT_STEP
+        ):
+            raise UserError(
+                "AsyncVectorEnv(shared_memory=False) still resets in the step after reset(), unseen, if a reset "
+                "was due (NEXT_STEP): use shared_memory=True, or autoreset_mode SAME_STEP or DISABLED"
+            )
 
     def reset(self, seeds: list[int]) -> None:
         """Begin new episodes everywhere. A vector environment that takes a single seed gets the first."""
@@ -174,6 +184,7 @@ class Collector:
             env_seconds += time.perf_counter() - acted
             act_seconds += acted - began
 
+            terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
             rollout.action[t], rollout.reward[t] = raw, reward
             rollout.terminated[t], rollout.truncated[t] = terminated, truncated
             valid = rollout.valid[t] = ~self.resetting

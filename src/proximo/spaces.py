@@ -92,6 +92,12 @@ class Box:
         return math.prod(self.shape)
 
     @property
+    def width(self) -> np.ndarray:
+        """high − low, [D]."""
+        with np.errstate(over="ignore"):
+            return np.subtract(self.high, self.low, dtype=self.dtype)
+
+    @property
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of one raw sample."""
         return (self.size,)
@@ -112,14 +118,13 @@ class Box:
 
     def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
         """Map raw samples [N, size] to environment actions [N, *shape]: squash, rescale, clip, as configured."""
-        low = np.asarray(self.low, np.float32)
-        high = np.asarray(self.high, np.float32)
-        action = np.tanh(raw) if config.squash else raw
+        low, high = np.asarray(self.low, self.dtype), np.asarray(self.high, self.dtype)
+        action = (np.tanh(raw) if config.squash else raw).astype(self.dtype)
         if config.rescale_actions:
-            action = low + 0.5 * (action + 1.0) * (high - low)
+            action = low + 0.5 * (action + 1.0) * self.width.astype(self.dtype)
         if config.clip_actions:
             action = np.clip(action, low, high)
-        return action.reshape(-1, *self.shape).astype(self.dtype)
+        return action.reshape(-1, *self.shape)
 
 
 ActionSpec = Discrete | Box
@@ -144,7 +149,7 @@ class Spaces:
                 raise UserError(
                     f"{asked[0]} needs a Box action space, but the actions are Discrete({self.action.n})"
                 )
-        elif config.rescale_actions and not np.isfinite([*self.action.low, *self.action.high]).all():
+        elif config.rescale_actions and not np.isfinite(self.action.width).all():
             raise UserError(
                 "rescale_actions needs finite action bounds, but this action space is unbounded: turn "
                 "rescale_actions off, or wrap the environment with gymnasium.wrappers.RescaleAction"
@@ -183,6 +188,8 @@ class Spaces:
                     f"observation {leaf.path!r} has shape {leaf.shape}, but a mask needs one entry for each "
                     f"action of a Discrete action space; the action space is {action_space}"
                 )
+        if not any(leaf.features for leaf in leaves):
+            raise UserError(f"observation space {observation_space} holds nothing that a policy could act on")
         return Spaces(leaves, action)
 
     def read(self, observation: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -208,7 +215,7 @@ class Spaces:
 def _leaves(space: gym.Space[Any], path: str) -> Iterator[Leaf]:
     if isinstance(space, gym.spaces.Dict):
         for key, child in space.spaces.items():
-            if not isinstance(key, str) or "." in key or "/" in key:
+            if not isinstance(key, str) or not key or "." in key or "/" in key:
                 raise UserError(f"observation key {key!r} must be text without '.' and '/'")
             yield from _leaves(child, f"{path}.{key}" if path else key)
         return

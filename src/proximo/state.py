@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from proximo.errors import UserError, suggest
+from proximo.errors import RunError, UserError, suggest
 
 PER_ENVIRONMENT = ("running_return", "carry")  # begin at zero when the number of environments changes
+
+
+def require_finite(metrics: Mapping[str, float]) -> None:
+    """Look at an update's metrics before its result is taken over.
+
+    Raises:
+        RunError: the loss or the gradient is NaN or infinite.
+    """
+    for name in ("losses/total", "update/gradient_norm"):
+        if not math.isfinite(metrics[name]):
+            raise RunError(
+                f"{name} is {metrics[name]}, so the update has diverged and is not taken over: lower learning_rate, "
+                "set max_grad_norm, or normalise observations and rewards"
+            )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:

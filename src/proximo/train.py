@@ -17,7 +17,6 @@ from gymnasium.vector import VectorEnv
 
 from proximo.config import Config
 from proximo.envs import spaces_of
-from proximo.errors import RunError
 from proximo.learner import Learner
 from proximo.randomness import Purpose, environment_seeds, generator
 from proximo.record import Metrics
@@ -59,6 +58,7 @@ def iterations(config: Config, envs: VectorEnv, learner: Learner, progress: Prog
     spaces = spaces_of(envs)
     rollout = Rollout(spaces, config.num_steps, config.num_envs)
     collector = Collector(envs, spaces, config)
+    progress.episodes.clear()
     collector.reset(environment_seeds(config.seed, config.num_envs, iteration=progress.iteration))
     epochs, minibatches = config.update_epochs, config.minibatch_count
 
@@ -98,18 +98,7 @@ def report(
     seconds: float,
     update_seconds: float,
 ) -> Metrics:
-    """One iteration's metrics; what does not apply is None.
-
-    Raises:
-        RunError: the loss or the gradient is not finite.
-    """
-    for name in ("losses/total", "update/gradient_norm"):
-        if not math.isfinite(metrics[name]):
-            raise RunError(
-                f"{name} is {metrics[name]} in iteration {progress.iteration}, at step {progress.global_step}: "
-                "the update has diverged; lower learning_rate, set max_grad_norm, or normalise observations "
-                "and rewards"
-            )
+    """One iteration's metrics; what does not apply is None."""
     return {
         "global_step": progress.global_step,
         "iteration": progress.iteration,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -41,16 +43,22 @@ def make_envs(
     """
     if isinstance(env, VectorEnv):
         return env
+    if not (isinstance(env, str) or callable(env)):
+        raise UserError(
+            f"an environment is given as an id, a function that makes one, or a vector environment, not as {env!r}: "
+            "give its id, or lambda: gymnasium.make(…)"
+        )
     env_kwargs = dict(env_kwargs or {})
     try:
         if engine == "native":
             return _native(env, num_envs, env_kwargs)
         factory = partial(gym.make, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
-        factories, mode = [factory] * num_envs, AutoresetMode.DISABLED
+        mode = AutoresetMode.DISABLED
         if engine == "async":
             # Spawned: a fork of a process in which JAX runs threads can deadlock.
+            factories = [partial(_in_worker, factory)] * num_envs
             return AsyncVectorEnv(factories, autoreset_mode=mode, context="spawn")
-        return SyncVectorEnv(factories, autoreset_mode=mode)
+        return SyncVectorEnv([factory] * num_envs, autoreset_mode=mode)
     except (gym.error.Error, ImportError) as error:
         raise UserError(explain(str(env), error)) from error
     except TypeError as error:
@@ -64,10 +72,34 @@ def spaces_of(envs: VectorEnv) -> Spaces:
     return Spaces.of(envs.single_observation_space, envs.single_action_space)
 
 
+def require_same(spaces: Spaces, expected: Spaces) -> None:
+    """Refuse an environment whose spaces are not those that a policy was made for.
+
+    Raises:
+        UserError: says what differs.
+    """
+    for what in ("observation", "action"):
+        given, own = getattr(spaces, what), getattr(expected, what)
+        if given != own:
+            raise UserError(f"the environment's {what} space is {given}, but the policy was made for {own}")
+
+
+def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:
+    """Make an environment in a worker process, which leaves Ctrl-C to the process that trains."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return factory()
+
+
 def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    if not isinstance(env, str) or gym.spec(env).vector_entry_point is None:
-        raise UserError(f"engine native: {env} has no vectorised version of its own; use engine auto or sync")
-    return gym.make_vec(env, num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+    if not isinstance(env, str):
+        raise UserError("engine native needs an environment id: use engine auto or sync with a function")
+    try:
+        return gym.make_vec(env, num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+    except gym.error.UnregisteredEnv:
+        raise
+    except gym.error.Error as error:
+        raise UserError(f"engine native: {error}; use engine auto or sync") from error
 
 
 def explain(env_id: str, error: Exception) -> str:

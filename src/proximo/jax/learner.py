@@ -56,7 +56,7 @@ class State(NamedTuple):
     params: Params
     moment_1: Params  # Adam's running mean of gradients
     moment_2: Params  # and of their squares
-    count: Array  # [] Adam's steps
+    count: Array  # [] Adam's steps  # pyright: ignore[reportIncompatibleMethodOverride]
     rate_scale: Array  # [] factor on the step sizes; 1 unless adaptive
     obs_moments: dict[str, Moments]
     return_moments: Moments
@@ -378,8 +378,11 @@ class Learner:
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
         """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
-        self._state, metrics = self._update(self._state, self.transitions(rollout), order, hyper)
-        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+        state, metrics = self._update(self._state, self.transitions(rollout), order, hyper)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        trees.require_finite(metrics)
+        self._state = state
+        return metrics
 
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""

@@ -16,7 +16,7 @@ EPSILON = 1e-8
 class Moments(NamedTuple):
     """Number of samples, their mean and population variance, per element."""
 
-    count: Array  # []
+    count: Array  # []  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Array  # [...]
     variance: Array  # [...]
 

@@ -462,10 +462,15 @@ class Learner:
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
         """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
         hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
-        self._state, metrics = update(
-            self.spec, self._state, self.transitions(rollout), tensor(order), hyper, self._minibatch
+        nothing = rollout.reward.size // self.spec.config.sequence_length
+        indices = tensor(np.minimum(order, nothing))  # whatever is out of range means "nothing"
+        state, metrics = update(
+            self.spec, self._state, self.transitions(rollout), indices, hyper, self._minibatch
         )
-        return {name: value.item() for name, value in metrics.items()}
+        metrics = {name: value.item() for name, value in metrics.items()}
+        trees.require_finite(metrics)
+        self._state = state
+        return metrics
 
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""
