@@ -1,9 +1,10 @@
 """Train a preset on several seeds in both backends and keep the result as JSON.
 
-    python benchmarks/learning.py HalfCheetah-v5 --seeds 5 [--backends jax torch] [--jobs 2]
+    python benchmarks/learning.py HalfCheetah-v5 --seeds 5 [--backends jax torch] [--jobs 2] [--work DIR]
 
-Each run is the `proximo train` command that its record states. A result is the mean return of the last 100
-training episodes at the end of the run, and the best such mean on the way.
+Each run is the `proximo train` command that its record states, on one thread. A result is the mean return of
+the last 100 training episodes at the end of the run, and a deterministic evaluation of the final policy. Runs
+that are finished in DIR are not repeated, so that an interrupted benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run 
 def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> dict:
     """One training run in a process of its own, then a deterministic evaluation of its final policy."""
     run_dir = folder / f"{backend}-{seed}"
+    done = run_dir / "learning_curve.png"  # the last thing that a run writes
     command = ["proximo", "train", env, "--backend", backend, "--seed", str(seed), *flags]
     module = [
         sys.executable,
@@ -41,10 +44,12 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         "--checkpoint-interval",
         "0",
     ]
-    subprocess.run(module, check=True, env=ONE_THREAD)
+    if not done.exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+        subprocess.run(module, check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
-    evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--episodes", "100", "--json"]
-    evaluation = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
+    evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--episodes", "20", "--json"]
+    said = subprocess.run(evaluate, check=True, capture_output=True, text=True, env=ONE_THREAD).stdout
     best = max(rows, key=lambda row: row[RETURN])
     print(f"{backend} seed {seed}: {rows[-1][RETURN]:.1f}", flush=True)
     return {
@@ -55,7 +60,7 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         "return_last_100_episodes": rows[-1][RETURN],
         "best_return_last_100_episodes": best[RETURN],
         "best_at_step": best["global_step"],
-        "evaluation": evaluation,
+        "evaluation": json.loads(said),
         "curve": [[row["global_step"], round(row[RETURN], 2)] for row in rows[:: max(len(rows) // 200, 1)]],
     }
 
@@ -77,12 +82,14 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--name", help="file name of the result; the environment's by default")
+    parser.add_argument("--work", help="folder that keeps the runs; a temporary one by default")
     options, flags = parser.parse_known_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        work = Path(options.work or folder)
         jobs = [
-            pool.submit(run, options.env, backend, seed, Path(folder), flags)
+            pool.submit(run, options.env, backend, seed, work, flags)
             for seed in range(options.seeds)
             for backend in options.backends
         ]
