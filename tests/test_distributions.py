@@ -210,18 +210,14 @@ def test_standard_deviations_keep_their_bounds(backend):
 
 
 @each_backend
-def test_a_mask_nested_in_other_observations_is_found(backend):
-    """`action_mask` may stand at any depth; the network reads it as permission, not as a feature."""
-    spaces = Spaces.of(
-        gym.spaces.Dict(
-            {"a": gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(2)}), "x": gym.spaces.Discrete(3)}
-        ),
-        gym.spaces.Discrete(2),
-    )
-    obs = {"a.action_mask": np.array([[0, 1]], np.float32), "x": np.array([2], np.int32)}
-    features = backend.module("networks").encode(
-        spaces, backend.array(obs), backend.array(np.zeros(1, np.float32)).dtype
-    )
+def test_nested_masks_and_discrete_observations(backend):
+    """A mask at any depth is permission, not a feature; of Discrete(3, start=5), 7 is the third code."""
+    inner = gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(2)})
+    outer = gym.spaces.Dict({"a": inner, "x": gym.spaces.Discrete(3, start=5)})
+    spaces = Spaces.of(outer, gym.spaces.Discrete(2))
+    obs = {"a.action_mask": np.array([[0, 1]], np.float32), "x": np.array([7], np.int32)}
+    dtype = backend.array(np.zeros(1, np.float32)).dtype
+    features = backend.module("networks").encode(spaces, backend.array(obs), dtype)
     np.testing.assert_array_equal(backend.numpy(features), [[0.0, 0.0, 1.0]])
     masked = policy(backend, spaces, np.array([[9.0, 0.0]]), obs)
     assert backend.numpy(masked.sample(backend.array(np.zeros((1, 2), np.float32)))).tolist() == [1]

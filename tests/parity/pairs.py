@@ -1,0 +1,175 @@
+"""Settings in which every pair of values of any two switches occurs, and learners to compare under them."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import jax
+import numpy as np
+import torch
+from allpairspy import AllPairs
+from rollouts import act_rollout
+
+import proximo.jax.learner as jax_learner
+import proximo.torch.learner as torch_learner
+from proximo.config import ACTIVATIONS, Config
+from proximo.parameters import MAX_LOG_STD
+from proximo.rollout import Rollout, minibatch_order
+from proximo.schedules import Hyper, hyper_at
+from proximo.spaces import Box, Spaces
+
+EPOCHS, MINIBATCHES = 5, 2  # ten steps
+MIN_STD = 0.3
+# Compiling is nearly all that these tests wait for.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+LEARNERS = {"jax": jax_learner.Learner, "torch": torch_learner.Learner}
+
+SWITCHES: dict[str, list[Any]] = {
+    "vf_clip_coef": [None, 0.05],
+    "normalize_advantage": ["minibatch", "rollout", "off"],
+    "max_grad_norm": [0.5, None],
+    "target_kl": [None, "midway"],
+    "lr_schedule": ["constant", "linear", "cosine", "adaptive"],
+    "critic_learning_rate": [None, 1e-3],
+    "ent_coef": [0.0, 0.01],
+    "hidden_sizes": [(), (5,), (6, 4), (3, 7)],
+    "activation": list(ACTIVATIONS),
+    "shared_trunk": [False, True],
+    "orthogonal_init": [True, False],
+    "normalize_observation": [False, True],
+    "normalize_reward": [False, True],
+    "sequence_length": [1, 4],
+    "resets": ["next_step", "same_step"],
+}
+BOX = SWITCHES | {
+    "observation": ["vector", "discrete", "dict"],
+    "std": ["learned", "predicted", "fixed"],
+    "bounded_by": ["nothing", "squash", "tanh_mean"],
+}
+DISCRETE = SWITCHES | {"observation": ["vector", "discrete", "dict", "masked"]}
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,))
+CODE = gym.spaces.Discrete(4, start=-1)
+OBSERVATIONS = {
+    "vector": VECTOR,
+    "discrete": CODE,
+    "dict": gym.spaces.Dict({"x": VECTOR, "code": CODE, "scalar": gym.spaces.Box(-1.0, 1.0, ())}),
+    "masked": gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}),
+}
+ACTIONS = {"box": gym.spaces.Box(-1.0, 1.0, (2,)), "discrete": gym.spaces.Discrete(3)}
+Case = dict[str, Any]
+
+
+def cases() -> list[Case]:
+    """For either kind of action, settings that cover every pair of values."""
+    return [
+        {"action": kind, **pairs._asdict()}
+        for kind, switches in (("box", BOX), ("discrete", DISCRETE))
+        for pairs in AllPairs(OrderedDict(switches))
+    ]
+
+
+def name_of(case: Case) -> str:
+    """What a failing test shows."""
+    return "-".join(str(value).replace(" ", "") for value in case.values())
+
+
+def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
+    """The Config and Spaces of a case."""
+    case = {**case}
+    action, observation, bounded_by = (case.pop(x, None) for x in ("action", "observation", "bounded_by"))
+    case.pop("resets")
+    case["target_kl"] = 1e9 if case["target_kl"] else None  # the value that stops midway is found later
+    if bounded_by in ("squash", "tanh_mean"):
+        case[bounded_by] = True
+    config = Config(
+        **case, seed=seed, num_envs=4, num_steps=8, num_minibatches=MINIBATCHES, update_epochs=EPOCHS,
+        learning_rate=3e-3, desired_kl=3e-3, init_std=0.6, clip_observation=1.5, clip_reward=2.0, vf_coef=0.7,
+        clip_coef=0.1, min_std=MIN_STD, total_timesteps=1000,
+    )  # fmt: skip
+    return config, Spaces.of(OBSERVATIONS[observation], ACTIONS[action])
+
+
+def lived_in(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A state as after long training: no moment is zero, no normaliser is the identity.
+
+    A learned log-std lies just within its limits, and Adam is about to step over them.
+    """
+    state = {**state}
+    for name, value in state.items():
+        noise = rng.standard_normal(value.shape)
+        if name == "count" or name.endswith("/count"):
+            state[name] = np.full_like(value, 40)
+        elif name.startswith("moment_2") or name.endswith("/variance"):
+            state[name] = np.exp(noise).astype(value.dtype) * (1e-3 if name.startswith("moment_2") else 1.0)
+        elif name == "params/actor.log_std":
+            state[name] = np.array([MAX_LOG_STD - 1e-3, math.log(MIN_STD) + 1e-3], value.dtype)
+        elif name == "moment_1/actor.log_std":
+            state[name] = np.array([-0.3, 0.3], value.dtype)
+        elif name == "rate_scale":
+            state[name] = np.full_like(value, 0.9)
+        else:
+            state[name] = (value + 0.3 * noise).astype(value.dtype)
+    return state
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` without optimisations."""
+    return jax.jit(function, compiler_options=QUICK)
+
+
+class Pair:
+    """A JAX and a PyTorch learner of one state, and a rollout that they acted in; use inside `enable_x64`."""
+
+    def __init__(self, case: Case, seed: int, dtype: str) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.config, self.spaces = setting(case, seed)
+        self.jax = jax_learner.Learner(self.config, self.spaces, dtype=dtype)
+        self.jax._update = quick_jit(partial(jax_learner.update, self.jax.spec))
+        self.torch = torch_learner.Learner(self.config, self.spaces, dtype=dtype)
+        state = lived_in(self.jax.state(), self.rng)
+        self.jax.load(state)
+        self.torch.load(state)
+        self.rollout = act_rollout(self.torch, seed, case["resets"])
+        self.order = order_of(self.config, self.rollout, self.rng)
+        self.hyper = hyper_at(self.config, 300)
+        if case["target_kl"]:
+            self.hyper = self.hyper._replace(
+                target_kl=midway(self.torch, self.rollout, self.order, self.hyper)
+            )
+
+    def params_nearby(self) -> dict[str, np.ndarray]:
+        """Parameters so near the learners' own that ratios lie on both sides of the clip."""
+        params = {name: np.asarray(value) for name, value in self.jax._state.params.items()}
+        scale = 0.04 if isinstance(self.spaces.action, Box) else 0.15
+        return {name: x + scale * self.rng.standard_normal(x.shape) for name, x in params.items()}
+
+
+def order_of(config: Config, rollout: Rollout, rng: np.random.Generator) -> np.ndarray:
+    """A minibatch order, int32 [EPOCHS, MINIBATCHES, S]."""
+    return minibatch_order(rollout.valid, EPOCHS, MINIBATCHES, rng, config.sequence_length)
+
+
+def midway(learner: torch_learner.Learner, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> float:
+    """A target for the KL divergence that a later step than the first exceeds, and none before it."""
+    seen: list[float] = []
+
+    def minibatch(*args: Any) -> Any:
+        state, metrics = torch_learner.minibatch(*args)
+        seen.append(metrics.approx_kl.item())
+        return state, metrics
+
+    scalars = Hyper(*(torch.tensor(value, dtype=learner._dtype) for value in hyper))
+    data, indices = learner.transitions(rollout), torch.from_numpy(order)
+    torch_learner.update(learner.spec, learner._state, data, indices, scalars, minibatch)
+    records = [k for k in range(2, len(seen)) if seen[k] > 1.01 * max(seen[:k])]
+    stop = records[len(records) // 2]
+    return 0.5 * (max(seen[:stop]) + seen[stop])

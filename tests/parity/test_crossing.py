@@ -1,0 +1,200 @@
+"""A state crosses from one backend to the other, the compiled step is the eager one, and Adam is Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from pairs import LEARNERS, lived_in, order_of, setting
+from rollouts import act_rollout
+from test_parity import assert_close
+
+import proximo.jax.distributions
+import proximo.jax.learner as jax_learner
+import proximo.jax.networks
+import proximo.torch.distributions
+import proximo.torch.learner as torch_learner
+import proximo.torch.networks
+from proximo.config import Config
+from proximo.parameters import is_critic
+from proximo.schedules import Hyper, hyper_at
+from proximo.spaces import Box, Leaf, Spaces
+
+COMMON = {
+    "normalize_observation": True, "normalize_reward": True, "lr_schedule": "adaptive", "resets": "same_step",
+    "target_kl": None, "ent_coef": 0.01, "vf_clip_coef": 0.05, "hidden_sizes": (6, 4),
+}  # fmt: skip
+CASES = {
+    "box": {"action": "box", "observation": "dict", "std": "predicted", "bounded_by": "squash"},
+    "discrete": {"action": "discrete", "observation": "masked", "activation": "leaky_relu"},
+}
+every_case = pytest.mark.parametrize("case", [COMMON | case for case in CASES.values()], ids=list(CASES))
+# PyTorch's compiler uses a part of PyTorch that PyTorch deprecates.
+compiles = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+RATES = {"actor": 1e-3, "critic": 3e-3}
+EPSILON = 1e-5
+
+
+@every_case
+@pytest.mark.parametrize(("source", "target"), [("jax", "torch"), ("torch", "jax")])
+def test_a_state_crosses(case, source, target):
+    """What one backend saved, the other loads without changing a bit; it then acts the same, values the same
+    and goes on learning the same."""
+    config, spaces = setting(case, seed=1)
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        one = LEARNERS[source](config, spaces, dtype="float64")
+        other = LEARNERS[target](config.replace(seed=2), spaces, dtype="float64")
+        one.load(lived_in(one.state(), rng))
+        rollout = act_rollout(one, 1, case["resets"])
+        one.update(rollout, order_of(config, rollout, rng), hyper_at(config, 0))
+
+        saved = one.state()
+        other.load(saved)
+        loaded = other.state()
+        assert loaded.keys() == saved.keys()
+        for name, value in saved.items():
+            np.testing.assert_array_equal(loaded[name], value, err_msg=name, strict=True)
+
+        rollout, same = (act_rollout(learner, 2, case["resets"]) for learner in (one, other))
+        np.testing.assert_allclose(same.action, rollout.action, rtol=1e-6)
+        obs = {path: x[0] for path, x in rollout.obs.items()}
+        np.testing.assert_allclose(other.value(obs), one.value(obs), rtol=1e-12)
+
+        order = order_of(config, rollout, rng)
+        metrics = [learner.update(rollout, order, hyper_at(config, 32)) for learner in (one, other)]
+        assert_close(metrics[1], metrics[0], 1e-8)
+        assert_close(other.state(), one.state(), 1e-8)
+
+
+@every_case
+@compiles
+@pytest.mark.slow
+def test_the_compiled_step_is_the_eager_one(case):
+    """In float32 an update with the compiled step gives the metrics and the state of the eager one, and five
+    updates with ever other rates and coefficients compile once."""
+    config, spaces = setting(case, seed=3)
+    rng = np.random.default_rng(3)
+    eager = torch_learner.Learner(config, spaces)
+    compiled = torch_learner.Learner(config.replace(compile=True), spaces)
+    state = lived_in(eager.state(), rng)
+    eager.load(state)
+    compiled.load(state)
+    for iteration in range(5):
+        rollout = act_rollout(eager, iteration, case["resets"])
+        order = order_of(config, rollout, rng)[:1]
+        hyper = hyper_at(config, 100 * iteration)._replace(ent_coef=0.01 * iteration)
+        with torch.compiler.set_stance("fail_on_recompile" if iteration else "default"):
+            metrics = compiled.update(rollout, order, hyper)
+        assert_close(metrics, eager.update(rollout, order, hyper), 1e-5)
+        assert_close(compiled.state(), eager.state(), 1e-5)
+        compiled.load(eager.state())
+
+
+@compiles
+def test_a_process_may_compile_many_learners():
+    """PyTorch refuses a ninth variant of one function, which must not refuse a ninth learner."""
+
+    def rows(x: torch.Tensor, count: int) -> torch.Tensor:
+        return x.view(count, -1)
+
+    for count in range(1, 11):
+        assert torch_learner.compiled(rows)(torch.zeros(2520), count).shape == (count, 2520 // count)
+
+
+@pytest.mark.parametrize("backend", LEARNERS)
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_adam_is_the_reference(backend, max_grad_norm):
+    """Ten steps on given gradients equal torch.optim.Adam's, after torch.nn.utils.clip_grad_norm_."""
+    rng = np.random.default_rng(4)
+    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Box((2,), (-1.0,) * 2, (1.0,) * 2))
+    config = Config(max_grad_norm=max_grad_norm, hidden_sizes=(4,))
+    with jax.enable_x64(True):
+        learner = LEARNERS[backend](config, spaces, dtype="float64")
+        reference = {
+            name.removeprefix("params/"): torch.nn.Parameter(torch.tensor(value))
+            for name, value in learner.state().items()
+            if name.startswith("params/")
+        }
+        groups = [
+            {"params": [x], "lr": RATES["critic" if is_critic(n) else "actor"]} for n, x in reference.items()
+        ]
+        optimizer = torch.optim.Adam(groups, eps=EPSILON, betas=(0.9, 0.999))
+        hyper = hyper_at(config, 0)._replace(
+            actor_learning_rate=RATES["actor"], critic_learning_rate=RATES["critic"], adam_epsilon=EPSILON
+        )
+        for _ in range(10):
+            gradient = {name: 0.1 * rng.standard_normal(x.shape) for name, x in reference.items()}
+            for name, x in reference.items():
+                x.grad = torch.from_numpy(gradient[name].copy())
+            norm = torch.nn.utils.clip_grad_norm_(reference.values(), max_grad_norm or np.inf)
+            optimizer.step()
+            assert_close({"norm": apply_adam(learner, gradient, hyper)}, {"norm": norm}, 1e-12)
+        own = {name: value for name, value in learner.state().items() if name.startswith("params/")}
+        assert_close(own, {f"params/{name}": x.detach() for name, x in reference.items()}, 1e-12)
+
+
+def apply_adam(learner: Any, gradient: dict[str, np.ndarray], hyper: Hyper) -> Any:
+    """One step of a learner's own Adam on given gradients; the norm of the gradient."""
+    if learner.backend == "jax":
+        learner._state, norm = jax_learner.adam(learner.spec, learner._state, gradient, hyper)
+        return norm
+    scalars = Hyper(*(torch.tensor(value, dtype=torch.float64) for value in hyper))
+    flat = torch_learner.flatten(learner.spec, {name: torch.from_numpy(g) for name, g in gradient.items()})
+    learner._state, norm = torch_learner.adam(learner.spec, learner._state, flat, scalars)
+    return norm
+
+
+def elman_parameters() -> dict[str, np.ndarray]:
+    """A simple recurrent network (Elman 1990): 3 inputs, 4 hidden units, 3 actions."""
+    rng = np.random.default_rng(5)
+    shapes = {"input": (3, 4), "hidden": (4, 4), "actor.head": (4, 3), "critic.head": (4, 1)}
+    return {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def elman(backend: str) -> Any:
+    """The network in either backend: the hidden state is forgotten where an episode begins."""
+    where, tanh, stack = {
+        "jax": (jnp.where, jnp.tanh, jnp.stack),
+        "torch": (torch.where, torch.tanh, torch.stack),
+    }[backend]
+    categorical = getattr(proximo, backend).distributions.Categorical
+
+    def apply(params: Any, obs: Any, start: Any, carry: Any) -> Any:
+        hidden, rows = carry, []
+        for x, begins in zip(obs[""], start, strict=True):
+            remembered = where(begins[:, None], 0.0, hidden)
+            hidden = tanh(x @ params["input"] + remembered @ params["hidden"])
+            rows.append(hidden)
+        hidden = stack(rows)
+        return categorical(hidden @ params["actor.head"]), (hidden @ params["critic.head"])[..., 0], hidden
+
+    return getattr(proximo, backend).networks.Network(elman_parameters, apply, 4)
+
+
+@pytest.mark.parametrize("resets", ["next_step", "same_step"])
+def test_a_recurrent_network_agrees(resets):
+    """Sequences, carries and the values of final observations: after two updates of a network of the user's
+    own, both backends hold the same state and carry."""
+    config, spaces = setting(
+        COMMON | CASES["discrete"] | {"observation": "vector", "sequence_length": 4}, seed=5
+    )
+    rng = np.random.default_rng(5)
+    with jax.enable_x64(True):
+        one, other = (
+            learner(config, spaces, elman(backend), dtype="float64") for backend, learner in LEARNERS.items()
+        )
+        one.load(lived_in(one.state(), rng))
+        other.load(one.state())
+        for seed in (6, 7):
+            rollout = act_rollout(one, seed, resets)
+            np.testing.assert_array_equal(act_rollout(other, seed, resets).action, rollout.action)
+            order = order_of(config, rollout, rng)
+            metrics = [learner.update(rollout, order, hyper_at(config, 0)) for learner in (one, other)]
+            assert_close(metrics[1], metrics[0], 1e-8)
+            assert_close(other.state(), one.state(), 1e-8)
+        assert np.any(one.state()["carry"])

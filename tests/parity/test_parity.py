@@ -1,0 +1,142 @@
+"""Both backends compute the same: losses, gradients, parameters, optimizer, normalisers and metrics.
+
+Over settings in which every pair of values of any two switches occurs. In float64, where rounding cannot
+hide a difference; in float32 only what one minibatch computes, since many steps of Adam are
+ill-conditioned there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from pairs import LEARNERS, Pair, cases, name_of, quick_jit
+
+import proximo.jax.distributions as jax_distributions
+import proximo.jax.learner as jax_learner
+import proximo.torch.distributions as torch_distributions
+import proximo.torch.learner as torch_learner
+from proximo import state as trees
+from proximo.config import Config
+from proximo.rollout import Rollout
+from proximo.schedules import Hyper, hyper_at
+from proximo.spaces import Box, Leaf, Spaces
+
+CASES = list(enumerate(cases()))
+every_case = pytest.mark.parametrize(
+    ("seed", "case"), CASES, ids=[f"{seed}-{name_of(case)}" for seed, case in CASES]
+)
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float, scale: float | None = None) -> None:
+    """Arrays of the same names and shapes differ by at most `tolerance` times their scale, at least 1."""
+    ours, theirs = (tree if isinstance(tree, dict) else trees.flatten(tree) for tree in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        a, b = np.asarray(ours[name], np.float64), np.asarray(theirs[name], np.float64)
+        largest = max(1.0, np.abs(b).max(initial=0.0)) if scale is None else scale
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest, err_msg=name)
+
+
+def examine_jax(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    """Prepared batch, gradients and metrics of one minibatch at `params`, and the state after its step."""
+    learner, dtype = pair.jax, pair.jax._dtype
+
+    @quick_jit
+    def examine(state: Any, data: Any, indices: Any, hyper: Any, params: Any) -> tuple[Any, ...]:
+        state, batch, _ = jax_learner.prepare(learner.spec, state, data, hyper)
+        minibatch = jax_learner.take(batch, indices)
+        gradient = jax.grad(partial(jax_learner.loss, learner.spec), has_aux=True)
+        after, _ = jax_learner.step(learner.spec, state._replace(params=params), minibatch, hyper)
+        return batch, *gradient(params, minibatch, hyper), after
+
+    hyper = Hyper(*(dtype.type(value) for value in pair.hyper))
+    params = {name: value.astype(dtype) for name, value in params.items()}
+    return examine(learner._state, learner.transitions(pair.rollout), pair.order[0, 0], hyper, params)
+
+
+def examine_torch(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    """The same."""
+    learner, dtype = pair.torch, pair.torch._dtype
+    hyper = Hyper(*(torch.tensor(value, dtype=dtype) for value in pair.hyper))
+    data = learner.transitions(pair.rollout)
+    state, batch, _ = torch_learner.prepare(learner.spec, learner._state, data, hyper)
+    indices = torch.from_numpy(pair.order[0, 0])
+    minibatch = torch_learner.take(torch_learner.append_nothing(batch), indices)
+    gradient = torch.func.grad(partial(torch_learner.loss, learner.spec), has_aux=True)
+    own = {name: torch.tensor(value, dtype=dtype) for name, value in params.items()}
+    state = state._replace(params=torch_learner.flatten(learner.spec, own))
+    learner._state, _ = torch_learner.step(learner.spec, state, minibatch, hyper)
+    return batch, *gradient(own, minibatch, hyper), learner.state()
+
+
+@every_case
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_losses_and_gradients_agree(seed, case, dtype, tolerance):
+    """One minibatch, away from the policy that acted: the batch made of the rollout, every term of the loss
+    and every gradient agree; in float64 also parameters, moments and normalisers after its step."""
+    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+        pair = Pair(case, seed, dtype)
+        params = pair.params_nearby()
+        jax_batch, jax_gradient, jax_metrics, jax_after = examine_jax(pair, params)
+        torch_batch, torch_gradient, torch_metrics, torch_after = examine_torch(pair, params)
+        assert_close(torch_batch, jax_batch, tolerance)
+        assert_close(torch_metrics, jax_metrics, tolerance)
+        assert jax_metrics.clip_fraction > 0.0
+        largest = max(float(np.abs(g).max()) for g in jax_gradient.values())
+        assert_close(torch_gradient, jax_gradient, tolerance, largest)
+        if dtype == "float64":
+            assert_close(torch_after, jax_after, 1e-8)
+
+
+@every_case
+def test_ten_steps_agree(seed, case):
+    """A whole update in float64: metrics, and parameters, both of Adam's moments, the moments of observations
+    and returns, running returns and the adaptive rate after it."""
+    with jax.enable_x64(True):
+        pair = Pair(case, seed, "float64")
+        before = pair.jax.state()
+        metrics = pair.jax.update(pair.rollout, pair.order, pair.hyper)
+        after = pair.jax.state()
+        assert_close(pair.torch.update(pair.rollout, pair.order, pair.hyper), metrics, 1e-8)
+        assert_close(pair.torch.state(), after, 1e-8)
+    steps = after["count"] - before["count"]
+    assert (0 < steps < 10) if case["target_kl"] else steps == 10
+    assert np.any(after["params/actor.head.weight"] != before["params/actor.head.weight"])
+
+
+def test_the_slope_of_tanh_agrees_far_out():
+    """Where tanh is flat, beyond what random actions reach."""
+    x = np.linspace(-60.0, 60.0, 241)
+    ours = torch_distributions.log_tanh_slope(torch.from_numpy(x))
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(ours, jax_distributions.log_tanh_slope(jnp.asarray(x)), rtol=1e-13)
+
+
+@pytest.mark.parametrize("backend", LEARNERS)
+def test_what_has_no_weight_cannot_overflow_the_loss(backend):
+    """A policy so narrow that the ratio of a row without weight is infinite still learns finite numbers: the
+    reset row within a sequence, and what fills up a minibatch."""
+    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Box((17,), (-1.0,) * 17, (1.0,) * 17))
+    config = Config(num_envs=2, num_steps=8, minibatch_size=8, std="fixed", init_std=1e-3, learning_rate=3e-5)
+    learner = LEARNERS[backend](config, spaces)
+    rng = np.random.default_rng(0)
+    rollout = Rollout(spaces, 8, 2)
+    rollout.obs[""][:] = rng.standard_normal(rollout.obs[""].shape)
+    rollout.reward[:] = rng.standard_normal(rollout.reward.shape)
+    rollout.valid[3, 0] = False
+    actor = learner.actor(spaces.action.noise(rng, (8, 2)))
+    for t in range(8):
+        rollout.action[t] = actor({"": rollout.obs[""][t]}, rollout.start[t])
+    order = np.full((1, 2, 9), 16, np.int32)  # index 16 is nothing, row 6 is the reset
+    order[0, :, :8] = np.arange(16).reshape(2, 8)
+    for _ in range(3):
+        metrics = learner.update(rollout, order, hyper_at(config, 0))
+    assert np.isfinite([metrics["losses/total"], metrics["update/gradient_norm"]]).all()
+    assert all(np.isfinite(value).all() for value in learner.state().values())
