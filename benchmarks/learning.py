@@ -113,7 +113,10 @@ def main() -> None:
         }
     result = {
         "env": options.env,
-        "command": "python benchmarks/learning.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(
+            ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}", "--backends"]
+            + [*options.backends, *flags]
+        ),
         "commit": commit.stdout.strip(),
         "versions": versions(),
         "summary": summary,
@@ -121,7 +124,7 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{options.name or options.env}.json"
-    path.write_text(json.dumps(result, indent=1))
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(summary, indent=2))
     print(f"written: {path}")
 
