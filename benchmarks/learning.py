@@ -114,8 +114,14 @@ def main() -> None:
     result = {
         "env": options.env,
         "command": " ".join(
-            ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}", "--backends"]
-            + [*options.backends, *flags]
+            [
+                "python benchmarks/learning.py",
+                options.env,
+                f"--seeds {options.seeds}",
+                "--backends",
+                *options.backends,
+                *flags,
+            ]
         ),
         "commit": commit.stdout.strip(),
         "versions": versions(),

@@ -313,14 +313,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as one graph, with a code object of its own.
 
     PyTorch keeps what it compiled with the code object and refuses a ninth variant: so would be a process's
-    ninth learner. As that code serves one learner, whose Spec is fixed, only tensors are checked from call to
-    call. Checking the rest, and Python between the kernels, would each add a tenth to the time.
+    ninth learner.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options: dict[str, Any] = {"cpp_wrapper": True}
-    if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
-        options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def update(
