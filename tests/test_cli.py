@@ -96,6 +96,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
         ("train", "ENV_ID"),
         ("evaluate nowhere", "does not exist"),
+        ("evaluate nowhere --seed -1", "whole number in [0, ∞), got '-1'"),
         ("evaluate nowhere --episode 3", "did you mean '--episodes'"),
         ("train Pendulum-v1 --engine native", "engine native"),
         ("fly", "invalid choice"),

@@ -243,9 +243,12 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _whole(text: str) -> int:
     try:
-        return max(_to_int(text), 0)
+        number = _to_int(text)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number in [0, ∞), got {text!r}")
+    return number
 
 
 def _spelled(words: list[str], flags: set[str]) -> list[str]:
