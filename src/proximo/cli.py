@@ -120,13 +120,7 @@ def run_train(options: argparse.Namespace) -> int:
     agent = PPO(options.env, preset=options.preset, **settings)
     config, backend = agent.config, agent.learner.backend
     run_dir = Path(config.run_dir or default_run_dir(options.env, backend, config.seed))
-    used = (
-        options.preset
-        if options.preset != "auto"
-        else options.env
-        if options.env in presets.available()
-        else "none"
-    )
+    used = presets.chosen(options.env, options.preset) or "none"
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     say(
         f"{options.env}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "

@@ -29,10 +29,16 @@ def load(name: str) -> dict[str, Any]:
     return yaml.safe_load(resources.files(__name__).joinpath(f"{name}.yaml").read_text("utf-8"))
 
 
-def settings_for(env_id: str | None, preset: str | None) -> dict[str, Any]:
-    """The settings that a run starts from: "auto" takes the environment's preset where there is one."""
+def chosen(env_id: str | None, preset: str | None) -> str | None:
+    """The preset's name: "auto" takes the environment's own where there is one; None is no preset."""
     if preset is None or preset == "none":
-        return {}
+        return None
     if preset == "auto":
-        return load(env_id)["settings"] if env_id in available() else {}
-    return load(preset)["settings"]
+        return env_id if env_id in available() else None
+    return preset
+
+
+def settings_for(env_id: str | None, preset: str | None) -> dict[str, Any]:
+    """The settings that a run starts from."""
+    name = chosen(env_id, preset)
+    return {} if name is None else load(name)["settings"]
