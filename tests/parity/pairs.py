@@ -15,13 +15,15 @@ import torch
 from allpairspy import AllPairs
 from rollouts import act_rollout
 
-import proximo.jax.learner as jax_learner
-import proximo.torch.learner as torch_learner
+import proximo.jax.update as jax_update
+import proximo.torch.update as torch_update
 from proximo.config import ACTIVATIONS, Config
+from proximo.jax.learner import Learner as JaxLearner
 from proximo.parameters import MAX_LOG_STD
 from proximo.rollout import Rollout, minibatch_order
 from proximo.schedules import Hyper, hyper_at
 from proximo.spaces import Box, Spaces
+from proximo.torch.learner import Learner as TorchLearner
 
 EPOCHS, MINIBATCHES = 5, 2  # ten steps
 MIN_STD = 0.3
@@ -31,7 +33,7 @@ QUICK = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
-LEARNERS = {"jax": jax_learner.Learner, "torch": torch_learner.Learner}
+LEARNERS = {"jax": JaxLearner, "torch": TorchLearner}
 
 SWITCHES: dict[str, list[Any]] = {
     "vf_clip_coef": [None, 0.05],
@@ -132,9 +134,9 @@ class Pair:
     def __init__(self, case: Case, seed: int, dtype: str) -> None:
         self.rng = np.random.default_rng(seed)
         self.config, self.spaces = setting(case, seed)
-        self.jax = jax_learner.Learner(self.config, self.spaces, dtype=dtype)
-        self.jax._update = quick_jit(partial(jax_learner.update, self.jax.spec))
-        self.torch = torch_learner.Learner(self.config, self.spaces, dtype=dtype)
+        self.jax = JaxLearner(self.config, self.spaces, dtype=dtype)
+        self.jax._update = quick_jit(partial(jax_update.update, self.jax.spec))
+        self.torch = TorchLearner(self.config, self.spaces, dtype=dtype)
         state = lived_in(self.jax.state(), self.rng)
         self.jax.load(state)
         self.torch.load(state)
@@ -158,18 +160,18 @@ def order_of(config: Config, rollout: Rollout, rng: np.random.Generator) -> np.n
     return minibatch_order(rollout.valid, EPOCHS, MINIBATCHES, rng, config.sequence_length)
 
 
-def midway(learner: torch_learner.Learner, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> float:
+def midway(learner: TorchLearner, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> float:
     """A target for the KL divergence that a later step than the first exceeds, and none before it."""
     seen: list[float] = []
 
     def minibatch(*args: Any) -> Any:
-        state, metrics = torch_learner.minibatch(*args)
+        state, metrics = torch_update.minibatch(*args)
         seen.append(metrics.approx_kl.item())
         return state, metrics
 
     scalars = Hyper(*(torch.tensor(value, dtype=learner._dtype) for value in hyper))
     data, indices = learner.transitions(rollout), torch.from_numpy(order)
-    torch_learner.update(learner.spec, learner._state, data, indices, scalars, minibatch)
+    torch_update.update(learner.spec, learner._state, data, indices, scalars, minibatch)
     records = [k for k in range(2, len(seen)) if seen[k] > 1.01 * max(seen[:k])]
     stop = records[len(records) // 2]
     return 0.5 * (max(seen[:stop]) + seen[stop])

@@ -14,15 +14,17 @@ from rollouts import act_rollout
 from test_parity import assert_close
 
 import proximo.jax.distributions
-import proximo.jax.learner as jax_learner
 import proximo.jax.networks
+import proximo.jax.optimizer as jax_optimizer
 import proximo.torch.distributions
-import proximo.torch.learner as torch_learner
 import proximo.torch.networks
+import proximo.torch.optimizer as torch_optimizer
 from proximo.config import Config
 from proximo.parameters import is_critic
 from proximo.schedules import Hyper, hyper_at
 from proximo.spaces import Box, Leaf, Spaces
+from proximo.torch.tensors import compiled as compiled_function
+from proximo.torch.tensors import flatten
 
 COMMON = {
     "normalize_observation": True, "normalize_reward": True, "lr_schedule": "adaptive", "resets": "same_step",
@@ -79,8 +81,8 @@ def test_the_compiled_step_is_the_eager_one(case):
     updates with ever other rates and coefficients compile once."""
     config, spaces = setting(case, seed=3)
     rng = np.random.default_rng(3)
-    eager = torch_learner.Learner(config, spaces)
-    compiled = torch_learner.Learner(config.replace(compile=True), spaces)
+    eager = LEARNERS["torch"](config, spaces)
+    compiled = LEARNERS["torch"](config.replace(compile=True), spaces)
     state = lived_in(eager.state(), rng)
     eager.load(state)
     compiled.load(state)
@@ -103,7 +105,7 @@ def test_a_process_may_compile_many_learners():
         return x.view(count, -1)
 
     for count in range(1, 11):
-        assert torch_learner.compiled(rows)(torch.zeros(2520), count).shape == (count, 2520 // count)
+        assert compiled_function(rows)(torch.zeros(2520), count).shape == (count, 2520 // count)
 
 
 @pytest.mark.parametrize("backend", LEARNERS)
@@ -141,11 +143,11 @@ def test_adam_is_the_reference(backend, max_grad_norm):
 def apply_adam(learner: Any, gradient: dict[str, np.ndarray], hyper: Hyper) -> Any:
     """One step of a learner's own Adam on given gradients; the norm of the gradient."""
     if learner.backend == "jax":
-        learner._state, norm = jax_learner.adam(learner.spec, learner._state, gradient, hyper)
+        learner._state, norm = jax_optimizer.adam(learner.spec, learner._state, gradient, hyper)
         return norm
     scalars = Hyper(*(torch.tensor(value, dtype=torch.float64) for value in hyper))
-    flat = torch_learner.flatten(learner.spec, {name: torch.from_numpy(g) for name, g in gradient.items()})
-    learner._state, norm = torch_learner.adam(learner.spec, learner._state, flat, scalars)
+    flat = flatten(learner.spec.shapes, {name: torch.from_numpy(g) for name, g in gradient.items()})
+    learner._state, norm = torch_optimizer.adam(learner.spec, learner._state, flat, scalars)
     return norm
 
 

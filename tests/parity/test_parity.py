@@ -19,14 +19,17 @@ import torch
 from pairs import LEARNERS, Pair, cases, name_of, quick_jit
 
 import proximo.jax.distributions as jax_distributions
-import proximo.jax.learner as jax_learner
+import proximo.jax.minibatches as jax_minibatches
+import proximo.jax.update as jax_update
 import proximo.torch.distributions as torch_distributions
-import proximo.torch.learner as torch_learner
-from proximo import state as trees
+import proximo.torch.minibatches as torch_minibatches
+import proximo.torch.update as torch_update
+from proximo import trees
 from proximo.config import Config
 from proximo.rollout import Rollout
 from proximo.schedules import Hyper, hyper_at
 from proximo.spaces import Box, Leaf, Spaces
+from proximo.torch.tensors import flatten
 
 CASES = list(enumerate(cases()))
 every_case = pytest.mark.parametrize(
@@ -50,10 +53,10 @@ def examine_jax(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
 
     @quick_jit
     def examine(state: Any, data: Any, indices: Any, hyper: Any, params: Any) -> tuple[Any, ...]:
-        state, batch, _ = jax_learner.prepare(learner.spec, state, data, hyper)
-        minibatch = jax_learner.take(batch, indices)
-        gradient = jax.grad(partial(jax_learner.loss, learner.spec), has_aux=True)
-        after, _ = jax_learner.step(learner.spec, state._replace(params=params), minibatch, hyper)
+        state, batch, _ = jax_update.prepare(learner.spec, state, data, hyper)
+        minibatch = jax_minibatches.take(batch, indices)
+        gradient = jax.grad(partial(jax_update.loss, learner.spec), has_aux=True)
+        after, _ = jax_update.step(learner.spec, state._replace(params=params), minibatch, hyper)
         return batch, *gradient(params, minibatch, hyper), after
 
     hyper = Hyper(*(dtype.type(value) for value in pair.hyper))
@@ -66,13 +69,13 @@ def examine_torch(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
     learner, dtype = pair.torch, pair.torch._dtype
     hyper = Hyper(*(torch.tensor(value, dtype=dtype) for value in pair.hyper))
     data = learner.transitions(pair.rollout)
-    state, batch, _ = torch_learner.prepare(learner.spec, learner._state, data, hyper)
+    state, batch, _ = torch_update.prepare(learner.spec, learner._state, data, hyper)
     indices = torch.from_numpy(pair.order[0, 0])
-    minibatch = torch_learner.take(torch_learner.append_nothing(batch), indices)
-    gradient = torch.func.grad(partial(torch_learner.loss, learner.spec), has_aux=True)
+    minibatch = torch_minibatches.take(torch_minibatches.append_nothing(batch), indices)
+    gradient = torch.func.grad(partial(torch_update.loss, learner.spec), has_aux=True)
     own = {name: torch.tensor(value, dtype=dtype) for name, value in params.items()}
-    state = state._replace(params=torch_learner.flatten(learner.spec, own))
-    learner._state, _ = torch_learner.step(learner.spec, state, minibatch, hyper)
+    state = state._replace(params=flatten(learner.spec.shapes, own))
+    learner._state, _ = torch_update.step(learner.spec, state, minibatch, hyper)
     return batch, *gradient(own, minibatch, hyper), learner.state()
 
 

@@ -55,8 +55,10 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from proximo.jax.learner import Learner, State, update
-    from proximo.state import flatten
+    from proximo.jax.learner import Learner
+    from proximo.jax.state import State
+    from proximo.jax.update import update
+    from proximo.trees import flatten
 
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(address, RANKS, rank)

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from proximo.config import Config
-from proximo.jax.learner import Spec, State, Transitions, act, initial_state, update, values
+from proximo.jax.learner import act, values
+from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import mlp
+from proximo.jax.state import Spec, State, initial_state
+from proximo.jax.update import update
 from proximo.randomness import Purpose, generator
 from proximo.rollout import minibatch_order
 from proximo.schedules import Hyper, hyper_at

@@ -1,4 +1,5 @@
 """The learner in PyTorch.
 
-Read in this order: networks, distributions, normalization, advantages, losses, learner.
+Read in this order: networks, distributions, normalization, advantages, losses, state, minibatches,
+optimizer, update, learner.
 """

@@ -1,0 +1,42 @@
+"""Adam with a clipped gradient, and the step size that follows the KL divergence."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from proximo.jax.networks import Params
+from proximo.jax.state import Spec, State
+from proximo.parameters import is_critic, limits
+from proximo.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
+
+BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates
+NORM_EPSILON = 1e-6
+
+
+def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[State, Array]:
+    """Clip the gradient's global norm, then one step of Adam (Kingma & Ba 2014); also the norm before."""
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in gradient.values()))
+    if spec.config.max_grad_norm is not None:
+        scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + NORM_EPSILON))
+        gradient = {name: g * scale for name, g in gradient.items()}
+    count = state.count + 1
+    correction_1, correction_2 = 1.0 - BETA_1**count, 1.0 - BETA_2**count
+    params, moment_1, moment_2 = {}, {}, {}
+    for name, g in gradient.items():
+        rate = hyper.critic_learning_rate if is_critic(name) else hyper.actor_learning_rate
+        moment_1[name] = BETA_1 * state.moment_1[name] + (1.0 - BETA_1) * g
+        moment_2[name] = BETA_2 * state.moment_2[name] + (1.0 - BETA_2) * g**2
+        denominator = jnp.sqrt(moment_2[name] / correction_2) + hyper.adam_epsilon
+        change = rate * state.rate_scale * (moment_1[name] / correction_1) / denominator
+        params[name] = jnp.clip(state.params[name] - change, *limits(name, spec.config))
+    return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
+
+
+def adapt(rate_scale: Array, approx_kl: Array, hyper: Hyper) -> Array:
+    """Step down when an epoch moved too far, up when it hardly moved (Rudin et al. 2021)."""
+    factor = jnp.where(
+        approx_kl > 2.0 * hyper.desired_kl, 1 / 1.5, jnp.where(approx_kl < 0.5 * hyper.desired_kl, 1.5, 1.0)
+    )
+    rate = jnp.clip(rate_scale * factor * hyper.actor_learning_rate, MIN_ADAPTIVE_RATE, MAX_ADAPTIVE_RATE)
+    return rate / hyper.actor_learning_rate

@@ -1,0 +1,60 @@
+"""A rollout as tensors, and the minibatches taken from it.
+
+Shapes: T steps, N environments, L steps per sequence (1 for feed-forward), K = T / L * N sequences in the
+rollout, S of them in a minibatch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proximo.torch.networks import Obs
+from proximo.torch.tensors import each
+
+
+class Transitions(NamedTuple):
+    """A rollout as tensors; `final_value` replaces V(obs[t + 1]) where `final` says so."""
+
+    obs: Obs  # path -> [T + 1, N, ...]
+    action: Tensor  # [T, N, ...]
+    reward: Tensor  # [T, N]
+    terminated: Tensor  # [T, N]
+    truncated: Tensor  # [T, N]
+    valid: Tensor  # [T, N]
+    start: Tensor  # [T + 1, N]
+    final: Tensor  # [T, N]
+    final_value: Tensor  # [T, N]
+
+
+class Batch(NamedTuple):
+    """The samples that minibatches are taken from: [L, K, ...], and with S for K a minibatch."""
+
+    obs: Obs
+    action: Tensor
+    start: Tensor
+    carry: Tensor  # [1, K, H] at the first step of each sequence
+    log_prob: Tensor
+    value: Tensor
+    advantage: Tensor
+    target: Tensor  # advantage + value: what the critic learns
+    weight: Tensor  # 1 for a transition, 0 for a reset row
+
+
+def to_sequences(length: int, x: Tensor) -> Tensor:
+    """[T, N, ...] -> [L, T / L * N, ...]."""
+    steps, envs, *rest = x.shape
+    x = x.reshape(steps // length, length, envs, *rest).swapaxes(0, 1)
+    return x.reshape(length, steps // length * envs, *rest)
+
+
+def take(batch: Batch, indices: Tensor) -> Batch:
+    """The minibatch of these sequences [S]."""
+    return each(lambda x: torch.index_select(x, 1, indices), batch)
+
+
+def append_nothing(batch: Batch) -> Batch:
+    """[L, K, ...] -> [L, K + 1, ...]: what index K takes is zeros, hence weight 0."""
+    return each(lambda x: torch.cat([x, torch.zeros_like(x[:, :1])], dim=1), batch)

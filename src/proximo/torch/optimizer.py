@@ -1,0 +1,40 @@
+"""Adam with a clipped gradient, and the step size that follows the KL divergence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from proximo.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
+from proximo.torch.state import Spec, State
+
+BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates
+NORM_EPSILON = 1e-6
+
+
+def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
+    """Clip the gradient's global norm, then one step of Adam (Kingma & Ba 2014); also the norm before."""
+    norm = torch.sqrt(torch.sum(gradient**2))
+    if spec.config.max_grad_norm is not None:
+        gradient = gradient * torch.clip(hyper.max_grad_norm / (norm + NORM_EPSILON), max=1.0)
+    count = state.count + 1
+    steps = count.to(gradient.dtype)
+    correction_1, correction_2 = 1.0 - BETA_1**steps, 1.0 - BETA_2**steps
+    rate = torch.where(spec.critic, hyper.critic_learning_rate, hyper.actor_learning_rate)
+    moment_1 = BETA_1 * state.moment_1 + (1.0 - BETA_1) * gradient
+    moment_2 = BETA_2 * state.moment_2 + (1.0 - BETA_2) * gradient**2
+    denominator = torch.sqrt(moment_2 / correction_2) + hyper.adam_epsilon
+    params = state.params - rate * state.rate_scale * (moment_1 / correction_1) / denominator
+    params = torch.clip(params, spec.low, spec.high)
+    return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
+
+
+def adapt(rate_scale: Tensor, approx_kl: Tensor, hyper: Hyper) -> Tensor:
+    """Step down when an epoch moved too far, up when it hardly moved (Rudin et al. 2021)."""
+    factor = torch.where(
+        approx_kl > 2.0 * hyper.desired_kl,
+        1 / 1.5,
+        torch.where(approx_kl < 0.5 * hyper.desired_kl, 1.5, torch.ones_like(rate_scale)),
+    )
+    rate = torch.clip(rate_scale * factor * hyper.actor_learning_rate, MIN_ADAPTIVE_RATE, MAX_ADAPTIVE_RATE)
+    return rate / hyper.actor_learning_rate
