@@ -19,6 +19,8 @@ from proximo.spaces import Box, Spaces
 Parameters = dict[str, np.ndarray]
 
 MAX_LOG_STD = 2.0
+MASKED = -1e9  # logit of a forbidden action; finite, so that a row with every action masked stays finite
+VARIANCE_EPSILON = 1e-8  # added to a variance before its root
 HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN = math.sqrt(2.0), 0.01, 1.0
 
 

@@ -26,10 +26,12 @@ import proximo.torch.minibatches as torch_minibatches
 import proximo.torch.update as torch_update
 from proximo import trees
 from proximo.config import Config
+from proximo.jax.learner import act as jax_act
 from proximo.rollout import Rollout
 from proximo.schedules import Hyper, hyper_at
 from proximo.spaces import Box, Leaf, Spaces
-from proximo.torch.tensors import flatten
+from proximo.torch.learner import act as torch_act
+from proximo.torch.tensors import each, flatten, tensor
 
 CASES = list(enumerate(cases()))
 every_case = pytest.mark.parametrize(
@@ -112,6 +114,29 @@ def test_ten_steps_agree(seed, case):
     steps = after["count"] - before["count"]
     assert (0 < steps < 10) if case["target_kl"] else steps == 10
     assert np.any(after["params/actor.head.weight"] != before["params/actor.head.weight"])
+
+
+@every_case
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, tolerance):
+    """The same raw samples, and the same modes, as the learner's own networks give."""
+    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+        pair = Pair(case, seed, dtype)
+        spaces = pair.spaces
+        steps, envs = pair.rollout.num_steps, pair.rollout.num_envs
+        rows = {path: value[:-1].reshape(-1, *value.shape[2:]) for path, value in pair.rollout.obs.items()}
+        start, carry = np.zeros(steps * envs, bool), np.zeros((steps * envs, 0), dtype)
+        drawn = spaces.action.noise(pair.rng, (steps * envs,))
+        for noise in (drawn, np.zeros_like(drawn)):
+            jax_raw, _ = jax_act(pair.jax.spec, pair.jax._state, rows, start, carry, noise)
+            tensors = [each(tensor, x) for x in (rows, start, carry, noise)]
+            torch_raw, _ = torch_act(pair.torch.spec, pair.torch._state, *tensors)
+            for learner, raw in ((pair.jax, jax_raw), (pair.torch, torch_raw)):
+                acted = learner.actor(noise[None] if noise.any() else None)(rows, start)
+                assert acted.dtype == (dtype if isinstance(spaces.action, Box) else np.int32)
+                np.testing.assert_allclose(
+                    acted, np.asarray(raw), rtol=0, atol=tolerance * max(1.0, np.abs(acted).max())
+                )
 
 
 def test_the_slope_of_tanh_agrees_far_out():

@@ -43,9 +43,6 @@ class Categorical(NamedTuple):
         return jnp.full(self.logits.shape[:-1], jnp.nan)
 
 
-MASKED = -1e9  # finite, so that a row with every action masked stays finite
-
-
 class Gaussian(NamedTuple):
     """Independent normals."""
 

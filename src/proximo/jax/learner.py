@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from proximo import trees
+from proximo.acting import mlp_actor
 from proximo.config import Config
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, mlp
@@ -62,6 +63,7 @@ class Learner:
         reduce: Reduce = lambda x: x,
     ) -> None:
         spaces.check(config)
+        self._built_in = network is None
         self.spec = Spec(config, spaces, network or mlp(config, spaces), reduce)
         self._dtype = np.dtype(dtype)
         self._state = initial_state(self.spec, config.num_envs, dtype)
@@ -72,6 +74,10 @@ class Learner:
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
+        if self._built_in:
+            params, moments = jax.device_get((self._state.params, self._state.obs_moments))
+            known = {path: (of.mean, of.variance) for path, of in moments.items()}
+            return mlp_actor(self.spec.config, self.spec.spaces, params, known, noise)
         state, carry, calls = self._state, self._state.carry, iter(()) if noise is None else iter(noise)
         still = np.zeros(self.spec.spaces.action.head_size, self._dtype)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.jax.normalization import EPSILON, Reduce
+from proximo.jax.normalization import Reduce
+
+STD_EPSILON = 1e-8
 
 
 def clipped_surrogate(ratio: Array, advantage: Array, clip_coef: Array) -> Array:
@@ -35,4 +37,4 @@ def standardize(x: Array, weight: Array, reduce: Reduce) -> Array:
     count = jnp.maximum(reduce(jnp.sum(weight)), 1.0)
     mean = reduce(jnp.sum(weight * x)) / count
     variance = reduce(jnp.sum(weight * (x - mean) ** 2)) / count
-    return (x - mean) / (jnp.sqrt(variance) + EPSILON)
+    return (x - mean) / (jnp.sqrt(variance) + STD_EPSILON)

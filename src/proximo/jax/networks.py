@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 
 from proximo.config import Config
-from proximo.jax.distributions import MASKED, Categorical, Gaussian, Policy, SquashedGaussian
-from proximo.parameters import MAX_LOG_STD, initial_parameters
+from proximo.jax.distributions import Categorical, Gaussian, Policy, SquashedGaussian
+from proximo.parameters import MASKED, MAX_LOG_STD, initial_parameters
 from proximo.spaces import Discrete, Spaces
 
 Params = dict[str, Array]

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from proximo.parameters import VARIANCE_EPSILON
+
 Reduce = Callable[[Array], Array]  # sums over processes; the identity for one
-EPSILON = 1e-8
 
 
 class Moments(NamedTuple):
@@ -44,7 +45,7 @@ def merge(moments: Moments, x: Array, weight: Array, reduce: Reduce) -> Moments:
 
 def normalize(x: Array, moments: Moments, clip: float) -> Array:
     """(x − mean) / std, clipped to ± clip."""
-    scaled = (x - moments.mean) * jax.lax.rsqrt(moments.variance + EPSILON)
+    scaled = (x - moments.mean) * jax.lax.rsqrt(moments.variance + VARIANCE_EPSILON)
     return jnp.clip(scaled, -clip, clip)
 
 

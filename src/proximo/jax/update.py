@@ -26,6 +26,7 @@ from proximo.jax.networks import Params
 from proximo.jax.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.jax.optimizer import adam, adapt
 from proximo.jax.state import Spec, State, observe
+from proximo.parameters import VARIANCE_EPSILON
 from proximo.schedules import Hyper
 
 
@@ -61,7 +62,7 @@ def prepare(
     if config.normalize_reward:
         returns, running = discounted_returns(reward, data.start[:-1], data.valid, running, hyper.gamma)
         moments = merge(moments, returns, weight, reduce)
-        scale = lax.rsqrt(moments.variance + 1e-8)
+        scale = lax.rsqrt(moments.variance + VARIANCE_EPSILON)
         reward = jnp.clip(reward * scale, -config.clip_reward, config.clip_reward)
 
     advantage = gae(

@@ -43,9 +43,6 @@ class Categorical(NamedTuple):
         return torch.full_like(self.logits[..., 0], math.nan)
 
 
-MASKED = -1e9  # finite, so that a row with every action masked stays finite
-
-
 class Gaussian(NamedTuple):
     """Independent normals."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from proximo import trees
+from proximo.acting import mlp_actor
 from proximo.config import Config
 from proximo.parameters import is_critic, limits
 from proximo.rollout import Actor, Rollout
@@ -70,6 +71,7 @@ class Learner:
         reduce: Reduce = lambda x: x,
     ) -> None:
         spaces.check(config)
+        self._built_in = network is None
         self._dtype: torch.dtype = getattr(torch, dtype)
         network = network or mlp(config, spaces)
         initial = network.init()
@@ -89,6 +91,12 @@ class Learner:
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
+        if self._built_in:
+            params = each(Tensor.numpy, unflatten(self.spec.shapes, self._state.params.clone()))
+            known = {
+                path: (of.mean.numpy(), of.variance.numpy()) for path, of in self._state.obs_moments.items()
+            }
+            return mlp_actor(self.spec.config, self.spec.spaces, params, known, noise)
         state, carry, calls = self._state, self._state.carry, iter(()) if noise is None else iter(noise)
         still = np.zeros(self.spec.spaces.action.head_size, np.float32)
 

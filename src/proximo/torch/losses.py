@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from proximo.torch.normalization import EPSILON, Reduce
+from proximo.torch.normalization import Reduce
+
+STD_EPSILON = 1e-8
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_coef: Tensor) -> Tensor:
@@ -35,4 +37,4 @@ def standardize(x: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
     count = torch.clip(reduce(torch.sum(weight)), min=1.0)
     mean = reduce(torch.sum(weight * x)) / count
     variance = reduce(torch.sum(weight * (x - mean) ** 2)) / count
-    return (x - mean) / (torch.sqrt(variance) + EPSILON)
+    return (x - mean) / (torch.sqrt(variance) + STD_EPSILON)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from proximo.config import Config
-from proximo.parameters import MAX_LOG_STD, initial_parameters
+from proximo.parameters import MASKED, MAX_LOG_STD, initial_parameters
 from proximo.spaces import Discrete, Spaces
-from proximo.torch.distributions import MASKED, Categorical, Gaussian, Policy, SquashedGaussian, softplus
+from proximo.torch.distributions import Categorical, Gaussian, Policy, SquashedGaussian, softplus
 
 Params = dict[str, Tensor]
 Obs = dict[str, Tensor]  # path -> [T, N, ...]

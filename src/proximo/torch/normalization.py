@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from proximo.parameters import VARIANCE_EPSILON
+
 Reduce = Callable[[Tensor], Tensor]  # sums over processes; the identity for one
-EPSILON = 1e-8
 
 
 class Moments(NamedTuple):
@@ -44,7 +45,7 @@ def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moment
 
 def normalize(x: Tensor, moments: Moments, clip: float) -> Tensor:
     """(x − mean) / std, clipped to ± clip."""
-    scaled = (x.to(moments.mean.dtype) - moments.mean) * torch.rsqrt(moments.variance + EPSILON)
+    scaled = (x.to(moments.mean.dtype) - moments.mean) * torch.rsqrt(moments.variance + VARIANCE_EPSILON)
     return torch.clip(scaled, -clip, clip)
 
 

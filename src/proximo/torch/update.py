@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from proximo.parameters import VARIANCE_EPSILON
 from proximo.schedules import Hyper
 from proximo.torch.advantages import gae
 from proximo.torch.losses import (
@@ -65,7 +66,7 @@ def prepare(
     if config.normalize_reward:
         returns, running = discounted_returns(reward, data.start[:-1], data.valid, running, hyper.gamma)
         moments = merge(moments, returns, weight, reduce)
-        scale = torch.rsqrt(moments.variance + 1e-8)
+        scale = torch.rsqrt(moments.variance + VARIANCE_EPSILON)
         reward = torch.clip(reward * scale, -config.clip_reward, config.clip_reward)
 
     advantage = gae(
