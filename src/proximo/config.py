@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import yaml
 
 from proximo.errors import UserError, suggest
 
@@ -99,6 +100,25 @@ class Config:
     )  # fmt: skip
     checkpoint_interval: int = option(
         50, "iterations between checkpoints; 0 keeps only the final one", group="run", kind="int", low=0
+    )
+    tensorboard: bool = option(
+        True, "write TensorBoard events into the run folder", group="records", kind="bool"
+    )
+    wandb: str | None = option(
+        None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account",
+        group="records", kind="str", optional=True,
+    )  # fmt: skip
+    histogram_interval: int = option(
+        20,
+        "iterations between histograms of returns, advantages, values, actions and ratios, and statistics "
+        "of every action dimension; 0 for none",
+        group="records", kind="int", low=0,
+    )  # fmt: skip
+    capture_video: bool = option(
+        False, "record an episode of the policy now and then, and at the end", group="records", kind="bool"
+    )
+    video_interval: int = option(
+        100, "iterations between videos; 0 records only the last", group="records", kind="int", low=0
     )
 
     # Update
@@ -524,3 +544,34 @@ _CONVERT = {
     "ints": _to_ints,
     "mapping": _to_mapping,
 }
+
+
+ENV_NAMES = ("env", "env_id", "env_name")
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str | None, dict[str, Any]]:
+    """Environment, preset and settings of a YAML file; what it does not name is None or left out.
+
+    Raises:
+        UserError: it cannot be read, is no mapping, or holds an unknown name or a bad value.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must hold names with values, such as `gamma: 0.99`")
+    try:
+        named = [values.pop(name) for name in ENV_NAMES if name in values]
+        if len(named) > 1 or not all(isinstance(env, str) for env in named):
+            raise UserError(f"the environment must be one id, as env, got {named}")
+        preset = values.pop("preset", None)
+        if not isinstance(preset, (str, type(None))):
+            raise UserError(f"preset must be auto, none or a name, got {preset!r}")
+        settings = {name: check(FIELDS[name], value) for name, value in canonical_names(values).items()}
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from error
+    return (named[0] if named else None), preset, settings

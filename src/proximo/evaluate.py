@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from proximo.envs import EnvLike, make_envs, require_same, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.learner import Learner
 from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.rollout import Collector, Episode, Rollout
-from proximo.spaces import Spaces
+from proximo.rollout import Actor, Collector, Episode, Rollout
+from proximo.spaces import Discrete, Obs, Spaces
 
 CHUNK = 32  # steps between looks at how many episodes have ended
 RESAMPLES = 10_000
 MAX_EPISODE_STEPS = 1_000_000
+
+Policy = Callable[[int], Actor]  # number of environments -> actor
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,40 @@ def bootstrap_interval(samples: np.ndarray, level: float = 0.95, seed: int = 0) 
     return float(low), float(high)
 
 
+def trained(learner: Learner, spaces: Spaces, deterministic: bool, seed: int) -> Policy:
+    """The learner's policy as it stands: its mode, or samples."""
+
+    def noise(count: int) -> Iterator[np.ndarray]:
+        rng = generator(seed, Purpose.EVALUATION, iteration=1)
+        while True:
+            yield spaces.action.noise(rng, (count,))
+
+    return lambda count: learner.actor(None if deterministic else noise(count))
+
+
+def random(spaces: Spaces, seed: int) -> Policy:
+    """Actions drawn uniformly from the action space, unbounded dimensions from a standard normal."""
+
+    def actor_of(count: int) -> Actor:
+        rng = generator(seed, Purpose.EVALUATION, iteration=1)
+        if isinstance(spaces.action, Discrete):
+            actions = spaces.action.n
+            return lambda obs, start: rng.integers(actions, size=count, dtype=np.int32)
+        low, width = np.asarray(spaces.action.low), spaces.action.width
+        bounded = np.isfinite(width)
+
+        def actor(obs: Obs, start: np.ndarray) -> np.ndarray:
+            shape = (count, len(width))
+            uniform = np.where(bounded, low, 0.0) + np.where(bounded, width, 0.0) * rng.random(shape)
+            return np.where(bounded, uniform, rng.standard_normal(shape)).astype(np.float32)
+
+        return actor
+
+    return actor_of
+
+
 def evaluate(
-    learner: Learner,
+    policy: Policy,
     config: Config,
     spaces: Spaces,
     env: EnvLike,
@@ -59,11 +93,16 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     num_envs: int = 8,
+    render: bool = False,
 ) -> Evaluation:
-    """Run complete episodes with the learner's policy, which was made for `spaces`.
+    """Run complete episodes with a policy that was made for `spaces`.
 
     Every environment runs the same number of episodes (± 1), decided beforehand: taking whichever end first
     would favour short ones.
+
+    Args:
+        deterministic: what the result says of the policy.
+        render: show the episodes in a window, one after the other.
 
     Raises:
         UserError: the environment cannot be made, or its spaces are not those of the policy.
@@ -71,18 +110,14 @@ def evaluate(
     """
     if episodes < 1:
         raise UserError(f"episodes must be a whole number in [1, ∞), got {episodes}")
-    count = min(num_envs, episodes)
+    count = 1 if render else min(num_envs, episodes)
     quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
     rollout = Rollout(spaces, CHUNK, count)
 
-    def noise() -> Iterator[np.ndarray]:
-        rng = generator(seed, Purpose.EVALUATION, iteration=1)
-        while True:
-            yield spaces.action.noise(rng, (count,))
-
-    actor = learner.actor(None if deterministic else noise())
+    actor = policy(count)
     kept: list[Episode] = []
-    envs = make_envs(env, count, "sync", config.env_kwargs)
+    env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
+    envs = make_envs(env, count, "sync", env_kwargs)
     try:
         require_same(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)

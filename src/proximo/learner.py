@@ -31,8 +31,25 @@ class Learner(Protocol):
         """Learn from a rollout in the given minibatch order, int32 [epochs, minibatches, S]; return metrics."""
         ...
 
+    def examine(self, rollout: Rollout, hyper: Hyper) -> dict[str, np.ndarray]:
+        """What the policy as it stands thinks of a rollout's B valid transitions; changes nothing.
+
+        `log_prob`, `value`, `advantage` and `return` [B], and the policy's `mean` and `std` [B, D] or
+        `probability` [B, A].
+        """
+        ...
+
     def value(self, obs: Obs) -> np.ndarray:
         """V [B] of observations [B, ...]."""
+        ...
+
+    def score(
+        self, obs: Obs, action: np.ndarray, start: np.ndarray | None = None, carry: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log π [B] of raw samples [B, ...] at observations [B, ...], V [B], and the carry after them [B, H].
+
+        Without `start` [B] and `carry` [B, H] each observation is taken as the first of an episode.
+        """
         ...
 
     def state(self) -> dict[str, np.ndarray]:
@@ -57,6 +74,8 @@ def choose_backend(backend: str) -> str:
 
 def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:
     """A learner in the configured backend. `network` is that backend's `Network`, instead of the built-in MLP."""
+    if callable(network):
+        network = network(config, spaces)
     if choose_backend(config.backend) == "torch":
         from proximo.torch.learner import Learner as TorchLearner
 

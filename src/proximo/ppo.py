@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from proximo import checkpoint, presets
 from proximo.config import FIELDS, Config, canonical_names, check, from_mapping, override
 from proximo.envs import EnvLike, make_envs, require_same, spaces_of
 from proximo.errors import UserError
-from proximo.evaluate import Evaluation, evaluate
+from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
-from proximo.plot import plot_run
+from proximo.plot import plot, plot_run
 from proximo.randomness import Purpose, generator
-from proximo.record import Console, Metrics, RunFolder
+from proximo.record import Console, Metrics, RunFolder, Sink
 from proximo.spaces import Spaces
+from proximo.trackers import TensorBoard, WandB
 from proximo.train import Progress, iterations
+from proximo.video import Video, require_video
+from proximo.video import record as record_video
 
 
 class PPO:
@@ -98,16 +103,45 @@ class PPO:
         config = self._until(total_timesteps)
         envs = self._open_envs()
         run_dir = config.run_dir if run_dir is None else run_dir
-        folder = RunFolder(run_dir, self.env_id, config) if run_dir is not None else None
-        console = Console(config.total_timesteps, self.progress.global_step) if progress else None
-        self.config = config.replace(run_dir=None)
+        if run_dir is None and (config.capture_video or config.wandb):
+            raise UserError("capture_video and wandb write into a run folder: give run_dir")
+        with ExitStack() as sinks_open:
+            folder = None
+            sinks: list[Sink] = []
+            if run_dir is not None:
+                self._require_records(config)
+                folder = RunFolder(run_dir, self.env_id, config)
+                sinks.append(folder)
+            if progress:
+                sinks.append(Console(config.total_timesteps, self.progress.global_step))
+            for sink in sinks:
+                sinks_open.callback(sink.close)
+            if folder:
+                for sink in trackers(folder.path, self.env_id, config):
+                    sinks_open.callback(sink.close)
+                    sinks.append(sink)
+            self.config = config.replace(run_dir=None)
+            self._train(config, envs, folder, sinks, stop)
+        if folder:
+            self._finish(folder)
+        return self
+
+    def _train(
+        self,
+        config: Config,
+        envs: VectorEnv,
+        folder: RunFolder | None,
+        sinks: list[Sink],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Iterate; every iteration is recorded, and now and then saved and filmed."""
         try:
-            for metrics in iterations(self.config, envs, self.learner, self.progress):
-                if console:
-                    console.show(metrics)
+            for metrics, samples in iterations(self.config, envs, self.learner, self.progress):
+                for sink in sinks:
+                    sink.write(metrics, samples)
                 if folder:
-                    folder.write(metrics)
                     self._save_into(folder, config.checkpoint_interval)
+                    self._film_into(folder, config.video_interval)
                 if stop():
                     break
         except (Exception, KeyboardInterrupt):
@@ -115,20 +149,43 @@ class PPO:
             if folder:
                 self._save_into(folder)
             raise
-        finally:
-            for sink in (console, folder):
-                if sink:
-                    sink.close()
-        if folder:
-            self._save_into(folder)
-            if self.progress.episodes:
-                plot_run(folder.path)
-        return self
+
+    def _finish(self, folder: RunFolder) -> None:
+        """What a run leaves at its end: a checkpoint, a video, curves."""
+        self._save_into(folder)
+        self._film_into(folder, 1)
+        if self.progress.iteration:
+            plot([folder.path])
+        if self.progress.episodes:
+            plot_run(folder.path)
+
+    def _require_records(self, config: Config) -> None:
+        """Refuse what cannot be recorded before anything is written."""
+        if config.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError("logging to Weights & Biases needs its package: pip install 'proximo[wandb]'")
+        if config.capture_video:
+            require_video(self._recordable(), config.env_kwargs)
+
+    def _recordable(self) -> EnvLike:
+        if self._env is None or isinstance(self._env, VectorEnv):
+            raise UserError(
+                "capture_video makes an environment of its own: give an environment id or a function that makes one"
+            )
+        return self._env
+
+    def _film_into(self, folder: RunFolder, interval: int) -> None:
+        """Record an episode of the policy's mode every `interval` iterations; 0 is never."""
+        path = folder.path / "videos" / f"step_{self.progress.global_step:012d}.mp4"
+        due = interval and self.progress.iteration % interval == 0
+        if self.config.capture_video and due and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            self.record(path)
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
         self.config = self._until(total_timesteps)
-        yield from iterations(self.config, self._open_envs(), self.learner, self.progress)
+        for metrics, _ in iterations(self.config, self._open_envs(), self.learner, self.progress):
+            yield metrics
 
     def _until(self, total_timesteps: int | None) -> Config:
         """The config of a call that trains for so many more steps."""
@@ -172,17 +229,51 @@ class PPO:
         return action[0] if single else action
 
     def evaluate(
-        self, episodes: int = 100, *, deterministic: bool = True, seed: int = 0, env: EnvLike | None = None
+        self,
+        episodes: int = 100,
+        *,
+        deterministic: bool = True,
+        seed: int = 0,
+        env: EnvLike | None = None,
+        render: bool = False,
+        record: str | Path | None = None,
     ) -> Evaluation:
         """Complete episodes in fresh environments; see `proximo.evaluate`.
 
+        Args:
+            render: show them in a window.
+            record: also record an episode, as `record` does.
+
         Raises:
-            UserError: the environment is not known (give `env`), or has other spaces.
+            UserError: the environment is not known (give `env`), has other spaces, or cannot be shown.
         """
         env = self._env if env is None else env
         if env is None or isinstance(env, VectorEnv):
             raise UserError("evaluate needs an environment id or a function that makes one: give env=…")
-        return evaluate(self.learner, self.config, self.spaces, env, episodes, deterministic, seed)
+        policy = trained(self.learner, self.spaces, deterministic, seed)
+        if record is not None:
+            self.record(record, deterministic=deterministic, seed=seed, env=env)
+        return evaluate(policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render)
+
+    def record(
+        self,
+        path: str | Path,
+        *,
+        deterministic: bool = True,
+        seed: int = 0,
+        env: EnvLike | None = None,
+    ) -> Video:
+        """Record one episode as MP4, in an environment of its own; see `proximo.video`.
+
+        Raises:
+            UserError: something is not installed, or the environment cannot be rendered; the message says what to do.
+        """
+        policy = trained(self.learner, self.spaces, deterministic, seed)
+        env = self._recordable() if env is None else env
+        (video,) = record_video(
+            policy(1), self.config, self.spaces, env, path, seed=seed, env_kwargs=self.config.env_kwargs
+        )
+        return video
 
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint folder, readable by both backends.
@@ -246,6 +337,38 @@ class PPO:
                 raise
             self._envs = envs
         return self._envs
+
+
+def evaluate_random(
+    env: EnvLike,
+    episodes: int = 100,
+    *,
+    seed: int = 0,
+    env_kwargs: Mapping[str, Any] | None = None,
+    render: bool = False,
+    record: str | Path | None = None,
+) -> Evaluation:
+    """Complete episodes with actions drawn from the action space: the baseline to compare with.
+
+    Raises:
+        UserError: as `PPO.evaluate`.
+    """
+    config = Config(env_kwargs=dict(env_kwargs or {}))
+    envs = make_envs(env, 1, "sync", config.env_kwargs)
+    spaces = spaces_of(envs)
+    envs.close()
+    policy = random(spaces, seed)
+    if record is not None:
+        record_video(policy(1), config, spaces, env, record, seed=seed, env_kwargs=config.env_kwargs)
+    return evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
+
+
+def trackers(folder: Path, env_id: str | None, config: Config) -> Iterator[Sink]:
+    """The loggers that are asked for, begun one after the other."""
+    if config.tensorboard:
+        yield TensorBoard(folder / "tensorboard")
+    if config.wandb:
+        yield WandB(config.wandb, folder, env_id, config)
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what it says on the terminal while it goes on."""
+"""What a run leaves behind in its folder, and what it says on the terminal while it goes on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
+import numpy as np
 import yaml
 
 from proximo.config import Config
@@ -18,11 +19,24 @@ from proximo.errors import UserError
 from proximo.version import __version__
 
 Metrics = dict[str, float | None]
+Samples = dict[str, np.ndarray]  # name -> [any number] values of one rollout
 METRICS, CONFIG, VERSIONS = "metrics.jsonl", "config.yaml", "versions.json"
 
 
+class Sink(Protocol):
+    """Where a run's metrics go."""
+
+    def write(self, metrics: Metrics, samples: Samples | None) -> None:
+        """Take one iteration's metrics, and now and then samples to make histograms of."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
 class RunFolder:
-    """A folder of one run: config.yaml, versions.json, metrics.jsonl, checkpoints/ and plots.
+    """A folder of one run: config.yaml, versions.json, metrics.jsonl, checkpoints/, videos/ and plots.
 
     Raises:
         UserError: the folder holds something already, or cannot be written.
@@ -34,14 +48,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
                 raise UserError(f"run folder {self.path} is not empty: choose another run_dir, or remove it")
-            text = yaml.safe_dump({"env": env_id, **config.to_dict(), "run_dir": None}, sort_keys=False)
-            (self.path / CONFIG).write_text(text, "utf-8")
+            (self.path / CONFIG).write_text(resolved(env_id, config), "utf-8")
             (self.path / VERSIONS).write_text(json.dumps(versions(), indent=2), "utf-8")
             self._metrics: IO[str] = (self.path / METRICS).open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
 
-    def write(self, metrics: Metrics) -> None:
+    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Append one iteration's metrics as a JSON object."""
         self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._metrics.flush()
@@ -49,6 +62,13 @@ class RunFolder:
     def close(self) -> None:
         """Close the metrics; the folder is complete."""
         self._metrics.close()
+
+
+def resolved(env_id: str | None, config: Config) -> str:
+    """Every setting of a run as YAML that `proximo train --config` runs again."""
+    what = {"env": env_id, "preset": "none", **config.to_dict()}
+    del what["run_dir"]
+    return yaml.safe_dump(what, sort_keys=False, allow_unicode=True)
 
 
 def default_run_dir(env_id: str, backend: str, seed: int) -> Path:
@@ -61,14 +81,35 @@ def read_metrics(run_dir: str | Path) -> list[Metrics]:
     """The metrics of a run, one object per iteration.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or a line of them is damaged.
     """
     path = Path(run_dir) / METRICS
     try:
         lines = path.read_text("utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; expected a run folder") from error
-    return [json.loads(line) for line in lines if line.strip()]
+    rows: list[Metrics] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):  # a run that goes on, or was killed, while writing it
+                break
+            raise UserError(f"{path}, line {number} is no JSON object: {error}") from error
+    return rows
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """The resolved settings of a run, with its environment as `env`.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    path = Path(run_dir) / CONFIG
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}; expected a run folder") from error
 
 
 def versions() -> dict[str, Any]:
@@ -106,7 +147,7 @@ class Console:
         self._shown = -self.PLAIN_SECONDS
         self._line = ""
 
-    def show(self, metrics: Metrics) -> None:
+    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Show steps done, speed, time left and the latest mean return."""
         now = time.perf_counter() - self._began
         self._line = self._format(metrics, now)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from gymnasium.vector import VectorEnv
@@ -19,8 +20,9 @@ from proximo.config import Config
 from proximo.envs import spaces_of
 from proximo.learner import Learner
 from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.record import Metrics
+from proximo.record import Metrics, Samples
 from proximo.rollout import Collected, Collector, Episode, Rollout, minibatch_order
+from proximo.samples import action_metrics, histograms_of
 from proximo.schedules import hyper_at
 
 WINDOW = 100  # episodes that training returns are averaged over
@@ -47,10 +49,17 @@ class Progress:
         return float(np.mean([episode.length for episode in self.episodes])) if self.episodes else None
 
 
-def iterations(config: Config, envs: VectorEnv, learner: Learner, progress: Progress) -> Iterator[Metrics]:
-    """Train until `config.total_timesteps` or `config.stop_at_return`; yield metrics after every iteration.
+class Iteration(NamedTuple):
+    """What one iteration reports: metrics, and samples for histograms where they were due."""
 
-    Between two yields `learner` and `progress` are consistent: that is where to save or stop.
+    metrics: Metrics
+    samples: Samples | None
+
+
+def iterations(config: Config, envs: VectorEnv, learner: Learner, progress: Progress) -> Iterator[Iteration]:
+    """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
+
+    Between two reports `learner` and `progress` are consistent: that is where to save or stop.
 
     Raises:
         RunError: an environment gave NaN or infinity, or the update produced it.
@@ -71,16 +80,23 @@ def iterations(config: Config, envs: VectorEnv, learner: Learner, progress: Prog
         collected = collector.collect(learner.actor(noise), rollout)
 
         order = minibatch_order(rollout.valid, epochs, minibatches, order_rng, config.sequence_length)
+        hyper = hyper_at(config, progress.global_step)
+        due = config.histogram_interval and progress.iteration % config.histogram_interval == 0
+        before = learner.examine(rollout, hyper) if due and rollout.valid.any() else None
         update_began = time.perf_counter()
-        metrics = learner.update(rollout, order, hyper_at(config, progress.global_step))
+        metrics: Metrics = {**learner.update(rollout, order, hyper)}
         update_seconds = time.perf_counter() - update_began
+        samples = None
+        if before:
+            samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper))
+            metrics |= action_metrics(rollout, config, before)
 
         steps = int(rollout.valid.sum())
         progress.global_step += steps
         progress.iteration += 1
         progress.episodes.extend(collected.episodes)
         seconds = time.perf_counter() - began
-        yield report(progress, metrics, collected, steps, seconds, update_seconds)
+        yield Iteration(report(progress, metrics, collected, steps, seconds, update_seconds), samples)
 
 
 def solved(config: Config, progress: Progress) -> bool:
@@ -92,7 +108,7 @@ def solved(config: Config, progress: Progress) -> bool:
 
 def report(
     progress: Progress,
-    metrics: dict[str, float],
+    learned: Mapping[str, float | None],
     collected: Collected,
     steps: int,
     seconds: float,
@@ -105,9 +121,14 @@ def report(
         "rollout/episode_return_mean": progress.return_mean,
         "rollout/episode_length_mean": progress.length_mean,
         "rollout/episodes": len(collected.episodes),
-        **{name: value if math.isfinite(value) else None for name, value in sorted(metrics.items())},
+        **{name: finite(value) for name, value in sorted(learned.items())},
         "time/steps_per_second": steps / seconds,
         "time/fraction_env": collected.env_seconds / seconds,
         "time/fraction_act": collected.act_seconds / seconds,
         "time/fraction_update": update_seconds / seconds,
     }
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None where it is none."""
+    return value if value is not None and math.isfinite(value) else None

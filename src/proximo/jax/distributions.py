@@ -42,6 +42,10 @@ class Categorical(NamedTuple):
         """A categorical has no standard deviation: NaN [...], reported as none."""
         return jnp.full(self.logits.shape[:-1], jnp.nan)
 
+    def describe(self) -> dict[str, Array]:
+        """`probability` of every action: [..., A]."""
+        return {"probability": jax.nn.softmax(self.logits)}
+
 
 class Gaussian(NamedTuple):
     """Independent normals."""
@@ -65,6 +69,10 @@ class Gaussian(NamedTuple):
     def std(self) -> Array:
         """Mean standard deviation over dimensions: [...]."""
         return jnp.mean(jnp.exp(self.log_std), axis=-1)
+
+    def describe(self) -> dict[str, Array]:
+        """`mean` and `std` of every dimension: [..., D]."""
+        return {"mean": self.mean, "std": jnp.exp(self.log_std)}
 
 
 class SquashedGaussian(NamedTuple):
@@ -96,6 +104,10 @@ class SquashedGaussian(NamedTuple):
     def std(self) -> Array:
         """Mean standard deviation before the tanh, over dimensions: [...]."""
         return Gaussian(self.mean, self.log_std).std()
+
+    def describe(self) -> dict[str, Array]:
+        """`mean` and `std` of every dimension, before the tanh: [..., D]."""
+        return Gaussian(self.mean, self.log_std).describe()
 
 
 def log_tanh_slope(x: Array) -> Array:

@@ -17,7 +17,7 @@ from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, mlp
 from proximo.jax.normalization import Reduce
 from proximo.jax.state import Spec, State, initial_state, observe
-from proximo.jax.update import update
+from proximo.jax.update import prepare, update
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
@@ -38,9 +38,28 @@ def values(spec: Spec, state: State, obs: Obs, start: Array, carry: Array) -> Ar
     return spec.network.apply(state.params, obs, start[None], carry)[1][0]
 
 
+def score(
+    spec: Spec, state: State, obs: Obs, action: Array, start: Array, carry: Array
+) -> tuple[Array, Array, Array]:
+    """log π [N] of raw samples [N, ...] at single observations [N, ...], V [N] and the next carry [N, H]."""
+    obs = jax.tree.map(lambda x: x[None], observe(spec, state, obs))
+    policy, value, carries = spec.network.apply(state.params, obs, start[None], carry)
+    return policy.log_prob(action[None])[0], value[0], carries[0]
+
+
 def carries(spec: Spec, state: State, obs: Obs, start: Array) -> Array:
     """Carries [T + 1, N, H] after each step of a rollout."""
     return spec.network.apply(state.params, observe(spec, state, obs), start, state.carry)[2]
+
+
+def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[str, Array]:
+    """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.Learner.examine`."""
+    _, batch, _ = prepare(spec, state, data, hyper)
+    policy, _, _ = spec.network.apply(state.params, batch.obs, batch.start, batch.carry[0])
+    return {
+        "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
+        "return": batch.target, "weight": batch.weight, **policy.describe(),
+    }  # fmt: skip
 
 
 class Learner:
@@ -69,7 +88,9 @@ class Learner:
         self._state = initial_state(self.spec, config.num_envs, dtype)
         self._act = jax.jit(partial(act, self.spec))
         self._values = jax.jit(partial(values, self.spec))
+        self._score = jax.jit(partial(score, self.spec))
         self._carries = jax.jit(partial(carries, self.spec))
+        self._examine = jax.jit(partial(examine, self.spec))
         self._update = jax.jit(partial(update, self.spec))
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
@@ -99,6 +120,13 @@ class Learner:
         trees.require_finite(metrics)
         self._state = state
         return metrics
+
+    def examine(self, rollout: Rollout, hyper: Hyper) -> dict[str, np.ndarray]:
+        """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
+        hyper = Hyper(*(self._dtype.type(value) for value in hyper))
+        found = jax.device_get(self._examine(self._state, self.transitions(rollout), hyper))
+        valid = found.pop("weight") > 0
+        return {name: value[valid] for name, value in found.items()}
 
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""
@@ -136,6 +164,22 @@ class Learner:
             part = self._values(self._state, {k: v[index] for k, v in obs.items()}, start, carry[index])
             result[first : first + chunk] = np.asarray(part)[: rows - first]
         return result
+
+    def score(
+        self,
+        obs: dict[str, np.ndarray],
+        action: np.ndarray,
+        start: np.ndarray | None = None,
+        carry: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log π [B], V [B] and the next carry [B, H] of raw samples; see `proximo.learner.Learner.score`."""
+        if start is None:
+            start = np.ones(len(action), bool)
+        if carry is None:
+            carry = np.zeros((len(action), self.spec.network.carry_size), self._dtype)
+        # Not in chunks as _value: who acts has the same rows every time, and waits for each.
+        log_prob, value, after = map(np.asarray, self._score(self._state, obs, action, start, carry))
+        return log_prob, value, after
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything learned, under names that both backends share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import yaml
@@ -12,21 +13,24 @@ from proximo.errors import UserError, suggest
 
 def available() -> list[str]:
     """The environments that have a preset."""
-    names = (entry.name for entry in resources.files(__name__).iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return sorted(_files())
 
 
 def load(name: str) -> dict[str, Any]:
-    """The preset: `settings`, `source` and `measured`.
+    """The preset: `settings`, `source`, and `measured` where it was.
 
     Raises:
         UserError: there is none of that name.
     """
-    if name not in available():
-        raise UserError(
-            f"no preset {name!r}{suggest(name, available())}; there are: {', '.join(available())}"
-        )
-    return yaml.safe_load(resources.files(__name__).joinpath(f"{name}.yaml").read_text("utf-8"))
+    files = _files()
+    if name not in files:
+        raise UserError(f"no preset {name!r}{suggest(name, files)}; there are: {', '.join(sorted(files))}")
+    return yaml.safe_load(files[name].read_text("utf-8"))
+
+
+def _files() -> dict[str, Traversable]:
+    entries = (entry for entry in resources.files(__name__).iterdir() if entry.name.endswith(".yaml"))
+    return {entry.name.removesuffix(".yaml"): entry for entry in entries}
 
 
 def chosen(env_id: str | None, preset: str | None) -> str | None:

@@ -3,3 +3,7 @@
 Read in this order: networks, distributions, normalization, advantages, losses, state, minibatches,
 optimizer, update, learner.
 """
+
+from proximo.torch.own import own_network
+
+__all__ = ["own_network"]

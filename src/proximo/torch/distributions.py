@@ -42,6 +42,10 @@ class Categorical(NamedTuple):
         """A categorical has no standard deviation: NaN [...], reported as none."""
         return torch.full_like(self.logits[..., 0], math.nan)
 
+    def describe(self) -> dict[str, Tensor]:
+        """`probability` of every action: [..., A]."""
+        return {"probability": torch.softmax(self.logits, dim=-1)}
+
 
 class Gaussian(NamedTuple):
     """Independent normals."""
@@ -65,6 +69,10 @@ class Gaussian(NamedTuple):
     def std(self) -> Tensor:
         """Mean standard deviation over dimensions: [...]."""
         return torch.mean(torch.exp(self.log_std), dim=-1)
+
+    def describe(self) -> dict[str, Tensor]:
+        """`mean` and `std` of every dimension: [..., D]."""
+        return {"mean": self.mean, "std": torch.exp(self.log_std)}
 
 
 class SquashedGaussian(NamedTuple):
@@ -96,6 +104,10 @@ class SquashedGaussian(NamedTuple):
     def std(self) -> Tensor:
         """Mean standard deviation before the tanh, over dimensions: [...]."""
         return Gaussian(self.mean, self.log_std).std()
+
+    def describe(self) -> dict[str, Tensor]:
+        """`mean` and `std` of every dimension, before the tanh: [..., D]."""
+        return Gaussian(self.mean, self.log_std).describe()
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from proximo.torch.networks import Network, Obs, mlp
 from proximo.torch.normalization import Reduce
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
-from proximo.torch.update import minibatch, update
+from proximo.torch.update import minibatch, prepare, update
 
 FLAT = ("params", "moment_1", "moment_2")  # what a State holds as flat vectors
 
@@ -45,10 +45,34 @@ def values(spec: Spec, state: State, obs: Obs, start: Tensor, carry: Tensor) -> 
 
 
 @torch.no_grad()
+def score(
+    spec: Spec, state: State, obs: Obs, action: Tensor, start: Tensor, carry: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log π [N] of raw samples [N, ...] at single observations [N, ...], V [N] and the next carry [N, H]."""
+    obs = each(lambda x: x[None], observe(spec, state, obs))
+    params = unflatten(spec.shapes, state.params)
+    policy, value, carries = spec.network.apply(params, obs, start[None], carry)
+    return policy.log_prob(action[None])[0], value[0], carries[0]
+
+
+@torch.no_grad()
 def carries(spec: Spec, state: State, obs: Obs, start: Tensor) -> Tensor:
     """Carries [T + 1, N, H] after each step of a rollout."""
     params = unflatten(spec.shapes, state.params)
     return spec.network.apply(params, observe(spec, state, obs), start, state.carry)[2]
+
+
+@torch.no_grad()
+def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[str, Tensor]:
+    """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.Learner.examine`."""
+    _, batch, _ = prepare(spec, state, data, hyper)
+    policy, _, _ = spec.network.apply(
+        unflatten(spec.shapes, state.params), batch.obs, batch.start, batch.carry[0]
+    )
+    return {
+        "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
+        "return": batch.target, "weight": batch.weight, **policy.describe(),
+    }  # fmt: skip
 
 
 class Learner:
@@ -123,6 +147,13 @@ class Learner:
         self._state = state
         return metrics
 
+    def examine(self, rollout: Rollout, hyper: Hyper) -> dict[str, np.ndarray]:
+        """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
+        hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
+        found = each(Tensor.numpy, examine(self.spec, self._state, self.transitions(rollout), hyper))
+        valid = found.pop("weight") > 0
+        return {name: value[valid] for name, value in found.items()}
+
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""
         final = torch.zeros(rollout.reward.shape, dtype=torch.bool)
@@ -159,6 +190,23 @@ class Learner:
     def _value(self, obs: dict[str, np.ndarray], carry: Tensor) -> Tensor:
         start = torch.zeros(len(carry), dtype=torch.bool)
         return values(self.spec, self._state, each(tensor, obs), start, carry)
+
+    def score(
+        self,
+        obs: dict[str, np.ndarray],
+        action: np.ndarray,
+        start: np.ndarray | None = None,
+        carry: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log π [B], V [B] and the next carry [B, H] of raw samples; see `proximo.learner.Learner.score`."""
+        if start is None:
+            start = np.ones(len(action), bool)
+        if carry is None:
+            carry = np.zeros((len(action), self.spec.network.carry_size), np.float32)
+        before = tensor(carry).to(self._dtype)
+        found = score(self.spec, self._state, each(tensor, obs), tensor(action), tensor(start), before)
+        log_prob, value, after = map(Tensor.numpy, found)
+        return log_prob, value, after
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything learned, under names that both backends share."""

@@ -1,0 +1,68 @@
+"""The `proximo` command: parsing and printing, nothing else. One file for each command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from proximo.cli import evaluate, plot, presets, train
+from proximo.cli.flags import spelled
+from proximo.errors import RunError, UserError, suggest
+from proximo.version import __version__
+
+COMMANDS = (train, evaluate, plot, presets)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Hand bad usage to `main`, as any other bad input."""
+        raise UserError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 (the run failed), 2 (bad input), 130 or 143 (a signal)."""
+    try:
+        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"proximo: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"proximo: the run stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Parse and run one command; return the exit status."""
+    parser = build_parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    chosen = commands.choices.get(arguments[0], parser) if arguments else parser
+    flags = set(chosen._option_string_actions)
+    options, unknown = parser.parse_known_args(spelled(arguments, flags))
+    if unknown:
+        raise UserError(
+            f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see {chosen.prog} --help"
+        )
+    if options.command is None:
+        parser.print_help()
+        return 0
+    return options.run(options)
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; a flag for every setting comes from the table in `proximo.config`."""
+    parser = Parser(prog="proximo", description="PPO for Gymnasium environments.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"proximo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

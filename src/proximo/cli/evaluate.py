@@ -1,0 +1,106 @@
+"""`proximo evaluate`: statistics, and pictures, of complete episodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proximo.cli.flags import whole
+from proximo.errors import UserError
+
+if TYPE_CHECKING:
+    from proximo.evaluate import Evaluation
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="run episodes with a trained policy, or with a random one",
+        usage="proximo evaluate RUN [options]\n       proximo evaluate --policy random --env ENV_ID [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or a checkpoint folder"
+    )
+    parser.add_argument("--run", dest="run_path", help=argparse.SUPPRESS)
+    parser.add_argument("--episodes", type=whole, default=100, help="complete episodes to run [100]")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the environments [0]")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--deterministic", dest="deterministic", action="store_true", default=True,
+        help="take the policy's mode (default)",
+    )  # fmt: skip
+    how.add_argument(
+        "--stochastic", "--no-deterministic", dest="deterministic", action="store_false",
+        help="sample from the policy, as in training",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policy", choices=("trained", "random"), default="trained",
+        help="random draws actions from the action space: the baseline to compare with",
+    )  # fmt: skip
+    parser.add_argument("--env", help="environment id, instead of the one trained on")
+    parser.add_argument("--backend", help="jax or torch, instead of the one trained with")
+    parser.add_argument("--render", action="store_true", help="show the episodes in a window")
+    parser.add_argument(
+        "--record", nargs="?", const="", metavar="FILE",
+        help="also record an episode as MP4; by default into the run folder's videos/",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate and print; return the exit status."""
+    from proximo.ppo import PPO, evaluate_random
+
+    path = options.path or options.run_path
+    if path is None and options.policy == "trained":
+        raise UserError("no policy is given: proximo evaluate RUN, a run folder or a checkpoint folder")
+    agent = None
+    if path is not None:
+        agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
+    env = options.env or (agent.env_id if agent else None)
+    if env is None:
+        raise UserError("no environment is given: proximo evaluate --policy random --env ENV_ID")
+
+    record = video_file(options, path, env)
+    common = {"seed": options.seed, "render": options.render, "record": record}
+    if options.policy == "random":
+        env_kwargs = agent.config.env_kwargs if agent else {}
+        result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
+    else:
+        assert agent is not None
+        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
+    print(json.dumps(result.to_dict()) if options.json else describe(result, env, options.policy))
+    if record and not options.json:
+        print(f"video: {record}")
+    return 0
+
+
+def video_file(options: argparse.Namespace, path: str | None, env: str) -> Path | None:
+    """Where `--record` writes; None where it was not asked for."""
+    if options.record is None:
+        return None
+    if options.record:
+        return Path(options.record)
+    name = f"{options.policy}-seed{options.seed}.mp4"
+    if path is None:
+        return Path(f"{env.replace('/', '-')}-{name}")
+    folder = Path(path)
+    return (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "videos" / name
+
+
+def describe(result: Evaluation, env: str, policy: str = "trained") -> str:
+    """An evaluation in words."""
+    values = result.to_dict()
+    low, high = values["return_ci95"]
+    how = "random" if policy == "random" else "deterministic" if result.deterministic else "stochastic"
+    return (
+        f"{env}: {values['episodes']} episodes, {how} policy\n"
+        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
+        f"95 % interval of the mean [{low:.2f}, {high:.2f}]\n"
+        f"length {values['length_mean']:.1f}"
+    )

@@ -1,0 +1,121 @@
+"""From a user's spelling of flags and values to ours."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+import yaml
+
+from proximo.config import ALIASES, AMBIGUOUS, FIELDS, expected, to_int
+from proximo.errors import UserError
+
+GROUPS = {
+    "run": "run",
+    "records": "records",
+    "update": "update (the algorithm)",
+    "network": "network",
+    "policy": "policy (continuous actions)",
+    "normalisation": "normalisation",
+}
+# Names that other libraries have for what is no setting here.
+OTHERS = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, in groups, with its meaning, default and range."""
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for field in FIELDS.values():
+        _add_setting(groups[field.metadata["group"]], field)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings whose flags were given."""
+    return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+
+
+def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
+    rule = field.metadata
+    flag = "--" + field.name.replace("_", "-")
+    default = field.default if field.default is not dataclasses.MISSING else {}
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+    text = f"{rule['meaning']} [{shown}]".replace("%", "%%")
+    if rule["kind"] == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif rule["kind"] == "ints":
+        group.add_argument(flag, default=None, metavar="N N …", help=text)
+    elif rule["kind"] == "mapping":
+        group.add_argument(flag, type=mapping, default=None, metavar="YAML", help=text)
+    else:
+        metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["kind"].upper()
+        limits = "" if rule["choices"] else f"; {expected(field)}"
+        group.add_argument(flag, default=None, metavar=metavar, help=text + limits)
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """An argument that is a YAML or JSON mapping."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"expected names with values such as '{{gravity: -5}}', got {text!r}"
+        )
+    return value
+
+
+def whole(text: str) -> int:
+    """An argument that is a whole number of at least 0."""
+    try:
+        number = to_int(text)
+    except (ValueError, OverflowError):
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number in [0, ∞), got {text!r}")
+    return number
+
+
+def spelled(words: list[str], flags: set[str]) -> list[str]:
+    """Arguments as argparse wants them: our names of flags, and numbers tied to the flag they follow.
+
+    Tied, `-1e2` is not taken for a flag, nor an environment's id for the width of a layer.
+    """
+    result: list[str] = []
+    for word in words:
+        last = result[-1] if result else ""
+        if last.startswith("--") and last in flags and _is_number(word):
+            result[-1] = f"{last}={word}"
+        elif last.startswith("--hidden-sizes=") and _is_number(word):
+            result[-1] = f"{last},{word}"
+        else:
+            result.append(_canonical_flag(word, flags))
+    return result
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _canonical_flag(word: str, flags: set[str]) -> str:
+    """Our spelling of a flag: underscores become hyphens, and other libraries' names become ours."""
+    if not word.startswith("--") or word == "--":
+        return word
+    flag, equals, value = word.partition("=")
+    flag = "--" + flag[2:].replace("_", "-")
+    if flag not in flags:
+        name = flag[2:].replace("-", "_")
+        if name in AMBIGUOUS:
+            raise UserError(AMBIGUOUS[name])
+        canonical = "--" + {**ALIASES, **OTHERS}.get(name, name).replace("_", "-")
+        if canonical not in flags:
+            return flag + equals + value
+        print(f"proximo: note: {flag} is {canonical} here", file=sys.stderr)
+        flag = canonical
+    return flag + equals + value

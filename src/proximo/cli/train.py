@@ -1,0 +1,138 @@
+"""`proximo train`: a run in a folder of its own."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proximo import presets
+from proximo.cli.flags import add_settings, given_settings
+from proximo.config import override, read_file
+from proximo.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from proximo.ppo import PPO
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train on an environment",
+        usage="proximo train ENV_ID [options]\n       proximo train --config FILE.yaml [options]",
+        description="Train on an environment. A flag given here wins over the file, the file over the preset, and "
+        "the preset over the defaults, which are shown in [brackets].",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "env_id", metavar="ENV_ID", nargs="?", help="environment id, such as CartPole-v1, or MODULE:ID"
+    )
+    parser.add_argument("--env", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings; it may name the environment (env) and the preset",
+    )
+    parser.add_argument(
+        "--preset",
+        help="settings to start from: auto (the environment's own, where there is one: the default), none, or a "
+        "name from `proximo presets`",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing while training")
+    add_settings(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, saying where everything is; return the exit status."""
+    from proximo.ppo import PPO
+    from proximo.record import default_run_dir
+
+    env_id, preset, settings = asked_for(options)
+    agent = PPO(env_id, preset=preset, **settings)
+    config, backend = agent.config, agent.learner.backend
+    run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
+    say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
+    say(
+        f"{env_id}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
+        f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
+    )
+    say(f"run folder: {run_dir}")
+
+    try:
+        with Interrupt() as interrupt:
+            agent.learn(
+                run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None
+            )
+    except RunError as error:
+        raise RunError(f"{error}\n  what was learned up to then is in {run_dir}") from error
+    finally:
+        agent.close()
+    for line in summary(agent, run_dir, interrupt.signal is not None):
+        say(line)
+    return 128 + interrupt.signal if interrupt.signal else 0
+
+
+def asked_for(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
+    """Environment, preset and settings that flags and file ask for together.
+
+    Raises:
+        UserError: no environment, two environments, or a bad file.
+    """
+    if options.env_id and options.env:
+        raise UserError(f"two environments are given: {options.env_id} and --env {options.env}")
+    env_id, preset, settings = read_file(options.config) if options.config else (None, None, {})
+    env_id = options.env_id or options.env or env_id
+    if env_id is None:
+        where = (
+            f"; {options.config} names none" if options.config else ", or --config FILE.yaml that names one"
+        )
+        raise UserError(f"no environment is given: proximo train ENV_ID, such as CartPole-v1{where}")
+    return env_id, options.preset or preset or "auto", override(settings, given_settings(options))
+
+
+def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
+    """What a run reached, and where everything is."""
+    progress, goal = agent.progress, agent.config.stop_at_return
+    reached = progress.return_mean
+    what = (
+        "no episode ended"
+        if reached is None
+        else f"mean return of the last {len(progress.episodes)} episodes {reached:.1f}"
+    )
+    lines = [f"{'interrupted' if interrupted else 'finished'} after {progress.global_step:,} steps: {what}"]
+    found = {name: run_dir / name for name in ("learning_curve.png", "curves.png", "videos")}
+    shown = [str(path) for path in found.values() if path.exists()]
+    lines.append(f"learning curve: {', '.join(shown) or 'none'}")
+    lines.append(f"evaluate with: proximo evaluate {run_dir}")
+    if goal is not None and not interrupted and (-math.inf if reached is None else reached) < goal:
+        lines.append(f"stop_at_return {goal:g} was not reached")
+    return lines
+
+
+class Interrupt:
+    """The first SIGINT or SIGTERM asks for a stop after the iteration; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Interrupt:
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+        print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)

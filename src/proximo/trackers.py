@@ -1,0 +1,99 @@
+"""Metrics and histograms for TensorBoard and for Weights & Biases."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proximo.config import Config
+from proximo.errors import UserError
+from proximo.record import Metrics, Samples
+
+BINS = 40
+
+
+class TensorBoard:
+    """Event files, written by TensorBoard's own writer: neither PyTorch nor TensorFlow is needed.
+
+    Only metrics that have a value are written; `global_step` is the step of everything.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        # Imported here: a fifth of a second.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._events: Any = event_pb2
+        self._proto: Any = summary_pb2
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
+        """Write scalars, and a histogram of each of the samples."""
+        proto = self._proto
+        values = [
+            proto.Summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items()
+            if value is not None and name != "global_step"
+        ]
+        values += [
+            proto.Summary.Value(tag=f"histograms/{name}", histo=self._histogram(x))
+            for name, x in (samples or {}).items()
+            if x.size
+        ]
+        step = int(metrics["global_step"] or 0)
+        self._writer.add_event(
+            self._events.Event(wall_time=time.time(), step=step, summary=proto.Summary(value=values))
+        )
+
+    def _histogram(self, x: np.ndarray) -> Any:
+        x = np.asarray(x, np.float64).ravel()
+        counts, edges = np.histogram(x, BINS)
+        return self._proto.HistogramProto(
+            min=x.min(), max=x.max(), num=x.size, sum=x.sum(), sum_squares=np.square(x).sum(),
+            bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run; with WANDB_MODE=offline it needs no account and stays in the run folder.
+
+    Raises:
+        UserError: the package is not installed, or it refuses to begin a run.
+    """
+
+    def __init__(self, project: str, folder: Path, env_id: str | None, config: Config) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError(
+                "logging to Weights & Biases needs its package: pip install 'proximo[wandb]'"
+            ) from error
+        self._wandb = wandb
+        try:
+            self._run = wandb.init(
+                project=project, name=folder.name, dir=str(folder), config={"env": env_id, **config.to_dict()}
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"Weights & Biases did not begin a run: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+
+    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
+        """Log scalars, and a histogram of each of the samples."""
+        logged: dict[str, Any] = {name: value for name, value in metrics.items() if value is not None}
+        for name, x in (samples or {}).items():
+            if x.size:
+                counts = np.histogram(np.asarray(x, np.float64), BINS)
+                logged[f"histograms/{name}"] = self._wandb.Histogram(np_histogram=counts)
+        self._run.log(logged, step=int(metrics["global_step"] or 0))
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()

@@ -1,0 +1,326 @@
+"""An agent in its user's own loop: the same updates as `learn`, whatever the buffer holds; and it learns."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from rollouts import assert_same, scramble
+
+from proximo import PPO, RunError, UserError
+from proximo.agent import Agent
+from proximo.randomness import Purpose, environment_seeds, generator
+from proximo.rollout import Rollout, minibatch_order
+from proximo.schedules import hyper_at
+
+BACKENDS = ["jax", "torch"]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+SMALL = {
+    "num_steps": 32, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2, "total_timesteps": 1000,
+    "normalize_observation": True, "normalize_reward": True,
+}  # fmt: skip
+
+
+def drive(agent, env, over):
+    """The loop that a user writes, until `over()` after an update; returns the metrics of all updates."""
+    obs, _ = env.reset(seed=environment_seeds(agent.config.seed, 1)[0])
+    rows = []
+    while not rows or not over():
+        step = agent.act(obs)
+        obs, reward, terminated, truncated, _ = env.step(step.action)
+        agent.observe(reward, terminated, truncated, obs)
+        if terminated or truncated:
+            obs, _ = env.reset()
+        if agent.full:
+            rows.append(agent.update())
+    env.close()
+    return rows
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+@each_backend
+@pytest.mark.parametrize(("name", "limit"), [("CartPole-v1", 500), ("Pendulum-v1", 45)])
+def test_it_does_what_learn_does(name, limit, backend):
+    """Five iterations, one environment, the same seeds, episodes that terminate (CartPole) and that are truncated
+    (Pendulum) inside a rollout: states equal bit for bit, and metrics are the same."""
+
+    def make():
+        return gym.make(name, max_episode_steps=limit)
+
+    ppo = PPO(make, backend=backend, num_envs=1, preset=None, histogram_interval=0, **SMALL)
+    expected = list(ppo.iterate(32 * 5))
+    ppo.close()
+    env = make()
+    agent = Agent(
+        env.observation_space, env.action_space, backend=backend, **{**SMALL, "total_timesteps": 160}
+    )
+    rows = drive(agent, env, lambda: agent.progress.iteration == 5)
+    assert_same(agent.learner.state(), ppo.learner.state())
+    assert without_times(rows) == without_times(expected)
+    assert rows[-1].keys() == expected[-1].keys()
+    assert sum(row["rollout/episodes"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
+def test_several_environments_however_they_reset(mode):
+    """Three environments in the user's vector environment, against `learn` with the same one. The reset rows of
+    NEXT_STEP are handed over as not valid. To 1e-5: V of a final observation comes from another batch there."""
+
+    def make():
+        return SyncVectorEnv([lambda: gym.make("CartPole-v1", max_episode_steps=9)] * 3, autoreset_mode=mode)
+
+    envs = make()
+    ppo = PPO(envs, backend="torch", preset=None, **SMALL)
+    next(ppo.iterate(96))
+    ppo.close()
+    envs = make()
+    agent = Agent(4, 2, backend="torch", num_envs=3, **{**SMALL, "total_timesteps": 96})
+    obs, _ = envs.reset(seed=environment_seeds(0, 3))
+    resetting = np.zeros(3, bool)
+    while not agent.full:
+        following, reward, terminated, truncated, info = envs.step(agent.act(obs).action)
+        over = terminated | truncated
+        obs, final = following, following
+        if mode is AutoresetMode.SAME_STEP and over.any():
+            ended = np.flatnonzero(over)
+            final = following.copy()
+            final[ended] = np.stack(info["final_obs"][ended])
+        agent.observe(reward, terminated, truncated, final, valid=~resetting)
+        if mode is AutoresetMode.DISABLED and over.any():
+            obs, _ = envs.reset(options={"reset_mask": over})
+        resetting = over if mode is AutoresetMode.NEXT_STEP else resetting
+    agent.update()
+    envs.close()
+    assert agent.progress.global_step == ppo.progress.global_step
+    state = ppo.learner.state()
+    for name, value in agent.learner.state().items():
+        np.testing.assert_allclose(value, state[name], atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+def memory(backend):
+    """A network with a carry that it forgets where an episode begins."""
+    if backend == "jax":
+        import jax.numpy as xp
+
+        from proximo.jax.distributions import Categorical
+        from proximo.jax.networks import Network
+    else:
+        import torch as xp
+
+        from proximo.torch.distributions import Categorical
+        from proximo.torch.networks import Network
+
+    def init():
+        rng = np.random.default_rng(0)
+        shapes = {"actor.in": (4, 5), "actor.back": (5, 5), "actor.head": (5, 2), "critic.head": (5, 1)}
+        return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+    def apply(params, obs, start, carry):
+        hidden = []
+        for x, begins in zip(obs[""], start, strict=True):
+            carry = xp.where(begins[:, None], 0.0, carry)
+            carry = xp.tanh(x @ params["actor.in"] + carry @ params["actor.back"])
+            hidden.append(carry)
+        hidden = xp.stack(hidden)
+        return Categorical(hidden @ params["actor.head"]), (hidden @ params["critic.head"])[..., 0], hidden
+
+    return Network(init, apply, 5)
+
+
+@each_backend
+@pytest.mark.parametrize("recurrent", [False, True], ids=["feed-forward", "recurrent"])
+@pytest.mark.parametrize("end", [5, 7], ids=["inside", "at the last row"])
+def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
+    """Eight steps in a buffer of 32, with an episode's end inside or at the last row: the same state as a learner
+    of T = 8 reaches from these transitions in the same order, after a full rollout that leaves its traces in
+    the buffer. What the agent said of each step is what the update recomputes."""
+    network = memory(backend) if recurrent else None
+    settings = {**SMALL, "sequence_length": 4 if recurrent else 1, "backend": backend}
+    agent = Agent(4, 2, network=network, **settings)
+    if not recurrent:
+        scramble(agent.learner)
+    env = gym.make("CartPole-v1", max_episode_steps=9)
+    drive(agent, env, lambda: True)
+    before, global_step = agent.learner.state(), agent.progress.global_step
+
+    config = agent.config.replace(num_steps=8)
+    short = Rollout(agent.spaces, 8, 1)
+    rng, begins, obs = np.random.default_rng(1), True, np.zeros(4, np.float32)
+    agent._start[:] = True  # the loop above was left in the middle of an episode
+    said = []
+    for t in range(8):
+        step = agent.act(obs)
+        said.append((step.log_prob, step.value))
+        following, over = rng.normal(size=4).astype(np.float32), t == end
+        short.obs[""][t], short.start[t], short.action[t] = obs, begins, step.action
+        short.obs[""][t + 1], short.start[t + 1] = following, over
+        short.reward[t], short.truncated[t] = t, over
+        agent.observe(t, False, over, following)
+        if over:
+            short.add_final(t, 0, following)
+            following = rng.normal(size=4).astype(np.float32)
+            short.obs[""][t + 1] = following
+        obs, begins = following, over
+    assert not agent.full
+    agent.update()
+
+    order_rng = generator(0, Purpose.ORDER, iteration=1)
+    filled = np.arange(32)[:, None] < 8
+    order = minibatch_order(filled, 2, 2, order_rng, config.sequence_length)
+    twin = Agent(4, 2, network=network, **{**settings, "num_steps": 8}).learner
+    twin.load(before)
+    hyper = hyper_at(config, global_step)
+    found = twin.examine(short, hyper)
+    np.testing.assert_allclose(np.transpose(said), [found["log_prob"], found["value"]], atol=1e-5, rtol=1e-4)
+    twin.update(short, order, hyper)
+    expected = twin.state()
+    for name, value in agent.learner.state().items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, rtol=1e-4, err_msg=name)
+    assert agent.progress.global_step == 32 + 8
+
+
+@each_backend
+def test_acts_that_nothing_is_observed_of_leave_no_trace(backend):
+    """An evaluation between two training steps: deterministic as `predict`, sampled with fresh noise each time,
+    and the training goes on as it would have without."""
+    states = []
+    for interrupted in (False, True):
+        agent = Agent(3, gym.spaces.Box(-1, 1, (2,)), backend=backend, **SMALL)
+        agent.act(np.zeros(3))
+        for t in range(32):
+            if interrupted and t == 10:
+                modes = [agent.act(np.ones(3), deterministic=True).action for _ in range(2)]
+                samples = [agent.act(np.ones(3)).action for _ in range(3)]
+                assert np.array_equal(*modes)
+                assert len({tuple(sample) for sample in samples}) == 3
+            elif t == 10:
+                agent.act(np.ones(3))
+            step = agent.act(np.full(3, 0.1 * t), deterministic=t != 9)
+            agent.observe(float(step.action.sum()), False, False, np.full(3, 0.1 * (t + 1)))
+        agent.update()
+        states.append(agent.learner.state())
+    assert_same(*states)
+
+
+@each_backend
+def test_checkpoints_cross_to_ppo_and_back(backend, tmp_path):
+    """Agent to PPO of the other backend and on, then back into an agent that drives one environment of its own."""
+    other = BACKENDS[backend == "jax"]
+    agent = Agent(4, 2, backend=backend, **SMALL)
+    drive(agent, gym.make("CartPole-v1"), lambda: agent.progress.iteration == 2)
+    ppo = PPO.load(agent.save(tmp_path / "agent"), env="CartPole-v1", backend=other, num_envs=4)
+    observation = np.array([0.1, -0.2, 0.3, 0.4], np.float32)
+    assert ppo.predict(observation) == agent.act(observation, deterministic=True).action
+    ppo.learn(4 * 32)
+    ppo.save(tmp_path / "ppo")
+    back = Agent.load(tmp_path / "ppo", backend=backend, num_envs=1)
+    assert (back.progress.global_step, back.progress.iteration) == (64 + 128, 3)
+    state = ppo.learner.state()
+    for name, value in back.learner.state().items():
+        assert name in ("running_return", "carry") or np.array_equal(value, state[name]), name
+    ppo.close()
+    drive(back, gym.make("CartPole-v1"), lambda: True)
+    assert PPO.load(back.save(tmp_path / "back")).env_id == "CartPole-v1"
+
+
+def agent_after(*calls):
+    """An agent of two steps' room, driven by `calls` of (name, arguments)."""
+    agent = Agent(4, 2, num_steps=2, num_minibatches=1)
+    for name, *arguments in calls:
+        getattr(agent, name)(*arguments)
+    return agent
+
+
+ACT, SAW = ("act", np.zeros(4)), ("observe", 1.0, False, False, np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([SAW], "call act"),
+        ([ACT, SAW, SAW], "call act"),
+        ([ACT, SAW, ACT, SAW, ACT], "call update"),
+        ([ACT, ("update",)], "nothing is stored"),
+        ([("act", np.zeros(3))], "shape"),
+        ([("act", np.zeros((1, 4)))], r"obs has shape \(1, 4\), expected \(4,\)"),
+        ([("act", [0, 0, np.nan, 0])], "not finite"),
+        ([("act", ["a"] * 4)], "expected numbers"),
+        ([ACT, ("observe", "1", False, False, np.zeros(4))], "reward must be a finite number"),
+        ([ACT, ("observe", True, False, False, np.zeros(4))], "reward must be a finite number"),
+        ([ACT, ("observe", [1.0], False, False, np.zeros(4))], "reward must be a finite number"),
+        ([ACT, ("observe", np.inf, False, False, np.zeros(4))], "reward is inf"),
+        ([ACT, ("observe", 1.0, 0, False, np.zeros(4))], "terminated must be a bool"),
+        ([ACT, ("observe", 1.0, False, None, np.zeros(4))], "truncated must be a bool"),
+        ([ACT, ("observe", 1.0, False, False, np.full(4, np.inf))], "next_obs is not finite"),
+        ([ACT, SAW, ("act", np.ones(4)), SAW], "hand back truncated=True"),
+    ],
+)
+def test_what_a_loop_can_do_wrong(calls, message):
+    with pytest.raises(UserError, match=message):
+        agent_after(*calls)
+
+
+def test_a_refused_observe_stores_nothing():
+    agent = agent_after(ACT)
+    with pytest.raises(UserError):
+        agent.observe(np.nan, False, False, np.zeros(4))
+    agent.observe(1.0, False, False, np.zeros(4))
+    assert agent.update()["global_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((0, 2), {}, "whole number above 0"),
+        ((4, True), {}, "whole number above 0"),
+        (("4", 2), {}, "whole number above 0"),
+        ((4, gym.spaces.MultiBinary(3)), {}, "not supported"),
+        ((4, 2), {"engine": "sync"}, "engine is a setting of PPO's own loop"),
+        ((4, 2), {"run_dir": "runs"}, "run_dir is a setting"),
+        ((4, 2), {"capture_video": True}, "capture_video is a setting"),
+        ((4, 2), {"lerning_rate": 1e-3}, "did you mean 'learning_rate'"),
+        ((4, 2), {"num_steps": 100}, "do not divide"),
+    ],
+)
+def test_what_an_agent_cannot_be_made_of(arguments, settings, message):
+    with pytest.raises(UserError, match=message):
+        Agent(*arguments, **settings)
+
+
+def test_dimensions_are_spaces_for_short():
+    unbounded = gym.spaces.Box(-np.inf, np.inf, (4, 2))
+    assert Agent((4, 2), 3).spaces == Agent(unbounded, gym.spaces.Discrete(3)).spaces
+    assert (agent := Agent(4, 2, n_steps=128, lr=1e-3)).config.num_steps == 128
+    assert (agent.config.num_envs, agent.config.learning_rate) == (1, 1e-3)
+
+
+@each_backend
+def test_an_update_that_fails_changes_nothing(backend):
+    agent = Agent(4, 2, backend=backend, num_steps=2, num_minibatches=1)
+    before = agent.learner.state()
+    for _ in range(2):
+        agent.act(np.zeros(4))
+        agent.observe(1e30, False, False, np.zeros(4))
+    with pytest.raises(RunError, match="diverged"):
+        agent.update()
+    assert_same(agent.learner.state(), before)
+    assert agent.full
+
+
+@pytest.mark.slow
+@each_backend
+def test_cartpole_is_solved(backend):
+    """A mean of 475 over 100 episodes within 100 k steps: the preset's settings, but with 4 minibatches."""
+    agent = Agent(
+        4, 2, backend=backend, total_timesteps=100_000, num_steps=256, num_minibatches=4, update_epochs=10,
+        gamma=0.98, gae_lambda=0.8, learning_rate=1e-3, clip_schedule="linear", vf_coef=1.0,
+    )  # fmt: skip
+    solved = drive(
+        agent,
+        gym.make("CartPole-v1"),
+        lambda: agent.progress.global_step >= 100_000 or (agent.progress.return_mean or 0) >= 475,
+    )
+    assert len(agent.progress.episodes) == 100
+    assert solved[-1]["rollout/episode_return_mean"] >= 475

@@ -1,0 +1,195 @@
+"""What a run leaves behind: metrics, TensorBoard events with histograms, plots, and a file that runs it again."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from proximo import PPO, UserError
+from proximo.cli import main
+from proximo.plot import Run, grouped, plot
+from proximo.record import read_metrics
+
+SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
+TINY = ["--preset", "none", "--num-steps", "16", "--minibatch-size", "16", "--update-epochs", "1", "--quiet"]
+
+
+def events(run):
+    """TensorBoard's own reading of a run."""
+    accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_tensorboard_tells_what_the_metrics_tell(tmp_path, backend):
+    """Every scalar of metrics.jsonl at its step, and at an interval of 2 histograms of 2 × 16 transitions:
+    iterations 0, 2 and 4 of 5."""
+    run = tmp_path / "run"
+    settings = {**SMALL, "backend": backend, "num_envs": 2, "histogram_interval": 2, "seed": 3}
+    with PPO("CartPole-v1", **settings) as agent:
+        agent.learn(160, run_dir=run)
+    rows = read_metrics(run)
+    found = events(run)
+    for name in ("losses/policy", "rollout/episode_return_mean", "update/learning_rate"):
+        expected = {row["global_step"]: row[name] for row in rows if row[name] is not None}
+        assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(expected, rel=1e-6)
+    for name in ("return", "advantage", "value", "ratio", "action/0"):
+        histograms = found.Histograms(f"histograms/{name}")
+        assert [event.step for event in histograms] == [32, 96, 160], name
+        assert [event.histogram_value.num for event in histograms] == [32, 32, 32]
+    ratio = found.Histograms("histograms/ratio")[0].histogram_value
+    assert 0.5 < ratio.min < 1.0 < ratio.max < 2.0
+    assert rows[0]["action/frequency/0"] + rows[0]["action/frequency/1"] == pytest.approx(1.0)
+    assert rows[0]["policy/probability/0"] == pytest.approx(0.5, abs=0.05)  # the head begins at gain 0.01
+    assert "action/frequency/0" not in rows[1]
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_action_statistics_of_every_dimension(tmp_path, backend):
+    """Pendulum's torque is clipped to ±2 when taken; the policy's own deviation begins at init_std."""
+    run = tmp_path / "run"
+    with PPO("Pendulum-v1", **SMALL, backend=backend, num_envs=4, init_std=0.5) as agent:
+        agent.learn(64, run_dir=run)
+    (row,) = read_metrics(run)
+    assert row["policy/std/0"] == pytest.approx(0.5, rel=1e-5)
+    assert abs(row["policy/mean/0"]) < 0.1
+    # 64 samples of deviation 0.5 about that mean: the standard error of the mean is 0.0625
+    assert row["action/mean/0"] == pytest.approx(row["policy/mean/0"], abs=0.25)
+    assert row["action/std/0"] == pytest.approx(0.5, abs=0.2)
+    assert "action/mean/1" not in row
+
+
+def test_looking_changes_nothing(tmp_path):
+    """A run with histograms every iteration learns the same, bit for bit, as one without any."""
+    agents = [PPO("CartPole-v1", **SMALL, num_envs=2, histogram_interval=interval) for interval in (0, 1)]
+    for agent in agents:
+        agent.learn(128)
+    one, other = (agent.learner.state() for agent in agents)
+    for name, value in one.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+def test_a_run_is_repeated_from_its_config(tmp_path):
+    """`config.yaml` names the environment and every resolved setting: run again, it gives the same metrics,
+    but for times."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--lr", "1e-3", "--seed", "7"]
+    assert main([*command, "--total-timesteps", "96", "--run-dir", str(first)]) == 0
+    assert main(["train", "--config", str(first / "config.yaml"), "--quiet", "--run-dir", str(second)]) == 0
+
+    def untimed(run):
+        return [
+            {name: value for name, value in row.items() if not name.startswith("time/")}
+            for row in read_metrics(run)
+        ]
+
+    assert untimed(first) == untimed(second)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    """CartPole's preset has γ 0.98, λ 0.8 and learning rate 0.001."""
+    file = tmp_path / "my.yaml"
+    file.write_text("env_id: CartPole-v1\nn_envs: 4\ngamma: 0.9\nlr: 5e-4\nnum_minibatches: 2\n")
+    run = tmp_path / "run"
+    flags = ["--learning_rate", "2e-4", "--minibatch-size", "32", "--total_timesteps", "1_28", "--quiet"]
+    assert main(["train", "--config", str(file), *flags, "--run-dir", str(run)]) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["gae_lambda"], config["gamma"], config["learning_rate"]) == (0.8, 0.9, 2e-4)
+    assert (config["num_envs"], config["minibatch_size"], config["num_minibatches"]) == (4, 32, None)
+    assert config["total_timesteps"] == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gamma: 0.99", "no environment"),
+        ("env: CartPole-v1\ngama: 0.9", "unknown setting 'gama'; did you mean 'gamma'?"),
+        ("env: CartPole-v1\ngamma: 2", "gamma must be a number in [0, 1]"),
+        ("env: CartPole-v1\nbatch_size: 64", "batch_size means"),
+        ("env: CartPole-v1\nenv_id: Pendulum-v1", "one id"),
+        ("- CartPole-v1", "must hold names with values"),
+        ("env: [", "is no YAML"),
+        ("env: CartPole-v1\npreset: 3", "preset must be"),
+        ("env: !!python/object/apply:os.system ['true']", "is no YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, capsys, text, message):
+    """One line that names the file and what is wrong; nothing is written."""
+    file, run = tmp_path / "my.yaml", tmp_path / "run"
+    file.write_text(text)
+    assert main(["train", "--config", str(file), "--run-dir", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(file) in said
+    assert said.count("\n") == 1
+    assert not run.exists()
+
+
+def test_seeds_become_one_line_with_a_band(tmp_path):
+    """Runs of three seeds and one of another γ are two lines; the first is the mean of its runs."""
+    config = {"env": "E-v0", "backend": "jax", "gamma": 0.9}
+    runs = [
+        Run(f"run{seed}", {**config, "seed": seed}, [{"global_step": s, "x": s * seed} for s in (0, 10)])
+        for seed in (1, 2, 3)
+    ]
+    other = Run("other", {**config, "gamma": 0.5, "seed": 1}, runs[0].rows)
+    groups = grouped([*runs, other])
+    assert {label: len(members) for label, members in groups.items()} == {
+        "gamma 0.9 (3 seeds)": 3,
+        "gamma 0.5 (other)": 1,
+    }
+
+
+def test_plots_of_runs(tmp_path, capsys):
+    """A run draws its own curves; several go where one asks for; a metric is found by its name."""
+    for seed in (0, 1):
+        run = tmp_path / f"s{seed}"
+        command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--seed", str(seed)]
+        assert main([*command, "--total-timesteps", "320", "--run-dir", str(run)]) == 0
+    for name in ("curves.png", "learning_curve.png"):
+        with Image.open(tmp_path / "s0" / name) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10  # not blank
+    picture = tmp_path / "both.svg"
+    capsys.readouterr()
+    runs = [str(tmp_path / "s0"), str(tmp_path / "s1")]
+    assert main(["plot", *runs, "--output", str(picture), "--metric", "losses/value"]) == 0
+    assert capsys.readouterr().out.strip() == str(picture)
+    assert picture.read_text().startswith("<?xml")
+    with pytest.raises(UserError, match="losses/vale"):
+        plot(runs, metrics=["losses/vale"])
+    with pytest.raises(UserError, match="cannot be written"):
+        plot(runs, output=tmp_path / "nowhere" / "x.png")
+    assert main(["plot", str(tmp_path)]) == 2
+
+
+def test_presets_are_shown_as_files_that_run(tmp_path, capsys):
+    """`presets NAME` prints YAML that `train --config` takes."""
+    assert main(["presets"]) == 0
+    table = capsys.readouterr().out
+    assert "CartPole-v1" in table
+    assert main(["presets", "CartPole-v1"]) == 0
+    file, run = tmp_path / "preset.yaml", tmp_path / "run"
+    file.write_text(capsys.readouterr().out)
+    command = ["train", "--config", str(file), "--total-timesteps", "256", "--quiet", "--run-dir", str(run)]
+    assert main(command) == 0
+    assert main(["presets", "CartPole-v2"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_random_policy_is_the_baseline(capsys):
+    """CartPole under random pushes stands for about 22 steps; every Pendulum episode lasts 200."""
+    command = ["evaluate", "--policy", "random", "--json", "--env"]
+    assert main([*command, "CartPole-v1", "--episodes", "200"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 19.0 < result["return_mean"] < 26.0
+    assert result["deterministic"] is False
+    assert main([*command, "Pendulum-v1", "--episodes", "20"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["length_mean"] == 200.0
+    assert -1500.0 < result["return_mean"] < -900.0
+    assert main(["evaluate", "--policy", "random"]) == 2
+    assert "--env ENV_ID" in capsys.readouterr().err
