@@ -173,7 +173,9 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
     twin.load(before)
     hyper = hyper_at(config, global_step)
     found = twin.examine(short, hyper)
-    np.testing.assert_allclose(np.transpose(said), [found["log_prob"], found["value"]], atol=1e-5, rtol=1e-4)
+    # Examined in the order of sequences [L, K].
+    recomputed = [found[name].reshape(config.sequence_length, -1).T.ravel() for name in ("log_prob", "value")]
+    np.testing.assert_allclose(np.transpose(said), recomputed, atol=1e-5, rtol=1e-4)
     twin.update(short, order, hyper)
     expected = twin.state()
     for name, value in agent.learner.state().items():

@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 from proximo.version import __version__
 
 if TYPE_CHECKING:
+    from proximo.agent import Agent
     from proximo.config import Config
     from proximo.errors import RunError, UserError
-    from proximo.ppo import PPO
+    from proximo.ppo import PPO, evaluate_random
 
-__all__ = ["PPO", "Config", "RunError", "UserError", "__version__"]
+__all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random"]
 
-_HOME = {"PPO": "ppo", "Config": "config", "UserError": "errors", "RunError": "errors"}
+_HOME = {
+    "PPO": "ppo",
+    "Agent": "agent",
+    "Config": "config",
+    "RunError": "errors",
+    "UserError": "errors",
+    "evaluate_random": "ppo",
+}
 
 
 def __getattr__(name: str) -> Any:

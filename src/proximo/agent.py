@@ -213,7 +213,7 @@ class Agent:
             raise UserError("nothing is stored to learn from: call act() and observe() first")
         config, rollout, progress = self.config, self._rollout, self.progress
         rollout.valid[self._filled :] = False
-        rollout.start[self._filled + 1 :] = False
+        rollout.start[self._filled : -1] = False  # an episode that begins is the next rollout's to begin
         rng = generator(config.seed, Purpose.ORDER, progress.iteration)
         order = minibatch_order(
             rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length
@@ -240,15 +240,16 @@ class Agent:
         Raises:
             UserError: something that is no checkpoint stands there.
         """
-        manifest = {
-            "backend": self.learner.backend,
-            "env": self._env_id,
-            "network": "own" if self._network is not None else "built-in",
-            "config": {**self.config.to_dict(), "run_dir": None},
-            "spaces": self.spaces.to_dict(),
-            "global_step": self.progress.global_step,
-            "iteration": self.progress.iteration,
-        }
+        own_network, progress = self._network is not None, self.progress
+        manifest = checkpoint.describe(
+            self.learner,
+            self.config,
+            self.spaces,
+            self._env_id,
+            own_network,
+            progress.global_step,
+            progress.iteration,
+        )
         return checkpoint.save(path, self.learner.state(), manifest)
 
     @classmethod
@@ -263,8 +264,7 @@ class Agent:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         arrays, manifest = checkpoint.load(path)
-        if manifest["network"] == "own" and network is None:
-            raise UserError(f"{path} was trained with a network of its user's: pass it again with network=…")
+        checkpoint.require_network(path, manifest, network)
         agent = cls.__new__(cls)
         config = from_mapping(override(manifest["config"], own(changes)))
         agent._bind(config, Spaces.from_dict(manifest["spaces"]), network, manifest["env"])

@@ -18,11 +18,45 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
+from proximo.config import Config
 from proximo.errors import UserError
+from proximo.learner import Learner
+from proximo.spaces import Spaces
 from proximo.version import __version__
 
 SCHEMA = 1
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
+
+
+def describe(
+    learner: Learner,
+    config: Config,
+    spaces: Spaces,
+    env_id: str | None,
+    own_network: bool,
+    step: int,
+    iteration: int,
+) -> dict[str, Any]:
+    """What a manifest says of an agent besides its arrays."""
+    return {
+        "backend": learner.backend,
+        "env": env_id,
+        "network": "own" if own_network else "built-in",
+        "config": {**config.to_dict(), "run_dir": None},
+        "spaces": spaces.to_dict(),
+        "global_step": step,
+        "iteration": iteration,
+    }
+
+
+def require_network(path: str | Path, manifest: dict[str, Any], network: Any) -> None:
+    """Refuse to load without the network that was trained.
+
+    Raises:
+        UserError: it is the user's own, and is not given.
+    """
+    if manifest["network"] == "own" and network is None:
+        raise UserError(f"{path} was trained with a network of its user's: pass it again with network=…")
 
 
 def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> Path:

@@ -281,15 +281,16 @@ class PPO:
         Raises:
             UserError: something that is no checkpoint stands there.
         """
-        manifest = {
-            "backend": self.learner.backend,
-            "env": self.env_id,
-            "network": "own" if self._network is not None else "built-in",
-            "config": {**self.config.to_dict(), "run_dir": None},
-            "spaces": self.spaces.to_dict(),
-            "global_step": self.progress.global_step,
-            "iteration": self.progress.iteration,
-        }
+        own_network, progress = self._network is not None, self.progress
+        manifest = checkpoint.describe(
+            self.learner,
+            self.config,
+            self.spaces,
+            self.env_id,
+            own_network,
+            progress.global_step,
+            progress.iteration,
+        )
         return checkpoint.save(path, self.learner.state(), manifest)
 
     @classmethod
@@ -307,8 +308,7 @@ class PPO:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         arrays, manifest = checkpoint.load(path)
-        if manifest["network"] == "own" and network is None:
-            raise UserError(f"{path} was trained with a network of its user's: pass it again with network=…")
+        checkpoint.require_network(path, manifest, network)
         env = manifest["env"] if env is None else env
         config = from_mapping(override(manifest["config"], given_for(env, changes)))
         spaces = Spaces.from_dict(manifest["spaces"])

@@ -1,0 +1,31 @@
+"""Every example runs as a user would run it; each ends by beating the random agent by the margin it states."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RESULT = ("trained", "last 20 training episodes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_beats_the_random_agent(name, tmp_path):
+    """Its last line says both returns, after an assertion on their difference."""
+    assert "assert trained > random +" in (EXAMPLES / name).read_text()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1].startswith(RESULT)
+    if name == "cartpole_video.py":
+        videos = sorted((tmp_path / "runs/cartpole-video/videos").glob("*.mp4"))
+        assert len(videos) >= 1
+        assert all(video.stat().st_size > 1000 for video in videos)
