@@ -20,7 +20,7 @@ from proximo.errors import UserError
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.randomness import Purpose, generator
 from proximo.record import Metrics
-from proximo.rollout import Collected, Episode, Rollout, minibatch_order
+from proximo.rollout import Collected, Episode, Rollout, minibatch_order, one
 from proximo.schedules import hyper_at
 from proximo.spaces import Obs, Spaces
 from proximo.train import Progress, report
@@ -364,10 +364,3 @@ def dimension(value: Any, refusal: str) -> int:
     if size < 1:
         raise UserError(refusal)
     return size
-
-
-def one(batch: Any, n: int) -> Any:
-    """Environment n's part of a batched observation."""
-    if isinstance(batch, Mapping):
-        return {key: one(value, n) for key, value in batch.items()}
-    return batch[n]

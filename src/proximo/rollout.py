@@ -215,7 +215,7 @@ class Collector:
             raise UserError("the vector environment resets in the same step but gives no info['final_obs']")
         source = info["final_obs"] if self.mode is AutoresetMode.SAME_STEP and len(ended) else observation
         for n in ended:
-            rollout.add_final(t, int(n), _one(source, int(n)))
+            rollout.add_final(t, int(n), one(source, int(n)))
         if self.mode is AutoresetMode.DISABLED and len(ended):
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation
@@ -232,10 +232,10 @@ class Collector:
         return episodes
 
 
-def _one(batch: Any, n: int) -> Any:
+def one(batch: Any, n: int) -> Any:
     """Environment n's part of a batched observation."""
     if isinstance(batch, dict):
-        return {key: _one(value, n) for key, value in batch.items()}
+        return {key: one(value, n) for key, value in batch.items()}
     return batch[n]
 
 
