@@ -158,7 +158,7 @@ class Console:
         elif now - self._shown >= self.PLAIN_SECONDS:
             self._stream.write(self._line + "\n")
             self._stream.flush()
-            self._shown = now
+            self._shown, self._line = now, ""
 
     def close(self) -> None:
         """End the line, leaving the last state to be read."""

@@ -22,7 +22,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from proximo.config import Config
-from proximo.envs import EnvLike, explain, require_same
+from proximo.envs import EnvLike, explain, make_one, require_same
 from proximo.errors import UserError
 from proximo.randomness import Purpose, environment_seeds
 from proximo.rollout import Actor
@@ -190,7 +190,7 @@ def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
     if isinstance(env, str) or takes_render_mode(env):
         keywords["render_mode"] = RENDER_MODE
     try:
-        world = gym.make(env, **keywords) if isinstance(env, str) else env(**keywords)
+        world = make_one(env, **keywords) if isinstance(env, str) else env(**keywords)
     except Exception as error:
         remedy = opengl_remedy(error)  # importing mujoco already looks for what MUJOCO_GL names
         if remedy is None and isinstance(error, (gym.error.Error, ImportError)):

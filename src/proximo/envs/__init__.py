@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -52,7 +53,7 @@ def make_envs(
     try:
         if engine == "native":
             return _native(env, num_envs, env_kwargs)
-        factory = partial(gym.make, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
+        factory = partial(make_one, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
         mode = AutoresetMode.DISABLED
         if engine == "async":
             # Spawned: a fork of a process in which JAX runs threads can deadlock.
@@ -65,6 +66,13 @@ def make_envs(
         if not env_kwargs or "argument" not in str(error):
             raise
         raise UserError(f"{env} does not accept env_kwargs {env_kwargs}: {error}") from error
+
+
+def make_one(env_id: str, **env_kwargs: Any) -> gym.Env:
+    """`gymnasium.make` without its advice to take a later version: who names an older one means it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
+        return gym.make(env_id, **env_kwargs)
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:
@@ -102,11 +110,32 @@ def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEn
         raise UserError(f"engine native: {error}; use engine auto or sync") from error
 
 
+def successor(env_id: str) -> str | None:
+    """The latest registered version of an environment, where it is later than the one named."""
+    try:
+        namespace, name, version = gym.envs.registration.parse_env_id(env_id)
+    except gym.error.Error:
+        return None
+    versions = [
+        spec.version
+        for spec in gym.registry.values()
+        if (spec.namespace, spec.name) == (namespace, name) and spec.version is not None
+    ]
+    latest = max(versions, default=-1)
+    if version is None or latest <= version:
+        return None
+    return gym.envs.registration.get_env_id(namespace, name, latest)
+
+
 def explain(env_id: str, error: Exception) -> str:
     """What went wrong while making an environment, and what to do."""
     text = str(error)
-    if isinstance(error, gym.error.DeprecatedEnv):
-        return f"environment {env_id!r} is retired: {text}"
+    newer = successor(env_id)
+    retired = (
+        isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
+    )
+    if retired and newer:
+        return f"environment {env_id!r} is retired: use {newer!r}"
     if isinstance(error, gym.error.NamespaceNotFound):
         package, module = _NAMESPACES.get(env_id.partition("/")[0], ("", ""))
         remedy = f"pip install {package}, and name it {module}:{env_id}" if package else text
