@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics, TensorBoard events with histograms, plots, and a file that runs it again."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -193,3 +194,47 @@ def test_a_random_policy_is_the_baseline(capsys):
     assert -1500.0 < result["return_mean"] < -900.0
     assert main(["evaluate", "--policy", "random"]) == 2
     assert "--env ENV_ID" in capsys.readouterr().err
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    """Without an account everything stays in the run folder: names of metrics and of histograms are in it."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    with PPO("CartPole-v1", **SMALL, num_envs=2, wandb="proximo-test") as agent:
+        agent.learn(64, run_dir=run)
+    (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    written = log.read_bytes()
+    assert b"losses/policy" in written
+    assert b"histograms/ratio" in written
+
+
+def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    """Neither Weights & Biases nor PyAV is needed until it is asked for."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    for flag, package in ((["--wandb", "mine"], "proximo[wandb]"), (["--capture-video"], "proximo[video]")):
+        run = tmp_path / "run"
+        assert main(["train", "CartPole-v1", *TINY, *flag, "--run-dir", str(run)]) == 2
+        assert package in capsys.readouterr().err
+        assert not run.exists()
+
+
+def test_capture_video_films_on_the_way_and_at_the_end(tmp_path):
+    """10 iterations with a video every 4: after the 4th, the 8th and the last."""
+    run = tmp_path / "run"
+    command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--capture-video", "--video-interval", "4"]
+    assert main([*command, "--total-timesteps", "320", "--run-dir", str(run)]) == 0
+    videos = sorted(path.name for path in (run / "videos").iterdir())
+    assert videos == [f"step_{step:012d}.mp4" for step in (128, 256, 320)]
+
+
+def test_a_video_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """Said on the terminal; the run goes on to its end and keeps its checkpoint."""
+    run = tmp_path / "run"
+    with PPO("CartPole-v1", **SMALL, num_envs=2, capture_video=True) as agent:
+        monkeypatch.setattr("proximo.ppo.CAPTURED_FRAMES", 1)  # refused: a video has at least two frames
+        agent.learn(64, run_dir=run)
+    assert "was not recorded: max_frames must be" in capsys.readouterr().err
+    assert list((run / "checkpoints").iterdir())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.plot import plot, plot_run
 from proximo.randomness import Purpose, generator
-from proximo.record import Console, Metrics, RunFolder, Sink
+from proximo.record import Metrics, RunFolder
 from proximo.spaces import Spaces
-from proximo.trackers import TensorBoard, WandB
+from proximo.trackers import recording
 from proximo.train import Progress, iterations
-from proximo.video import Video, require_video
+from proximo.video import MAX_FRAMES, Video, require_video
 from proximo.video import record as record_video
+
+CAPTURED_FRAMES = (
+    1_000  # of a video while training; MuJoCo takes about a tenth of a second a frame without a GPU
+)
 
 
 class PPO:
@@ -105,50 +109,27 @@ class PPO:
         run_dir = config.run_dir if run_dir is None else run_dir
         if run_dir is None and (config.capture_video or config.wandb):
             raise UserError("capture_video and wandb write into a run folder: give run_dir")
-        with ExitStack() as sinks_open:
-            folder = None
-            sinks: list[Sink] = []
-            if run_dir is not None:
-                self._require_records(config)
-                folder = RunFolder(run_dir, self.env_id, config)
-                sinks.append(folder)
-            if progress:
-                sinks.append(Console(config.total_timesteps, self.progress.global_step))
-            for sink in sinks:
-                sinks_open.callback(sink.close)
-            if folder:
-                for sink in trackers(folder.path, self.env_id, config):
-                    sinks_open.callback(sink.close)
-                    sinks.append(sink)
+        if run_dir is not None:
+            self._require_records(config)
+        with recording(run_dir, self.env_id, config, self.progress.global_step, progress) as (folder, sinks):
             self.config = config.replace(run_dir=None)
-            self._train(config, envs, folder, sinks, stop)
+            try:
+                for metrics, samples in iterations(self.config, envs, self.learner, self.progress):
+                    for sink in sinks:
+                        sink.write(metrics, samples)
+                    if folder:
+                        self._save_into(folder, config.checkpoint_interval)
+                        self._film_into(folder, config.video_interval)
+                    if stop():
+                        break
+            except (Exception, KeyboardInterrupt):
+                # Parameters are those of the last complete iteration.
+                if folder:
+                    self._save_into(folder)
+                raise
         if folder:
             self._finish(folder)
         return self
-
-    def _train(
-        self,
-        config: Config,
-        envs: VectorEnv,
-        folder: RunFolder | None,
-        sinks: list[Sink],
-        stop: Callable[[], bool],
-    ) -> None:
-        """Iterate; every iteration is recorded, and now and then saved and filmed."""
-        try:
-            for metrics, samples in iterations(self.config, envs, self.learner, self.progress):
-                for sink in sinks:
-                    sink.write(metrics, samples)
-                if folder:
-                    self._save_into(folder, config.checkpoint_interval)
-                    self._film_into(folder, config.video_interval)
-                if stop():
-                    break
-        except (Exception, KeyboardInterrupt):
-            # Parameters are those of the last complete iteration.
-            if folder:
-                self._save_into(folder)
-            raise
 
     def _finish(self, folder: RunFolder) -> None:
         """What a run leaves at its end: a checkpoint, a video, curves."""
@@ -177,9 +158,12 @@ class PPO:
         """Record an episode of the policy's mode every `interval` iterations; 0 is never."""
         path = folder.path / "videos" / f"step_{self.progress.global_step:012d}.mp4"
         due = interval and self.progress.iteration % interval == 0
-        if self.config.capture_video and due and not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            self.record(path)
+        if not (self.config.capture_video and due) or path.exists():
+            return
+        try:
+            self.record(path, max_frames=CAPTURED_FRAMES)
+        except Exception as error:  # a picture less is no reason to lose a run
+            print(f"\nproximo: note: {path} was not recorded: {error}", file=sys.stderr)
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
@@ -262,8 +246,9 @@ class PPO:
         deterministic: bool = True,
         seed: int = 0,
         env: EnvLike | None = None,
+        max_frames: int = MAX_FRAMES,
     ) -> Video:
-        """Record one episode as MP4, in an environment of its own; see `proximo.video`.
+        """Record one episode as MP4, in an environment of its own, up to a number of frames; see `proximo.video`.
 
         Raises:
             UserError: something is not installed, or the environment cannot be rendered; the message says what to do.
@@ -271,7 +256,7 @@ class PPO:
         policy = trained(self.learner, self.spaces, deterministic, seed)
         env = self._recordable() if env is None else env
         (video,) = record_video(
-            policy(1), self.config, self.spaces, env, path, seed=seed, env_kwargs=self.config.env_kwargs
+            policy(1), self.config, self.spaces, env, path, seed=seed, max_frames=max_frames
         )
         return video
 
@@ -359,16 +344,8 @@ def evaluate_random(
     envs.close()
     policy = random(spaces, seed)
     if record is not None:
-        record_video(policy(1), config, spaces, env, record, seed=seed, env_kwargs=config.env_kwargs)
+        record_video(policy(1), config, spaces, env, record, seed=seed)
     return evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
-
-
-def trackers(folder: Path, env_id: str | None, config: Config) -> Iterator[Sink]:
-    """The loggers that are asked for, begun one after the other."""
-    if config.tensorboard:
-        yield TensorBoard(folder / "tensorboard")
-    if config.wandb:
-        yield WandB(config.wandb, folder, env_id, config)
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

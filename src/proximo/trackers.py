@@ -1,8 +1,10 @@
-"""Metrics and histograms for TensorBoard and for Weights & Biases."""
+"""Metrics and histograms for TensorBoard and for Weights & Biases, and all of a run's sinks together."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from proximo.config import Config
 from proximo.errors import UserError
-from proximo.record import Metrics, Samples
+from proximo.record import Console, Metrics, RunFolder, Samples, Sink
 
 BINS = 40
 
@@ -80,7 +82,7 @@ class WandB:
             self._run = wandb.init(
                 project=project, name=folder.name, dir=str(folder), config={"env": env_id, **config.to_dict()}
             )
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             raise UserError(
                 f"Weights & Biases did not begin a run: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
@@ -97,3 +99,31 @@ class WandB:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+@contextmanager
+def recording(
+    run_dir: str | Path | None, env_id: str | None, config: Config, first_step: int, console: bool
+) -> Iterator[tuple[RunFolder | None, list[Sink]]]:
+    """The run folder, where there is one, and everything that metrics go to; closed at the end.
+
+    Raises:
+        UserError: the folder is in use or cannot be written, or a logger is not installed.
+    """
+    with ExitStack() as stack:
+        sinks: list[Sink] = []
+
+        def opened(sink: Sink) -> None:
+            stack.callback(sink.close)
+            sinks.append(sink)
+
+        folder = None if run_dir is None else RunFolder(run_dir, env_id, config)
+        if folder:
+            opened(folder)
+        if console:
+            opened(Console(config.total_timesteps, first_step))
+        if folder and config.tensorboard:
+            opened(TensorBoard(folder.path / "tensorboard"))
+        if folder and config.wandb:
+            opened(WandB(config.wandb, folder.path, env_id, config))
+        yield folder, sinks

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs import registration
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from proximo.errors import UserError, suggest
@@ -113,7 +114,7 @@ def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEn
 def successor(env_id: str) -> str | None:
     """The latest registered version of an environment, where it is later than the one named."""
     try:
-        namespace, name, version = gym.envs.registration.parse_env_id(env_id)
+        namespace, name, version = registration.parse_env_id(env_id)
     except gym.error.Error:
         return None
     versions = [
@@ -124,7 +125,7 @@ def successor(env_id: str) -> str | None:
     latest = max(versions, default=-1)
     if version is None or latest <= version:
         return None
-    return gym.envs.registration.get_env_id(namespace, name, latest)
+    return registration.get_env_id(namespace, name, latest)
 
 
 def explain(env_id: str, error: Exception) -> str:
