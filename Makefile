@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format results clean
+.PHONY: demo test lint format docs results clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -24,6 +24,11 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site, in docs/_build.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
 # Learning results under benchmarks/results, as the README quotes them. Hours on two cores.
 results: $(VENV)/dev
 	$(BIN)/python benchmarks/learning.py CartPole-v1 --seeds 5
@@ -41,6 +46,10 @@ $(VENV)/pip:
 
 $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/pip

@@ -56,7 +56,9 @@ def require_network(path: str | Path, manifest: dict[str, Any], network: Any) ->
         UserError: it is the user's own, and is not given.
     """
     if manifest["network"] == "own" and network is None:
-        raise UserError(f"{path} was trained with a network of its user's: pass it again with network=…")
+        raise UserError(
+            f"{path} was trained with a network of its user's: load it from Python, with network=…"
+        )
 
 
 def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> Path:

@@ -565,7 +565,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str | None, dic
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold names with values, such as `gamma: 0.99`")
     try:
-        named = [values.pop(name) for name in ENV_NAMES if name in values]
+        named = [env for name in ENV_NAMES if (env := values.pop(name, None)) is not None]
         if len(named) > 1 or not all(isinstance(env, str) for env in named):
             raise UserError(f"the environment must be one id, as env, got {named}")
         preset = values.pop("preset", None)

@@ -67,6 +67,8 @@ def plot(
     Raises:
         UserError: a folder holds no metrics, a metric is unknown, or there is nothing to draw.
     """
+    if output is not None and Path(output).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"a plot is written as .png, .svg or .pdf, not to {output}")
     runs = [
         Run(Path(run_dir).name, read_config(run_dir), read_metrics(run_dir))
         for run_dir in map(Path, run_dirs)

@@ -45,9 +45,8 @@ class RunFolder:
     def __init__(self, path: str | Path, env_id: str | None, config: Config) -> None:
         self.path = Path(path)
         try:
+            require_empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise UserError(f"run folder {self.path} is not empty: choose another run_dir, or remove it")
             (self.path / CONFIG).write_text(resolved(env_id, config), "utf-8")
             (self.path / VERSIONS).write_text(json.dumps(versions(), indent=2), "utf-8")
             self._metrics: IO[str] = (self.path / METRICS).open("w", encoding="utf-8")
@@ -62,6 +61,16 @@ class RunFolder:
     def close(self) -> None:
         """Close the metrics; the folder is complete."""
         self._metrics.close()
+
+
+def require_empty(run_dir: Path) -> None:
+    """Refuse a folder that a run would overwrite.
+
+    Raises:
+        UserError: it holds something.
+    """
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it")
 
 
 def resolved(env_id: str | None, config: Config) -> str:

@@ -25,6 +25,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (the run failed), 2 (bad input), 130 or 143 (a signal)."""
+    if "" not in sys.path:
+        sys.path.append("")  # so that MODULE:ID finds a module of the current folder, after all others
     try:
         return dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -42,6 +44,10 @@ def dispatch(arguments: list[str]) -> int:
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     chosen = commands.choices.get(arguments[0], parser) if arguments else parser
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
+        raise UserError(
+            f"unknown command {arguments[0]!r}{suggest(arguments[0], commands.choices)}; see proximo --help"
+        )
     flags = set(chosen._option_string_actions)
     options, unknown = parser.parse_known_args(spelled(arguments, flags))
     if unknown:

@@ -51,12 +51,13 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, saying where everything is; return the exit status."""
     from proximo.ppo import PPO
-    from proximo.record import default_run_dir
+    from proximo.record import default_run_dir, require_empty
 
     env_id, preset, settings = asked_for(options)
     agent = PPO(env_id, preset=preset, **settings)
     config, backend = agent.config, agent.learner.backend
     run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
+    require_empty(run_dir)
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     say(
         f"{env_id}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
