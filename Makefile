@@ -33,9 +33,13 @@ docs: $(VENV)/docs
 results: $(VENV)/dev
 	$(BIN)/python benchmarks/learning.py CartPole-v1 --seeds 5
 	$(BIN)/python benchmarks/learning.py HalfCheetah-v5 --seeds 5 --compile
+	$(BIN)/python benchmarks/learning.py HalfCheetah-v4 --seeds 5 --backends jax
+	for env in Acrobot-v1 LunarLander-v3 Pendulum-v1 InvertedPendulum-v5 Reacher-v5 Hopper-v5 Walker2d-v5; do \
+		$(BIN)/python benchmarks/learning.py $$env --seeds 3 --backends jax || exit 1; done
+	$(BIN)/python benchmarks/report.py --write
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
