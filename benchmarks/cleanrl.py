@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ def ours(env: str, seed: int, folder: Path) -> Curve:
     """Steps and returns of one of our runs."""
     run_dir = folder / f"proximo-{env}-{seed}"
     if not (run_dir / "learning_curve.png").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
         command = [sys.executable, "-m", "proximo", "train", env, "--seed", str(seed), "--quiet"]
         subprocess.run([*command, *CASES[env][1], "--run-dir", str(run_dir)], check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
@@ -59,7 +61,8 @@ def theirs(env: str, seed: int, folder: Path, checkout: Path, python: str) -> Cu
     """Steps and returns of one of CleanRL's runs."""
     work = folder / f"cleanrl-{env}-{seed}"
     if not (work / "finished").exists():
-        work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         script = checkout.resolve() / "cleanrl" / CASES[env][0]
         command = [python, str(script), "--env-id", env, "--seed", str(seed), "--no-cuda"]
         paths = {"PYTHONPATH": str(checkout.resolve())}

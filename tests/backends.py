@@ -88,7 +88,7 @@ class Backend:
 
 @cache
 def _prepare(backend: Backend, learner: Any) -> Callable[..., Any]:
-    prepare = partial(backend.module("learner").prepare, learner.spec)
+    prepare = partial(backend.module("update").prepare, learner.spec)
     if backend.name == "torch":
         return prepare
     import jax

@@ -99,7 +99,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("evaluate nowhere --seed -1", "whole number in [0, ∞), got '-1'"),
         ("evaluate nowhere --episode 3", "did you mean '--episodes'"),
         ("train Pendulum-v1 --engine native", "engine native"),
-        ("fly", "invalid choice"),
+        ("fly", "unknown command"),
     ],
 )
 def test_wrong_input_gets_one_clear_message(arguments, message, capsys):

@@ -64,11 +64,10 @@ def log_probabilities(backend: Backend, learner: Any, rollout: Rollout, noise: n
                 log_prob -= np.log1p(-(np.tanh(raw) ** 2))
             rows.append(log_prob.sum(axis=-1))
             continue
-        module, state = backend.module("learner"), learner._state
-        seen = module.observe(
-            spec, state.obs_moments, backend.array({path: x[None] for path, x in obs.items()})
-        )
-        params = module.unflatten(spec, state.params) if backend.name == "torch" else state.params
+        state, rows_of_one = learner._state, backend.array({path: x[None] for path, x in obs.items()})
+        seen, params = backend.module("state").observe(spec, state, rows_of_one), state.params
+        if backend.name == "torch":
+            params = backend.module("tensors").unflatten(spec.shapes, params)
         logits = backend.numpy(
             spec.network.apply(params, seen, backend.array(rollout.start[t][None]), state.carry)[0].logits
         )[0].astype(np.float64)
@@ -266,7 +265,8 @@ def test_five_iterations_compile_once(backend):
         normalize_observation=True, normalize_reward=True, total_timesteps=120, clip_schedule="linear",
         final_clip_coef=0.05, target_kl=0.5,
     )  # fmt: skip
-    learner = backend.learner(config, CONTINUOUS)
+    # Given as one's own network, so that it acts in its backend.
+    learner = backend.learner(config, CONTINUOUS, network=backend.module("networks").mlp(config, CONTINUOUS))
     for iteration in range(5):
         rollout = act_rollout(learner, seed=iteration, resets="same_step", ends=0.1 * iteration)
         learner.value(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))

@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics, TensorBoard events with histograms, plots, and a file that runs it again."""
 
+import io
 import json
 import sys
 
@@ -7,12 +8,16 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rollouts import act_rollout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from proximo import PPO, UserError
 from proximo.cli import main
 from proximo.plot import Run, grouped, plot
-from proximo.record import read_metrics
+from proximo.record import Console, read_metrics
+from proximo.rollout import minibatch_order
+from proximo.samples import histograms_of
+from proximo.schedules import hyper_at
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
 TINY = ["--preset", "none", "--num-steps", "16", "--minibatch-size", "16", "--update-epochs", "1", "--quiet"]
@@ -238,3 +243,120 @@ def test_a_video_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
         agent.learn(64, run_dir=run)
     assert "was not recorded: max_frames must be" in capsys.readouterr().err
     assert list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_ratios_are_of_one_policy_to_another(backend):
+    """At learning rate 0 every ratio is 1; an absurd step makes ratios that are drawn at e¹⁰ and no further."""
+    for rate, lowest, highest in ((0.0, 0.9999, 1.0001), (1e6, 0.0, np.exp(10.0))):
+        settings = {**SMALL, "num_envs": 2, "backend": backend, "learning_rate": rate, "max_grad_norm": None}
+        with PPO("Pendulum-v1", **settings) as agent:
+            rollout, hyper = act_rollout(agent.learner, seed=0), hyper_at(agent.config, 0)
+            before = agent.learner.examine(rollout, hyper)
+            agent.learner.update(
+                rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper
+            )
+            after = agent.learner.examine(rollout, hyper, before["carry"])
+            ratio = histograms_of(rollout, agent.config, before, after)["ratio"]
+        assert len(ratio) == rollout.valid.sum()
+        assert lowest <= ratio.min() <= ratio.max() <= highest * (1 + 1e-6)
+        assert np.isfinite(ratio).all()
+
+
+def test_nothing_left_to_train_leaves_a_folder_with_a_checkpoint(tmp_path):
+    """A second call up to the same total has no iteration, hence no curve to draw."""
+    with PPO("CartPole-v1", **SMALL, num_envs=2, total_timesteps=64) as agent:
+        agent.learn().learn(run_dir=tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
+def test_environment_keywords_come_back_from_every_file(tmp_path):
+    """Infinity, NumPy's numbers and tuples survive config.yaml and the checkpoint's manifest."""
+    run = tmp_path / "run"
+    given = {"healthy_z_range": (np.float64(0.7), np.inf), "frame_skip": np.int64(4)}
+    with PPO("Hopper-v5", **SMALL, num_envs=2, env_kwargs=given) as agent:
+        agent.learn(32, run_dir=run)
+    plain = {"healthy_z_range": [0.7, np.inf], "frame_skip": 4}
+    assert yaml.safe_load((run / "config.yaml").read_text())["env_kwargs"] == plain
+    assert PPO.load(run).config.env_kwargs == plain
+    assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
+    with pytest.raises(UserError, match="env_kwargs must be names with plain values"):
+        PPO("CartPole-v1", env_kwargs={"a": object()})
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run():
+    """Writing fails, nothing is raised, and nothing is written any more."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    row = {"global_step": 10, "rollout/episode_return_mean": None}
+    console = Console(100, stream=Gone())
+    console.write(row)
+    console.write(row)
+    console.close()
+
+
+def test_a_live_terminal_is_rewritten_and_kept():
+    """On a terminal every iteration rewrites the line, and the last state stays; elsewhere lines come now and then."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    rows = [{"global_step": step, "rollout/episode_return_mean": 1.0} for step in (10, 20)]
+    for stream, lines in ((Terminal(), 2), (io.StringIO(), 2)):
+        console = Console(100, stream=stream)
+        for row in rows:
+            console.write(row)
+        console.close()
+        text = stream.getvalue()
+        assert text.count("return 1.0") == lines
+        assert text.endswith("\n")
+        assert ("\r" in text) == stream.isatty()
+
+
+def test_a_logger_that_does_not_begin_leaves_no_folder(tmp_path, monkeypatch):
+    """So that the same command can be given again once that is mended."""
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**settings):
+        raise wandb.Error("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with (
+        PPO("CartPole-v1", **SMALL, num_envs=2, wandb="mine") as agent,
+        pytest.raises(UserError, match="wandb login"),
+    ):
+        agent.learn(32, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_a_video_goes(tmp_path, capsys):
+    """Into the run's videos/; beside a checkpoint, never into it; and FILE must be a video's name."""
+    run = tmp_path / "run"
+    with PPO("CartPole-v1", **SMALL, num_envs=2) as agent:
+        agent.learn(32, run_dir=run)
+        agent.save(tmp_path / "kept")
+    for path, video in (
+        (run, run / "videos" / "trained-seed0.mp4"),
+        (next((run / "checkpoints").iterdir()), run / "videos" / "trained-seed1.mp4"),
+        (tmp_path / "kept", tmp_path / "kept-trained-seed0.mp4"),
+    ):
+        seed = video.stem[-1]
+        assert main(["evaluate", str(path), "--episodes", "1", "--record", "--seed", seed]) == 0
+        assert video.exists()
+    assert main(["evaluate", "--record", str(run)]) == 2
+    assert "RUN comes before --record" in capsys.readouterr().err
+
+
+def test_a_window_that_does_not_open_is_one_clear_message(tmp_path, monkeypatch, capsys):
+    """Pygame is what CartPole's window needs."""
+    with PPO("CartPole-v1", **SMALL, num_envs=2) as agent:
+        agent.learn(32, run_dir=tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--render"]) == 2
+    assert "cannot be shown in a window" in capsys.readouterr().err

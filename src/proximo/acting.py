@@ -46,9 +46,9 @@ def mlp_actor(
     Args:
         moments: path -> mean and variance of the observations that are normalised.
     """
-    layers = [name.removesuffix(".weight") for name in params if name.endswith(".weight")]
-    body = [name for name in layers if name.startswith("trunk." if config.shared_trunk else "actor.")]
-    hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in body if name != "actor.head"]
+    part = "trunk" if config.shared_trunk else "actor"
+    names = [f"{part}.{index}" for index in range(len(config.hidden_sizes))]
+    hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
     weight, bias = params["actor.head.weight"], params["actor.head.bias"]
     scales = {
         path: (mean, (1.0 / np.sqrt(variance + VARIANCE_EPSILON)).astype(weight.dtype))

@@ -198,16 +198,19 @@ class Agent:
         self._filled += 1
         self._env_seconds += env_seconds
 
+    def discard(self) -> None:
+        """Forget what is stored, without learning from it; the next `act` may go on in the same episode."""
+        self._begin()
+
     def update(self) -> Metrics:
         """Learn from what is stored, empty the buffer and return metrics, named as those of `PPO.iterate`.
 
-        A partly full buffer is dealt into as many minibatches, only smaller: where there are fewer transitions
-        than minibatches, some are empty, and Adam goes on by its momentum. An action that nothing was
-        observed of is forgotten.
+        A partly full buffer is dealt into as many minibatches, only smaller, or into one for each transition
+        where there are fewer of these. An action that nothing was observed of is forgotten.
 
         Raises:
             UserError: nothing is stored.
-            RunError: the update gave NaN or infinity, and was not taken over.
+            RunError: the update gave NaN or infinity, and was not taken over; `discard` empties the buffer.
         """
         if not self._filled:
             raise UserError("nothing is stored to learn from: call act() and observe() first")

@@ -86,7 +86,7 @@ def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, An
     try:
         temporary.mkdir()
         _write(temporary / ARRAYS, payload)
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False).encode())
+        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
         _sync(temporary)
         _replace(temporary, path)
     finally:

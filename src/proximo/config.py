@@ -532,8 +532,16 @@ def _to_ints(value: Any) -> tuple[int, ...]:
 def _to_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
-    json.dumps(dict(value))  # they are saved with the run
-    return dict(value)
+    try:  # they are saved with the run
+        return json.loads(json.dumps(dict(value), default=_plain))
+    except RecursionError as error:
+        raise TypeError from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError
 
 
 _CONVERT = {
@@ -549,8 +557,8 @@ _CONVERT = {
 ENV_NAMES = ("env", "env_id", "env_name")
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str | None, dict[str, Any]]:
-    """Environment, preset and settings of a YAML file; what it does not name is None or left out.
+def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, Any]]:
+    """Environment (None where it names none), preset ("auto" where it names none) and settings of a YAML file.
 
     Raises:
         UserError: it cannot be read, is no mapping, or holds an unknown name or a bad value.
@@ -568,8 +576,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str | None, dic
         named = [env for name in ENV_NAMES if (env := values.pop(name, None)) is not None]
         if len(named) > 1 or not all(isinstance(env, str) for env in named):
             raise UserError(f"the environment must be one id, as env, got {named}")
-        preset = values.pop("preset", None)
-        if not isinstance(preset, (str, type(None))):
+        preset = values.pop("preset", "auto") or "none"
+        if not isinstance(preset, str):
             raise UserError(f"preset must be auto, none or a name, got {preset!r}")
         settings = {name: check(FIELDS[name], value) for name, value in canonical_names(values).items()}
     except UserError as error:

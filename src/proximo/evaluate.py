@@ -121,7 +121,11 @@ def evaluate(
     try:
         require_same(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)
-        collector.reset(environment_seeds(seed, count, Purpose.EVALUATION))
+        seeds = environment_seeds(seed, count, Purpose.EVALUATION)
+        if render:
+            _show(collector, seeds)
+        else:
+            collector.reset(seeds)
         while quota.any():
             if collector.episode_length.max() > MAX_EPISODE_STEPS:
                 raise RunError(
@@ -139,3 +143,20 @@ def evaluate(
         tuple(episode.length for episode in kept),
         deterministic,
     )
+
+
+def _show(collector: Collector, seeds: list[int]) -> None:
+    """The first reset in a window, which is what opens it.
+
+    Raises:
+        UserError: no window opens.
+    """
+    try:
+        collector.reset(seeds)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the environment cannot be shown in a window ({type(error).__name__}: {error}): it needs a display, and "
+            "for many environments pip install 'proximo[video]'; record a video instead"
+        ) from error

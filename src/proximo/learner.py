@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,11 +32,13 @@ class Learner(Protocol):
         """Learn from a rollout in the given minibatch order, int32 [epochs, minibatches, S]; return metrics."""
         ...
 
-    def examine(self, rollout: Rollout, hyper: Hyper) -> dict[str, np.ndarray]:
+    def examine(
+        self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """What the policy as it stands thinks of a rollout's B valid transitions; changes nothing.
 
-        `log_prob`, `value`, `advantage` and `return` [B], and the policy's `mean` and `std` [B, D] or
-        `probability` [B, A].
+        `log_prob`, `value`, `advantage` and `return` [B], the policy's `mean` and `std` [B, D] or `probability`
+        [B, A], and `carry` [N, H], that before the first step: after an update, hand it back.
         """
         ...
 
@@ -73,13 +76,27 @@ def choose_backend(backend: str) -> str:
 
 
 def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:
-    """A learner in the configured backend. `network` is that backend's `Network`, instead of the built-in MLP."""
-    if callable(network):
+    """A learner in the configured backend.
+
+    Args:
+        network: instead of the built-in perceptron, that backend's `Network`, or what its `own_network` gives.
+
+    Raises:
+        UserError: the network is something else, or does not fit the spaces.
+    """
+    backend = choose_backend(config.backend)
+    make: Any
+    if backend == "torch":
+        from proximo.torch.learner import Learner as make
+        from proximo.torch.networks import Network
+    else:
+        from proximo.jax.learner import Learner as make
+        from proximo.jax.networks import Network
+    if isinstance(network, FunctionType):
         network = network(config, spaces)
-    if choose_backend(config.backend) == "torch":
-        from proximo.torch.learner import Learner as TorchLearner
-
-        return TorchLearner(config, spaces, network, **options)
-    from proximo.jax.learner import Learner as JaxLearner
-
-    return JaxLearner(config, spaces, network, **options)
+    if network is not None and not isinstance(network, Network):
+        raise UserError(
+            f"network must be a proximo.{backend}.networks.Network, or made with proximo.{backend}.own_network(…), "
+            f"since the backend is {backend}; got {network!r}"
+        )
+    return make(config, spaces, network, **options)

@@ -34,6 +34,12 @@ def limits(name: str, config: Config) -> tuple[float, float]:
     return (math.log(config.min_std), MAX_LOG_STD) if name == "actor.log_std" else (-math.inf, math.inf)
 
 
+def head_width(config: Config, spaces: Spaces) -> int:
+    """K, the outputs of the policy head: a logit per action, or a mean per dimension and perhaps a deviation."""
+    predicted = isinstance(spaces.action, Box) and config.std == "predicted"
+    return spaces.action.head_size * (2 if predicted else 1)
+
+
 def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
     """Draw the initial parameters, float64, in a fixed order.
 
@@ -48,8 +54,7 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
             )
     rng = generator(config.seed, Purpose.PARAMETERS)
     inputs = sum(leaf.features for leaf in spaces.observation)
-    predicted = isinstance(spaces.action, Box) and config.std == "predicted"
-    outputs = spaces.action.head_size * (2 if predicted else 1)
+    outputs = head_width(config, spaces)
     parameters: Parameters = {}
 
     def add(name: str, rows: int, columns: int, gain: float) -> None:

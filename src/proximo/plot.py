@@ -67,8 +67,10 @@ def plot(
     Raises:
         UserError: a folder holds no metrics, a metric is unknown, or there is nothing to draw.
     """
-    if output is not None and Path(output).suffix not in (".png", ".svg", ".pdf"):
+    if output is not None and Path(output).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"a plot is written as .png, .svg or .pdf, not to {output}")
+    if isinstance(run_dirs, (str, Path)):
+        run_dirs = [run_dirs]
     runs = [
         Run(Path(run_dir).name, read_config(run_dir), read_metrics(run_dir))
         for run_dir in map(Path, run_dirs)
@@ -76,7 +78,8 @@ def plot(
     known = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
     for name in metrics or ():
         if name not in known:
-            what = "no episode has ended yet" if name in LABELS else "known: " + ", ".join(sorted(known))
+            ever = any(name in row for run in runs for row in run.rows)
+            what = "it has no value there" if ever else "known: " + ", ".join(sorted(known))
             raise UserError(
                 f"there is nothing to draw for {name!r} in {', '.join(map(str, run_dirs))}: {what}"
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.plot import plot, plot_run
 from proximo.randomness import Purpose, generator
-from proximo.record import Metrics, RunFolder
+from proximo.record import Metrics, RunFolder, note
 from proximo.spaces import Spaces
-from proximo.trackers import recording
+from proximo.trackers import import_wandb, recording
 from proximo.train import Progress, iterations
 from proximo.video import MAX_FRAMES, Video, require_video
 from proximo.video import record as record_video
@@ -56,7 +54,8 @@ class PPO:
         try:
             self._bind(env, config, spaces_of(envs), network, envs)
         except BaseException:
-            envs.close()
+            if envs is not env:
+                envs.close()
             raise
 
     def __enter__(self) -> PPO:
@@ -114,7 +113,9 @@ class PPO:
         with recording(run_dir, self.env_id, config, self.progress.global_step, progress) as (folder, sinks):
             self.config = config.replace(run_dir=None)
             try:
-                for metrics, samples in iterations(self.config, envs, self.learner, self.progress):
+                for metrics, samples in iterations(
+                    self.config, envs, self.learner, self.progress, examine=folder is not None
+                ):
                     for sink in sinks:
                         sink.write(metrics, samples)
                     if folder:
@@ -135,15 +136,19 @@ class PPO:
         """What a run leaves at its end: a checkpoint, a video, curves."""
         self._save_into(folder)
         self._film_into(folder, 1)
-        if self.progress.iteration:
+        if not folder.rows:
+            return
+        try:
             plot([folder.path])
-        if self.progress.episodes:
-            plot_run(folder.path)
+            if self.progress.episodes:
+                plot_run(folder.path)
+        except Exception as error:
+            note(f"curves of {folder.path} were not drawn: {error}")
 
     def _require_records(self, config: Config) -> None:
         """Refuse what cannot be recorded before anything is written."""
-        if config.wandb and importlib.util.find_spec("wandb") is None:
-            raise UserError("logging to Weights & Biases needs its package: pip install 'proximo[wandb]'")
+        if config.wandb:
+            import_wandb()
         if config.capture_video:
             require_video(self._recordable(), config.env_kwargs)
 
@@ -163,7 +168,7 @@ class PPO:
         try:
             self.record(path, max_frames=CAPTURED_FRAMES)
         except Exception as error:  # a picture less is no reason to lose a run
-            print(f"\nproximo: note: {path} was not recorded: {error}", file=sys.stderr)
+            note(f"{path} was not recorded: {error}")
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
@@ -176,6 +181,8 @@ class PPO:
         if total_timesteps is None:
             return self.config
         steps = check(FIELDS["total_timesteps"], total_timesteps)
+        if self.progress.global_step:
+            note(f"schedules now end at step {self.progress.global_step + steps:,}")
         return self.config.replace(total_timesteps=self.progress.global_step + steps)
 
     def _save_into(self, folder: RunFolder, interval: int = 1) -> None:
@@ -235,9 +242,10 @@ class PPO:
         if env is None or isinstance(env, VectorEnv):
             raise UserError("evaluate needs an environment id or a function that makes one: give env=…")
         policy = trained(self.learner, self.spaces, deterministic, seed)
+        result = evaluate(policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render)
         if record is not None:
             self.record(record, deterministic=deterministic, seed=seed, env=env)
-        return evaluate(policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render)
+        return result
 
     def record(
         self,
@@ -338,14 +346,19 @@ def evaluate_random(
     Raises:
         UserError: as `PPO.evaluate`.
     """
+    if isinstance(env, VectorEnv):
+        raise UserError(
+            "evaluate needs an environment id or a function that makes one, not a vector environment"
+        )
     config = Config(env_kwargs=dict(env_kwargs or {}))
     envs = make_envs(env, 1, "sync", config.env_kwargs)
     spaces = spaces_of(envs)
     envs.close()
     policy = random(spaces, seed)
+    result = evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
     if record is not None:
         record_video(policy(1), config, spaces, env, record, seed=seed)
-    return evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
+    return result
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

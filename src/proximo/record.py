@@ -6,8 +6,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -30,8 +33,8 @@ class Sink(Protocol):
         """Take one iteration's metrics, and now and then samples to make histograms of."""
         ...
 
-    def close(self) -> None:
-        """Nothing more will come."""
+    def close(self, failed: bool = False) -> None:
+        """Nothing more will come; `failed` where an error ends the run."""
         ...
 
 
@@ -43,24 +46,39 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, env_id: str | None, config: Config) -> None:
-        self.path = Path(path)
+        self.path, self.rows = Path(path), 0
+        text = resolved(env_id, config)
         try:
             require_empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / CONFIG).write_text(resolved(env_id, config), "utf-8")
+            with (self.path / CONFIG).open("x", encoding="utf-8") as file:  # claims the folder for this run
+                file.write(text)
             (self.path / VERSIONS).write_text(json.dumps(versions(), indent=2), "utf-8")
             self._metrics: IO[str] = (self.path / METRICS).open("w", encoding="utf-8")
+        except FileExistsError as error:
+            raise UserError(f"run folder {self.path} is another run's: choose another run_dir") from error
         except OSError as error:
             raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
 
     def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Append one iteration's metrics as a JSON object."""
+        self.rows += 1
         self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._metrics.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Close the metrics; the folder is complete."""
         self._metrics.close()
+
+    @contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the folder where an error in this block means that the run never begins."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
 
 def require_empty(run_dir: Path) -> None:
@@ -83,7 +101,13 @@ def resolved(env_id: str | None, config: Config) -> str:
 def default_run_dir(env_id: str, backend: str, seed: int) -> Path:
     """runs/ENV-BACKEND-sSEED-TIME."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in env_id)
-    return Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path
+
+
+def note(text: str) -> None:
+    """Say something that a run goes on after, on the terminal's error stream."""
+    print(f"\nproximo: note: {text}", file=sys.stderr)
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
@@ -155,25 +179,31 @@ class Console:
         self._began = time.perf_counter()
         self._shown = -self.PLAIN_SECONDS
         self._line = ""
+        self._gone = False
 
     def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Show steps done, speed, time left and the latest mean return."""
         now = time.perf_counter() - self._began
         self._line = self._format(metrics, now)
         if self._live:
-            columns = os.get_terminal_size(self._stream.fileno()).columns if self._live else 80
-            self._stream.write("\r\x1b[K" + self._line[: max(columns - 1, 20)])
-            self._stream.flush()
+            self._say("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])
         elif now - self._shown >= self.PLAIN_SECONDS:
-            self._stream.write(self._line + "\n")
-            self._stream.flush()
+            self._say(self._line + "\n")
             self._shown, self._line = now, ""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """End the line, leaving the last state to be read."""
         if self._line:
-            self._stream.write("\n" if self._live else self._line + "\n")
+            self._say("\n" if self._live else self._line + "\n")
+
+    def _say(self, text: str) -> None:
+        if self._gone:
+            return
+        try:
+            self._stream.write(text)
             self._stream.flush()
+        except OSError:  # the terminal is gone; the run is not
+            self._gone = True
 
     def _format(self, metrics: Metrics, seconds: float) -> str:
         step = int(metrics["global_step"] or 0)

@@ -256,6 +256,7 @@ def minibatch_order(
     num_steps, num_envs = valid.shape
     used = valid.reshape(num_steps // sequence_length, sequence_length, num_envs).any(axis=1).reshape(-1)
     sequences = np.flatnonzero(used)
+    minibatches = max(min(minibatches, sequences.size), 1)  # a step on nothing would go by Adam's momentum
     size = -(-used.size // minibatches)
     order = np.full((epochs, size * minibatches), used.size, np.int32)
     for row in order:

@@ -9,6 +9,8 @@ from proximo.record import Metrics, Samples
 from proximo.rollout import Rollout
 from proximo.spaces import Discrete
 
+LARGEST = 10.0  # log ratios beyond ± this are drawn there: a histogram needs finite numbers
+
 
 def histograms_of(rollout: Rollout, config: Config, before: Samples, after: Samples) -> Samples:
     """Returns, advantages, values, ratios and actions of the B valid transitions.
@@ -24,7 +26,7 @@ def histograms_of(rollout: Rollout, config: Config, before: Samples, after: Samp
         "return": before["return"],
         "advantage": before["advantage"],
         "value": before["value"],
-        "ratio": np.exp(after["log_prob"] - before["log_prob"]),
+        "ratio": np.exp(np.clip(after["log_prob"] - before["log_prob"], -LARGEST, LARGEST)),
         **{f"action/{index}": column for index, column in enumerate(taken.T)},
     }
 

@@ -58,7 +58,7 @@ class TensorBoard:
             bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
         )  # fmt: skip
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Write out what is pending."""
         self._writer.close()
 
@@ -71,13 +71,7 @@ class WandB:
     """
 
     def __init__(self, project: str, folder: Path, env_id: str | None, config: Config) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                "logging to Weights & Biases needs its package: pip install 'proximo[wandb]'"
-            ) from error
-        self._wandb = wandb
+        self._wandb = wandb = import_wandb()
         try:
             self._run = wandb.init(
                 project=project, name=folder.name, dir=str(folder), config={"env": env_id, **config.to_dict()}
@@ -96,9 +90,25 @@ class WandB:
                 logged[f"histograms/{name}"] = self._wandb.Histogram(np_histogram=counts)
         self._run.log(logged, step=int(metrics["global_step"] or 0))
 
-    def close(self) -> None:
-        """End the run."""
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        """End the run, as one that failed or one that did not."""
+        self._run.finish(exit_code=int(failed))
+
+
+def import_wandb() -> Any:
+    """The package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    hint = "logging to Weights & Biases needs its package: pip install 'proximo[wandb]'"
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(hint) from error
+    if not hasattr(wandb, "init"):  # a mere folder of that name, which Weights & Biases leaves where it ran
+        raise UserError(hint)
+    return wandb
 
 
 @contextmanager
@@ -108,22 +118,23 @@ def recording(
     """The run folder, where there is one, and everything that metrics go to; closed at the end.
 
     Raises:
-        UserError: the folder is in use or cannot be written, or a logger is not installed.
+        UserError: the folder is in use or cannot be written, or a logger does not begin.
     """
     with ExitStack() as stack:
         sinks: list[Sink] = []
 
         def opened(sink: Sink) -> None:
-            stack.callback(sink.close)
             sinks.append(sink)
+            stack.push(lambda kind, *_: sink.close(failed=kind is not None))
 
         folder = None if run_dir is None else RunFolder(run_dir, env_id, config)
         if folder:
             opened(folder)
-        if console:
-            opened(Console(config.total_timesteps, first_step))
+        if folder and config.wandb:
+            with folder.discarded_on_error():
+                opened(WandB(config.wandb, folder.path, env_id, config))
         if folder and config.tensorboard:
             opened(TensorBoard(folder.path / "tensorboard"))
-        if folder and config.wandb:
-            opened(WandB(config.wandb, folder.path, env_id, config))
+        if console:
+            opened(Console(config.total_timesteps, first_step))
         yield folder, sinks

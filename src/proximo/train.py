@@ -56,10 +56,15 @@ class Iteration(NamedTuple):
     samples: Samples | None
 
 
-def iterations(config: Config, envs: VectorEnv, learner: Learner, progress: Progress) -> Iterator[Iteration]:
+def iterations(
+    config: Config, envs: VectorEnv, learner: Learner, progress: Progress, examine: bool = False
+) -> Iterator[Iteration]:
     """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
 
     Between two reports `learner` and `progress` are consistent: that is where to save or stop.
+
+    Args:
+        examine: every `config.histogram_interval` iterations, report samples and action statistics as well.
 
     Raises:
         RunError: an environment gave NaN or infinity, or the update produced it.
@@ -81,14 +86,14 @@ def iterations(config: Config, envs: VectorEnv, learner: Learner, progress: Prog
 
         order = minibatch_order(rollout.valid, epochs, minibatches, order_rng, config.sequence_length)
         hyper = hyper_at(config, progress.global_step)
-        due = config.histogram_interval and progress.iteration % config.histogram_interval == 0
+        due = examine and config.histogram_interval and progress.iteration % config.histogram_interval == 0
         before = learner.examine(rollout, hyper) if due and rollout.valid.any() else None
         update_began = time.perf_counter()
         metrics: Metrics = {**learner.update(rollout, order, hyper)}
         update_seconds = time.perf_counter() - update_began
         samples = None
         if before:
-            samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper))
+            samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper, before["carry"]))
             metrics |= action_metrics(rollout, config, before)
 
         steps = int(rollout.valid.sum())

@@ -298,7 +298,14 @@ def encoder(path: Path, fps: Fraction) -> Iterator[Show]:
         container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
-    stream = container.add_stream("libx264", rate=fps)
+    try:
+        stream = container.add_stream("libx264", rate=fps)
+    except (ValueError, LookupError, OSError) as error:
+        container.close()
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"this PyAV has no encoder for H.264 ({error}): pip install --force-reinstall av"
+        ) from error
     stream.pix_fmt = "yuv420p"
     shapes: set[tuple[int, ...]] = set()
 

@@ -25,8 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (the run failed), 2 (bad input), 130 or 143 (a signal)."""
-    if "" not in sys.path:
-        sys.path.append("")  # so that MODULE:ID finds a module of the current folder, after all others
+    sys.path.append("")  # so that MODULE:ID finds a module of the current folder, after all others
     try:
         return dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -37,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        sys.path.remove("")
 
 
 def dispatch(arguments: list[str]) -> int:

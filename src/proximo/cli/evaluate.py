@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     from proximo.ppo import PPO, evaluate_random
 
     path = options.path or options.run_path
+    if options.record and not options.record.lower().endswith(".mp4"):
+        raise UserError(f"--record FILE must end in .mp4, got {options.record!r}; RUN comes before --record")
     if path is None and options.policy == "trained":
         raise UserError("no policy is given: proximo evaluate RUN, a run folder or a checkpoint folder")
     agent = None
@@ -82,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
 
 def video_file(options: argparse.Namespace, path: str | None, env: str) -> Path | None:
     """Where `--record` writes; None where it was not asked for."""
+    from proximo.checkpoint import MANIFEST
+
     if options.record is None:
         return None
     if options.record:
@@ -90,7 +94,11 @@ def video_file(options: argparse.Namespace, path: str | None, env: str) -> Path 
     if path is None:
         return Path(f"{env.replace('/', '-')}-{name}")
     folder = Path(path)
-    return (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "videos" / name
+    if folder.parent.name == "checkpoints":
+        return folder.parent.parent / "videos" / name
+    if (folder / MANIFEST).exists():  # a checkpoint holds nothing else: the next save would replace it
+        return folder.with_name(f"{folder.name}-{name}")
+    return folder / "videos" / name
 
 
 def describe(result: Evaluation, env: str, policy: str = "trained") -> str:

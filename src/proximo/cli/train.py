@@ -54,10 +54,11 @@ def run(options: argparse.Namespace) -> int:
     from proximo.record import default_run_dir, require_empty
 
     env_id, preset, settings = asked_for(options)
+    if settings.get("run_dir"):
+        require_empty(Path(settings["run_dir"]))
     agent = PPO(env_id, preset=preset, **settings)
     config, backend = agent.config, agent.learner.backend
     run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
-    require_empty(run_dir)
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     say(
         f"{env_id}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
@@ -87,14 +88,14 @@ def asked_for(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
     """
     if options.env_id and options.env:
         raise UserError(f"two environments are given: {options.env_id} and --env {options.env}")
-    env_id, preset, settings = read_file(options.config) if options.config else (None, None, {})
+    env_id, preset, settings = read_file(options.config) if options.config else (None, "auto", {})
     env_id = options.env_id or options.env or env_id
     if env_id is None:
         where = (
             f"; {options.config} names none" if options.config else ", or --config FILE.yaml that names one"
         )
         raise UserError(f"no environment is given: proximo train ENV_ID, such as CartPole-v1{where}")
-    return env_id, options.preset or preset or "auto", override(settings, given_settings(options))
+    return env_id, options.preset or preset, override(settings, given_settings(options))
 
 
 def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:

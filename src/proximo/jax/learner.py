@@ -121,12 +121,15 @@ class Learner:
         self._state = state
         return metrics
 
-    def examine(self, rollout: Rollout, hyper: Hyper) -> dict[str, np.ndarray]:
+    def examine(
+        self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
+        state = self._state if carry is None else self._state._replace(carry=carry)
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
-        found = jax.device_get(self._examine(self._state, self.transitions(rollout), hyper))
+        found = jax.device_get(self._examine(state, self.transitions(rollout), hyper))
         valid = found.pop("weight") > 0
-        return {name: value[valid] for name, value in found.items()}
+        return {name: value[valid] for name, value in found.items()} | {"carry": np.asarray(state.carry)}
 
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,10 @@ from proximo.config import Config
 from proximo.errors import UserError
 from proximo.jax.distributions import Policy
 from proximo.jax.networks import Network, Obs, Params, body, encode, linear, policy_from_output
-from proximo.parameters import Parameters, initial_parameters
+from proximo.own import HALF, ROWS, Features, check_answer, check_setting, roles, sample_rows
+from proximo.parameters import Parameters, head_width, initial_parameters
 from proximo.randomness import Purpose, sequence
-from proximo.spaces import Box, Discrete, Spaces
-
-Features = Literal["encoded", "dict"]
-
-HALF = {"policy": "actor", "value": "critic", "both": "actor"}  # what parameters' names begin with
-ROWS = 64  # of the batch that a network is tried on
+from proximo.spaces import Box, Spaces
 
 
 class Part(NamedTuple):
@@ -63,10 +59,12 @@ def own_network(
         UserError: what is given is no pair; and, when an agent is made: outputs of the wrong shape, nothing to
             learn, or parameters that are not to be learned, such as BatchNorm's statistics.
     """
-    _check_given(policy, value, both, features)
+    given = roles(policy, value, both, features)
+    for role, pair in given.items():
+        _pair(role, pair)
 
     def network(config: Config, spaces: Spaces) -> Network:
-        _check_setting(config, spaces, both is not None, features)
+        check_setting(config, spaces, both is not None, features, "jax")
         if both is not None:
             parts = [_own("both", both, config, spaces, features)]
         else:
@@ -84,12 +82,15 @@ def own_network(
             answers = tuple(part.apply(params, rows) for part in parts)
             return answers if both is None else answers[0]
 
-        _check_heads(config, spaces, heads, initial, _sample(spaces, ROWS))
+        rows = {path: jnp.asarray(value) for path, value in sample_rows(spaces).items()}
+        params = {name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in initial.items()}
+        check_answer(config, spaces, jax.eval_shape(heads, params, rows))
+        _check_conduct(heads, initial, rows)
 
         def apply(params: Params, obs: Obs, start: Array, carry: Array) -> tuple[Policy, Array, Array]:
             dtype, count = _dtype(params), math.prod(start.shape)
             output, values = heads(params, {path: x.reshape(count, *x.shape[2:]) for path, x in obs.items()})
-            output = output.astype(dtype).reshape(*start.shape, _width(config, spaces))
+            output = output.astype(dtype).reshape(*start.shape, head_width(config, spaces))
             values = values.astype(dtype).reshape(start.shape)
             drawn_from = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
             return drawn_from, values, jnp.zeros((*start.shape, 0), dtype)
@@ -117,7 +118,8 @@ def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
 def _own(role: str, pair: Any, config: Config, spaces: Spaces, features: Features) -> Part:
     """A pair as a function of named parameters."""
     half, (init, function) = HALF[role], _pair(role, pair)
-    tree = init(_key(role, config), _given(spaces, features, _sample(spaces, 1), jnp.dtype("float32")))
+    zeros = {leaf.path: jnp.full((1, *leaf.shape), leaf.start, leaf.dtype) for leaf in spaces.observation}
+    tree = init(_key(role, config), _given(spaces, features, zeros, jnp.dtype("float32")))
     known, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [".".join([half, *map(_step, path)]) for path, _ in known]
     leaves = [leaf for _, leaf in known]
@@ -166,43 +168,6 @@ def _dtype(params: Params) -> jnp.dtype:
     return next(iter(params.values())).dtype
 
 
-def _width(config: Config, spaces: Spaces) -> int:
-    """K, the outputs that the action space asks for."""
-    predicted = isinstance(spaces.action, Box) and config.std == "predicted"
-    return spaces.action.head_size * (2 if predicted else 1)
-
-
-def _sample(spaces: Spaces, rows: int) -> Obs:
-    """Observations [rows, ...] of zeros, or of the least that a space holds."""
-    return {leaf.path: jnp.full((rows, *leaf.shape), leaf.start, leaf.dtype) for leaf in spaces.observation}
-
-
-def _check_given(policy: Any, value: Any, both: Any, features: str) -> None:
-    given = {role: x for role, x in (("policy", policy), ("value", value), ("both", both)) if x is not None}
-    if not given or ("both" in given and len(given) > 1):
-        raise UserError("own_network needs policy=…, value=… or these two, or one pair for both=…")
-    if features not in ("encoded", "dict"):
-        raise UserError(f"own_network: features must be 'encoded' or 'dict', got {features!r}")
-    for role, pair in given.items():
-        _pair(role, pair)
-
-
-def _check_setting(config: Config, spaces: Spaces, both: bool, features: Features) -> None:
-    if config.backend == "torch":
-        raise UserError("proximo.jax.own_network makes a network for JAX: give backend='jax'")
-    if config.shared_trunk and not both:
-        raise UserError(
-            "shared_trunk is for the built-in network: turn it off, or pass one pair whose apply returns "
-            "(policy's output, value) as own_network(both=…)"
-        )
-    images = [leaf.path for leaf in spaces.observation if leaf.kind == "image"]
-    if images and features == "encoded":
-        raise UserError(
-            f"observation {images[0]!r} is an image, which is not among encoded features: give "
-            "own_network(…, features='dict')"
-        )
-
-
 def _check_parameters(role: str, tree: Any, names: list[str], leaves: list[Any]) -> None:
     if isinstance(tree, Mapping) and "params" in tree and len(tree) > 1:
         others = ", ".join(sorted(str(name) for name in tree if name != "params"))
@@ -229,34 +194,17 @@ def _check_parameters(role: str, tree: Any, names: list[str], leaves: list[Any])
         )
 
 
-def _check_heads(
-    config: Config, spaces: Spaces, heads: Callable[[Params, Obs], Any], initial: Parameters, rows: Obs
-) -> None:
-    params = {name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in initial.items()}
-    answer = jax.eval_shape(heads, params, rows)
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise UserError(f"own_network(both=…) must return (policy's output, value), got {_shape(answer)}")
-    needed = (ROWS, _width(config, spaces))
-    if _shape(answer[0]) != needed:
-        raise UserError(
-            f"own_network: the policy's output for {ROWS} observations has shape {_shape(answer[0])}, "
-            f"expected {needed}: {_meaning(config, spaces)}"
-        )
-    if _shape(answer[1]) not in ((ROWS,), (ROWS, 1)):
-        raise UserError(
-            f"own_network: the value of {ROWS} observations has shape {_shape(answer[1])}, expected "
-            f"{(ROWS,)} or {(ROWS, 1)}"
-        )
-
-
-def _shape(answer: Any) -> Any:
-    """The shape of what should be an array; of anything else its type's name."""
-    return tuple(answer.shape) if hasattr(answer, "shape") else type(answer).__name__
-
-
-def _meaning(config: Config, spaces: Spaces) -> str:
-    """What the policy's outputs are, in words."""
-    if isinstance(spaces.action, Discrete):
-        return "one logit for each action"
-    predicted = config.std == "predicted"
-    return "one mean for each dimension of the action" + (", then one for its deviation" if predicted else "")
+def _check_conduct(heads: Callable[[Params, Obs], Any], initial: Parameters, rows: Obs) -> None:
+    """Refuse what would make a policy answer differently when it learns than when it acted."""
+    rng = np.random.default_rng(0)  # a head that begins at zero must hide nothing
+    params = {
+        name: jnp.asarray(array + 0.1 * rng.standard_normal(array.shape), jnp.float32)
+        for name, array in initial.items()
+    }
+    few = {path: x[: ROWS // 2] for path, x in rows.items()}
+    for ours, theirs in zip(heads(params, rows), heads(params, few), strict=True):
+        if not np.allclose(ours[: ROWS // 2], theirs, rtol=1e-2, atol=1e-2):
+            raise UserError(
+                "own_network: what the network answers to one observation depends on the others in its batch "
+                "(as with BatchNorm): use LayerNorm or GroupNorm"
+            )

@@ -147,12 +147,15 @@ class Learner:
         self._state = state
         return metrics
 
-    def examine(self, rollout: Rollout, hyper: Hyper) -> dict[str, np.ndarray]:
+    def examine(
+        self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
+        state = self._state if carry is None else self._state._replace(carry=tensor(carry))
         hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
-        found = each(Tensor.numpy, examine(self.spec, self._state, self.transitions(rollout), hyper))
+        found = each(Tensor.numpy, examine(self.spec, state, self.transitions(rollout), hyper))
         valid = found.pop("weight") > 0
-        return {name: value[valid] for name, value in found.items()}
+        return {name: value[valid] for name, value in found.items()} | {"carry": state.carry.numpy()}
 
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""

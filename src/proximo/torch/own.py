@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from torch.func import functional_call
 
 from proximo.config import Config
 from proximo.errors import UserError
-from proximo.parameters import Parameters, initial_parameters
-from proximo.spaces import Box, Discrete, Spaces
+from proximo.own import HALF, ROWS, Features, check_answer, check_setting, roles, sample_rows
+from proximo.parameters import Parameters, head_width, initial_parameters
+from proximo.spaces import Box, Spaces
 from proximo.torch.distributions import Policy
 from proximo.torch.networks import Network, Obs, Params, body, encode, linear, policy_from_output
-
-Features = Literal["encoded", "dict"]
-
-HALF = {"policy": "actor", "value": "critic", "both": "actor"}  # what parameters' names begin with
-ROWS = 64  # of the batch that a network is tried on
+from proximo.torch.tensors import each, tensor
 
 
 class Part(NamedTuple):
@@ -62,10 +59,11 @@ def own_network(
         UserError: what is given is no module; and, when an agent is made: outputs of the wrong shape, nothing
             to learn, or a module that changes itself, draws random numbers or lets rows influence each other.
     """
-    _check_given(policy, value, both, features)
+    given = roles(policy, value, both, features)
+    _check_modules(given)
 
     def network(config: Config, spaces: Spaces) -> Network:
-        _check_setting(config, spaces, both is not None, features)
+        check_setting(config, spaces, both is not None, features, "torch")
         if both is not None:
             parts = [_own("both", both, spaces, features)]
         else:
@@ -81,16 +79,17 @@ def own_network(
             answers = tuple(part.apply(params, rows) for part in parts)
             return answers if both is None else answers[0]
 
-        rows = _sample(spaces)
-        _check_heads(config, spaces, heads, initial, rows)
-        for module in (policy, value, both):
-            if module is not None:
-                _check_conduct(module, _given(spaces, features, rows, torch.float32))
+        rows = each(tensor, sample_rows(spaces))
+        params = {name: torch.tensor(array, dtype=torch.float32) for name, array in initial.items()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            check_answer(config, spaces, heads(params, rows))
+        for module in given.values():
+            _check_conduct(module, _given(spaces, features, rows, torch.float32))
 
         def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
             dtype = _dtype(params)
             output, values = heads(params, {path: x.flatten(0, 1) for path, x in obs.items()})
-            output = output.to(dtype).reshape(*start.shape, _width(config, spaces))
+            output = output.to(dtype).reshape(*start.shape, head_width(config, spaces))
             values = values.to(dtype).reshape(start.shape)
             drawn_from = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
             return drawn_from, values, values.new_zeros((*start.shape, 0))
@@ -148,63 +147,20 @@ def _dtype(params: Params) -> torch.dtype:
     return next(iter(params.values())).dtype
 
 
-def _width(config: Config, spaces: Spaces) -> int:
-    """K, the outputs that the action space asks for."""
-    predicted = isinstance(spaces.action, Box) and config.std == "predicted"
-    return spaces.action.head_size * (2 if predicted else 1)
-
-
-def _sample(spaces: Spaces) -> Obs:
-    """Random observations [ROWS, ...], every action allowed."""
-    rng = np.random.default_rng(0)
-    rows: Obs = {}
-    for leaf in spaces.observation:
-        shape = (ROWS, *leaf.shape)
-        if leaf.kind == "discrete":
-            value = leaf.start + rng.integers(leaf.n, size=shape)
-        elif leaf.kind == "image":
-            value = rng.integers(256, size=shape)
-        else:
-            value = np.ones(shape) if leaf.kind == "mask" else rng.standard_normal(shape)
-        rows[leaf.path] = torch.from_numpy(value.astype(leaf.dtype))
-    return rows
-
-
-def _check_given(policy: Any, value: Any, both: Any, features: str) -> None:
-    given = {role: x for role, x in (("policy", policy), ("value", value), ("both", both)) if x is not None}
-    if not given or ("both" in given and len(given) > 1):
-        raise UserError("own_network needs policy=…, value=… or these two, or one module for both=…")
-    if features not in ("encoded", "dict"):
-        raise UserError(f"own_network: features must be 'encoded' or 'dict', got {features!r}")
+def _check_modules(given: dict[str, Any]) -> None:
     for role, module in given.items():
         if not isinstance(module, nn.Module):
             raise UserError(
                 f"own_network({role}=…) needs a torch.nn.Module, got {module!r}: pass an instance; pairs of "
                 "functions are for proximo.jax.own_network"
             )
-    if policy is not None and value is not None:
-        shared = {id(x) for x in policy.parameters()} & {id(x) for x in value.parameters()}
+    if len(given) == 2:
+        shared = set.intersection(*({id(x) for x in module.parameters()} for module in given.values()))
         if shared:
             raise UserError(
                 "own_network: the modules of policy and value share parameters, which would become two "
                 "copies: make one module that returns (policy's output, value), and pass it as both=…"
             )
-
-
-def _check_setting(config: Config, spaces: Spaces, both: bool, features: Features) -> None:
-    if config.backend == "jax":
-        raise UserError("proximo.torch.own_network makes a network for PyTorch: give backend='torch'")
-    if config.shared_trunk and not both:
-        raise UserError(
-            "shared_trunk is for the built-in network: turn it off, or pass one module that returns "
-            "(policy's output, value) as own_network(both=…)"
-        )
-    images = [leaf.path for leaf in spaces.observation if leaf.kind == "image"]
-    if images and features == "encoded":
-        raise UserError(
-            f"observation {images[0]!r} is an image, which is not among encoded features: give "
-            "own_network(…, features='dict')"
-        )
 
 
 def _check_parameters(role: str, learned: dict[str, nn.Parameter], constants: dict[str, Tensor]) -> None:
@@ -226,40 +182,6 @@ def _check_parameters(role: str, learned: dict[str, nn.Parameter], constants: di
             f"own_network({role}=…): a parameter named 'log_std' would be taken for Proximo's own, which "
             "std='learned' brings along: leave it out, or rename it"
         )
-
-
-def _check_heads(
-    config: Config, spaces: Spaces, heads: Callable[[Params, Obs], Any], initial: Parameters, rows: Obs
-) -> None:
-    params = {name: torch.tensor(array, dtype=torch.float32) for name, array in initial.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        answer = heads(params, rows)
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise UserError(f"own_network(both=…) must return (policy's output, value), got {_shape(answer)}")
-    needed = (ROWS, _width(config, spaces))
-    if _shape(answer[0]) != needed:
-        raise UserError(
-            f"own_network: the policy's output for {ROWS} observations has shape {_shape(answer[0])}, "
-            f"expected {needed}: {_meaning(config, spaces)}"
-        )
-    if _shape(answer[1]) not in ((ROWS,), (ROWS, 1)):
-        raise UserError(
-            f"own_network: the value of {ROWS} observations has shape {_shape(answer[1])}, expected "
-            f"{(ROWS,)} or {(ROWS, 1)}"
-        )
-
-
-def _shape(answer: Any) -> Any:
-    """The shape of what should be a tensor; of anything else its type's name."""
-    return tuple(answer.shape) if hasattr(answer, "shape") else type(answer).__name__
-
-
-def _meaning(config: Config, spaces: Spaces) -> str:
-    """What the policy's outputs are, in words."""
-    if isinstance(spaces.action, Discrete):
-        return "one logit for each action"
-    predicted = config.std == "predicted"
-    return "one mean for each dimension of the action" + (", then one for its deviation" if predicted else "")
 
 
 def _check_conduct(module: nn.Module, given: Tensor | Obs) -> None:
