@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from proximo.plot import mean_curve
 from proximo.record import read_metrics, versions
 
 HERE = Path(__file__).parent
@@ -130,10 +131,7 @@ def draw(results: dict[tuple[str, str], list[Curve]], envs: list[str], path: Pat
     for axes, env in zip(panels, envs, strict=True):
         for who in ("Proximo", "CleanRL"):
             found = results[env, who]
-            first, last = max(steps[0] for steps, _ in found), min(steps[-1] for steps, _ in found)
-            grid = np.linspace(first, last, 400)
-            values = np.stack([np.interp(grid, steps, returns) for steps, returns in found])
-            mean, std = values.mean(axis=0), values.std(axis=0)
+            grid, mean, std = mean_curve(found)
             (line,) = axes.plot(grid, mean, linewidth=1.8, label=f"{who} ({len(found)} seeds)")
             axes.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(env, fontsize=10, loc="left")

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from proximo import PPO, UserError
 from proximo.cli import main
-from proximo.plot import Run, grouped, plot
+from proximo.plot import Run, grouped, mean_curve, plot
 from proximo.record import Console, read_metrics
 from proximo.rollout import minibatch_order
 from proximo.samples import histograms_of
@@ -136,7 +136,7 @@ def test_a_bad_file_is_refused(tmp_path, capsys, text, message):
 
 
 def test_seeds_become_one_line_with_a_band(tmp_path):
-    """Runs of three seeds and one of another γ are two lines; the first is the mean of its runs."""
+    """Runs of three seeds and one of another γ are two lines."""
     config = {"env": "E-v0", "backend": "jax", "gamma": 0.9}
     runs = [
         Run(f"run{seed}", {**config, "seed": seed}, [{"global_step": s, "x": s * seed} for s in (0, 10)])
@@ -148,6 +148,15 @@ def test_seeds_become_one_line_with_a_band(tmp_path):
         "gamma 0.9 (3 seeds)": 3,
         "gamma 0.5 (other)": 1,
     }
+
+
+def test_the_mean_of_runs_is_over_what_they_share():
+    """Two runs of slope 1 and 3: over steps 2 to 8, which both have, the mean is 2 s and the deviation s."""
+    long, short = np.arange(0.0, 11.0), np.arange(2.0, 9.0)
+    steps, mean, std = mean_curve([(long, long), (short, 3.0 * short)])
+    assert (steps[0], steps[-1]) == (2.0, 8.0)
+    np.testing.assert_allclose(mean, 2.0 * steps)
+    np.testing.assert_allclose(std, steps)
 
 
 def test_plots_of_runs(tmp_path, capsys):

@@ -30,6 +30,9 @@ LABELS = {
 POINTS = 400  # at which curves of several runs are averaged
 
 
+Curve = tuple[np.ndarray, np.ndarray]  # steps and values, [B] each
+
+
 class Run(NamedTuple):
     """One run's folder name, settings and metrics."""
 
@@ -37,7 +40,7 @@ class Run(NamedTuple):
     config: Mapping[str, Any]
     rows: Sequence[Metrics]
 
-    def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    def curve(self, metric: str) -> Curve:
         """Steps and values, [B] each, where the metric has one."""
         known = [(row["global_step"], row[metric]) for row in self.rows if row.get(metric) is not None]
         return np.array([step for step, _ in known], float), np.array([value for _, value in known], float)
@@ -89,6 +92,8 @@ def plot(
             f"{', '.join(map(str, run_dirs))}: no iteration has ended yet, so there is nothing to draw"
         )
 
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     figure, panels = _panels(len(drawn))
     groups = grouped(runs)
     for axes, metric in zip(panels, drawn, strict=True):
@@ -97,6 +102,8 @@ def plot(
         axes.set_title(LABELS.get(metric, metric), fontsize=10, loc="left")
         axes.set_xlabel("steps, over all environments", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
@@ -131,6 +138,17 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return named
 
 
+def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean and population standard deviation over runs, [POINTS] each.
+
+    Only where every run has values, so that the mean is of the same runs throughout.
+    """
+    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    grid = np.linspace(first, max(first, last), POINTS)
+    values = np.stack([np.interp(grid, steps, value) for steps, value in curves])
+    return grid, values.mean(axis=0), values.std(axis=0)
+
+
 def _panels(count: int) -> tuple[Any, list[Any]]:
     # Figure without pyplot: no display, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -154,10 +172,6 @@ def _draw(axes: Any, metric: str, label: str, members: Sequence[Run]) -> None:
     if len(curves) == 1:
         axes.plot(*curves[0], linewidth=1.6, label=label)
         return
-    # Only where every run has values, so that the mean is of the same runs throughout.
-    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
-    grid = np.linspace(first, max(first, last), POINTS)
-    values = np.stack([np.interp(grid, steps, value) for steps, value in curves])
-    mean, std = values.mean(axis=0), values.std(axis=0)
+    grid, mean, std = mean_curve(curves)
     (line,) = axes.plot(grid, mean, linewidth=1.6, label=label)
     axes.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
