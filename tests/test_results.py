@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from proximo import presets
+from proximo.config import from_mapping
 
 ROOT = Path(__file__).parents[1]
 REPORT = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
@@ -28,6 +29,13 @@ def test_every_preset_has_the_settings_it_was_measured_with():
             asked = int(preset["settings"]["total_timesteps"])
             assert asked <= run["steps"] < asked * 1.05
             assert run["command"].startswith(f"proximo train {name} --backend {run['backend']}")
+
+
+def test_every_preset_is_a_valid_config():
+    """Also those of older versions, which are the newer ones' settings."""
+    for name in presets.available():
+        assert from_mapping(presets.settings_for(name, "auto")).total_timesteps >= 100_000
+    assert presets.settings_for("Hopper-v4", "auto") == presets.settings_for("Hopper-v5", "auto")
 
 
 def test_a_stale_figure_is_found():

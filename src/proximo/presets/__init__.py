@@ -25,7 +25,10 @@ def load(name: str) -> dict[str, Any]:
     files = _files()
     if name not in files:
         raise UserError(f"no preset {name!r}{suggest(name, files)}; there are: {', '.join(sorted(files))}")
-    return yaml.safe_load(files[name].read_text("utf-8"))
+    preset = yaml.safe_load(files[name].read_text("utf-8"))
+    if "same_as" in preset:  # an older version of an environment
+        preset["settings"] = load(preset["same_as"])["settings"]
+    return preset
 
 
 def _files() -> dict[str, Traversable]:
