@@ -300,6 +300,7 @@ def test_dimensions_are_spaces_for_short():
 
 @each_backend
 def test_an_update_that_fails_changes_nothing(backend):
+    """And what failed can be discarded: the agent goes on with other transitions."""
     agent = Agent(4, 2, backend=backend, num_steps=2, num_minibatches=1)
     before = agent.learner.state()
     for _ in range(2):
@@ -309,6 +310,13 @@ def test_an_update_that_fails_changes_nothing(backend):
         agent.update()
     assert_same(agent.learner.state(), before)
     assert agent.full
+    agent.discard()
+    assert not agent.full
+    for _ in range(2):
+        agent.act(np.zeros(4))
+        agent.observe(1.0, False, False, np.zeros(4))
+    agent.update()
+    assert agent.progress.global_step == 2
 
 
 @pytest.mark.slow
