@@ -139,6 +139,18 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
                 )
 
 
+@pytest.mark.parametrize("backend", LEARNERS)
+def test_many_layers_act_in_their_order(backend):
+    """Twelve layers of one width: JAX keeps them sorted as text, where 10 comes before 2."""
+    spaces = Spaces((Leaf("", "vector", (4,), "float32"),), Box((2,), (-1.0,) * 2, (1.0,) * 2))
+    learner = LEARNERS[backend](Config(num_envs=1, hidden_sizes=(4,) * 12, orthogonal_init=False), spaces)
+    obs, start = {"": np.ones((1, 4), np.float32)}, np.zeros(1, bool)
+    raw = learner.actor(None)(obs, start)
+    learner._built_in = False
+    np.testing.assert_allclose(raw, learner.actor(None)(obs, start), atol=1e-6)
+    assert np.abs(raw).max() > 1e-3
+
+
 def test_the_slope_of_tanh_agrees_far_out():
     """Where tanh is flat, beyond what random actions reach."""
     x = np.linspace(-60.0, 60.0, 241)
