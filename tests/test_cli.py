@@ -168,7 +168,7 @@ def test_help_lists_every_setting(capsys):
     assert all("--" + name.replace("_", "-") in text for name in FIELDS)
 
 
-@pytest.mark.parametrize("engine", ["sync", "async"])
+@pytest.mark.parametrize("engine", ["sync", "workers", "async"])
 def test_a_run_can_be_stopped(engine, tmp_path):
     """Ctrl-C (SIGINT to the whole process group, workers too) ends the run after the iteration, saved: status 130,
     and the checkpoint evaluates."""

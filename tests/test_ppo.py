@@ -31,13 +31,13 @@ def test_environments_are_accepted_in_every_form(backend):
 
 
 def test_engines_give_the_same_training():
-    """One process each or all in this one: the same metrics, number for number."""
+    """In this process, many in each of a few, or one in each: the same metrics, number for number."""
     rows = []
-    for engine in ("sync", "async"):
+    for engine in ("sync", "workers", "async"):
         agent = PPO("CartPole-v1", engine=engine, **SMALL)
         rows.append([{k: v for k, v in row.items() if "time/" not in k} for row in agent.iterate(4 * 16 * 3)])
         agent.close()
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] == rows[2]
 
 
 @each_backend

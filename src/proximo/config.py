@@ -80,9 +80,9 @@ class Config:
     )
     engine: str = option(
         "auto",
-        "how environments are run: sync (in this process), async (one process each), native "
-        "(the environment's own vectorised version)",
-        group="run", kind="str", choices=("auto", "sync", "async", "native"),
+        "how environments are run: sync (in this process), workers (many in each of a few processes), async "
+        "(one process each), native (the environment's own vectorised version)",
+        group="run", kind="str", choices=("auto", "sync", "workers", "async", "native"),
     )  # fmt: skip
     compile: bool = option(
         False, "compile the PyTorch minibatch step (pays back on long runs)", group="run", kind="bool"

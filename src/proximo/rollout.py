@@ -155,7 +155,10 @@ class Collector:
 
     def reset(self, seeds: list[int]) -> None:
         """Begin new episodes everywhere. A vector environment that takes a single seed gets the first."""
-        listed = isinstance(self.envs.unwrapped, (SyncVectorEnv, AsyncVectorEnv))
+        inner = self.envs.unwrapped
+        listed = isinstance(inner, (SyncVectorEnv, AsyncVectorEnv)) or getattr(
+            inner, "takes_seed_list", False
+        )
         seed: Any = seeds if listed else seeds[0]
         observation, _ = self.envs.reset(seed=seed)
         self.obs: Obs = {path: np.array(value) for path, value in self.spaces.read(observation)}

@@ -13,6 +13,7 @@ import gymnasium as gym
 from gymnasium.envs import registration
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
 from proximo.spaces import Spaces
 
@@ -38,7 +39,7 @@ def make_envs(
     Args:
         env: an id registered with Gymnasium, a function that makes one environment, or a vector environment,
             which is returned as it is.
-        engine: auto, sync, async or native.
+        engine: auto, sync, workers, async or native.
 
     Raises:
         UserError: the environment cannot be made; the message says what to install or write instead.
@@ -55,6 +56,8 @@ def make_envs(
         if engine == "native":
             return _native(env, num_envs, env_kwargs)
         factory = partial(make_one, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
+        if engine == "workers":
+            return _workers(factory, num_envs, bool(env_kwargs))
         mode = AutoresetMode.DISABLED
         if engine == "async":
             # Spawned: a fork of a process in which JAX runs threads can deadlock.
@@ -98,6 +101,18 @@ def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return factory()
+
+
+def _workers(factory: Callable[[], gym.Env], num_envs: int, with_kwargs: bool) -> VectorEnv:
+    try:
+        return WorkerVectorEnv(factory, num_envs, copy=False)  # the collector copies
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, (gym.error.Error, ImportError)) or (
+            with_kwargs and isinstance(cause, TypeError)
+        ):
+            raise cause from None  # which make_envs explains
+        raise
 
 
 def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:

@@ -1,0 +1,550 @@
+"""Worker processes with many environments each: the same numbers as in process, and what becomes of faults."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+from proximo.config import Config
+from proximo.envs.workers import WorkerVectorEnv
+from proximo.errors import RunError, UserError
+from proximo.rollout import Collector, Rollout
+from proximo.spaces import Spaces
+
+SOON = 2.0  # seconds in which a death or an exception is to be reported
+LONG = 5.0  # seconds that closing may take after anything
+
+
+class Everything(gym.Env):
+    """Every kind of observation there is, in odd types and memory orders; episodes of 1 to 9 random steps."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "image": gym.spaces.Box(0, 255, (4, 3, 2), np.uint8),
+            "inner": gym.spaces.Dict({"z": gym.spaces.Discrete(9, start=5), "a": gym.spaces.MultiBinary(3)}),
+            "vector": gym.spaces.Box(-np.inf, np.inf, (3,), np.float64),
+            "small": gym.spaces.Box(-100, 100, (2, 2), np.int8),
+        }
+    )
+    action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self) -> None:
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.actions = []
+        self.left = int(self.np_random.integers(1, 10)) + (options or {}).get("longer", 0)
+        return self._observation(), {"told": "nobody"}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        self.left -= 1
+        self.actions = [*self.actions[-2:], action]  # which stay what they were
+        reward = float(np.float64(sum(action.sum() for action in self.actions)))
+        by_chance = bool(self.np_random.random() < 0.5)
+        return self._observation(), reward, self.left == 0 and by_chance, self.left == 0 and not by_chance, {}
+
+    def _observation(self) -> dict[str, Any]:
+        random = self.np_random
+        return {
+            "vector": list(random.standard_normal(3)),
+            "image": random.integers(0, 256, (2, 3, 4), np.uint8).T,
+            "small": np.asfortranarray(random.integers(-100, 100, (2, 2), np.int8)),
+            "inner": {"a": random.integers(0, 2, 3, np.int8), "z": 5 + int(random.integers(9))},
+        }
+
+
+class Reusing(gym.Env):
+    """Returns one and the same array every time; it holds [episode, step], and an episode has three steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self.array = np.array([-1.0, 0.0], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.array[:] = self.array[0] + 1, 0
+        return self.array, {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.array[1] += 1
+        return self.array, 0.0, False, bool(self.array[1] == 3), {}
+
+
+CASES = {
+    "CartPole-v1": partial(gym.make, "CartPole-v1"),
+    "every kind of observation": Everything,
+    "HalfCheetah-v5": partial(gym.make, "HalfCheetah-v5", max_episode_steps=40),
+}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Keys, types, shapes and every bit."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            assert_same(ours[key], theirs[key])
+        return
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    if theirs.dtype == object:
+        for mine, its in zip(ours, theirs, strict=True):
+            assert (mine is None) == (its is None)
+            if its is not None:
+                its = its if isinstance(its, dict) else np.asarray(its)
+                assert_same(mine, typed(its, mine))
+        return
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def typed(raw: Any, like: Any) -> Any:
+    """SyncVectorEnv hands over final observations as the environment made them; ours have the space's type."""
+    if isinstance(raw, dict):
+        return {key: typed(raw[key], like[key]) for key in like}
+    return np.asarray(raw, np.asarray(like).dtype)
+
+
+def assert_same_rollouts(ours: VectorEnv, theirs: VectorEnv) -> None:
+    """What a collector makes of each, whichever way it resets."""
+    spaces = Spaces.of(theirs.single_observation_space, theirs.single_action_space)
+    config = Config(num_envs=theirs.num_envs, num_steps=32, num_minibatches=1)
+    told = []
+    for envs in (ours, theirs):
+        collector, rollout = Collector(envs, spaces, config), Rollout(spaces, 32, theirs.num_envs)
+        collector.reset(list(range(70, 70 + theirs.num_envs)))
+        rng = np.random.default_rng(0)
+        actor = lambda obs, start, rng=rng: (
+            spaces.action.noise(rng, start.shape)
+            if spaces.action.raw_dtype == "float32"
+            else rng.integers(2, size=len(start)).astype(np.int32)
+        )
+        told.append([])
+        for _ in range(4):
+            episodes = collector.collect(actor, rollout).episodes
+            arrays = [rollout.action, rollout.reward, rollout.terminated, rollout.truncated, rollout.start]
+            final = {"index": rollout.final_index, **{f"/{k}": v for k, v in rollout.final_obs.items()}}
+            copies = [array.copy() for array in (*arrays, *rollout.obs.values())]
+            told[-1].append((episodes, copies, final))
+    assert sum(len(episodes) for episodes, _, _ in told[1]) >= 5
+    for (episodes, arrays, final), (its_episodes, its_arrays, its_final) in zip(*told, strict=True):
+        assert episodes == its_episodes
+        for mine, its in zip(arrays, its_arrays, strict=True):
+            assert_same(mine, its)
+        assert_same(final, its_final)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_numbers_as_in_process(name):
+    """Bitwise: 300 steps with ends of episodes, resets of all, of some, with one seed, many and none; then rollouts.
+
+    Five environments do not divide by three workers.
+    """
+    factory, count = CASES[name], 5
+    theirs = SyncVectorEnv([factory] * count, autoreset_mode=AutoresetMode.SAME_STEP)
+    disabled = SyncVectorEnv([factory] * count, autoreset_mode=AutoresetMode.DISABLED)
+    ours = WorkerVectorEnv(factory, count, workers=3)
+    try:
+        assert ours.observation_space == theirs.observation_space
+        assert ours.action_space == theirs.action_space
+        assert ours.single_observation_space == theirs.single_observation_space
+        assert ours.metadata == theirs.metadata
+        ours.action_space.seed(0)
+        mask = np.array([True, False, False, True, False])
+        resets = {0: {"seed": [5, 4, 3, 2, 1]}, 100: {"seed": 9}, 150: {"options": {"longer": 3}}}
+        ended = 0
+        for t in range(300):
+            if t in resets:
+                assert_same(ours.reset(**resets[t])[0], theirs.reset(**resets[t])[0])
+            if t == 200:
+                options = {"reset_mask": mask, "longer": 1}
+                assert_same(ours.reset(options=dict(options))[0], theirs.reset(options=dict(options))[0])
+            action = ours.action_space.sample()
+            (*mine, info), (*its, its_info) = ours.step(action), theirs.step(action)
+            for a, b in zip(mine, its, strict=True):
+                assert_same(a, b)
+            final = {key: its_info[key] for key in ("final_obs", "_final_obs") if key in its_info}
+            assert_same(info, final)
+            ended += len(info) > 0
+        assert ended >= 5
+        assert_same_rollouts(ours, disabled)
+    finally:
+        ours.close()
+        theirs.close()
+        disabled.close()
+
+
+def test_observations_are_copies_and_final_ones_true():
+    """An array that the environment overwrites, in steps and in the reset that follows."""
+    with opened(Reusing, 2) as envs:
+        first, _ = envs.reset()
+        seen = [envs.step(np.zeros(2, int)) for _ in range(3)]
+        assert first.tolist() == [[0, 0], [0, 0]]
+        assert [step[0].tolist() for step in seen] == [[[0, 1]] * 2, [[0, 2]] * 2, [[1, 0]] * 2]
+        assert [final.tolist() for final in seen[2][4]["final_obs"]] == [[0, 3]] * 2
+        assert seen[0][4] == {}
+
+
+# Faults
+
+
+class Faulty(gym.Env):
+    """Does what `fault` says, in the environment that was seeded with 2, or where `place` is the constructor."""
+
+    observation_space: gym.Space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (2,), np.float32)})
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, fault: Callable[[], Any] = dict, place: str = "step") -> None:
+        self.fault, self.place = fault, place
+        self.made_in = int(multiprocessing.current_process().name.rpartition("-")[2])
+        self.is_it, self.steps = False, 0
+        if place == "constructor" and self.made_in == 1:
+            fault()
+        if place == "space" and self.made_in == 1:
+            self.observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (3,), np.float32)})
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.is_it = seed == 2
+        if self.is_it and self.place == "reset":
+            self.fault()
+        return {"x": np.zeros(2, np.float32)}, {}
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        self.steps += 1
+        observation = None
+        if self.is_it and self.place == "step" and self.steps == 3:
+            observation = self.fault()
+        return observation or {"x": np.zeros(2, np.float32)}, 0.0, False, False, {}
+
+
+class Unbuildable(Exception):
+    """Pickles, but cannot be unpickled."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what} because {why}")
+
+
+class Unpicklable(Exception):
+    """Holds what no pickle takes."""
+
+    def __init__(self) -> None:
+        super().__init__("cannot be pickled")
+        self.lock = threading.Lock()
+
+
+def raises(error: Callable[[], BaseException]) -> Any:
+    raise error()
+
+
+def kill_yourself(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@contextmanager
+def opened(factory: Any, num_envs: int = 4, **kwargs: Any) -> Iterator[WorkerVectorEnv]:
+    """Two workers; afterwards every one is gone, and closing again does nothing."""
+    envs = WorkerVectorEnv(factory, num_envs, workers=2, **kwargs)
+    pids = pids_of(envs)
+    try:
+        yield envs
+    finally:
+        began = time.monotonic()
+        envs.close()
+        envs.close()
+        assert time.monotonic() - began < LONG
+        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "not even a zombie"
+        with pytest.raises(RunError, match="closed"):
+            envs.step(np.zeros(num_envs, int))
+
+
+def pids_of(envs: WorkerVectorEnv) -> list[int]:
+    return [peer.process.pid or 0 for peer in envs._peers]
+
+
+def fault_of(envs: WorkerVectorEnv, kind: type[Exception], message: str) -> tuple[Exception, float]:
+    """Reset and step until it raises; the exception, and the seconds that the last call took."""
+    began = time.monotonic()
+
+    def act() -> None:
+        nonlocal began
+        envs.reset(seed=[0, 1, 2, 3])
+        for _ in range(5):
+            began = time.monotonic()
+            envs.step(np.zeros(4, int))
+
+    with pytest.raises(kind, match=message) as caught:
+        act()
+    return caught.value, time.monotonic() - began
+
+
+RAISED = {
+    "step": (partial(raises, partial(ZeroDivisionError, "so it is")), "step", RunError,
+             r"environment 2 raised ZeroDivisionError: so it is\nwhile stepping, at step 3, in worker 1 (.*)"),
+    "reset": (partial(raises, partial(KeyError, "gone")), "reset", RunError,
+              r"environment 2 raised KeyError: 'gone'\nwhile resetting, before the first step, in worker 1 (.*)"),
+    "exits": (partial(raises, partial(SystemExit, 3)), "step", RunError, "environment 2 raised SystemExit: 3"),
+    "unpicklable": (partial(raises, Unpicklable), "step", RunError,
+                    r"environment 2 raised (.*)Unpicklable: cannot be pickled"),
+    "unbuildable": (partial(raises, partial(Unbuildable, "no", "never")), "step", RunError,
+                    r"environment 2 raised (.*)Unbuildable: no because never"),
+    "shape": (partial(dict, x=np.zeros(3, np.float32)), "step", UserError,
+              r"environment 2 raised (.*)observation 'x' has shape \(3,\), expected float32 of shape \(2,\)"),
+    "type": (partial(dict, x=np.zeros(2, complex)), "step", UserError, "observation 'x' is complex128"),
+    "key": (partial(dict, y=0), "step", UserError, "observation 'x' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_an_exception_keeps_its_type_its_message_and_its_traceback(name):
+    """And names the environment, whether it can be pickled, unpickled or neither; workers end at once."""
+    fault, place, expected, message = RAISED[name]
+    with opened(partial(Faulty, fault, place)) as envs:
+        error, seconds = fault_of(envs, expected, message)
+        assert "Traceback (most recent call last)" in str(error)
+        assert seconds < SOON
+        if name in ("step", "reset"):
+            assert type(error.__cause__) in (ZeroDivisionError, KeyError)
+
+
+def test_a_constructor_that_raises():
+    """Before anything is trained, as the user's error, with the exception itself as the cause; nothing stays."""
+    fault = partial(raises, partial(gym.error.DependencyNotInstalled, "install it"))
+    with pytest.raises(
+        UserError, match=r"environment 2 raised (.*)DependencyNotInstalled: install it"
+    ) as caught:
+        WorkerVectorEnv(partial(Faulty, fault, "constructor"), 4, workers=2)
+    assert isinstance(caught.value.__cause__, gym.error.DependencyNotInstalled)
+    assert not workers_alive()
+
+
+def test_different_spaces_are_refused():
+    """Both environments and both spaces are named."""
+    with pytest.raises(
+        UserError, match=r"environment 2's observation space is .*\(3,\).*environment 0's is .*\(2,\)"
+    ):
+        WorkerVectorEnv(partial(Faulty, place="space"), 4, workers=2)
+    assert not workers_alive()
+
+
+def workers_alive() -> list[Any]:
+    return [child for child in multiprocessing.active_children() if child.name.startswith("proximo-worker")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (partial(kill_yourself, signal.SIGKILL), "was killed by SIGKILL"),
+        (partial(kill_yourself, signal.SIGSEGV), "was killed by SIGSEGV"),
+        (partial(os._exit, 7), "exited with status 7"),
+    ],
+)
+def test_a_worker_that_dies_in_a_step(fault, message):
+    """The error names worker, environments, signal and step, soon."""
+    with opened(partial(Faulty, fault)) as envs:
+        which = r"worker 1 \(process \d+, environments 2 to 3\)"
+        _, seconds = fault_of(envs, RunError, f"{which} {message}.* while stepping environment 2, at step 3")
+        assert seconds < SOON
+
+
+def test_a_worker_that_is_killed_between_steps_and_interrupts_that_are_ignored():
+    """SIGINT is the trainer's business; SIGKILL is found out at the next step."""
+    with opened(Faulty, context="forkserver") as envs:
+        envs.reset(seed=0)
+        for pid in pids_of(envs):
+            os.kill(pid, signal.SIGINT)
+        fine = [envs.step(np.zeros(4, int)) for _ in range(3)]
+        assert len(fine) == 3
+        os.kill(pids_of(envs)[0], signal.SIGKILL)
+        _, seconds = fault_of(
+            envs, RunError, r"worker 0 .*environments 0 to 1\) was killed by SIGKILL .*step 3:"
+        )
+        assert seconds < SOON
+
+
+@pytest.mark.parametrize("fault", [partial(time.sleep, 1000), partial(kill_yourself, signal.SIGSTOP)])
+def test_a_step_that_never_returns(fault):
+    """The environment is named after the time-out, and the worker is killed."""
+    with opened(partial(Faulty, fault), timeout_s=2.0) as envs:
+        message = "environment 2 has not answered for 2 s, while stepping environment 2, at step 3"
+        _, seconds = fault_of(envs, RunError, message)
+        assert 1.5 < seconds < 2.0 + LONG
+
+
+def test_slow_is_not_stuck():
+    """Environments that together take longer than one may: the time-out is for one call."""
+    with opened(partial(Slow, 0.5), 8, timeout_s=1.5) as envs:
+        envs.reset(seed=0)
+        envs.step(np.zeros(8, int))
+
+
+class Slow(Reusing):
+    """Takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        time.sleep(self.seconds)
+        return super().step(action)
+
+
+TRAINER = """
+import sys, time
+import numpy as np
+from functools import partial
+from test_workers import Faulty
+from proximo.envs.workers import WorkerVectorEnv
+
+if __name__ == "__main__":
+    envs = WorkerVectorEnv(partial(Faulty, partial(time.sleep, 1000)), 4, workers=2)
+    envs.reset(seed=[0, 1, 2, 3])
+    print(*(peer.process.pid for peer in envs._peers), flush=True)
+    for _ in range(3):
+        envs.step(np.zeros(4, int))
+"""
+
+
+def test_a_trainer_that_is_killed_leaves_no_workers(tmp_path):
+    """Neither one that waits nor one whose environment never returns."""
+    with trainer(TRAINER, tmp_path) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.3)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 15.0
+        while any(map(running, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not [pid for pid in pids if running(pid)]
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; one that is dead and waits for somebody to ask does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def trainer(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program of its own, which is killed in the end."""
+    (folder / "trainer.py").write_text(program)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", str(folder / "trainer.py")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths}, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+CONTEXTS = """
+import os
+from pathlib import Path
+import gymnasium as gym
+import numpy as np
+from proximo.envs.workers import WorkerVectorEnv
+
+def total(context):
+    envs = WorkerVectorEnv(lambda: gym.make("CartPole-v1", max_episode_steps=7), 3, context=context)
+    for pid in [os.getpid(), *(peer.process.pid for peer in envs._peers)]:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "memfd:proximo" in maps and "/dev/shm" not in maps
+    envs.reset(seed=1)
+    return envs, [float(envs.step(np.array([0, 1, 0]))[0].sum()) for _ in range(20)]
+
+if __name__ == "__main__":
+    kept = [total(context) for context in ("fork", "spawn", "forkserver")]
+    assert kept[0][1] == kept[1][1] == kept[2][1]
+    kept[1][0].close()
+    print("done", flush=True)  # and leaves two unclosed
+"""
+
+
+def test_every_way_to_begin_a_process_gives_the_same_and_ends_quietly(tmp_path):
+    """With a lambda from a script, and even where nobody closes: no message, no warning, no waiting."""
+    with trainer(CONTEXTS, tmp_path) as process:
+        output, complaints = process.communicate(timeout=50)
+        assert (output, complaints, process.returncode) == ("done\n", "", 0)
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+import numpy as np
+from functools import partial
+from test_workers import Slow
+from proximo.envs.workers import WorkerVectorEnv
+
+if __name__ == "__main__":
+    threading.Timer(0.05, os.killpg, (0, signal.SIGINT)).start()
+    try:
+        envs = WorkerVectorEnv(partial(Slow, 1.0), 2)
+        raise SystemExit("not interrupted while it began")
+    except KeyboardInterrupt:
+        pass
+    envs = WorkerVectorEnv(partial(Slow, 1.0), 2)
+    envs.reset(seed=0)
+    threading.Timer(0.1, os.killpg, (0, signal.SIGINT)).start()
+    try:
+        envs.step(np.zeros(2, int))
+        raise SystemExit("not interrupted in a step")
+    except KeyboardInterrupt:
+        pass
+    print(envs.reset(seed=0)[0].tolist(), envs.step(np.zeros(2, int))[0].tolist(), flush=True)
+"""
+
+
+def test_interrupts_are_for_the_trainer(tmp_path):
+    """Ctrl-C goes to a whole group of processes: workers say nothing, and those that were at work can go on."""
+    with trainer(INTERRUPTED, tmp_path) as process:
+        output, complaints = process.communicate(timeout=50)
+        assert (output, complaints) == ("[[1.0, 0.0], [1.0, 0.0]] [[1.0, 1.0], [1.0, 1.0]]\n", "")
+        assert process.returncode == 0
+
+
+def test_bad_arguments_are_refused():
+    """With what was expected; more workers than environments are not started."""
+    lock = threading.Lock()
+    for kwargs, message in [
+        ({"num_envs": 0}, "num_envs must be a whole number"),
+        ({"workers": 0}, "workers must be a whole number"),
+        ({"context": "spoon"}, "context must be one of"),
+        ({"timeout_s": 0.0}, "timeout_s and start_timeout_s must be"),
+        ({"factory": lambda: lock}, "cannot be sent to worker processes"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            WorkerVectorEnv(**{"factory": Reusing, "num_envs": 2, **kwargs})
+    with opened(Reusing, 1) as envs:
+        assert len(pids_of(envs)) == 1
+        for call, message in [
+            (lambda: envs.reset(seed=[1, 2]), "2 seeds were given for 1 environments"),
+            (lambda: envs.reset(options={"reset_mask": np.ones(1)}), "reset_mask is float64"),
+            (lambda: envs.step(np.zeros(2, int)), r"actions are int64 of shape \(2,\), expected int64"),
+            (lambda: envs.step(np.zeros(1)), "actions are float64"),
+        ]:
+            with pytest.raises(UserError, match=message):
+                call()
+        envs.reset(seed=0)
+        envs.step(np.zeros(1, int))
