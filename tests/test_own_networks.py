@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from proximo import PPO, UserError
 from proximo.config import Config
 from proximo.jax.learner import Learner as JaxLearner
 from proximo.jax.update import update
+from proximo.learner import make_learner
 from proximo.parameters import initial_parameters
 from proximo.rollout import minibatch_order
 from proximo.schedules import hyper_at
@@ -314,7 +316,7 @@ def test_the_seed_reaches_functions():
     ("given", "message"),
     [
         ({}, "policy=…, value=…"),
-        ({"policy": nn.Linear(4, 2), "both": nn.Linear(4, 2)}, "one module for both"),
+        ({"policy": nn.Linear(4, 2), "both": nn.Linear(4, 2)}, "one for both"),
         ({"policy": nn.Linear}, "an instance"),
         ({"policy": linear_pair(2)}, r"proximo\.jax\.own_network"),
         ({"policy": nn.Linear(4, 2), "features": "flat"}, "'encoded' or 'dict'"),
@@ -350,11 +352,22 @@ def test_modules_with_more_in_them_that_does_not_fit():
         proximo.torch.own_network(policy=named)(small(), CONTINUOUS)
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_what_is_no_network_is_refused(backend):
+    """A bare module or pair, or a network of the other backend: the message says what to wrap it with."""
+    other = {"jax": "torch", "torch": "jax"}[backend]
+    config = small(backend=backend)
+    foreign = importlib.import_module(f"proximo.{other}.networks").mlp(config, CONTINUOUS)
+    for network in (nn.Linear(4, 2), linear_pair(2), foreign):
+        with pytest.raises(UserError, match=rf"proximo\.{backend}\.own_network"):
+            make_learner(config, CONTINUOUS, network)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, "policy=…, value=…"),
-        ({"policy": linear_pair(2), "both": linear_pair(2)}, "one pair for both"),
+        ({"policy": linear_pair(2), "both": linear_pair(2)}, "one for both"),
         ({"policy": nn.Linear(4, 2)}, r"proximo\.torch\.own_network"),
         ({"policy": (len,)}, "needs a pair of functions"),
         ({"policy": linear_pair(2), "features": "flat"}, "'encoded' or 'dict'"),
@@ -367,6 +380,7 @@ def test_modules_with_more_in_them_that_does_not_fit():
         ({"policy": (lambda key, x: {"log_std": 0.0}, lambda params, x: x)}, "'log_std'"),
         ({"value": (lambda key, x: {"a.b": 0.0, "a": {"b": 0.0}}, lambda params, x: x)}, "one name"),
         ({"value": (lambda key, x: {"params": 0.0, "batch_stats": 0.0}, lambda params, x: x)}, "batch_stats"),
+        ({"policy": (linear_pair(2)[0], lambda params, x: (x - x.mean(0)) @ params[0])}, "in its batch"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
