@@ -267,9 +267,10 @@ class Agent:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         arrays, manifest = checkpoint.load(path)
-        checkpoint.require_network(path, manifest, network)
+        given = own(changes)
+        checkpoint.require_network(path, manifest, network, given)
         agent = cls.__new__(cls)
-        config = from_mapping(override(manifest["config"], own(changes)))
+        config = from_mapping(override(manifest["config"], given))
         agent._bind(config, Spaces.from_dict(manifest["spaces"]), network, manifest["env"])
         agent.learner.load(arrays)
         agent.progress.global_step = manifest["global_step"]
@@ -297,7 +298,10 @@ class Agent:
         for leaf, (path, value) in zip(self.spaces.observation, self.spaces.read(observation), strict=True):
             what = f"{name} {path!r}" if path else name
             if value.shape != leading + leaf.shape:
-                raise UserError(f"{what} has shape {value.shape}, expected {leading + leaf.shape}")
+                raise UserError(
+                    f"{what} has shape {value.shape}, expected {leading + leaf.shape}, since num_envs is "
+                    f"{self.config.num_envs}"
+                )
             if value.dtype.kind not in "biuf":
                 raise UserError(f"{what} holds {value.dtype}, expected numbers")
             array = np.array(value, leaf.dtype).reshape(self.config.num_envs, *leaf.shape)

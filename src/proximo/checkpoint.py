@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from proximo.spaces import Spaces
 from proximo.version import __version__
 
 SCHEMA = 1
+NETWORK = {
+    "hidden_sizes",
+    "activation",
+    "shared_trunk",
+    "std",
+    "min_std",
+    "tanh_mean",
+    "squash",
+}  # what parameters mean
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
 
 
@@ -49,12 +59,18 @@ def describe(
     }
 
 
-def require_network(path: str | Path, manifest: dict[str, Any], network: Any) -> None:
-    """Refuse to load without the network that was trained.
+def require_network(
+    path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]
+) -> None:
+    """Refuse to load without the network that was trained, or as another one.
 
     Raises:
-        UserError: it is the user's own, and is not given.
+        UserError: it is the user's own, and is not given; or a change of settings makes it another.
     """
+    for name in NETWORK & set(changes):
+        trained, given = manifest["config"].get(name), changes[name]
+        if given != (tuple(trained) if isinstance(trained, list) else trained):
+            raise UserError(f"{name} is {given}, but {path} was trained with {trained}: leave it as it was")
     if manifest["network"] == "own" and network is None:
         raise UserError(
             f"{path} was trained with a network of its user's: load it from Python, with network=…"
@@ -138,7 +154,7 @@ def find(path: str | Path) -> Path:
         return path
     found = sorted((path / "checkpoints").glob(f"step_*/{MANIFEST}"))
     if not found:
-        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        what = "holds no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}: expected a run folder, or a checkpoint folder with {MANIFEST} in it")
     return found[-1].parent
 

@@ -136,7 +136,7 @@ class Config:
     )  # fmt: skip
     sequence_length: int = option(
         1,
-        "steps per training sequence; above 1 only for recurrent networks, and must divide num_steps",
+        "steps per training sequence, a divisor of num_steps; only recurrent networks of your own need more than 1",
         group="update", kind="int", low=1,
     )  # fmt: skip
     learning_rate: float = option(
@@ -375,6 +375,10 @@ AMBIGUOUS = {
     "batch_size": "batch_size means the minibatch in some libraries and the whole rollout in others: "
     "give minibatch_size, or num_envs and num_steps",
     "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
+    "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
+    "device": "device is not a setting: PyTorch learns on the CPU here, and JAX on what its installation offers",
+    "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
+    "resume": "a stopped run goes on from Python: PPO.load(RUN).learn(STEPS, run_dir=NEW_FOLDER)",
     "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +153,9 @@ def _show(collector: Collector, seeds: list[int]) -> None:
     Raises:
         UserError: no window opens.
     """
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
+        raise UserError("there is no display to show the environment in: record a video instead")
     try:
         collector.reset(seeds)
     except UserError:

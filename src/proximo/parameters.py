@@ -49,8 +49,8 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
     for leaf in spaces.observation:
         if leaf.kind == "image":
             raise UserError(
-                f"observation {leaf.path!r} is an image {leaf.shape}: the built-in networks read vectors; "
-                "pass a network of your own"
+                f"the observation {leaf.path or ''} is an image {leaf.shape}: the built-in networks read vectors; "
+                "pass a network of your own, with own_network(…, features='dict')"
             )
     rng = generator(config.seed, Purpose.PARAMETERS)
     inputs = sum(leaf.features for leaf in spaces.observation)

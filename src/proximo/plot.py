@@ -27,6 +27,7 @@ LABELS = {
     "update/learning_rate": "learning rate",
     "policy/std": "standard deviation of the policy",
 }
+NAMED = 3  # settings that a legend tells runs apart by
 POINTS = 400  # at which curves of several runs are averaged
 
 
@@ -107,7 +108,8 @@ def plot(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
-        panels[0].legend(fontsize=8, frameon=False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
     else:
         figure.suptitle(next(iter(groups)), fontsize=10)
     path = Path(output or (Path(run_dirs[0]) / "curves.png" if len(runs) == 1 else "curves.png"))
@@ -132,9 +134,12 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
         ]
         groups.setdefault(", ".join(differences), []).append(run)
     named = {}
-    for label, members in groups.items():
+    for said, members in groups.items():
+        parts = said.split(", ") if said else []
+        label = ", ".join(parts[:NAMED]) + (f" and {len(parts) - NAMED} more" if len(parts) > NAMED else "")
         seeds = f"{len(members)} seeds" if len(members) > 1 else members[0].name
-        named[f"{label} ({seeds})" if label else f"{members[0].config.get('env')} ({seeds})"] = members
+        name = f"{label} ({seeds})" if label else f"{members[0].config.get('env')} ({seeds})"
+        named[name if name not in named else f"{name} {len(named)}"] = members
     return named
 
 
@@ -170,7 +175,8 @@ def _draw(axes: Any, metric: str, label: str, members: Sequence[Run]) -> None:
     if not curves:
         return
     if len(curves) == 1:
-        axes.plot(*curves[0], linewidth=1.6, label=label)
+        steps, values = curves[0]
+        axes.plot(steps, values, linewidth=1.6, label=label, marker="o" if len(steps) < 3 else None)
         return
     grid, mean, std = mean_curve(curves)
     (line,) = axes.plot(grid, mean, linewidth=1.6, label=label)

@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 
 from proximo import checkpoint, presets
 from proximo.config import FIELDS, Config, canonical_names, check, from_mapping, override
-from proximo.envs import EnvLike, make_envs, require_same, spaces_of
+from proximo.envs import EnvLike, make_envs, require_same, spaces_of, with_version
 from proximo.errors import UserError
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
@@ -49,6 +49,7 @@ class PPO:
     def __init__(
         self, env: EnvLike, *, preset: str | None = "auto", network: Any = None, **settings: Any
     ) -> None:
+        env = with_version(env) if isinstance(env, str) else env
         config = resolve(env, preset, settings)
         envs = make_envs(env, config.num_envs, config.engine, config.env_kwargs)
         try:
@@ -110,7 +111,9 @@ class PPO:
             raise UserError("capture_video and wandb write into a run folder: give run_dir")
         if run_dir is not None:
             self._require_records(config)
-        with recording(run_dir, self.env_id, config, self.progress.global_step, progress) as (folder, sinks):
+        if progress and self.progress.global_step:
+            note(f"schedules now end at step {config.total_timesteps:,}")
+        with recording(run_dir, self.env_id, config, progress) as (folder, sinks):
             self.config = config.replace(run_dir=None)
             try:
                 for metrics, samples in iterations(
@@ -155,7 +158,7 @@ class PPO:
     def _recordable(self) -> EnvLike:
         if self._env is None or isinstance(self._env, VectorEnv):
             raise UserError(
-                "capture_video makes an environment of its own: give an environment id or a function that makes one"
+                "a video is made in an environment of its own: give env=…, an id or a function that makes one"
             )
         return self._env
 
@@ -181,8 +184,6 @@ class PPO:
         if total_timesteps is None:
             return self.config
         steps = check(FIELDS["total_timesteps"], total_timesteps)
-        if self.progress.global_step:
-            note(f"schedules now end at step {self.progress.global_step + steps:,}")
         return self.config.replace(total_timesteps=self.progress.global_step + steps)
 
     def _save_into(self, folder: RunFolder, interval: int = 1) -> None:
@@ -301,9 +302,10 @@ class PPO:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         arrays, manifest = checkpoint.load(path)
-        checkpoint.require_network(path, manifest, network)
         env = manifest["env"] if env is None else env
-        config = from_mapping(override(manifest["config"], given_for(env, changes)))
+        given = given_for(env, changes)
+        checkpoint.require_network(path, manifest, network, given)
+        config = from_mapping(override(manifest["config"], given))
         spaces = Spaces.from_dict(manifest["spaces"])
         agent = cls.__new__(cls)
         agent._bind(env, config, spaces, network, None)

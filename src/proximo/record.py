@@ -85,8 +85,10 @@ def require_empty(run_dir: Path) -> None:
     """Refuse a folder that a run would overwrite.
 
     Raises:
-        UserError: it holds something.
+        UserError: it holds something, or is none.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir} is a file: choose another run_dir")
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it")
 
@@ -107,7 +109,7 @@ def default_run_dir(env_id: str, backend: str, seed: int) -> Path:
 
 def note(text: str) -> None:
     """Say something that a run goes on after, on the terminal's error stream."""
-    print(f"\nproximo: note: {text}", file=sys.stderr)
+    print(f"proximo: note: {text}", file=sys.stderr)
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
@@ -172,10 +174,11 @@ class Console:
 
     PLAIN_SECONDS = 5.0
 
-    def __init__(self, total_timesteps: int, first_step: int = 0, stream: IO[str] | None = None) -> None:
+    def __init__(self, total_timesteps: int, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._total, self._first = total_timesteps, first_step
+        self._total = total_timesteps
+        self._rated: tuple[int, float] | None = None  # steps and seconds from which speed is counted
         self._began = time.perf_counter()
         self._shown = -self.PLAIN_SECONDS
         self._line = ""
@@ -207,13 +210,15 @@ class Console:
 
     def _format(self, metrics: Metrics, seconds: float) -> str:
         step = int(metrics["global_step"] or 0)
-        speed = (step - self._first) / max(seconds, 1e-9)
-        left = max(self._total - step, 0) / max(speed, 1e-9)
+        if self._rated is None:  # the first iteration compiles, and tells nothing of the speed
+            self._rated = step, seconds
+        speed = (step - self._rated[0]) / max(seconds - self._rated[1], 1e-9)
+        left = _clock(max(self._total - step, 0) / speed) if speed else "?"
         mean = metrics["rollout/episode_return_mean"]
         shown = "none yet" if mean is None else f"{mean:.1f}"
         return (
-            f"{step:>11,} / {self._total:,} steps  {100 * step / self._total:5.1f} %  "
-            f"{speed:>8,.0f} steps/s  {_clock(left)} left  return {shown}"
+            f"{step:>11,} / {self._total:,} steps  {min(100 * step / self._total, 100):5.1f} %  "
+            f"{f'{speed:,.0f}' if speed else '?':>8} steps/s  {left} left  return {shown}"
         )
 
 

@@ -97,6 +97,9 @@ class Rollout:
             RunError: names the environment, the step and the quantity.
         """
         self._refuse("reward", self.reward, self.valid)
+        for leaf in self.spaces.observation:
+            if leaf.kind == "mask":
+                self._refuse_empty(leaf.path)
         final_obs = self.final_obs
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
@@ -106,12 +109,21 @@ class Rollout:
                 what = f"observation {path!r}" if path else "observation"
                 self._refuse(what, np.where(finite, 0.0, np.nan))
 
+    def _refuse_empty(self, path: str) -> None:
+        """Something must be allowed wherever the policy acted."""
+        empty = ~(self.obs[path][:-1] > 0).any(axis=-1) & self.valid
+        if empty.any():
+            t, n = (int(index[0]) for index in np.nonzero(empty))
+            raise RunError(
+                f"environment {n}: {path!r} allows no action at step {t} of the rollout: allow at least one"
+            )
+
     def _refuse(self, what: str, array: np.ndarray, where: np.ndarray | bool = True) -> None:
         bad = ~np.isfinite(array) & where
         if bad.any():
             t, n = (int(index[0]) for index in np.nonzero(bad))
             raise RunError(
-                f"environment {n} gave a {what} that is not finite at step {t} of the rollout: mend the "
+                f"environment {n}: {what} is not finite at step {t} of the rollout: mend the "
                 "environment, or wrap it so that it ends the episode instead"
             )
 

@@ -39,6 +39,11 @@ class Leaf:
     start: int = 0
 
     @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"observation {self.path!r}" if self.path else "the observation"
+
+    @property
     def features(self) -> int:
         """Numbers that a network sees."""
         if self.kind == "mask":
@@ -206,9 +211,7 @@ class Spaces:
                 value = value[key]
             array = np.asarray(value)
             if array.shape[array.ndim - len(leaf.shape) :] != leaf.shape or array.dtype == object:
-                raise UserError(
-                    f"observation {leaf.path!r} has shape {array.shape}, expected one ending in {leaf.shape}"
-                )
+                raise UserError(f"{leaf.name} has shape {array.shape}, expected one ending in {leaf.shape}")
             yield leaf.path, array
 
 

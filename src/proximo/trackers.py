@@ -113,7 +113,7 @@ def import_wandb() -> Any:
 
 @contextmanager
 def recording(
-    run_dir: str | Path | None, env_id: str | None, config: Config, first_step: int, console: bool
+    run_dir: str | Path | None, env_id: str | None, config: Config, console: bool
 ) -> Iterator[tuple[RunFolder | None, list[Sink]]]:
     """The run folder, where there is one, and everything that metrics go to; closed at the end.
 
@@ -136,5 +136,5 @@ def recording(
         if folder and config.tensorboard:
             opened(TensorBoard(folder.path / "tensorboard"))
         if console:
-            opened(Console(config.total_timesteps, first_step))
+            opened(Console(config.total_timesteps))
         yield folder, sinks

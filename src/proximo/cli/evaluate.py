@@ -76,8 +76,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         assert agent is not None
         result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
-    print(json.dumps(result.to_dict()) if options.json else describe(result, env, options.policy))
-    if record and not options.json:
+    if options.json:
+        print(json.dumps(result.to_dict() | ({"video": str(record)} if record else {})))
+        return 0
+    print(describe(result, env, options.policy))
+    if record:
         print(f"video: {record}")
     return 0
 

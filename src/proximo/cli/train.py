@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
@@ -16,6 +17,7 @@ from proximo.config import override, read_file
 from proximo.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from proximo.config import Config
     from proximo.ppo import PPO
 
 
@@ -50,34 +52,57 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, saying where everything is; return the exit status."""
-    from proximo.ppo import PPO
-    from proximo.record import default_run_dir, require_empty
+    with Interrupt() as interrupt:  # before JAX is imported, which an exception from a signal would break
+        from proximo.ppo import PPO
+        from proximo.record import default_run_dir, require_empty
 
-    env_id, preset, settings = asked_for(options)
-    if settings.get("run_dir"):
-        require_empty(Path(settings["run_dir"]))
-    agent = PPO(env_id, preset=preset, **settings)
-    config, backend = agent.config, agent.learner.backend
-    run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
-    say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
-    say(
-        f"{env_id}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
-        f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
-    )
-    say(f"run folder: {run_dir}")
-
-    try:
-        with Interrupt() as interrupt:
-            agent.learn(
-                run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None
-            )
-    except RunError as error:
-        raise RunError(f"{error}\n  what was learned up to then is in {run_dir}") from error
-    finally:
-        agent.close()
+        env_id, preset, settings = asked_for(options)
+        if settings.get("run_dir"):
+            require_empty(Path(settings["run_dir"]))
+        agent = PPO(env_id, preset=preset, **settings)
+        config, backend = agent.config, agent.learner.backend
+        env_id = str(agent.env_id)
+        run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
+        say = (lambda line: None) if options.quiet else said
+        say(
+            f"{env_id}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
+            f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
+        )
+        say(f"run folder: {run_dir}")
+        for line in remarks(config):
+            say(f"note: {line}")
+        try:
+            if interrupt.signal is None:
+                agent.learn(
+                    run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None
+                )
+        except RunError as error:
+            raise RunError(f"{error}\n  what was learned up to then is in {run_dir}") from error
+        finally:
+            agent.close()
     for line in summary(agent, run_dir, interrupt.signal is not None):
         say(line)
     return 128 + interrupt.signal if interrupt.signal else 0
+
+
+def said(line: str) -> None:
+    """Print a line, unless nobody listens any more: that is no reason to end a run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def remarks(config: Config) -> list[str]:
+    """What settings mean that a user may not expect."""
+    found = []
+    rows = config.num_envs * config.num_steps
+    if config.total_timesteps < rows:
+        found.append(
+            f"one rollout is num_envs × num_steps = {config.num_envs} × {config.num_steps} = {rows:,} steps, so the run "
+            f"takes {rows:,} rather than {config.total_timesteps:,}"
+        )
+    if config.compile and config.backend == "jax":
+        found.append("compile is for PyTorch; JAX always compiles")
+    return found
 
 
 def asked_for(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
@@ -111,7 +136,11 @@ def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     found = {name: run_dir / name for name in ("learning_curve.png", "curves.png", "videos")}
     shown = [str(path) for path in found.values() if path.exists()]
     lines.append(f"learning curve: {', '.join(shown) or 'none'}")
+    if not run_dir.exists():
+        return ["interrupted before anything was learned"]
     lines.append(f"evaluate with: proximo evaluate {run_dir}")
+    if interrupted:
+        lines.append(f"go on with, in Python: PPO.load({str(run_dir)!r}).learn(STEPS, run_dir=NEW_FOLDER)")
     if goal is not None and not interrupted and (-math.inf if reached is None else reached) < goal:
         lines.append(f"stop_at_return {goal:g} was not reached")
     return lines

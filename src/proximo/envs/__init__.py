@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
-from proximo.spaces import Spaces
+from proximo.spaces import Discrete, Spaces
 
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
 
@@ -51,6 +52,7 @@ def make_envs(
             f"an environment is given as an id, a function that makes one, or a vector environment, not as {env!r}: "
             "give its id, or lambda: gymnasium.make(…)"
         )
+    env = with_version(env) if isinstance(env, str) else partial(_checked, env)
     env_kwargs = dict(env_kwargs or {})
     try:
         if engine == "native":
@@ -70,6 +72,22 @@ def make_envs(
         if not env_kwargs or "argument" not in str(error):
             raise
         raise UserError(f"{env} does not accept env_kwargs {env_kwargs}: {error}") from error
+
+
+def with_version(env_id: str) -> str:
+    """An id with its latest version, where it names none."""
+    if re.search(r"-v\d+$", env_id) or ":" in env_id:
+        return env_id
+    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == env_id]
+    latest = max((version for version in versions if version is not None), default=None)
+    return env_id if latest is None else f"{env_id}-v{latest}"
+
+
+def _checked(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
+    env = factory(**env_kwargs)
+    if not isinstance(env, gym.Env):
+        raise UserError(f"a function given as environment must return a gymnasium.Env, got {env!r}")
+    return env
 
 
 def make_one(env_id: str, **env_kwargs: Any) -> gym.Env:
@@ -93,7 +111,18 @@ def require_same(spaces: Spaces, expected: Spaces) -> None:
     for what in ("observation", "action"):
         given, own = getattr(spaces, what), getattr(expected, what)
         if given != own:
-            raise UserError(f"the environment's {what} space is {given}, but the policy was made for {own}")
+            raise UserError(
+                f"the environment's {what} is {_words(given)}, but the policy was made for {_words(own)}"
+            )
+
+
+def _words(space: Any) -> str:
+    """Observation leaves or an action as a user would say it."""
+    if isinstance(space, tuple):
+        return " and ".join(f"{leaf.kind} {leaf.path or ''}{leaf.n or leaf.shape}" for leaf in space)
+    if isinstance(space, Discrete):
+        return f"one of {space.n} actions from {space.start}"
+    return f"numbers of shape {space.shape}, from {space.low} to {space.high}, as {space.dtype}"
 
 
 def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:
