@@ -26,15 +26,8 @@ from proximo.spaces import Spaces
 from proximo.version import __version__
 
 SCHEMA = 1
-NETWORK = {
-    "hidden_sizes",
-    "activation",
-    "shared_trunk",
-    "std",
-    "min_std",
-    "tanh_mean",
-    "squash",
-}  # what parameters mean
+# What gives parameters their meaning.
+NETWORK = frozenset(("hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"))
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
 
 

@@ -97,8 +97,8 @@ def remarks(config: Config) -> list[str]:
     rows = config.num_envs * config.num_steps
     if config.total_timesteps < rows:
         found.append(
-            f"one rollout is num_envs × num_steps = {config.num_envs} × {config.num_steps} = {rows:,} steps, so the run "
-            f"takes {rows:,} rather than {config.total_timesteps:,}"
+            f"one rollout is num_envs × num_steps = {config.num_envs} × {config.num_steps} = {rows:,} steps, so the "
+            f"run takes {rows:,} rather than {config.total_timesteps:,}"
         )
     if config.compile and config.backend == "jax":
         found.append("compile is for PyTorch; JAX always compiles")
