@@ -126,16 +126,15 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     told_apart = sorted(
         name for name in settings if len({json.dumps(run.config.get(name)) for run in runs}) > 1
     )
-    groups: dict[str, list[Run]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         differences = [
             str(run.config.get(name)) if name in ("env", "backend") else f"{name} {run.config.get(name)}"
             for name in sorted(told_apart, key=lambda name: (name != "env", name != "backend", name))
         ]
-        groups.setdefault(", ".join(differences), []).append(run)
-    named = {}
-    for said, members in groups.items():
-        parts = said.split(", ") if said else []
+        groups.setdefault(tuple(differences), []).append(run)
+    named: dict[str, list[Run]] = {}
+    for parts, members in groups.items():
         label = ", ".join(parts[:NAMED]) + (f" and {len(parts) - NAMED} more" if len(parts) > NAMED else "")
         seeds = f"{len(members)} seeds" if len(members) > 1 else members[0].name
         name = f"{label} ({seeds})" if label else f"{members[0].config.get('env')} ({seeds})"
