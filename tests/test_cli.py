@@ -210,3 +210,31 @@ def test_importing_pulls_in_no_framework():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+def test_a_closed_pipe_is_no_traceback():
+    """`| head` reads one line and goes away."""
+    line = f"{sys.executable} -m proximo train --help | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: proximo train")
+    assert done.stderr == ""
+
+
+def test_an_id_without_a_version_is_the_latest(tmp_path, capsys):
+    """With its preset, and without Gymnasium's warnings."""
+    run = tmp_path / "run"
+    assert main(["train", "CartPole", "--total-timesteps", "256", "--run-dir", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("CartPole-v1: ")
+    assert "preset CartPole-v1" in captured.out
+    assert "WARN" not in captured.err
+    assert yaml.safe_load((run / "config.yaml").read_text())["env"] == "CartPole-v1"
+
+
+def test_what_settings_mean_is_said(tmp_path, capsys):
+    """A run shorter than a rollout, and a compiler that JAX does not need."""
+    run = ["--run-dir", str(tmp_path / "run"), "--total-timesteps", "10", "--compile"]
+    assert main(["train", "CartPole-v1", *SMALL, *run]) == 0
+    said = capsys.readouterr().out
+    assert "2 × 16 = 32 steps, so the run takes 32 rather than 10" in said
+    assert "JAX always compiles" in said

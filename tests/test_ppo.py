@@ -286,3 +286,16 @@ def test_cartpole_is_solved(backend):
     agent.close()
     assert agent.progress.return_mean >= 475
     assert agent.evaluate(20).to_dict()["return_mean"] > 450
+
+
+def test_loading_does_not_change_the_network(tmp_path):
+    """Other settings may change; those that give parameters their meaning may not."""
+    PPO("CartPole-v1", **SMALL).save(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"hidden_sizes is \(8,\), but .* was trained with"):
+        PPO.load(tmp_path / "kept", hidden_sizes=[8])
+    assert PPO.load(tmp_path / "kept", learning_rate=0.5).config.learning_rate == 0.5
+
+
+def test_a_function_must_make_an_environment():
+    with pytest.raises(UserError, match=r"must return a gymnasium\.Env, got 3"):
+        PPO(lambda: 3)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import slow_gae
-from rollouts import scramble
+from rollouts import MASKED, scramble
 from worlds import BOUND, START, Diary, Script
 
 from proximo.config import Config
@@ -286,7 +286,7 @@ def test_a_reward_that_is_not_finite_is_refused(mode, bad):
     scripts = [[1.0] * 9, [1.0, 1.0, bad, 1.0]]
     envs = SyncVectorEnv([partial(Script, rewards) for rewards in scripts], autoreset_mode=mode)
     collector, rollout, _ = collector_of(envs, 4)
-    with pytest.raises(RunError, match="environment 1 gave a reward that is not finite at step 2"):
+    with pytest.raises(RunError, match="environment 1: reward is not finite at step 2"):
         collector.collect(lambda obs, start: np.zeros(2, np.int32), rollout)
 
 
@@ -299,7 +299,7 @@ def test_an_observation_that_is_not_finite_is_refused(mode, position):
     factories = [partial(Script, [1.0] * 9), partial(Script, [1.0] * 4, observations)]
     envs = SyncVectorEnv(factories, autoreset_mode=mode)
     collector, rollout, _ = collector_of(envs, 4)
-    with pytest.raises(RunError, match=r"environment 1 gave an? .*observation that is not finite"):
+    with pytest.raises(RunError, match=r"environment 1: .*observation.* is not finite"):
         collector.collect(lambda obs, start: np.zeros(2, np.int32), rollout)
 
 
@@ -410,3 +410,16 @@ def test_epochs_are_shuffled_and_reproducible():
     assert (first[0] != first[1]).any()
     assert (first != other).any()
     assert (first[0].ravel() != np.arange(64)).any()
+
+
+def test_a_mask_must_allow_something():
+    """Where the policy acted; a final observation, which nobody acts on, may allow nothing."""
+    rollout = Rollout(MASKED, 3, 2)
+    rollout.obs["action_mask"][:3] = 1.0
+    rollout.check_finite()  # obs[3] allows nothing, and nobody acted on it yet
+    rollout.obs["action_mask"][2, 1] = 0.0
+    rollout.valid[2, 1] = False
+    rollout.check_finite()  # a reset row
+    rollout.valid[2, 1] = True
+    with pytest.raises(RunError, match="environment 1: 'action_mask' allows no action at step 2"):
+        rollout.check_finite()
