@@ -220,7 +220,7 @@ class Faulty(gym.Env):
 
 
 @each_backend
-@pytest.mark.parametrize(("reward", "message"), [(np.nan, "reward that is not finite"), (1e30, "diverged")])
+@pytest.mark.parametrize(("reward", "message"), [(np.nan, "reward is not finite"), (1e30, "diverged")])
 def test_a_run_that_fails_loses_nothing(reward, message, backend, tmp_path):
     """Seven rollouts of 16 steps; the environment goes wrong in the seventh. NaN is found before the update, an
     overflow (1e30² is infinite in float32) in it: either way the state is that of the sixth, saved, finite."""
