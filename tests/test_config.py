@@ -122,10 +122,10 @@ def test_names_of_other_libraries():
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_names_with_two_meanings_are_refused_with_an_explanation(name):
-    """batch_size is the minibatch here and the rollout there."""
+    """batch_size is the minibatch here and the rollout there; what to give instead is a setting, or a call."""
     message = refusal(**{name: 64})
     assert name in message
-    assert any(setting in message for setting in ("minibatch_size", "num_envs", "hidden_sizes"))
+    assert any(instead in message for instead in (*FIELDS, "learn("))
 
 
 def test_minibatches_by_size_or_by_number():
