@@ -362,10 +362,15 @@ def test_where_a_video_goes(tmp_path, capsys):
 
 
 def test_a_window_that_does_not_open_is_one_clear_message(tmp_path, monkeypatch, capsys):
-    """Pygame is what CartPole's window needs."""
+    """There is no display, or Pygame, which CartPole's window needs, is not installed."""
     with PPO("CartPole-v1", **SMALL, num_envs=2) as agent:
         agent.learn(32, run_dir=tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "pygame", None)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
     capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--render"]) == 2
+    assert "no display" in capsys.readouterr().err
+    monkeypatch.setenv("DISPLAY", ":99")
+    monkeypatch.setitem(sys.modules, "pygame", None)
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--render"]) == 2
     assert "cannot be shown in a window" in capsys.readouterr().err

@@ -375,7 +375,10 @@ def dealt(order: np.ndarray, count: int) -> Iterator[list[np.ndarray]]:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_every_valid_row_is_used_once_an_epoch(data):
-    """None dropped, none twice, sizes differ by at most one; a sequence is used if it has a valid row."""
+    """None dropped, none twice, sizes differ by at most one; a sequence is used if it has a valid row.
+
+    No minibatch is empty, as long as there is anything to learn from.
+    """
     length = data.draw(st.integers(1, 3))
     steps, num_envs = length * data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
     valid = data.draw(arrays(bool, (steps, num_envs)))
@@ -385,11 +388,14 @@ def test_every_valid_row_is_used_once_an_epoch(data):
 
     count = steps // length * num_envs
     assert order.dtype == np.int32
+    sequences = int(valid.reshape(steps // length, length, num_envs).any(axis=1).sum())
+    minibatches = max(min(minibatches, sequences), 1)
     assert order.shape == (epochs, minibatches, -(-count // minibatches))
     rows = np.arange(steps * num_envs).reshape(steps, num_envs)
     for minibatch in dealt(order, count):
-        sizes = [len(sequences) for sequences in minibatch]
+        sizes = [len(part) for part in minibatch]
         assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= 1 or not sequences
         used = [
             rows[chunk * length + step, n]
             for sequence in np.concatenate(minibatch)

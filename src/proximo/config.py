@@ -378,7 +378,7 @@ AMBIGUOUS = {
     "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
     "device": "device is not a setting: backend torch learns on the CPU, and backend jax on what its installation offers",
     "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
-    "resume": "a stopped run goes on from Python: PPO.load(RUN).learn(STEPS, run_dir=NEW_FOLDER)",
+    "resume": "there is no resume yet: a stopped run goes on from Python, PPO.load(RUN).learn(STEPS, run_dir=NEW_FOLDER)",
     "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
 }
 
