@@ -376,9 +376,9 @@ AMBIGUOUS = {
     "give minibatch_size, or num_envs and num_steps",
     "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
     "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
-    "device": "device is not a setting: backend torch learns on the CPU, and backend jax on what its installation offers",
+    "device": "device is not a setting: backend torch learns on the CPU, backend jax on what its installation offers",
     "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
-    "resume": "there is no resume yet: a stopped run goes on from Python, PPO.load(RUN).learn(STEPS, run_dir=NEW_FOLDER)",
+    "resume": "there is no resume yet: a stopped run goes on from Python, PPO.load(RUN).learn(N, run_dir=NEW)",
     "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
 }
 
