@@ -498,6 +498,7 @@ from test_workers import Slow
 from proximo.envs.workers import WorkerVectorEnv
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for attempt in range(5):  # a busy machine may be late to interrupt
         timer = threading.Timer(0.05, os.killpg, (0, signal.SIGINT))
         timer.start()
