@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo import checkpoint
-from proximo.config import FIELDS, Config, canonical_names, check, from_mapping, override, to_int
+from proximo.config import FIELDS, Config, checked, from_mapping, override, to_int
 from proximo.errors import UserError
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.randomness import Purpose, generator
@@ -336,7 +336,7 @@ def own(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown name, a bad value, or a setting of what the user's loop does itself.
     """
-    given = {name: check(FIELDS[name], value) for name, value in canonical_names(settings).items()}
+    given = checked(settings)
     for name in given:
         if name in DRIVERS or FIELDS[name].metadata["group"] == "records":
             raise UserError(

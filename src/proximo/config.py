@@ -416,6 +416,15 @@ def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under their own names, each checked by itself.
+
+    Raises:
+        UserError: an unknown name, two names of one setting, or a bad value.
+    """
+    return {name: check(FIELDS[name], value) for name, value in canonical_names(values).items()}
+
+
 def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the settings given; minibatch_size and num_minibatches replace one another."""
     rivals = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
@@ -583,7 +592,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
         preset = values.pop("preset", "auto") or "none"
         if not isinstance(preset, str):
             raise UserError(f"preset must be auto, none or a name, got {preset!r}")
-        settings = {name: check(FIELDS[name], value) for name, value in canonical_names(values).items()}
+        settings = checked(values)
     except UserError as error:
         raise UserError(f"config file {path}: {error}") from error
     return (named[0] if named else None), preset, settings

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from proximo import checkpoint, presets
-from proximo.config import FIELDS, Config, canonical_names, check, from_mapping, override
+from proximo.config import FIELDS, Config, check, checked, from_mapping, override
 from proximo.envs import EnvLike, make_envs, require_same, spaces_of, with_version
 from proximo.errors import UserError
 from proximo.evaluate import Evaluation, evaluate, random, trained
@@ -369,7 +369,7 @@ def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown name or a bad value.
     """
-    given = {name: check(FIELDS[name], value) for name, value in canonical_names(settings).items()}
+    given = checked(settings)
     if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
         raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
     return given

@@ -52,7 +52,7 @@ def make_envs(
             f"an environment is given as an id, a function that makes one, or a vector environment, not as {env!r}: "
             "give its id, or lambda: gymnasium.make(…)"
         )
-    env = with_version(env) if isinstance(env, str) else partial(_checked, env)
+    env = env if isinstance(env, str) else partial(_checked, env)
     env_kwargs = dict(env_kwargs or {})
     try:
         if engine == "native":
@@ -94,7 +94,7 @@ def make_one(env_id: str, **env_kwargs: Any) -> gym.Env:
     """`gymnasium.make` without its advice to take a later version: who names an older one means it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
-        return gym.make(env_id, **env_kwargs)
+        return gym.make(with_version(env_id), **env_kwargs)
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:
@@ -148,7 +148,9 @@ def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEn
     if not isinstance(env, str):
         raise UserError("engine native needs an environment id: use engine auto or sync with a function")
     try:
-        return gym.make_vec(env, num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+        return gym.make_vec(
+            with_version(env), num_envs, vectorization_mode="vector_entry_point", **env_kwargs
+        )
     except gym.error.UnregisteredEnv:
         raise
     except gym.error.Error as error:
