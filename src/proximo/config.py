@@ -84,6 +84,11 @@ class Config:
         "(one process each), native (the environment's own vectorised version)",
         group="run", kind="str", choices=("auto", "sync", "workers", "async", "native"),
     )  # fmt: skip
+    threads: int | None = option(
+        None,
+        "threads that learn on the CPU; 1 for small networks and one for each core for others, unless given",
+        group="run", kind="int", optional=True, low=1,
+    )  # fmt: skip
     compile: bool = option(
         False, "compile the PyTorch minibatch step (pays back on long runs)", group="run", kind="bool"
     )

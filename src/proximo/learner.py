@@ -24,6 +24,11 @@ class Learner(Protocol):
         """jax or torch."""
         ...
 
+    @property
+    def threads(self) -> int:
+        """On which it learns, on the CPU."""
+        ...
+
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser that acts T times with noise [T, N, K]; None is the mode."""
         ...

@@ -7,7 +7,9 @@ whose standard deviation is learned. Networks whose names begin with `critic` mo
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -53,26 +55,30 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
                 "pass a network of your own, with own_network(…, features='dict')"
             )
     rng = generator(config.seed, Purpose.PARAMETERS)
-    inputs = sum(leaf.features for leaf in spaces.observation)
-    outputs = head_width(config, spaces)
     parameters: Parameters = {}
-
-    def add(name: str, rows: int, columns: int, gain: float) -> None:
+    for name, rows, columns, gain in _layers(config, spaces):
         weight, bias = _layer(rng, rows, columns, gain, config.orthogonal_init)
         parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight, bias
-
-    bodies = ["trunk"] if config.shared_trunk else ["actor", "critic"]
-    width = inputs
-    for body in bodies:
-        width = inputs
-        for index, hidden in enumerate(config.hidden_sizes):
-            add(f"{body}.{index}", width, hidden, HIDDEN_GAIN)
-            width = hidden
-    add("actor.head", width, outputs, POLICY_GAIN)
-    add("critic.head", width, 1, VALUE_GAIN)
     if isinstance(spaces.action, Box) and config.std == "learned":
         parameters["actor.log_std"] = np.full(spaces.action.size, math.log(config.init_std))
     return parameters
+
+
+def size(config: Config, spaces: Spaces) -> int:
+    """How many numbers the weights and biases hold."""
+    return sum((rows + 1) * columns for _, rows, columns, _ in _layers(config, spaces))
+
+
+def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, int, int, float]]:
+    """Name, inputs, outputs and gain of every layer."""
+    inputs = sum(leaf.features for leaf in spaces.observation)
+    for body in ["trunk"] if config.shared_trunk else ["actor", "critic"]:
+        widths = [inputs, *config.hidden_sizes]
+        for index, (rows, columns) in enumerate(itertools.pairwise(widths)):
+            yield f"{body}.{index}", rows, columns, HIDDEN_GAIN
+    last = [inputs, *config.hidden_sizes][-1]
+    yield "actor.head", last, head_width(config, spaces), POLICY_GAIN
+    yield "critic.head", last, 1, VALUE_GAIN
 
 
 def _layer(

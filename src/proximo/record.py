@@ -24,6 +24,7 @@ from proximo.version import __version__
 Metrics = dict[str, float | None]
 Samples = dict[str, np.ndarray]  # name -> [any number] values of one rollout
 METRICS, CONFIG, VERSIONS = "metrics.jsonl", "config.yaml", "versions.json"
+LAST_BYTES = 65_536  # of metrics.jsonl, more than a line has
 
 
 class Sink(Protocol):
@@ -100,7 +101,7 @@ def resolved(env_id: str | None, config: Config) -> str:
     return yaml.safe_dump(what, sort_keys=False, allow_unicode=True)
 
 
-def default_run_dir(env_id: str, backend: str, seed: int) -> Path:
+def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:
     """runs/ENV-BACKEND-sSEED-TIME."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in env_id)
     path = Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -132,6 +133,17 @@ def read_metrics(run_dir: str | Path) -> list[Metrics]:
                 break
             raise UserError(f"{path}, line {number} is no JSON object: {error}") from error
     return rows
+
+
+def last_metrics(run_dir: str | Path) -> Metrics | None:
+    """The metrics of a run's latest iteration, also while it goes on; None before the first."""
+    try:
+        with (Path(run_dir) / METRICS).open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LAST_BYTES, 0))
+            lines = file.read().split(b"\n")[:-1]  # what has no end is being written
+    except OSError:
+        return None
+    return json.loads(lines[-1]) if lines else None
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

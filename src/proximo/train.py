@@ -19,6 +19,7 @@ from gymnasium.vector import VectorEnv
 from proximo.config import Config
 from proximo.envs import spaces_of
 from proximo.learner import Learner
+from proximo.machine import one_blas_thread
 from proximo.randomness import Purpose, environment_seeds, generator
 from proximo.record import Metrics, Samples
 from proximo.rollout import Collected, Collector, Episode, Rollout, minibatch_order
@@ -82,7 +83,8 @@ def iterations(
         order_rng = generator(config.seed, Purpose.ORDER, progress.iteration)
 
         noise = spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
-        collected = collector.collect(learner.actor(noise), rollout)
+        with one_blas_thread():
+            collected = collector.collect(learner.actor(noise), rollout)
 
         order = minibatch_order(rollout.valid, epochs, minibatches, order_rng, config.sequence_length)
         hyper = hyper_at(config, progress.global_step)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from proximo import presets
 from proximo.cli.flags import add_settings, given_settings
+from proximo.cli.seeds import seeds, train_all
 from proximo.config import override, read_file
 from proximo.errors import RunError, UserError
 
@@ -45,6 +46,12 @@ def add_to(commands: Any) -> None:
         help="settings to start from: auto (the environment's own, where there is one: the default), none, or a "
         "name from `proximo presets`",
     )
+    parser.add_argument(
+        "--seeds",
+        type=seeds,
+        metavar="SEEDS",
+        help="train several seeds at once, each on a core of its own: 0-3 or 0,2,7",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
     add_settings(parser)
     parser.set_defaults(run=run)
@@ -57,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
         from proximo.record import default_run_dir, require_empty
 
         env_id, preset, settings = asked_for(options)
+        if options.seeds:
+            return run_seeds(options, env_id, preset, settings, interrupt)
         if settings.get("run_dir"):
             require_empty(Path(settings["run_dir"]))
         agent = PPO(env_id, preset=preset, **settings)
@@ -83,6 +92,30 @@ def run(options: argparse.Namespace) -> int:
     for line in summary(agent, run_dir, interrupt.signal is not None):
         say(line)
     return 128 + interrupt.signal if interrupt.signal else 0
+
+
+def run_seeds(
+    options: argparse.Namespace, env_id: str, preset: str, settings: dict[str, Any], interrupt: Interrupt
+) -> int:
+    """Train several seeds; return the exit status."""
+    from proximo.envs import make_envs, with_version
+    from proximo.learner import choose_backend
+    from proximo.ppo import resolve
+    from proximo.record import default_run_dir
+
+    if options.seed is not None:
+        raise UserError("--seed and --seeds are both given: give one of them")
+    env_id = with_version(env_id)
+    config = resolve(env_id, preset, settings)
+    make_envs(env_id, 1, "sync", config.env_kwargs).close()  # what cannot be made is said once, here
+    label = f"{min(options.seeds)}-{max(options.seeds)}"
+    folder = Path(config.run_dir or default_run_dir(env_id, choose_backend(config.backend), label))
+    say = (lambda line: None) if options.quiet else said
+    say(
+        f"{env_id}: seeds {', '.join(map(str, options.seeds))}, preset {presets.chosen(env_id, preset) or 'none'}"
+    )
+    say(f"run folders: {folder}/seed-…")
+    return train_all(env_id, config, options.seeds, folder, options.quiet, lambda: interrupt.signal, say)
 
 
 def said(line: str) -> None:

@@ -3,7 +3,8 @@
 Observations, actions, rewards and flags lie in one piece of memory that all processes map. A step is one byte to
 every worker and one byte back, whatever the number of environments; nothing is pickled. The bytes go over a pair of
 sockets, so that waiting needs no shared locks, what was written before a byte is seen after it on every machine, and
-the end of the file says that the other side is dead. The memory has no name: whoever dies, none is left behind.
+the end of the file says that the other side is dead. Both sides look for bytes for a moment before they sleep. The
+memory has no name: whoever dies, none is left behind.
 
 Environments that end are reset by their worker in the same step (AutoresetMode.SAME_STEP).
 """
@@ -37,6 +38,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from proximo.errors import RunError, UserError
+from proximo.machine import cores
 from proximo.spaces import Spaces
 
 STEP, RESET, ATTACH, CLOSE = b"s", b"r", b"a", b"c"  # to a worker
@@ -48,6 +50,7 @@ FAULT_GRACE_S = 0.5  # the same after a fault, which is to be reported soon
 KILLED_S = 1.0  # for a killed process to be gone
 WATCH_S = 1.0  # between a worker's looks at whether its parent lives
 NOWHERE = -1  # the worker is in none of its environments
+SPIN_S = 0.0005  # for which both sides look for a byte before they sleep: being woken may take 0.1 ms
 LINE = 64  # bytes of a cache line
 
 
@@ -95,7 +98,7 @@ class WorkerVectorEnv(VectorEnv):
         self._pending: set[int] = set()  # workers that owe an answer
         self._board: _Board | None = None
         self._doing, self._steps = "making", 0
-        workers = _cores() if workers is None else workers
+        workers = cores() if workers is None else workers
         _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
         workers = min(workers, num_envs)
         self.num_envs, self.copy, self._limit_s = num_envs, copy, start_timeout_s
@@ -274,7 +277,7 @@ class WorkerVectorEnv(VectorEnv):
             UserError, RunError: one of them failed, died or is stuck; all are ended.
         """
         while self._pending:
-            ready = self._poller.poll(1000 * self._limit_s / LOOKS)
+            ready = _awaited(self._poller) or self._poller.poll(1000 * self._limit_s / LOOKS)
             for descriptor, _ in ready:
                 self._hear(self._peers[self._index_of[descriptor]])
             if not ready:
@@ -548,6 +551,8 @@ class _Host:
         self.envs: list[gym.Env] = []
         self.at: int | None = None  # the environment that is being made, reset or stepped
         self.doing = "making"
+        self.poller = select.poll()
+        self.poller.register(connection.fileno(), select.POLLIN)
 
     def run(self, factory: bytes) -> None:
         """Serve until told to close, until the trainer is gone or until an environment fails."""
@@ -625,6 +630,7 @@ class _Host:
         current[0] = NOWHERE
 
     def _receive(self) -> bytes:
+        _awaited(self.poller)
         try:
             command = os.read(self.connection.fileno(), 1)
         except OSError as error:
@@ -660,6 +666,14 @@ class _Host:
 # Small matters
 
 
+def _awaited(poller: select.poll) -> list[tuple[int, int]]:
+    """What there is to read, looked for without sleeping; between looks whoever else wants this core gets it."""
+    until = time.perf_counter() + SPIN_S
+    while not (ready := poller.poll(0)) and time.perf_counter() < until:
+        os.sched_yield()
+    return ready
+
+
 def _check_arguments(num_envs: int, workers: int, context: str, timeout_s: float) -> None:
     if sys.platform == "win32":
         raise UserError("engine workers needs Linux or macOS: use engine async or sync")
@@ -671,12 +685,6 @@ def _check_arguments(num_envs: int, workers: int, context: str, timeout_s: float
         raise UserError(f"context must be one of {', '.join(known)}, got {context!r}")
     if not timeout_s > 0:
         raise UserError(f"timeout_s and start_timeout_s must be numbers above 0, got {timeout_s!r}")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _shares(num_envs: int, workers: int) -> Iterator[range]:

@@ -16,8 +16,11 @@ from proximo.config import Config
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, mlp
 from proximo.jax.normalization import Reduce
+from proximo.jax.runtime import start
 from proximo.jax.state import Spec, State, initial_state, observe
 from proximo.jax.update import prepare, update
+from proximo.machine import learner_threads
+from proximo.parameters import size
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
@@ -83,6 +86,9 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
+        parameters = size(config, spaces) if self._built_in else None
+        self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
+        start(self.threads)
         self.spec = Spec(config, spaces, network or mlp(config, spaces), reduce)
         self._dtype = np.dtype(dtype)
         self._state = initial_state(self.spec, config.num_envs, dtype)

@@ -13,13 +13,15 @@ from torch import Tensor
 from proximo import trees
 from proximo.acting import mlp_actor
 from proximo.config import Config
-from proximo.parameters import is_critic, limits
+from proximo.machine import learner_threads
+from proximo.parameters import is_critic, limits, size
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, mlp
 from proximo.torch.normalization import Reduce
+from proximo.torch.runtime import running_on
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
 from proximo.torch.update import minibatch, prepare, update
@@ -96,6 +98,8 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
+        parameters = size(config, spaces) if self._built_in else None
+        self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
         self._dtype: torch.dtype = getattr(torch, dtype)
         network = network or mlp(config, spaces)
         initial = network.init()
@@ -139,9 +143,10 @@ class Learner:
         hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
         nothing = rollout.reward.size // self.spec.config.sequence_length
         indices = tensor(np.minimum(order, nothing))  # whatever is out of range means "nothing"
-        state, metrics = update(
-            self.spec, self._state, self.transitions(rollout), indices, hyper, self._minibatch
-        )
+        with running_on(self.threads):
+            state, metrics = update(
+                self.spec, self._state, self.transitions(rollout), indices, hyper, self._minibatch
+            )
         metrics = {name: value.item() for name, value in metrics.items()}
         trees.require_finite(metrics)
         self._state = state

@@ -1,0 +1,188 @@
+"""`proximo train --seeds`: the same run with several seeds at once, each a process of its own on one core."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from proximo.errors import RunError, UserError
+from proximo.plot import RETURN, plot
+from proximo.record import CONFIG, Console, Metrics, last_metrics, require_empty, resolved
+
+if TYPE_CHECKING:
+    from proximo.config import Config
+
+LOOK_S = 0.5  # between looks at how far the runs are
+
+
+@dataclass
+class Job:
+    """One seed's run."""
+
+    seed: int
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    core: int = 0
+    ended: bool = False
+
+    @property
+    def running(self) -> bool:
+        """Whether its process has begun and not ended."""
+        return self.process is not None and self.process.poll() is None
+
+
+def seeds(text: str) -> list[int]:
+    """An argument such as `0-3` or `0,2,7`."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"expected seeds from low to high, got {part!r}")
+        found += range(first, last + 1)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"a seed is named twice in {text!r}")
+    return found
+
+
+def train_all(
+    env_id: str,
+    config: Config,
+    seeds: Sequence[int],
+    folder: Path,
+    quiet: bool,
+    interrupted: Callable[[], int | None],
+    say: Callable[[str], None],
+) -> int:
+    """Train every seed into a folder of its own below `folder`; return the exit status.
+
+    As many run at once as there are cores, each kept on one core, which costs less than sharing them.
+
+    Args:
+        interrupted: the signal that asks for a stop, which is handed on to the runs.
+
+    Raises:
+        UserError: the folder is in use.
+        RunError: a run failed; the others are stopped after their iteration.
+    """
+    require_empty(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(resolved(env_id, config), "utf-8")
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
+    jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
+    console = None if quiet else Console(config.total_timesteps * len(jobs))
+    try:
+        _run_all(jobs, folder / CONFIG, console, interrupted)
+    except BaseException:
+        _signal(
+            jobs, signal.SIGTERM
+        )  # the second one for runs that were asked to stop, which ends them at once
+        raise
+    finally:
+        for job in jobs:
+            if job.process is not None:
+                job.process.wait()
+        if console:
+            console.close()
+    stopped = interrupted()
+    for line in _summary(jobs, folder, stopped is not None):
+        say(line)
+    return 128 + stopped if stopped else 0
+
+
+def _run_all(
+    jobs: Sequence[Job], config: Path, console: Console | None, interrupted: Callable[[], int | None]
+) -> None:
+    free, waiting, passed_on = _cores(), list(jobs), False
+    while waiting or any(job.running for job in jobs):
+        if (number := interrupted()) and not passed_on:
+            waiting, passed_on = [], True
+            _signal(jobs, number)
+        while waiting and free:
+            _begin(waiting.pop(0), config, free.pop(0))
+        time.sleep(LOOK_S)
+        for job in jobs:
+            if job.process is not None and not job.running and not job.ended:
+                job.ended = True
+                free.append(job.core)
+                _require_success(job, job.process.returncode, passed_on)
+        if console and (metrics := _together(jobs)):
+            console.write(metrics)
+
+
+def _begin(job: Job, config: Path, core: int) -> None:
+    command = [sys.executable, "-m", "proximo", "train", "--config", str(config), "--seed", str(job.seed)]
+    # A session of its own, so that Ctrl-C reaches it once: from here.
+    job.process = subprocess.Popen(
+        [*command, "--run-dir", str(job.folder), "--quiet"],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    job.core = core
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(job.process.pid, {core})
+
+
+def _require_success(job: Job, status: int, asked_to_stop: bool) -> None:
+    if status == 0 or (asked_to_stop and status in (128 + signal.SIGINT, 128 + signal.SIGTERM)):
+        return
+    if status == 2:
+        raise UserError(f"seed {job.seed} could not begin; see above")
+    raise RunError(f"seed {job.seed} ended with status {status}; what it learned is in {job.folder}")
+
+
+def _signal(jobs: Sequence[Job], number: int) -> None:
+    for job in jobs:
+        if job.process is not None and job.running:
+            job.process.send_signal(number)
+
+
+def _together(jobs: Sequence[Job]) -> Metrics | None:
+    """Steps of all runs, and the mean of their returns."""
+    rows = [row for job in jobs if (row := last_metrics(job.folder))]
+    if not rows:
+        return None
+    returns = [value for row in rows if (value := row[RETURN]) is not None]
+    return {
+        "global_step": sum(int(row["global_step"] or 0) for row in rows),
+        RETURN: float(np.mean(returns)) if returns else None,
+    }
+
+
+def _summary(jobs: Sequence[Job], folder: Path, stopped: bool) -> Iterator[str]:
+    rows = {job.seed: row for job in jobs if (row := last_metrics(job.folder))}
+    steps = sum(int(row["global_step"] or 0) for row in rows.values())
+    yield f"{'interrupted' if stopped else 'finished'} after {steps:,} steps over {len(rows)} seeds"
+    known = {seed: row[RETURN] for seed, row in rows.items() if row[RETURN] is not None}
+    if not known:
+        return
+    values = np.array(list(known.values()), float)
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    yield f"mean return of the last 100 episodes {values.mean():.1f}{spread}"
+    yield "  " + ", ".join(f"seed {seed}: {value:.1f}" for seed, value in known.items())
+    folders = [job.folder for job in jobs if job.seed in known]
+    yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
+    yield f"evaluate one with: proximo evaluate {folders[0]}"
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

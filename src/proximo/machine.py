@@ -1,0 +1,63 @@
+"""What a run takes of the machine: threads, and a folder for what it compiles.
+
+Threads that wait for work spin, on cores that environments could use, and to hand small pieces of work about costs
+more than it saves. So small networks learn on one thread, and acting always multiplies its matrices on one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from threadpoolctl import ThreadpoolController
+
+SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one thread is quicker than two
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def learner_threads(asked_for: int | None, rows: int, parameters: int | None) -> int:
+    """Threads that learn: as many as asked for, or one where a minibatch is small, or one for each core.
+
+    Args:
+        rows: transitions in a minibatch.
+        parameters: of the network; None where nobody knows.
+    """
+    if asked_for is not None:
+        return asked_for
+    return 1 if parameters is not None and rows * parameters < SMALL else cores()
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let NumPy multiply matrices on one thread within this block."""
+    with _pools().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept: PROXIMO_CACHE_DIR, or `proximo` among the user's caches; None if it is empty
+    or cannot be written."""
+    named = os.environ.get("PROXIMO_CACHE_DIR")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proximo"
+    folder = folder if named is None else Path(named)
+    if named == "":
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is run
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
