@@ -95,7 +95,7 @@ class WorkerVectorEnv(VectorEnv):
         self._pending: set[int] = set()  # workers that owe an answer
         self._board: _Board | None = None
         self._doing, self._steps = "making", 0
-        workers = _cores() if workers is None else workers
+        workers = cores() if workers is None else workers
         _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
         workers = min(workers, num_envs)
         self.num_envs, self.copy, self._limit_s = num_envs, copy, start_timeout_s
@@ -171,7 +171,7 @@ class WorkerVectorEnv(VectorEnv):
             RunError: an environment raised, a worker died or is stuck.
         """
         seeds = self._seeds(seed)
-        mask, options = _mask_of(options, self.num_envs)
+        mask, options = mask_of(options, self.num_envs)
         messages = {}
         for peer in self._peers:
             own = slice(peer.environments.start, peer.environments.stop)
@@ -673,7 +673,8 @@ def _check_arguments(num_envs: int, workers: int, context: str, timeout_s: float
         raise UserError(f"timeout_s and start_timeout_s must be numbers above 0, got {timeout_s!r}")
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -727,7 +728,7 @@ def _agreed(declared: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> t
     return observation, action
 
 
-def _mask_of(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
+def mask_of(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
     """Which environments to reset ([N] bool), and the other options."""
     if options is None or "reset_mask" not in options:
         return np.ones(num_envs, bool), None if options is None else dict(options)
