@@ -584,5 +584,21 @@ def test_misuse_is_refused():
         pool.reset()
 
 
+def test_an_interrupted_step_is_not_answered_late(monkeypatch):
+    """What EnvPool still owed is thrown away with its environments; a seed makes them anew."""
+    pool = pool_of("CartPole-v1", 2)
+    first = trace(pool, 5, steps=3)
+
+    def interrupted(**kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool._pool, "recv", interrupted)  # after actions were sent
+    with pytest.raises(KeyboardInterrupt):
+        pool.step(np.zeros(2, np.int64))
+    with pytest.raises(RunError, match="reset"):
+        pool.step(np.zeros(2, np.int64))
+    assert np.array_equal(trace(pool, 5, steps=3), first)
+
+
 def test_a_version_is_found():
     assert spaces_of(make_envs("HalfCheetah", 2, "envpool")) == spaces_of(make_envs("HalfCheetah-v5", 2))

@@ -150,7 +150,7 @@ class PoolVectorEnv(VectorEnv):
         super().__init__()
         if example.spec is None:
             raise UserError("engine envpool needs an environment that Gymnasium made from its id")
-        self.spec, self.num_envs = example.spec, num_envs
+        self.spec, self._id, self.num_envs = example.spec, example.spec.id, num_envs
         self.single_observation_space, self.single_action_space = (
             example.observation_space,
             example.action_space,
@@ -165,9 +165,9 @@ class PoolVectorEnv(VectorEnv):
             "num_envs": num_envs,
             "num_threads": min(cores() if threads is None else threads, num_envs),
             "max_episode_steps": FOREVER if self._limit is None else self._limit + 1,
-            **_translated(self.spec.id, env_kwargs or {}),
+            **_translated(self._id, env_kwargs or {}),
         }
-        _check(self.spec.id, example, self._settings)
+        _check(self._id, example, self._settings)
         self._pool: Any = None  # made by reset, since EnvPool takes seeds only then
         self._observation = np.zeros(0)
         self._over = np.ones(num_envs, bool)  # to be reset before they are stepped
@@ -197,7 +197,7 @@ class PoolVectorEnv(VectorEnv):
             if not mask.all():
                 raise UserError("EnvPool seeds all environments at once: give no reset_mask, or no seed")
             self._pool = None  # which ends its threads
-            self._pool = _make(self.spec.id, self._settings, _seeds(seed, self.num_envs))
+            self._pool = _make(self._id, self._settings, _seeds(seed, self.num_envs))
         which = np.flatnonzero(mask).astype(np.int32)
         if len(which):
             observation, info = self._pool.reset(which)
