@@ -40,7 +40,7 @@ def make_envs(
     Args:
         env: an id registered with Gymnasium, a function that makes one environment, or a vector environment,
             which is returned as it is.
-        engine: auto, sync, workers, async or native.
+        engine: auto, sync, workers, async, envpool or native.
 
     Raises:
         UserError: the environment cannot be made; the message says what to install or write instead.
@@ -57,6 +57,8 @@ def make_envs(
     try:
         if engine == "native":
             return _native(env, num_envs, env_kwargs)
+        if engine == "envpool":
+            return _pool(env, num_envs, env_kwargs)
         factory = partial(make_one, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
         if engine == "workers":
             return _workers(factory, num_envs, bool(env_kwargs))
@@ -142,6 +144,18 @@ def _workers(factory: Callable[[], gym.Env], num_envs: int, with_kwargs: bool) -
         ):
             raise cause from None  # which make_envs explains
         raise
+
+
+def _pool(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
+    from proximo.envs.pool import PoolVectorEnv
+
+    if not isinstance(env, str):
+        raise UserError("engine envpool needs an environment id: use engine workers or sync with a function")
+    example = make_one(env, **env_kwargs)
+    try:
+        return PoolVectorEnv(example, num_envs, env_kwargs)
+    finally:
+        example.close()
 
 
 def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:

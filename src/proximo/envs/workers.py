@@ -174,7 +174,7 @@ class WorkerVectorEnv(VectorEnv):
             RunError: an environment raised, a worker died or is stuck.
         """
         seeds = self._seeds(seed)
-        mask, options = _mask_of(options, self.num_envs)
+        mask, options = mask_of(options, self.num_envs)
         messages = {}
         for peer in self._peers:
             own = slice(peer.environments.start, peer.environments.stop)
@@ -735,7 +735,7 @@ def _agreed(declared: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> t
     return observation, action
 
 
-def _mask_of(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
+def mask_of(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
     """Which environments to reset ([N] bool), and the other options."""
     if options is None or "reset_mask" not in options:
         return np.ones(num_envs, bool), None if options is None else dict(options)
