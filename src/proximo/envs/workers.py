@@ -19,14 +19,16 @@ import os
 import pickle
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import reduction, resource_tracker
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, NoReturn
@@ -70,7 +72,8 @@ class WorkerVectorEnv(VectorEnv):
         workers: W; by default as many as there are cores, and never more than N. Environment numbers are dealt in
             order, as evenly as it goes.
         context: how processes begin: spawn, forkserver or fork. A fork of a process in which threads run (JAX has
-            some) may hang.
+            some) may hang; a fork server imports the program, which has to guard what it does with `if __name__ ==
+            "__main__":`.
         timeout_s: seconds that one step or reset of one environment may take before it counts as stuck.
         start_timeout_s: the same for its constructor, and for a process to begin.
         copy: whether observations are copies; otherwise the next step overwrites them.
@@ -113,20 +116,19 @@ class WorkerVectorEnv(VectorEnv):
             raise
 
     def _start(self, factory: bytes, workers: int, context: str) -> None:
-        processes: Any = multiprocessing.get_context(context)
+        contexts: Any = multiprocessing.get_context(context)
         for index, environments in enumerate(_shares(self.num_envs, workers)):
             ours, theirs = multiprocessing.Pipe()
             # A fork holds our ends as well; left open there, they would hide our death from the workers.
             inherited = [*(peer.connection for peer in self._peers), ours] if context == "fork" else []
-            process = processes.Process(
-                target=_work,
-                args=(theirs, inherited, factory, index, environments),
-                name=f"proximo-worker-{index}",
-                daemon=True,
+            task = (theirs, inherited, factory, index, environments)
+            process: Any = (
+                _Spawned(*task)
+                if context == "spawn"
+                else contexts.Process(target=_work, args=task, daemon=True)
             )
             self._peers.append(_Peer(index, process, ours, environments))
-            with _interrupts_held(context):
-                process.start()
+            process.start()
             theirs.close()
             self._poller.register(ours.fileno(), select.POLLIN)
             self._pending.add(index)
@@ -346,8 +348,8 @@ class WorkerVectorEnv(VectorEnv):
         exitcode, hint = peer.process.exitcode, ""
         if exitcode == -signal.SIGKILL:
             hint = ": the kernel does so when memory runs out"
-        elif exitcode == 1 and self._board is None:
-            hint = ": a script that starts worker processes must do so under `if __name__ == '__main__':`"
+        elif exitcode == 1 and self._board is None and not isinstance(peer.process, _Spawned):
+            hint = ": a script that starts a fork server must do so under `if __name__ == '__main__':`"
         return RunError(f"{peer} {_ending(exitcode)} {activity}{hint}")
 
     def _stuck(self, peer: _Peer, where: int) -> RunError:
@@ -363,7 +365,7 @@ class _Peer:
     """A worker as the trainer knows it."""
 
     index: int
-    process: BaseProcess
+    process: BaseProcess | _Spawned
     connection: Connection
     environments: range
     declared: _Declared | None = None
@@ -375,6 +377,61 @@ class _Peer:
         first, last = self.environments[0], self.environments[-1]
         which = f"environment {first}" if first == last else f"environments {first} to {last}"
         return f"worker {self.index} (process {self.process.pid}, {which})"
+
+
+class _Spawned:
+    """A process that begins anew, with the methods of multiprocessing's.
+
+    Unlike those, it does not import the program that begins it: what makes an environment comes whole. So a script
+    needs no `if __name__ == "__main__":`.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        inherited: Sequence[Connection],
+        factory: bytes,
+        index: int,
+        environments: range,
+    ) -> None:
+        self._connection, self._task = connection, pickle.dumps((factory, index, environments))
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        descriptor = self._connection.fileno()
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; import proximo.envs.workers as w; w.begin({descriptor})"
+        )
+        with tempfile.TemporaryFile() as task, _interrupts_held():
+            task.write(self._task)
+            task.seek(0)
+            self._popen = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=[descriptor])
+        weakref.finalize(self, _kill, self._popen)
+
+    @property
+    def pid(self) -> int | None:
+        return self._popen and self._popen.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._popen and self._popen.poll()
+
+    def is_alive(self) -> bool:
+        return self._popen is not None and self._popen.poll() is None
+
+    def kill(self) -> None:
+        if self._popen is not None:
+            self._popen.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        if self._popen is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(timeout)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 class _Declared(NamedTuple):
@@ -517,6 +574,12 @@ def _write_actions(rows: np.ndarray, actions: Any) -> None:
 # In a worker
 
 
+def begin(descriptor: int) -> None:
+    """What a process that was spawned does: its task comes over standard input."""
+    factory, index, environments = pickle.load(sys.stdin.buffer)
+    _work(Connection(descriptor), [], factory, index, environments)
+
+
 def _work(
     connection: Connection, inherited: Sequence[Connection], factory: bytes, index: int, environments: range
 ) -> None:
@@ -526,7 +589,11 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    multiprocessing.current_process().daemon = False  # environments may start processes of their own
+    process = multiprocessing.current_process()
+    process.name, process.daemon = (
+        f"proximo-worker-{index}",
+        False,
+    )  # environments may start processes of their own
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     _Host(connection, index, environments).run(factory)
 
@@ -768,15 +835,8 @@ def _join(peers: Sequence[_Peer], seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_held(context: str) -> Iterator[None]:
-    """Keep Ctrl-C waiting here, and from a process that is spawned meanwhile until it ignores it.
-
-    Others ignore it soon enough, and a fork server would pass this on to everything that it forks later.
-    """
-    if context != "spawn":
-        yield
-        return
-    resource_tracker.ensure_running()  # which, begun later, would let interrupts in again
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C waiting here, and from a process that begins meanwhile until it ignores it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
