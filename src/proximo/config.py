@@ -80,9 +80,9 @@ class Config:
     )
     engine: str = option(
         "auto",
-        "how environments are run: sync (in this process), workers (many in each of a few processes), async "
-        "(one process each), envpool (in C++, where EnvPool has the environment), native (the environment's own "
-        "vectorised version)",
+        "how environments are run: auto (the quickest of the others, by a rule), sync (in this process), workers "
+        "(many in each of a few processes), async (one process each), envpool (in C++, where EnvPool has the "
+        "environment), native (the environment's own vectorised version)",
         group="run", kind="str", choices=("auto", "sync", "workers", "async", "envpool", "native"),
     )  # fmt: skip
     threads: int | None = option(

@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 
 from proximo import checkpoint, presets
 from proximo.config import FIELDS, Config, check, checked, from_mapping, override
-from proximo.envs import EnvLike, make_envs, require_same, spaces_of, with_version
+from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
 from proximo.errors import UserError
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
@@ -51,7 +51,7 @@ class PPO:
     ) -> None:
         env = with_version(env) if isinstance(env, str) else env
         config = resolve(env, preset, settings)
-        envs = make_envs(env, config.num_envs, config.engine, config.env_kwargs)
+        envs, config = opened(env, config)
         try:
             self._bind(env, config, spaces_of(envs), network, envs)
         except BaseException:
@@ -104,8 +104,8 @@ class PPO:
             RunError: an environment or the update gave NaN or infinity.
             UserError: the run folder is in use or cannot be written, or `total_timesteps` is no whole number.
         """
-        config = self._until(total_timesteps)
         envs = self._open_envs()
+        config = self._until(total_timesteps)
         run_dir = config.run_dir if run_dir is None else run_dir
         if run_dir is None and (config.capture_video or config.wandb):
             raise UserError("capture_video and wandb write into a run folder: give run_dir")
@@ -302,8 +302,10 @@ class PPO:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         arrays, manifest = checkpoint.load(path)
-        env = manifest["env"] if env is None else env
         given = given_for(env, changes)
+        if env is not None:
+            given.setdefault("engine", "auto")  # what ran another environment may not run this one
+        env = manifest["env"] if env is None else env
         checkpoint.require_network(path, manifest, network, given)
         config = from_mapping(override(manifest["config"], given))
         spaces = Spaces.from_dict(manifest["spaces"])
@@ -324,7 +326,7 @@ class PPO:
         if self._envs is None:
             if self._env is None:
                 raise UserError("this checkpoint names no environment: give one with PPO.load(path, env=…)")
-            envs = make_envs(self._env, self.config.num_envs, self.config.engine, self.config.env_kwargs)
+            envs, self.config = opened(self._env, self.config)
             try:
                 require_same(spaces_of(envs), self.spaces)
             except UserError:
@@ -361,6 +363,12 @@ def evaluate_random(
     if record is not None:
         record_video(policy(1), config, spaces, env, record, seed=seed)
     return result
+
+
+def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
+    """The environments, and the config with the engine that runs them."""
+    engine = engine_for(env, config.num_envs, config.engine, config.env_kwargs, config.total_timesteps)
+    return make_envs(env, config.num_envs, engine, config.env_kwargs), config.replace(engine=engine)
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

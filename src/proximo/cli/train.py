@@ -74,9 +74,11 @@ def run(options: argparse.Namespace) -> int:
         run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
         say = (lambda line: None) if options.quiet else said
         say(
-            f"{env_id}: backend {backend}, {config.num_envs} environments × {config.num_steps} steps, "
+            f"{env_id}: {config.num_envs} environments × {config.num_steps} steps, "
             f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
         )
+        threads = agent.learner.threads
+        say(f"backend {backend} on {threads} thread{'s' * (threads > 1)}, engine {config.engine}")
         say(f"run folder: {run_dir}")
         for line in remarks(config):
             say(f"note: {line}")

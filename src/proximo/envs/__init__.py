@@ -12,8 +12,10 @@ from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs import registration
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from proximo.envs.choice import choose_engine
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
 from proximo.spaces import Discrete, Spaces
@@ -34,13 +36,10 @@ def make_envs(
 ) -> VectorEnv:
     """Build N copies of an environment.
 
-    `auto` runs them in this process. Environments that Proximo makes itself do not reset on their own
-    (AutoresetMode.DISABLED): the collector resets those that ended, after copying their final observation.
-
     Args:
         env: an id registered with Gymnasium, a function that makes one environment, or a vector environment,
             which is returned as it is.
-        engine: auto, sync, workers, async, envpool or native.
+        engine: sync, workers, async, envpool, native or auto, which `engine_for` resolves.
 
     Raises:
         UserError: the environment cannot be made; the message says what to install or write instead.
@@ -52,14 +51,15 @@ def make_envs(
             f"an environment is given as an id, a function that makes one, or a vector environment, not as {env!r}: "
             "give its id, or lambda: gymnasium.make(…)"
         )
-    env = env if isinstance(env, str) else partial(_checked, env)
     env_kwargs = dict(env_kwargs or {})
+    engine = engine_for(env, num_envs, engine, env_kwargs)
+    env = env if isinstance(env, str) else partial(_checked, env)
     try:
         if engine == "native":
             return _native(env, num_envs, env_kwargs)
         if engine == "envpool":
             return _pool(env, num_envs, env_kwargs)
-        factory = partial(make_one, env, **env_kwargs) if isinstance(env, str) else partial(env, **env_kwargs)
+        factory = _factory(env, env_kwargs)
         if engine == "workers":
             return _workers(factory, num_envs, bool(env_kwargs))
         mode = AutoresetMode.DISABLED
@@ -74,6 +74,42 @@ def make_envs(
         if not env_kwargs or "argument" not in str(error):
             raise
         raise UserError(f"{env} does not accept env_kwargs {env_kwargs}: {error}") from error
+
+
+def engine_for(
+    env: EnvLike,
+    num_envs: int,
+    engine: str = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    total_timesteps: int = 1_000_000,
+) -> str:
+    """The engine itself, or where it is auto, the one that `proximo.envs.choice` expects to be quickest.
+
+    A vector environment is run as it is, whatever the engine.
+    """
+    if engine != "auto" or isinstance(env, VectorEnv):
+        return engine
+    spec = _spec(env) if isinstance(env, str) else None
+    try:
+        factory = _factory(env, env_kwargs or {})
+    except TypeError:
+        return "sync"
+    return choose_engine(factory, num_envs, total_timesteps, spec, env_kwargs)
+
+
+def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:
+    """What makes one environment, also in a process in which the program registered nothing."""
+    if isinstance(env, str):
+        return partial(make_one, _spec(env) or env, **env_kwargs)
+    return partial(env, **env_kwargs)
+
+
+def _spec(env_id: str) -> EnvSpec | None:
+    """How an environment is registered; None where it is not, or its module cannot be imported."""
+    try:
+        return gym.spec(with_version(env_id))
+    except Exception:  # making it will say what is wrong
+        return None
 
 
 def with_version(env_id: str) -> str:
@@ -92,11 +128,11 @@ def _checked(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
     return env
 
 
-def make_one(env_id: str, **env_kwargs: Any) -> gym.Env:
+def make_one(env: str | EnvSpec, **env_kwargs: Any) -> gym.Env:
     """`gymnasium.make` without its advice to take a later version: who names an older one means it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
-        return gym.make(with_version(env_id), **env_kwargs)
+        return gym.make(with_version(env) if isinstance(env, str) else env, **env_kwargs)
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:

@@ -764,6 +764,14 @@ def _shares(num_envs: int, workers: int) -> Iterator[range]:
         start = stop
 
 
+def is_sendable(factory: Callable[[], gym.Env]) -> bool:
+    """Whether worker processes can be told how to make an environment."""
+    try:
+        return sys.platform != "win32" and bool(_pickled(factory))
+    except UserError:
+        return False
+
+
 def _pickled(factory: Callable[[], gym.Env]) -> bytes:
     try:
         return cloudpickle.dumps(factory)

@@ -1,0 +1,90 @@
+"""Which engine `auto` means."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+
+from proximo.envs.pool import supports
+from proximo.envs.workers import is_sendable
+from proximo.machine import cores
+
+MANY = 4  # environments, below which stepping them all in one call costs more than it saves
+
+# What a step of one environment, and of all of them, costs besides the environment's own work.
+SYNC_S, WORKER_S, MEETING_S = 4e-6, 5e-6, 60e-6
+UNEVEN = 1.2  # the slowest worker's share over the mean
+START_S = 3.0  # for worker processes to begin
+PROBE_S, PROBE_STEPS, WARM_UP = 0.05, 200, 5
+
+
+def choose_engine(
+    make: Callable[[], gym.Env],
+    num_envs: int,
+    total_timesteps: int,
+    spec: EnvSpec | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The engine that is expected to be quickest; the first of these that applies:
+
+    1. native: four environments or more, and the environment has a vectorised version of its own;
+    2. envpool: four environments or more, EnvPool is installed and its version is known to be Gymnasium's;
+    3. workers: more than one core, and a trial of the environment says that worker processes save a sixth of its time
+       and more over the run than they take to begin;
+    4. sync.
+
+    `workers` and `sync` give the same rollouts, so that the trial decides nothing but speed.
+
+    Args:
+        make: makes one environment.
+        spec: how it is registered, where it has an id.
+    """
+    if spec is not None and num_envs >= MANY:
+        if spec.vector_entry_point is not None and not env_kwargs:  # which it may not know
+            return "native"
+        if supports(spec.id, env_kwargs):
+            return "envpool"
+    workers = min(cores(), num_envs)
+    if workers < 2 or not is_sendable(make):
+        return "sync"
+    seconds = step_seconds(make)
+    if seconds is None:
+        return "sync"
+    together = num_envs * (seconds + SYNC_S)
+    apart = math.ceil(num_envs / workers) * (seconds + WORKER_S) * UNEVEN + MEETING_S
+    saved = (together - apart) / num_envs * total_timesteps
+    return "workers" if apart < together * 5 / 6 and saved > START_S else "sync"
+
+
+def step_seconds(make: Callable[[], gym.Env]) -> float | None:
+    """Mean time of a step with random actions, resets included; None where the environment fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever it has to say, it says again when it is used
+            env = make()
+            try:
+                return _timed(env)
+            finally:
+                env.close()
+    except Exception:  # which making the environments will report
+        return None
+
+
+def _timed(env: gym.Env) -> float:
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    steps, began = -WARM_UP, time.perf_counter()
+    while steps < PROBE_STEPS and (steps < 1 or time.perf_counter() - began < PROBE_S):
+        if steps == 0:
+            began = time.perf_counter()
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            env.reset()
+        steps += 1
+    return (time.perf_counter() - began) / steps

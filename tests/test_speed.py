@@ -1,0 +1,203 @@
+"""What a run chooses for itself: engine, threads, and what it keeps of what it compiled."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+from threadpoolctl import threadpool_info
+
+from proximo import PPO
+from proximo.cli import main
+from proximo.envs import engine_for
+from proximo.machine import cores, learner_threads
+from proximo.parameters import initial_parameters, size
+from proximo.record import read_metrics
+
+SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
+several_cores = pytest.mark.skipif(cores() < 2, reason="one core has nothing to share out")
+
+
+class Working(gym.Env):
+    """Computes for so many seconds a step."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, seconds=0.0, held=None):
+        self.seconds, self.held = seconds, held
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        until = time.perf_counter() + self.seconds
+        while time.perf_counter() < until:
+            pass
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+def test_the_environments_own_vectorised_version_is_taken_for_four_or_more():
+    assert engine_for("CartPole-v1", 3) != "native"
+    assert engine_for("CartPole-v1", 4) == "native"
+    assert engine_for("CartPole-v1", 4, env_kwargs={"sutton_barto_reward": True}) != "native"
+    assert engine_for("CartPole-v1", 4, engine="sync") == "sync"
+
+
+@several_cores
+def test_workers_are_taken_where_they_save_more_than_they_cost():
+    """16 environments of 1 ms take 16 ms together and some 10 on two cores. Over a million steps, 62,500 of all
+    environments, that saves six minutes; over 2,000, less than two seconds even on 16 cores."""
+    slow = lambda: Working(1e-3)
+    assert engine_for(slow, 16) == "workers"
+    assert engine_for(slow, 16, total_timesteps=2_000) == "sync"
+    assert engine_for(slow, 1) == "sync"
+    assert engine_for(Working, 4) == "sync"
+
+
+@several_cores
+def test_what_cannot_be_sent_or_does_not_run_stays_here():
+    lock = threading.Lock()
+    assert engine_for(lambda: Working(1e-3, lock), 16) == "sync"
+    assert engine_for(lambda: 1 / 0, 16) == "sync"  # making them will say why
+
+
+def test_the_engine_that_was_taken_is_kept_and_does_not_bind_another_environment(tmp_path):
+    run = tmp_path / "run"
+    PPO("CartPole-v1", num_envs=4, **SMALL).learn(64, run_dir=run)
+    assert yaml.safe_load((run / "config.yaml").read_text())["engine"] == "native"
+    PPO.load(run).learn(64)
+    other = PPO.load(run, env=lambda: gym.make("CartPole-v1")).learn(64)
+    assert other.config.engine in ("sync", "workers")
+
+
+def test_small_networks_learn_on_one_thread():
+    """CartPole, two networks of 64 64: 2 (4·64 + 64 + 64·64 + 64) + 65·2 + 65 = 9155 parameters. Minibatches of 64
+    cost 585,920 multiplications; of 1024, 9,374,720, which is above 5 million."""
+    agent = PPO("CartPole-v1", num_envs=2, **SMALL)
+    parameters = initial_parameters(agent.config, agent.spaces)
+    assert size(agent.config, agent.spaces) == sum(value.size for value in parameters.values()) == 9155
+    assert learner_threads(None, 64, 9155) == 1
+    assert learner_threads(None, 1024, 9155) == cores()
+    assert learner_threads(None, 64, None) == cores()
+    assert learner_threads(3, 64, 9155) == 3
+    assert agent.learner.threads == 1
+    assert PPO("CartPole-v1", threads=2, num_envs=2, **SMALL).learner.threads == 2
+
+
+class Watching(Working):
+    """Notes how many threads NumPy multiplies on while it steps."""
+
+    seen: ClassVar[list[int]] = []
+
+    def step(self, action):
+        self.seen += [pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]]
+        return super().step(action)
+
+
+def test_numpy_acts_on_one_thread_and_has_its_own_again_afterwards():
+    before = [pool["num_threads"] for pool in threadpool_info()]
+    PPO(Watching, num_envs=1, engine="sync", **SMALL).learn(16)
+    assert set(Watching.seen) == {1}
+    assert [pool["num_threads"] for pool in threadpool_info()] == before
+
+
+def test_pytorch_has_its_own_threads_again_after_an_update():
+    import torch
+
+    before = torch.get_num_threads()
+    PPO("CartPole-v1", backend="torch", threads=before + 1, num_envs=2, **SMALL).learn(32)
+    assert torch.get_num_threads() == before
+
+
+LEARN = """
+import sys
+from proximo import PPO
+agent = PPO("CartPole-v1", num_envs=2, num_steps=16, minibatch_size=16, preset=None).learn(96)
+print(*(array.tobytes().hex() for array in agent.learner.state().values()))
+"""
+
+
+def test_a_second_run_compiles_nothing_and_learns_the_same(tmp_path):
+    """The second leaves no new file: it found every program that the first had compiled."""
+    env = {**os.environ, "PROXIMO_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "error"}
+
+    def learn():
+        done = subprocess.run(
+            [sys.executable, "-c", LEARN], env=env, capture_output=True, text=True, check=True
+        )
+        assert done.stderr == ""
+        programs = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
+        return done.stdout, programs
+
+    (first, compiled), (second, after) = learn(), learn()
+    assert first == second
+    assert compiled == after
+    assert compiled
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+
+
+TRAIN = ["train", "CartPole-v1", "--preset", "none", "--num-envs", "2", "--num-steps", "32"]
+PROXIMO = [sys.executable, "-m", "proximo"]
+
+
+def test_several_seeds_are_the_runs_that_each_seed_gives_alone(tmp_path, capsys):
+    folder, alone = tmp_path / "all", tmp_path / "alone"
+    assert main([*TRAIN, "--total-timesteps", "640", "--seeds", "0,2", "--run-dir", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "finished after 1,280 steps over 2 seeds" in said
+    assert (folder / "learning_curve.png").exists()
+    assert main([*TRAIN, "--total-timesteps", "640", "--seed", "2", "--run-dir", str(alone)]) == 0
+    own, lone = ([{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]
+                 for run in (folder / "seed-2", alone))  # fmt: skip
+    assert own == lone
+    assert main(["evaluate", str(folder / "seed-0"), "--episodes", "2"]) == 0
+
+
+def test_an_interrupt_reaches_every_seed_once(tmp_path):
+    """Both runs are saved, and the command ends as one that was interrupted."""
+    folder = tmp_path / "all"
+    command = [*PROXIMO, *TRAIN, "--total-timesteps", "100_000_000", "--seeds", "0-1", "--quiet"]
+    with subprocess.Popen([*command, "--run-dir", str(folder)], stderr=subprocess.PIPE, text=True) as process:
+        runs = [folder / "seed-0", folder / "seed-1"]
+        until = time.monotonic() + 90
+        while not all((run / "metrics.jsonl").exists() and read_metrics(run) for run in runs):
+            assert time.monotonic() < until, "the runs did not begin"
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait(60) == 128 + 15
+    for run in runs:
+        assert list((run / "checkpoints").iterdir())
+        step = PPO.load(run).progress.global_step
+        assert step == read_metrics(run)[-1]["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 3-1", "low to high"),
+        ("--seeds 1,1", "twice"),
+        ("--seeds a", "0-3 or 0,2,7"),
+        ("--seeds 0-1 --seed 2", "--seed and --seeds are both given"),
+        ("--seeds 0-1 --num-envs 3 --minibatch-size 64", "do not divide"),
+    ],
+)
+def test_bad_seeds(arguments, message, tmp_path, capsys):
+    run = tmp_path / "all"
+    assert main([*TRAIN, *arguments.split(), "--run-dir", str(run)]) == 2
+    assert message in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_an_environment_that_is_missing_is_said_once(tmp_path, capsys):
+    assert main(["train", "CartPole-v9", "--seeds", "0-3", "--run-dir", str(tmp_path / "all")]) == 2
+    assert capsys.readouterr().err.count("CartPole-v9") == 1
+    assert not Path(tmp_path / "all").exists()
