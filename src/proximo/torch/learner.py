@@ -24,7 +24,7 @@ from proximo.torch.normalization import Reduce
 from proximo.torch.runtime import running_on
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
-from proximo.torch.update import minibatch, prepare, update
+from proximo.torch.update import Metrics, minibatch, prepare, update
 
 FLAT = ("params", "moment_1", "moment_2")  # what a State holds as flat vectors
 
@@ -115,7 +115,9 @@ class Learner:
         high = per_parameter(lambda name: limits(name, config)[1], self._dtype)
         self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high)
         self._state = initial_state(self.spec, config.num_envs, self._dtype)
-        self._minibatch = compiled(minibatch) if config.compile else minibatch
+        self._compiled: dict[
+            tuple[tuple[int, ...], ...], Callable[..., Any]
+        ] = {}  # by shapes of rollout and order
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
@@ -143,14 +145,20 @@ class Learner:
         hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
         nothing = rollout.reward.size // self.spec.config.sequence_length
         indices = tensor(np.minimum(order, nothing))  # whatever is out of range means "nothing"
+        step = self._minibatch(rollout.reward.shape, order.shape)
         with running_on(self.threads):
-            state, metrics = update(
-                self.spec, self._state, self.transitions(rollout), indices, hyper, self._minibatch
-            )
+            state, metrics = update(self.spec, self._state, self.transitions(rollout), indices, hyper, step)
         metrics = {name: value.item() for name, value in metrics.items()}
         trees.require_finite(metrics)
         self._state = state
         return metrics
+
+    def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
+        if not self.spec.config.compile:
+            return minibatch
+        if shapes not in self._compiled:
+            self._compiled[shapes] = compiled(minibatch)
+        return self._compiled[shapes]
 
     def examine(
         self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
