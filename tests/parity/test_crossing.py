@@ -77,8 +77,8 @@ def test_a_state_crosses(case, source, target):
 @compiles
 @pytest.mark.slow
 def test_the_compiled_step_is_the_eager_one(case):
-    """In float32 an update with the compiled step gives the metrics and the state of the eager one, and five
-    updates with ever other rates and coefficients compile once."""
+    """In float32 an update with the compiled step gives the metrics and the state of the eager one, with ever other
+    rates and coefficients, and in the end with smaller minibatches, as of a buffer that is partly full."""
     config, spaces = setting(case, seed=3)
     rng = np.random.default_rng(3)
     eager = LEARNERS["torch"](config, spaces)
@@ -89,9 +89,9 @@ def test_the_compiled_step_is_the_eager_one(case):
     for iteration in range(5):
         rollout = act_rollout(eager, iteration, case["resets"])
         order = order_of(config, rollout, rng)[:1]
+        order = order[:, :, : max(order.shape[2] // 2, 1)] if iteration == 4 else order
         hyper = hyper_at(config, 100 * iteration)._replace(ent_coef=0.01 * iteration)
-        with torch.compiler.set_stance("fail_on_recompile" if iteration else "default"):
-            metrics = compiled.update(rollout, order, hyper)
+        metrics = compiled.update(rollout, order, hyper)
         assert_close(metrics, eager.update(rollout, order, hyper), 1e-5)
         assert_close(compiled.state(), eager.state(), 1e-5)
         compiled.load(eager.state())
