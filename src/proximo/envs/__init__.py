@@ -85,16 +85,16 @@ def engine_for(
 ) -> str:
     """The engine itself, or where it is auto, the one that `proximo.envs.choice` expects to be quickest.
 
-    A vector environment is run as it is, whatever the engine.
+    What a function makes runs in this process then, since it may share something with its program, or do more than
+    step. A vector environment is run as it is, whatever the engine.
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
     spec = _spec(env) if isinstance(env, str) else None
-    try:
-        factory = _factory(env, env_kwargs or {})
-    except TypeError:
+    if spec is None:
         return "sync"
-    return choose_engine(factory, num_envs, total_timesteps, spec, env_kwargs)
+    kwargs = dict(env_kwargs or {})
+    return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs)
 
 
 def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:

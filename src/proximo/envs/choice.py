@@ -15,7 +15,7 @@ from proximo.envs.pool import supports
 from proximo.envs.workers import is_sendable
 from proximo.machine import cores
 
-MANY = 4  # environments, below which stepping them all in one call costs more than it saves
+MANY = 16  # environments, below which what steps them all in one call saves little
 
 # What a step of one environment, and of all of them, costs besides the environment's own work.
 SYNC_S, WORKER_S, MEETING_S = 4e-6, 5e-6, 60e-6
@@ -25,16 +25,16 @@ PROBE_S, PROBE_STEPS, WARM_UP = 0.05, 200, 5
 
 
 def choose_engine(
+    spec: EnvSpec,
     make: Callable[[], gym.Env],
     num_envs: int,
     total_timesteps: int,
-    spec: EnvSpec | None = None,
-    env_kwargs: Mapping[str, Any] | None = None,
+    env_kwargs: Mapping[str, Any],
 ) -> str:
-    """The engine that is expected to be quickest; the first of these that applies:
+    """The engine that is expected to be quickest for a registered environment; the first of these that applies:
 
-    1. native: four environments or more, and the environment has a vectorised version of its own;
-    2. envpool: four environments or more, EnvPool is installed and its version is known to be Gymnasium's;
+    1. native: sixteen environments or more, and the environment has a vectorised version of its own;
+    2. envpool: sixteen environments or more, EnvPool is installed and its version is known to be Gymnasium's;
     3. workers: more than one core, and a trial of the environment says that worker processes save a sixth of its time
        and more over the run than they take to begin;
     4. sync.
@@ -42,10 +42,10 @@ def choose_engine(
     `workers` and `sync` give the same rollouts, so that the trial decides nothing but speed.
 
     Args:
+        spec: how it is registered.
         make: makes one environment.
-        spec: how it is registered, where it has an id.
     """
-    if spec is not None and num_envs >= MANY:
+    if num_envs >= MANY:
         if spec.vector_entry_point is not None and not env_kwargs:  # which it may not know
             return "native"
         if supports(spec.id, env_kwargs):
