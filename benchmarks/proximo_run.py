@@ -20,7 +20,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = common.arguments()
     parser.add_argument("--backend", choices=("jax", "torch"), default="jax")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--engine", default="auto", help="auto, sync, workers, async, native or another that it knows")
+    parser.add_argument(
+        "--engine", default="auto", help="auto, sync, workers, async, native or another that it knows"
+    )
     parser.add_argument("--env-kwargs", type=json.loads, default={}, help="as JSON")
     parser.add_argument("--envs-only", action="store_true")
     return parser
@@ -30,7 +32,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The work in Proximo's own words."""
     same = (
         "num_envs num_steps minibatch_size update_epochs total_timesteps learning_rate gamma gae_lambda clip_coef "
-        "clip_schedule ent_coef vf_coef max_grad_norm hidden_sizes seed stop_at_return backend compile engine env_kwargs"
+        "clip_schedule ent_coef vf_coef max_grad_norm hidden_sizes seed stop_at_return backend compile engine "
+        "env_kwargs"
     )
     return {
         **{name: getattr(options, name) for name in same.split()},
@@ -51,7 +54,9 @@ def train(options: argparse.Namespace) -> None:
         ticks = [common.now(agent.progress.global_step) for _ in agent.iterate()]
         returns = [episode.episode_return for episode in agent.progress.episodes]
         kind = type(agent._envs.unwrapped).__name__
-        common.report(options, ticks, returns, packages(), vec=kind, engine=options.engine, backend=options.backend)
+        common.report(
+            options, ticks, returns, packages(), vec=kind, engine=options.engine, backend=options.backend
+        )
 
 
 def step_only(options: argparse.Namespace) -> None:

@@ -45,7 +45,11 @@ def flags(options: argparse.Namespace, env: str) -> list[str]:
         "max-grad-norm": options.max_grad_norm,
         "seed": options.seed,
     }
-    return [*(part for name, value in values.items() for part in (f"--{name}", str(value))), "--no-cuda", "--no-clip-vloss"]
+    return [
+        *(part for name, value in values.items() for part in (f"--{name}", str(value))),
+        "--no-cuda",
+        "--no-clip-vloss",
+    ]
 
 
 def main() -> None:

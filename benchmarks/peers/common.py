@@ -81,7 +81,10 @@ def solved(options: argparse.Namespace, returns: Iterable[float]) -> bool:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of Python and of these packages."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def report(
@@ -117,5 +120,9 @@ def report(
     }
     if len(ticks) > options.warmup:
         (began, first), (ended, last) = ticks[max(options.warmup, 1) - 1], ticks[-1]
-        result |= {"seconds": ended - began, "steps": last - first, "steps_per_second": (last - first) / (ended - began)}
+        result |= {
+            "seconds": ended - began,
+            "steps": last - first,
+            "steps_per_second": (last - first) / (ended - began),
+        }
     print(json.dumps({**result, **more}), flush=True)
