@@ -14,6 +14,7 @@ Memory is the proportional set size of all processes of a run together, at its p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -160,8 +161,9 @@ def measured(command: list[str], timeout: float, folder: Path = HERE, **environm
                 if time.monotonic() - began > timeout:
                     raise Failed(f"not done after {timeout:.0f} s")
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() != 0:  # its workers may outlive it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         seconds = time.monotonic() - began
         output.seek(0)
@@ -441,6 +443,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run may take")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no run is left behind
     options.peers_dir = options.peers_dir.absolute()
     options.pairs = 1 if options.quick else options.pairs
     options.results.mkdir(parents=True, exist_ok=True)
