@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "halfcheetah-8x256": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 8 --num-steps 256 {CHEETAH}",
         "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"],
-        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl", "torchrl", "sample_factory"], "floor": 1.0,
+        "peers": ["sb3", "sbx", "cleanrl", "skrl"], "floor": 1.0,
     },
     "halfcheetah-32x64": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 32 --num-steps 64 {CHEETAH}",
@@ -106,6 +106,12 @@ PEERS: dict[str, dict[str, Any]] = {
         "name": "CleanRL", "vec": ["dummy"],
         "note": "knows SyncVectorEnv only; every environment has normalisers of its own; a time limit counts as a "
         "termination; runs on Gymnasium 0.29, with HalfCheetah-v4 for v5",
+    },
+    "skrl": {
+        "name": "skrl",
+        "vec": ["dummy", "subproc"],
+        "note": "brings advantages to mean 0 and standard deviation 1 over the rollout; runs on Gymnasium's vector "
+        "environments and normalisers, and learns from the steps that reset as from any other",
     },
 }  # fmt: skip
 CLEANRL = ("https://github.com/vwxyzjn/cleanrl", "fe8d8a03")
