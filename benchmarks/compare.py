@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "halfcheetah-8x256": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 8 --num-steps 256 {CHEETAH}",
         "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"],
-        "peers": ["sb3", "sbx", "cleanrl", "skrl"], "floor": 1.0,
+        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl"], "floor": 1.0,
     },
     "halfcheetah-32x64": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 32 --num-steps 64 {CHEETAH}",
@@ -106,6 +106,11 @@ PEERS: dict[str, dict[str, Any]] = {
         "name": "CleanRL", "vec": ["dummy"],
         "note": "knows SyncVectorEnv only; every environment has normalisers of its own; a time limit counts as a "
         "termination; runs on Gymnasium 0.29, with HalfCheetah-v4 for v5",
+    },
+    "tianshou": {
+        "name": "tianshou",
+        "vec": ["dummy", "subproc"],
+        "note": "divides returns by their standard deviation instead of normalising rewards",
     },
     "skrl": {
         "name": "skrl",
