@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format docs results clean
+.PHONY: demo test lint format docs results bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -38,8 +38,14 @@ results: $(VENV)/dev
 		$(BIN)/python benchmarks/learning.py $$env --seeds 3 --backends jax || exit 1; done
 	$(BIN)/python benchmarks/report.py --write
 
+# Speed, memory and time to solve beside other libraries, into benchmarks/RESULTS.md. Each of them is installed into
+# .venv-peers. Hours on two cores; `make bench ARGS=--resume` goes on where it was, ARGS="--cases …" does a part.
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+	$(BIN)/python benchmarks/results_page.py
+
 clean:
-	rm -rf $(VENV) build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-peers build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

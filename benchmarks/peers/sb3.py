@@ -1,0 +1,97 @@
+"""Stable-Baselines3's PPO; `run` serves sbx as well, whose PPO has the same face.
+
+Its value loss is the whole mean squared error, so that its weight is half of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from peers import common
+
+
+def make_envs(options: argparse.Namespace) -> Any:
+    """Its vector environment, with raw returns counted below its normaliser."""
+    import gymnasium as gym
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
+
+    kind = SubprocVecEnv if options.vec == "subproc" else DummyVecEnv
+    envs = VecMonitor(kind([partial(gym.make, options.env)] * options.num_envs))
+    return VecNormalize(envs, gamma=options.gamma) if options.normalize else envs
+
+
+def watch(options: argparse.Namespace, ticks: list[common.Tick]) -> Any:
+    """A callback that takes the time at the end of every update, and ends the run once it is solved."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Watch(BaseCallback):
+        reached = False
+
+        def updated(self) -> None:
+            if self.num_timesteps and not self.reached:
+                ticks.append(common.now(self.num_timesteps))
+                self.reached = common.solved(options, returns(self.model))
+
+        def _on_rollout_start(self) -> None:  # an update ends where the next rollout begins
+            self.updated()
+
+        def _on_training_end(self) -> None:
+            self.updated()
+
+        def _on_step(self) -> bool:
+            return not self.reached
+
+    return Watch()
+
+
+def returns(model: Any) -> list[float]:
+    """Raw returns of the last 100 episodes."""
+    return [float(episode["r"]) for episode in model.ep_info_buffer]
+
+
+def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: list[str]) -> None:
+    """Train, and print what was measured."""
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    envs = make_envs(options)
+    sizes = list(options.hidden_sizes)
+    linear = options.clip_schedule == "linear"
+    model = algorithm(
+        "MlpPolicy",
+        envs,
+        learning_rate=lambda remaining: remaining * options.learning_rate,
+        n_steps=options.num_steps,
+        batch_size=options.minibatch_size,
+        n_epochs=options.update_epochs,
+        gamma=options.gamma,
+        gae_lambda=options.gae_lambda,
+        clip_range=(lambda remaining: remaining * options.clip_coef) if linear else options.clip_coef,
+        ent_coef=options.ent_coef,
+        vf_coef=options.vf_coef / 2,
+        max_grad_norm=options.max_grad_norm,
+        policy_kwargs={"net_arch": {"pi": sizes, "vf": sizes}},
+        seed=options.seed,
+        device="cpu",
+    )
+    ticks: list[common.Tick] = []
+    model.learn(options.total_timesteps, callback=watch(options, ticks), log_interval=None)
+    common.report(options, ticks, returns(model), packages)
+    envs.close()
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    options = common.arguments().parse_args()
+    common.limit_threads(options.threads)
+    from stable_baselines3 import PPO
+
+    run(options, PPO, ["stable-baselines3", "torch", "gymnasium", "mujoco", "numpy"])
+
+
+if __name__ == "__main__":
+    main()

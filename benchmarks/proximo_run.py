@@ -1,0 +1,102 @@
+"""Proximo on the same work as the runners in peers/, with the same flags and the same line of JSON.
+
+    cd benchmarks && python -m proximo_run --env CartPole-v1 --total-timesteps 20000
+
+With --envs-only it steps the environments alone, with actions drawn beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from peers import common
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The flags of every runner, and what Proximo alone knows."""
+    parser = common.arguments()
+    parser.add_argument("--backend", choices=("jax", "torch"), default="jax")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--engine", default="auto", help="auto, sync, workers, async, native or another that it knows"
+    )
+    parser.add_argument("--env-kwargs", type=json.loads, default={}, help="as JSON")
+    parser.add_argument("--envs-only", action="store_true")
+    return parser
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The work in Proximo's own words."""
+    same = (
+        "num_envs num_steps minibatch_size update_epochs total_timesteps learning_rate gamma gae_lambda clip_coef "
+        "clip_schedule ent_coef vf_coef max_grad_norm hidden_sizes seed stop_at_return backend compile engine "
+        "env_kwargs"
+    )
+    return {
+        **{name: getattr(options, name) for name in same.split()},
+        "normalize_observation": options.normalize,
+        "normalize_reward": options.normalize,
+    }
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train, and print what was measured."""
+    from proximo import PPO
+
+    if options.backend == "torch" and options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    with PPO(options.env, preset=None, **settings(options)) as agent:
+        ticks = [common.now(agent.progress.global_step) for _ in agent.iterate()]
+        returns = [episode.episode_return for episode in agent.progress.episodes]
+        kind = type(agent._envs.unwrapped).__name__
+        common.report(
+            options, ticks, returns, packages(), vec=kind, engine=options.engine, backend=options.backend
+        )
+
+
+def step_only(options: argparse.Namespace) -> None:
+    """Step the same environments through as many steps, with actions of the action space drawn beforehand."""
+    import numpy as np
+    from gymnasium.vector import AutoresetMode
+
+    from proximo.envs import make_envs
+
+    envs = make_envs(options.env, options.num_envs, options.engine, options.env_kwargs)
+    envs.action_space.seed(options.seed)
+    actions = [envs.action_space.sample() for _ in range(256)]
+    masked = envs.metadata["autoreset_mode"] is AutoresetMode.DISABLED
+    envs.reset(seed=options.seed)
+    ticks, rollouts = [], options.total_timesteps // (options.num_envs * options.num_steps)
+    began = time.monotonic()
+    for rollout in range(rollouts):
+        for step in range(options.num_steps):
+            _, _, terminated, truncated, _ = envs.step(actions[step % len(actions)])
+            over = np.asarray(terminated) | np.asarray(truncated)
+            if masked and over.any():
+                envs.reset(options={"reset_mask": over})
+        ticks.append(common.now((rollout + 1) * options.num_envs * options.num_steps))
+    seconds = time.monotonic() - began
+    kind = type(envs.unwrapped).__name__
+    envs.close()
+    common.report(options, ticks, [], packages(), vec=kind, engine=options.engine, all_seconds=seconds)
+
+
+def packages() -> list[str]:
+    """Whose versions matter."""
+    return ["proximo", "jax", "jaxlib", "torch", "gymnasium", "mujoco", "numpy"]
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    options = arguments().parse_args()
+    common.limit_threads(options.threads)
+    (step_only if options.envs_only else train)(options)
+
+
+if __name__ == "__main__":
+    main()
