@@ -42,35 +42,38 @@ ZOO = (
     "--learning-rate 0.001 --clip-coef 0.2 --clip-schedule linear --vf-coef 1.0 --hidden-sizes 64 64"
 )
 
-# What is measured. `floor` is the least ratio to each peer; `warmup` iterations are not counted: by then every
-# environment has ended an episode, so that nothing is left to be compiled.
+# What is measured. `floors` are the least ratios of one side to another; `warmup` iterations are not counted: by then
+# every environment has ended an episode, so that nothing is left to be compiled.
 CASES: dict[str, dict[str, Any]] = {
     "halfcheetah-8x256": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 8 --num-steps 256 {CHEETAH}",
         "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"],
-        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl"], "floor": 1.0,
+        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl"],
+        "floors": {"jax": {"sb3": 5.5, "sbx": 3.3}, "torch-compile": {"sb3": 3.5}, "torch": {"sb3": 1.5}},
     },
     "halfcheetah-32x64": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 32 --num-steps 64 {CHEETAH}",
-        "iterations": 20, "warmup": 16, "ours": ["jax"], "peers": ["sb3"], "floor": 1.0, "envs_only": True,
+        "iterations": 20, "warmup": 16, "ours": ["jax"], "peers": ["sb3"], "envs_only": True,
+        "floors": {"jax": {"sb3": 7.5, "envs-only": 0.48}},
     },
     "halfcheetah-1x2048": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 1 --num-steps 2048 {CHEETAH}",
-        "iterations": 20, "warmup": 1, "ours": ["jax"], "peers": ["sb3"], "floor": 1.0,
+        "iterations": 20, "warmup": 1, "ours": ["jax"], "peers": ["sb3"], "floors": {"jax": {"sb3": 4.5}},
     },
     "cartpole-8x128": {
         "kind": "pairs", "env": "CartPole-v1",
         "flags": f"--num-envs 8 --num-steps 128 --minibatch-size 256 {CARTPOLE}",
-        "iterations": 80, "warmup": 4, "ours": ["jax"], "peers": ["sb3"], "floor": 1.0,
+        "iterations": 80, "warmup": 4, "ours": ["jax"], "peers": ["sb3"], "floors": {"jax": {"sb3": 4.5}},
     },
     "cartpole-64x128": {
         "kind": "pairs", "env": "CartPole-v1",
         "flags": f"--num-envs 64 --num-steps 128 --minibatch-size 2048 {CARTPOLE}",
-        "iterations": 20, "warmup": 4, "ours": ["jax"], "peers": ["sb3"], "floor": 1.0,
+        "iterations": 20, "warmup": 4, "ours": ["jax"], "peers": ["sb3"], "floors": {"jax": {"sb3": 4.0}},
     },
     "cartpole-solve": {
         "kind": "solve", "env": "CartPole-v1", "flags": f"{ZOO} --total-timesteps 100000 --stop-at-return 475",
-        "warmup": 1, "seeds": 3, "peers": ["sb3"], "floor": 1.0,
+        "warmup": 1, "seeds": 3, "peers": ["sb3"],
+        "floors": {"proximo-warm": {"sb3": 1 / 0.35}, "proximo-cold": {"sb3": 1 / 0.6}},
     },
     "growth-environments": {
         "kind": "growth", "vary": "num-envs", "values": [1, 4, 16, 64, 256, 1024],
@@ -301,9 +304,15 @@ def pairs(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
             command = command_of(side, work(case, iterations, warmup, number), options.peers_dir, chosen)
             runs.append(one_run(side, number, command, options))
     ratios = [
-        ratio(ours, peer, runs, "steps_per_second", case["floor"]) for ours in case["ours"] for peer in chosen
+        ratio(ours, peer, runs, "steps_per_second", floor_of(case, ours, peer))
+        for ours in case["ours"]
+        for peer in chosen
     ]
-    shares = [ratio(ours, "envs-only", runs, "steps_per_second", None) for ours in case["ours"] if extra]
+    shares = [
+        ratio(ours, other, runs, "steps_per_second", floor_of(case, ours, other))
+        for ours in case["ours"]
+        for other in extra
+    ]
     return {
         "chosen": chosen,
         "unavailable": unavailable,
@@ -324,6 +333,11 @@ def one_run(side: str, number: int, command: list[str], options: argparse.Namesp
         run["error"] = str(error)
         print(f"  {side} failed: {error}", flush=True)
     return run
+
+
+def floor_of(case: dict[str, Any], ours: str, other: str) -> float | None:
+    """The least ratio of one side to another that is aimed at."""
+    return case["floors"].get(ours, {}).get(other)
 
 
 def ratio(
@@ -400,7 +414,9 @@ def solve(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                 print(f"  {run['side']}: {seconds:.1f} s, solved: {run.get('solved')}", flush=True)
     ours = ("proximo-warm", "proximo-cold")
     ratios = [
-        ratio(side, peer, runs, "wall_seconds", case["floor"], True) for side in ours for peer in chosen
+        ratio(side, peer, runs, "wall_seconds", floor_of(case, side, peer), True)
+        for side in ours
+        for peer in chosen
     ]
     return {"chosen": chosen, "unavailable": unavailable, "runs": runs, "ratios": found(ratios)}
 

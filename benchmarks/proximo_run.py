@@ -42,10 +42,18 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def engine(options: argparse.Namespace) -> str:
+    """What a run of a million steps would choose: the measured ones are only so short to be measured."""
+    from proximo.envs import engine_for
+
+    return engine_for(options.env, options.num_envs, options.engine, options.env_kwargs, 1_000_000)
+
+
 def train(options: argparse.Namespace) -> None:
     """Train, and print what was measured."""
     from proximo import PPO
 
+    options.engine = engine(options)
     if options.backend == "torch" and options.threads:
         import torch
 
@@ -66,6 +74,7 @@ def step_only(options: argparse.Namespace) -> None:
 
     from proximo.envs import make_envs
 
+    options.engine = engine(options)
     envs = make_envs(options.env, options.num_envs, options.engine, options.env_kwargs)
     envs.action_space.seed(options.seed)
     actions = [envs.action_space.sample() for _ in range(256)]
