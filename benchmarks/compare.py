@@ -414,7 +414,7 @@ def solve(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                 print(f"  {run['side']}: {seconds:.1f} s, solved: {run.get('solved')}", flush=True)
     ours = ("proximo-warm", "proximo-cold")
     ratios = [
-        ratio(side, peer, runs, "wall_seconds", floor_of(case, side, peer), True)
+        ratio(side, peer, runs, "last_update_seconds", floor_of(case, side, peer), True)
         for side in ours
         for peer in chosen
     ]
