@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,14 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def stay_on_core(process: int, number: int) -> None:
+    """Keep a process on the number-th of the cores that this one may run on, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))
+        with suppress(OSError):  # it has ended, which its parent will notice
+            os.sched_setaffinity(process, {own[number % len(own)]})
 
 
 def learner_threads(asked_for: int | None, rows: int, parameters: int | None) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from proximo.errors import RunError, UserError
+from proximo.machine import cores, stay_on_core
 from proximo.plot import RETURN, plot
 from proximo.record import CONFIG, Console, Metrics, last_metrics, require_empty, resolved
 
@@ -34,7 +33,7 @@ class Job:
     seed: int
     folder: Path
     process: subprocess.Popen[bytes] | None = None
-    core: int = 0
+    core: int = 0  # on which it stays
     ended: bool = False
 
     @property
@@ -109,7 +108,7 @@ def train_all(
 def _run_all(
     jobs: Sequence[Job], config: Path, console: Console | None, interrupted: Callable[[], int | None]
 ) -> None:
-    free, waiting, passed_on = _cores(), list(jobs), False
+    free, waiting, passed_on = list(range(cores())), list(jobs), False
     while waiting or any(job.running for job in jobs):
         if (number := interrupted()) and not passed_on:
             waiting, passed_on = [], True
@@ -135,9 +134,7 @@ def _begin(job: Job, config: Path, core: int) -> None:
         start_new_session=True,
     )
     job.core = core
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(job.process.pid, {core})
+    stay_on_core(job.process.pid, core)
 
 
 def _require_success(job: Job, status: int, asked_to_stop: bool) -> None:
@@ -180,9 +177,3 @@ def _summary(jobs: Sequence[Job], folder: Path, stopped: bool) -> Iterator[str]:
     folders = [job.folder for job in jobs if job.seed in known]
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
     yield f"evaluate one with: proximo evaluate {folders[0]}"
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))

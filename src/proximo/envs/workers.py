@@ -3,8 +3,10 @@
 Observations, actions, rewards and flags lie in one piece of memory that all processes map. A step is one byte to
 every worker and one byte back, whatever the number of environments; nothing is pickled. The bytes go over a pair of
 sockets, so that waiting needs no shared locks, what was written before a byte is seen after it on every machine, and
-the end of the file says that the other side is dead. Both sides look for bytes for a moment before they sleep. The
-memory has no name: whoever dies, none is left behind.
+the end of the file says that the other side is dead. The memory has no name: whoever dies, none is left behind.
+
+Both sides look for bytes for a moment before they sleep. Where there are as many workers as cores, each is kept on one:
+otherwise two may share a core while the trainer, which looks for their answers, has the other.
 
 Environments that end are reset by their worker in the same step (AutoresetMode.SAME_STEP).
 """
@@ -40,7 +42,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from proximo.errors import RunError, UserError
-from proximo.machine import cores
+from proximo.machine import cores, stay_on_core
 from proximo.spaces import Spaces
 
 STEP, RESET, ATTACH, CLOSE = b"s", b"r", b"a", b"c"  # to a worker
@@ -129,6 +131,8 @@ class WorkerVectorEnv(VectorEnv):
             )
             self._peers.append(_Peer(index, process, ours, environments))
             process.start()
+            if workers == cores():
+                stay_on_core(process.pid, index)
             theirs.close()
             self._poller.register(ours.fileno(), select.POLLIN)
             self._pending.add(index)
