@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from proximo.config import Config
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import RunError, UserError
+from proximo.machine import cores
 from proximo.rollout import Collector, Rollout
 from proximo.spaces import Spaces
 
@@ -383,6 +384,20 @@ def test_a_step_that_never_returns(fault):
         message = "environment 2 has not answered for 2 s, while stepping environment 2, at step 3"
         _, seconds = fault_of(envs, RunError, message)
         assert 1.5 < seconds < 2.0 + LONG
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or cores() < 2, reason="needs cores that can be named"
+)
+def test_as_many_workers_as_cores_are_each_kept_on_one():
+    """Together they have all of them; fewer workers may run wherever this process may."""
+    own = os.sched_getaffinity(0)
+    with closing(WorkerVectorEnv(Reusing, cores())) as envs:
+        kept = [os.sched_getaffinity(peer.process.pid) for peer in envs._peers]
+    assert [len(places) for places in kept] == [1] * cores()
+    assert set.union(*kept) == own
+    with closing(WorkerVectorEnv(Reusing, 2, workers=1)) as envs:
+        assert os.sched_getaffinity(envs._peers[0].process.pid) == own
 
 
 def test_slow_is_not_stuck():

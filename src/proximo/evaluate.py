@@ -14,6 +14,7 @@ from proximo.config import Config
 from proximo.envs import EnvLike, make_envs, require_same, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.learner import Learner
+from proximo.machine import one_blas_thread
 from proximo.randomness import Purpose, environment_seeds, generator
 from proximo.rollout import Actor, Collector, Episode, Rollout
 from proximo.spaces import Discrete, Obs, Spaces
@@ -134,7 +135,9 @@ def evaluate(
                     f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps: give the environment a time "
                     "limit, with max_episode_steps or gymnasium.wrappers.TimeLimit"
                 )
-            for episode in collector.collect(actor, rollout).episodes:
+            with one_blas_thread():
+                collected = collector.collect(actor, rollout)
+            for episode in collected.episodes:
                 if quota[episode.env_index]:
                     quota[episode.env_index] -= 1
                     kept.append(episode)

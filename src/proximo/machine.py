@@ -1,7 +1,7 @@
 """What a run takes of the machine: threads, and a folder for what it compiles.
 
 Threads that wait for work spin, on cores that environments could use, and to hand small pieces of work about costs
-more than it saves. So small networks learn on one thread, and acting always multiplies its matrices on one.
+more than it saves. So small networks learn on one thread, and the built-in ones always act on one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, and no more than a container's share of the machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(min(here, round(int(quota) / int(period))), 1)
+    except (OSError, ValueError):  # not Linux, no container, or no limit
+        return here
 
 
 def stay_on_core(process: int, number: int) -> None:
@@ -57,15 +60,17 @@ def _pools() -> ThreadpoolController:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled programs are kept: PROXIMO_CACHE_DIR, or `proximo` among the user's caches; None if it is empty
-    or cannot be written."""
+    """Where compiled programs are kept: PROXIMO_CACHE_DIR, or `proximo` among the user's caches.
+
+    None where that variable is empty, or the folder cannot be written.
+    """
     named = os.environ.get("PROXIMO_CACHE_DIR")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proximo"
-    folder = folder if named is None else Path(named)
     if named == "":
         return None
     try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(named).expanduser() if named else Path(caches) / "proximo"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is run
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where there is no home
         return None
     return folder if os.access(folder, os.W_OK) else None

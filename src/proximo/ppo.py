@@ -72,6 +72,7 @@ class PPO:
         self.config = config.replace(backend=choose_backend(config.backend))
         self.spaces = spaces
         self.learner: Learner = make_learner(self.config, spaces, network)
+        self.config = self.config.replace(threads=self.learner.threads)
         self.progress = Progress()
         self._predictions = generator(config.seed, Purpose.EVALUATION, iteration=2)
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -94,10 +94,10 @@ def require_empty(run_dir: Path) -> None:
         raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it")
 
 
-def resolved(env_id: str | None, config: Config) -> str:
+def resolved(env_id: str | None, config: Config, without: Sequence[str] = ("run_dir",)) -> str:
     """Every setting of a run as YAML that `proximo train --config` runs again."""
     what = {"env": env_id, "preset": "none", **config.to_dict()}
-    del what["run_dir"]
+    what = {name: value for name, value in what.items() if name not in without}
     return yaml.safe_dump(what, sort_keys=False, allow_unicode=True)
 
 
@@ -161,7 +161,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """What a result depends on besides its settings."""
-    packages = ("numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco")
+    packages = ("numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco", "envpool")
     found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version()}
     for name in packages:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -34,12 +35,8 @@ class Job:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     core: int = 0  # on which it stays
+    asked: bool = False  # to stop
     ended: bool = False
-
-    @property
-    def running(self) -> bool:
-        """Whether its process has begun and not ended."""
-        return self.process is not None and self.process.poll() is None
 
 
 def seeds(text: str) -> list[int]:
@@ -75,30 +72,34 @@ def train_all(
         interrupted: the signal that asks for a stop, which is handed on to the runs.
 
     Raises:
-        UserError: the folder is in use.
+        UserError: the folder is in use, or a run could not begin.
         RunError: a run failed; the others are stopped after their iteration.
     """
     require_empty(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(resolved(env_id, config), "utf-8")
+        (folder / CONFIG).write_text(resolved(env_id, config, without=("run_dir", "seed")), "utf-8")
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     console = None if quiet else Console(config.total_timesteps * len(jobs))
     try:
         _run_all(jobs, folder / CONFIG, console, interrupted)
+    except (UserError, RunError):
+        _ask_to_stop([job for job in jobs if not job.asked], signal.SIGTERM)
+        raise
     except BaseException:
-        _signal(
-            jobs, signal.SIGTERM
-        )  # the second one for runs that were asked to stop, which ends them at once
+        _ask_to_stop(jobs, signal.SIGTERM)  # those that were asked before end at once
         raise
     finally:
         for job in jobs:
             if job.process is not None:
                 job.process.wait()
+                cast(IO[bytes], job.process.stdin).close()  # not before, since that would stop it
         if console:
             console.close()
+        if not any(job.folder.exists() for job in jobs):
+            shutil.rmtree(folder, ignore_errors=True)
     stopped = interrupted()
     for line in _summary(jobs, folder, stopped is not None):
         say(line)
@@ -108,28 +109,40 @@ def train_all(
 def _run_all(
     jobs: Sequence[Job], config: Path, console: Console | None, interrupted: Callable[[], int | None]
 ) -> None:
-    free, waiting, passed_on = list(range(cores())), list(jobs), False
-    while waiting or any(job.running for job in jobs):
-        if (number := interrupted()) and not passed_on:
-            waiting, passed_on = [], True
-            _signal(jobs, number)
+    free, waiting = list(range(cores())), list(jobs)
+    while waiting or any(job.process and not job.ended for job in jobs):
+        if number := interrupted():
+            waiting = []
+            _ask_to_stop([job for job in jobs if not job.asked], number)
         while waiting and free:
             _begin(waiting.pop(0), config, free.pop(0))
         time.sleep(LOOK_S)
         for job in jobs:
-            if job.process is not None and not job.running and not job.ended:
+            if job.process is not None and not job.ended and job.process.poll() is not None:
                 job.ended = True
                 free.append(job.core)
-                _require_success(job, job.process.returncode, passed_on)
+                _require_success(job, job.process.returncode)
         if console and (metrics := _together(jobs)):
             console.write(metrics)
 
 
 def _begin(job: Job, config: Path, core: int) -> None:
-    command = [sys.executable, "-m", "proximo", "train", "--config", str(config), "--seed", str(job.seed)]
-    # A session of its own, so that Ctrl-C reaches it once: from here.
+    # -P: a file in the current folder is not taken for a package's. A session of its own, so that Ctrl-C reaches the
+    # run once, from here; its standard input ends when this process does, and then so does the run.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "proximo",
+        "train",
+        "--config",
+        str(config),
+        "--seed",
+        str(job.seed),
+    ]
     job.process = subprocess.Popen(
-        [*command, "--run-dir", str(job.folder), "--quiet"],
+        [*command, "--run-dir", str(job.folder), "--quiet", "--until-input-ends"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -137,17 +150,19 @@ def _begin(job: Job, config: Path, core: int) -> None:
     stay_on_core(job.process.pid, core)
 
 
-def _require_success(job: Job, status: int, asked_to_stop: bool) -> None:
-    if status == 0 or (asked_to_stop and status in (128 + signal.SIGINT, 128 + signal.SIGTERM)):
+def _require_success(job: Job, status: int) -> None:
+    stopped = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+    if status == 0 or (job.asked and status in stopped):
         return
     if status == 2:
         raise UserError(f"seed {job.seed} could not begin; see above")
     raise RunError(f"seed {job.seed} ended with status {status}; what it learned is in {job.folder}")
 
 
-def _signal(jobs: Sequence[Job], number: int) -> None:
+def _ask_to_stop(jobs: Sequence[Job], number: int) -> None:
     for job in jobs:
-        if job.process is not None and job.running:
+        job.asked = True
+        if job.process is not None:
             job.process.send_signal(number)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from proximo.cli.flags import add_settings, given_settings
 from proximo.cli.seeds import seeds, train_all
 from proximo.config import override, read_file
 from proximo.errors import RunError, UserError
+from proximo.machine import cache_folder
 
 if TYPE_CHECKING:
     from proximo.config import Config
@@ -52,6 +55,7 @@ def add_to(commands: Any) -> None:
         metavar="SEEDS",
         help="train several seeds at once, each on a core of its own: 0-3 or 0,2,7",
     )
+    parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
     add_settings(parser)
     parser.set_defaults(run=run)
@@ -59,7 +63,11 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, saying where everything is; return the exit status."""
-    with Interrupt() as interrupt:  # before JAX is imported, which an exception from a signal would break
+    keep_compiled()
+    # Before JAX is imported, which an exception from a signal would break.
+    with Interrupt(say=not options.until_input_ends) as interrupt:
+        if options.until_input_ends:
+            threading.Thread(target=stop_when_input_ends, daemon=True).start()
         from proximo.ppo import PPO
         from proximo.record import default_run_dir, require_empty
 
@@ -100,24 +108,48 @@ def run_seeds(
     options: argparse.Namespace, env_id: str, preset: str, settings: dict[str, Any], interrupt: Interrupt
 ) -> int:
     """Train several seeds; return the exit status."""
-    from proximo.envs import make_envs, with_version
+    from proximo.envs import make_envs, spaces_of, with_version
     from proximo.learner import choose_backend
     from proximo.ppo import resolve
     from proximo.record import default_run_dir
+    from proximo.trackers import import_wandb
+    from proximo.video import require_video
 
     if options.seed is not None:
         raise UserError("--seed and --seeds are both given: give one of them")
     env_id = with_version(env_id)
     config = resolve(env_id, preset, settings)
-    make_envs(env_id, 1, "sync", config.env_kwargs).close()  # what cannot be made is said once, here
+    backend = choose_backend(config.backend)
+    envs = make_envs(env_id, 1, "sync", config.env_kwargs)  # what is wrong for all is said once, here
+    spaces_of(envs).check(config)
+    envs.close()
+    if config.capture_video:
+        require_video(env_id, config.env_kwargs)
+    if config.wandb:
+        import_wandb()
     label = f"{min(options.seeds)}-{max(options.seeds)}"
-    folder = Path(config.run_dir or default_run_dir(env_id, choose_backend(config.backend), label))
+    folder = Path(config.run_dir or default_run_dir(env_id, backend, label))
     say = (lambda line: None) if options.quiet else said
     say(
         f"{env_id}: seeds {', '.join(map(str, options.seeds))}, preset {presets.chosen(env_id, preset) or 'none'}"
     )
     say(f"run folders: {folder}/seed-…")
     return train_all(env_id, config, options.seeds, folder, options.quiet, lambda: interrupt.signal, say)
+
+
+def keep_compiled() -> None:
+    """Have JAX, which is not imported yet, read back what it compiled in earlier runs."""
+    folder = cache_folder()
+    if folder is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def stop_when_input_ends() -> None:
+    """Ask this process to stop when whoever began it has ended."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def said(line: str) -> None:
@@ -184,8 +216,9 @@ def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
 class Interrupt:
     """The first SIGINT or SIGTERM asks for a stop after the iteration; a second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: bool = True) -> None:
         self.signal: int | None = None
+        self._say = say
 
     def __enter__(self) -> Interrupt:
         self._before = {
@@ -201,4 +234,5 @@ class Interrupt:
         if self.signal is not None:
             raise SystemExit(128 + number)
         self.signal = number
-        print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)
+        if self._say:
+            print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import re
 import signal
@@ -106,8 +107,11 @@ def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -
 
 def _spec(env_id: str) -> EnvSpec | None:
     """How an environment is registered; None where it is not, or its module cannot be imported."""
+    module, _, name = env_id.rpartition(":")
     try:
-        return gym.spec(with_version(env_id))
+        if module:
+            importlib.import_module(module)
+        return gym.spec(with_version(name))
     except Exception:  # making it will say what is wrong
         return None
 

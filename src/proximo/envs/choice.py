@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import random
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from proximo.envs.pool import supports
@@ -35,23 +40,25 @@ def choose_engine(
 
     1. native: sixteen environments or more, and the environment has a vectorised version of its own;
     2. envpool: sixteen environments or more, EnvPool is installed and its version is known to be Gymnasium's;
-    3. workers: more than one core, and a trial of the environment says that worker processes save a sixth of its time
-       and more over the run than they take to begin;
+    3. workers: more than one core, the environment comes from an installed package, and a trial of it says that worker
+       processes save a sixth of its time and more over the run than they take to begin;
     4. sync.
 
-    `workers` and `sync` give the same rollouts, so that the trial decides nothing but speed.
+    Where nothing is shared with the program, as between an installed package and what imports it, `workers` and `sync`
+    give the same rollouts, so that the trial decides nothing but speed.
 
     Args:
         spec: how it is registered.
         make: makes one environment.
     """
     if num_envs >= MANY:
-        if spec.vector_entry_point is not None and not env_kwargs:  # which it may not know
+        plain = not env_kwargs and not spec.additional_wrappers  # which a vectorised version does not take
+        if spec.vector_entry_point is not None and plain:
             return "native"
         if supports(spec.id, env_kwargs):
             return "envpool"
     workers = min(cores(), num_envs)
-    if workers < 2 or not is_sendable(make):
+    if workers < 2 or not is_installed(spec) or not is_sendable(make):
         return "sync"
     seconds = step_seconds(make)
     if seconds is None:
@@ -62,8 +69,21 @@ def choose_engine(
     return "workers" if apart < together * 5 / 6 and saved > START_S else "sync"
 
 
+def is_installed(spec: EnvSpec) -> bool:
+    """Whether the environment's code is that of an installed package, and no part of somebody's program."""
+    if not isinstance(spec.entry_point, str) or spec.additional_wrappers:
+        return False
+    found = importlib.util.find_spec(spec.entry_point.partition(":")[0].partition(".")[0])
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    return found is not None and any(str(found.origin).startswith(folder + os.sep) for folder in folders)
+
+
 def step_seconds(make: Callable[[], gym.Env]) -> float | None:
-    """Mean time of a step with random actions, resets included; None where the environment fails."""
+    """Mean time of a step with random actions, resets included; None where the environment fails.
+
+    The random numbers of Python and NumPy that a program shares with its environments are left as they were.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever it has to say, it says again when it is used
@@ -74,6 +94,9 @@ def step_seconds(make: Callable[[], gym.Env]) -> float | None:
                 env.close()
     except Exception:  # which making the environments will report
         return None
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _timed(env: gym.Env) -> float:

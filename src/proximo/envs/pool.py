@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -201,7 +201,7 @@ class PoolVectorEnv(VectorEnv):
             self._pool = _make(self._id, self._settings, _seeds(seed, self.num_envs))
         which = np.flatnonzero(mask).astype(np.int32)
         if len(which):
-            observation, info = self._pool.reset(which)
+            observation, info = self._asked(self._pool.reset, which)
             fresh = np.empty_like(self._shaped(observation), shape=(self.num_envs, *observation.shape[1:]))
             if not mask.all():
                 fresh[:] = self._observation
@@ -233,18 +233,20 @@ class PoolVectorEnv(VectorEnv):
             raise UserError(
                 f"actions have shape {actions.shape}, but the action space expects {self.action_space.shape}"
             )
-        try:
-            observation, reward, terminated, truncated, info = self._pool.step(actions)
-        except (
-            BaseException
-        ):  # an interrupt between sending and receiving, after which answers would be late by one
-            self._pool = None
-            raise
+        observation, reward, terminated, truncated, info = self._asked(self._pool.step, actions)
         if self._limit is not None:
             truncated = truncated | (info["elapsed_step"] >= self._limit)
         self._over = terminated | truncated
         self._observation = self._shaped(observation)
         return self._observation, reward.astype(np.float64), terminated, truncated, {}
+
+    def _asked(self, what: Callable[[np.ndarray], Any], argument: np.ndarray) -> Any:
+        """EnvPool's answer. After an interrupt between question and answer all others would be late by one."""
+        try:
+            return what(argument)
+        except BaseException:
+            self._pool = None
+            raise
 
     def close_extras(self, **kwargs: Any) -> None:
         """End EnvPool's threads."""
@@ -294,7 +296,9 @@ def _envpool() -> Any:
     try:
         import envpool
     except ImportError as error:
-        raise UserError(f"engine envpool needs a package that is not installed: {INSTALL}") from error
+        raise UserError(
+            f"engine envpool needs a package that is not installed: {INSTALL}, or choose engine auto"
+        ) from error
     return envpool
 
 

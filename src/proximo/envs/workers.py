@@ -403,8 +403,9 @@ class _Spawned:
 
     def start(self) -> None:
         descriptor = self._connection.fileno()
+        path = [entry for entry in sys.path if isinstance(entry, str)]
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; import proximo.envs.workers as w; w.begin({descriptor})"
+            f"import sys; sys.path[:] = {path!r}; import proximo.envs.workers as w; w.begin({descriptor})"
         )
         with tempfile.TemporaryFile() as task, _interrupts_held():
             task.write(self._task)
@@ -594,10 +595,8 @@ def _work(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     process = multiprocessing.current_process()
-    process.name, process.daemon = (
-        f"proximo-worker-{index}",
-        False,
-    )  # environments may start processes of their own
+    process.name = f"proximo-worker-{index}"
+    process.daemon = False  # environments may start processes of their own
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     _Host(connection, index, environments).run(factory)
 

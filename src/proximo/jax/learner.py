@@ -87,8 +87,7 @@ class Learner:
         spaces.check(config)
         self._built_in = network is None
         parameters = size(config, spaces) if self._built_in else None
-        self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
-        start(self.threads)
+        self.threads = start(learner_threads(config.threads, config.minibatch_transitions, parameters))
         self.spec = Spec(config, spaces, network or mlp(config, spaces), reduce)
         self._dtype = np.dtype(dtype)
         self._state = initial_state(self.spec, config.num_envs, dtype)

@@ -157,7 +157,7 @@ class Learner:
         if not self.spec.config.compile:
             return minibatch
         if shapes not in self._compiled:
-            self._compiled[shapes] = compiled(minibatch)
+            self._compiled[shapes] = compiled(minibatch, guarded=not self._built_in)
         return self._compiled[shapes]
 
     def examine(

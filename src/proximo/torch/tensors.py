@@ -53,13 +53,15 @@ def differentiate(objective: Callable[[Tensor], tuple[Tensor, Any]], params: Ten
     return gradient, each(torch.detach, metrics)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one graph, for arguments of one shape: whoever calls it sees to that.
+def compiled(function: Callable[..., Any], guarded: bool) -> Callable[..., Any]:
+    """`function` as one graph.
 
-    PyTorch would look before every call whether anything has changed that it relied on, which takes a fifth of a small
-    network's step. It keeps what it compiled with the code object and refuses a ninth variant, hence a code object of
-    its own.
+    PyTorch keeps what it compiled with the code object and refuses a ninth variant, hence a code object of its own.
+
+    Args:
+        guarded: look before every call whether anything has changed that was compiled in. Without, which saves a fifth
+            of a small network's step, arguments must always have the same shapes, and nothing else may change.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     unguarded: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(own, fullgraph=True, dynamic=False, options=unguarded)
+    return torch.compile(own, fullgraph=True, dynamic=False, options=None if guarded else unguarded)
