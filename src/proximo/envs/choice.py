@@ -101,12 +101,13 @@ def step_seconds(make: Callable[[], gym.Env]) -> float | None:
 
 def _timed(env: gym.Env) -> float:
     env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(WARM_UP + PROBE_STEPS)]
     env.reset(seed=0)
     steps, began = -WARM_UP, time.perf_counter()
     while steps < PROBE_STEPS and (steps < 1 or time.perf_counter() - began < PROBE_S):
         if steps == 0:
             began = time.perf_counter()
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        _, _, terminated, truncated, _ = env.step(actions[steps])
         if terminated or truncated:
             env.reset()
         steps += 1
