@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from proximo.plot import mean_curve
@@ -136,6 +137,8 @@ def draw(results: dict[tuple[str, str], list[Curve]], envs: list[str], path: Pat
             axes.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(env, fontsize=10, loc="left")
         axes.set_xlabel("steps, over all environments", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("return, mean of the last 100 episodes", fontsize=9)
