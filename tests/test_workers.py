@@ -1,4 +1,4 @@
-"""Worker processes with many environments each: the same numbers as in process, and what becomes of faults."""
+"""Environments in this process and in workers: the same numbers as Gymnasium's, and what becomes of faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from proximo.config import Config
+from proximo.envs.local import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
@@ -150,8 +151,13 @@ def assert_same_rollouts(ours: VectorEnv, theirs: VectorEnv) -> None:
         assert_same(final, its_final)
 
 
+ENGINES = {"workers": partial(WorkerVectorEnv, workers=3), "local": LocalVectorEnv}
+each_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+@each_engine
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_numbers_as_in_process(name):
+def test_the_same_numbers_as_gymnasiums(name, engine):
     """Bitwise: 300 steps with ends of episodes, resets of all, of some, with one seed, many and none; then rollouts.
 
     Five environments do not divide by three workers.
@@ -159,7 +165,7 @@ def test_the_same_numbers_as_in_process(name):
     factory, count = CASES[name], 5
     theirs = SyncVectorEnv([factory] * count, autoreset_mode=AutoresetMode.SAME_STEP)
     disabled = SyncVectorEnv([factory] * count, autoreset_mode=AutoresetMode.DISABLED)
-    ours = WorkerVectorEnv(factory, count, workers=3)
+    ours = ENGINES[engine](factory, count)
     try:
         assert ours.observation_space == theirs.observation_space
         assert ours.action_space == theirs.action_space
@@ -190,15 +196,41 @@ def test_the_same_numbers_as_in_process(name):
         disabled.close()
 
 
-def test_observations_are_copies_and_final_ones_true():
+@each_engine
+def test_observations_are_copies_and_final_ones_true(engine):
     """An array that the environment overwrites, in steps and in the reset that follows."""
-    with opened(Reusing, 2) as envs:
+    with closing(ENGINES[engine](Reusing, 2)) as envs:
         first, _ = envs.reset()
         seen = [envs.step(np.zeros(2, int)) for _ in range(3)]
         assert first.tolist() == [[0, 0], [0, 0]]
         assert [step[0].tolist() for step in seen] == [[[0, 1]] * 2, [[0, 2]] * 2, [[1, 0]] * 2]
         assert [final.tolist() for final in seen[2][4]["final_obs"]] == [[0, 3]] * 2
         assert seen[0][4] == {}
+
+
+class Closing(Reusing):
+    """Notes that it is closed."""
+
+    closed: ClassVar[list[int]] = []
+
+    def close(self) -> None:
+        self.closed.append(1)
+
+
+def test_an_environment_that_fails_here_raises_its_own_error_and_closes_the_others():
+    """The third cannot be made, so that two are closed; spaces that differ close both."""
+    made = iter([Closing, Closing, lambda: 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        LocalVectorEnv(lambda: next(made)(), 3)
+    assert len(Closing.closed) == 2
+    made = iter([Closing, lambda: gym.make("CartPole-v1")])
+    with pytest.raises(UserError, match="environment 1's observation space"):
+        LocalVectorEnv(lambda: next(made)(), 2)
+    assert len(Closing.closed) == 3
+    with closing(LocalVectorEnv(Reusing, 2)) as envs:
+        envs.reset()
+        with pytest.raises(UserError, match=r"actions are .* of shape \(3,\)"):
+            envs.step(np.zeros(3, int))
 
 
 # Faults

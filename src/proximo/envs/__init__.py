@@ -14,9 +14,10 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from proximo.envs.choice import choose_engine
+from proximo.envs.local import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
 from proximo.spaces import Discrete, Spaces
@@ -63,12 +64,11 @@ def make_envs(
         factory = _factory(env, env_kwargs)
         if engine == "workers":
             return _workers(factory, num_envs, bool(env_kwargs))
-        mode = AutoresetMode.DISABLED
         if engine == "async":
             # Spawned: a fork of a process in which JAX runs threads can deadlock.
             factories = [partial(_in_worker, factory)] * num_envs
-            return AsyncVectorEnv(factories, autoreset_mode=mode, context="spawn")
-        return SyncVectorEnv([factory] * num_envs, autoreset_mode=mode)
+            return AsyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED, context="spawn")
+        return LocalVectorEnv(factory, num_envs, copy=False)  # the collector copies
     except (gym.error.Error, ImportError) as error:
         raise UserError(explain(str(env), error)) from error
     except TypeError as error:

@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.workers import mask_of
+from proximo.envs.board import mask_of, seeds_of
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
 
@@ -343,11 +343,7 @@ def _translated(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int]:
     """One seed for each environment, as int32; what is None comes from the operating system."""
-    if isinstance(seed, (int, np.integer)):
-        seed = [int(seed) + n for n in range(num_envs)]
-    given = [None] * num_envs if seed is None else list(seed)
-    if len(given) != num_envs:
-        raise UserError(f"{len(given)} seeds were given for {num_envs} environments: give one for each")
     chance = np.random.SeedSequence().generate_state(num_envs, np.uint32)
+    given = seeds_of(seed, num_envs)
     words = [int(chance[n]) if number is None else int(number) for n, number in enumerate(given)]
     return [(word + 2**31) % 2**32 - 2**31 for word in words]

@@ -14,7 +14,6 @@ Environments that end are reset by their worker in the same step (AutoresetMode.
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import multiprocessing
 import os
@@ -41,6 +40,20 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from proximo.envs.board import (
+    NOWHERE,
+    Arena,
+    Board,
+    Declared,
+    Share,
+    agreed,
+    finals,
+    lay_out,
+    mapped,
+    mask_of,
+    seeds_of,
+    write_actions,
+)
 from proximo.errors import RunError, UserError
 from proximo.machine import cores, stay_on_core
 from proximo.spaces import Spaces
@@ -53,9 +66,7 @@ GRACE_S = 3.0  # for workers to close their environments; after that they are ki
 FAULT_GRACE_S = 0.5  # the same after a fault, which is to be reported soon
 KILLED_S = 1.0  # for a killed process to be gone
 WATCH_S = 1.0  # between a worker's looks at whether its parent lives
-NOWHERE = -1  # the worker is in none of its environments
 SPIN_S = 0.0005  # for which both sides look for a byte before they sleep: being woken may take 0.1 ms
-LINE = 64  # bytes of a cache line
 
 
 class WorkerVectorEnv(VectorEnv):
@@ -101,7 +112,7 @@ class WorkerVectorEnv(VectorEnv):
         super().__init__()
         self._peers: list[_Peer] = []
         self._pending: set[int] = set()  # workers that owe an answer
-        self._board: _Board | None = None
+        self._board: Board | None = None
         self._doing, self._steps = "making", 0
         workers = cores() if workers is None else workers
         _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
@@ -138,13 +149,13 @@ class WorkerVectorEnv(VectorEnv):
             self._pending.add(index)
         self._index_of = {peer.connection.fileno(): peer.index for peer in self._peers}
 
-    def _attach(self, declared: Sequence[_Declared]) -> None:
+    def _attach(self, declared: Sequence[Declared]) -> None:
         """Agree on the spaces, and hand out the memory.
 
         Raises:
             UserError: the spaces differ, or Proximo cannot train on them.
         """
-        observation_space, action_space = _agreed(
+        observation_space, action_space = agreed(
             [item for declaration in declared for item in declaration.spaces]
         )
         Spaces.of(observation_space, action_space)
@@ -154,14 +165,14 @@ class WorkerVectorEnv(VectorEnv):
         self.metadata = {**declared[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = declared[0].render_mode
 
-        arena, counts = _Arena(), (self.num_envs, len(self._peers))
-        _lay_out(arena, observation_space, action_space, *counts)
+        arena, counts = Arena(), (self.num_envs, len(self._peers))
+        lay_out(arena, observation_space, action_space, *counts)
         with _anonymous_file(arena.size) as descriptor:
             for peer in self._peers:
                 self._tell(peer, ATTACH, pickle.dumps((arena.size, *counts)), descriptor)
             self._settle()
             memory = mmap.mmap(descriptor, arena.size)
-        self._board = _lay_out(_Arena(memory), observation_space, action_space, *counts)
+        self._board = lay_out(Arena(memory), observation_space, action_space, *counts)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -179,7 +190,7 @@ class WorkerVectorEnv(VectorEnv):
             UserError: the wrong number of seeds, or no proper mask.
             RunError: an environment raised, a worker died or is stuck.
         """
-        seeds = self._seeds(seed)
+        seeds = seeds_of(seed, self.num_envs)
         mask, options = mask_of(options, self.num_envs)
         messages = {}
         for peer in self._peers:
@@ -202,12 +213,12 @@ class WorkerVectorEnv(VectorEnv):
         """
         board = self._open_board()
         self._settle()
-        _write_actions(board.action, actions)
+        write_actions(board.action, actions)
         self._doing = "stepping"
         self._steps += 1
         self._command(STEP)
         terminated, truncated = board.terminated.copy(), board.truncated.copy()
-        return self._observation(), board.reward.copy(), terminated, truncated, self._finals(board)
+        return self._observation(), board.reward.copy(), terminated, truncated, finals(board)
 
     def close_extras(self, grace_s: float = GRACE_S, **kwargs: Any) -> None:
         """End the workers, by force those that do not close their environments in time (seconds)."""
@@ -224,34 +235,14 @@ class WorkerVectorEnv(VectorEnv):
                 peer.connection.close()
             self._peers, self._board = [], None
 
-    def _open_board(self) -> _Board:
+    def _open_board(self) -> Board:
         if self._board is None or self.closed:
             raise RunError("this vector environment is closed: make a new one")
         return self._board
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, (int, np.integer)):
-            return [int(seed) + n for n in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise UserError(
-                f"{len(seed)} seeds were given for {self.num_envs} environments: give one for each"
-            )
-        return list(seed)
-
     def _observation(self) -> Any:
         observation = self._open_board().observation
-        return _mapped(np.copy, observation) if self.copy else observation
-
-    def _finals(self, board: _Board) -> dict[str, Any]:
-        over = board.terminated | board.truncated
-        if not over.any():
-            return {}
-        final = np.full(self.num_envs, None, object)
-        for n in np.flatnonzero(over):
-            final[n] = _mapped(lambda rows, n=n: rows[n].copy(), board.final)
-        return {"final_obs": final, "_final_obs": over}
+        return mapped(np.copy, observation) if self.copy else observation
 
     # Talking to workers
 
@@ -372,7 +363,7 @@ class _Peer:
     process: BaseProcess | _Spawned
     connection: Connection
     environments: range
-    declared: _Declared | None = None
+    declared: Declared | None = None
     made: int = 0  # environments, so far
     silent: int = 0  # looks in a row that found it where it was before
     seen: int = NOWHERE
@@ -439,14 +430,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-class _Declared(NamedTuple):
-    """What a worker says of its environments: the spaces of its first one, and of any that differs from that."""
-
-    spaces: list[tuple[int, gym.Space[Any], gym.Space[Any]]]
-    metadata: dict[str, Any]
-    render_mode: str | None
-
-
 class _Report(NamedTuple):
     """An exception in a worker. `error` is the exception itself, pickled, where that is possible."""
 
@@ -458,56 +441,6 @@ class _Report(NamedTuple):
     error: bytes | None
 
 
-# Memory
-
-
-class _Arena:
-    """Arrays one behind the other in a piece of memory; without memory it only adds up their size."""
-
-    def __init__(self, memory: mmap.mmap | None = None) -> None:
-        self.memory, self.size = memory, 0
-
-    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        start, dtype = -(-self.size // LINE) * LINE, np.dtype(dtype)
-        self.size = start + math.prod(shape) * dtype.itemsize
-        if self.memory is None:
-            return np.empty(0, dtype)
-        return np.ndarray(shape, dtype, self.memory, start)
-
-    def rows(self, space: gym.Space[Any], count: int) -> Any:
-        """[count, *shape] of a space's own type, or a dict of these."""
-        if isinstance(space, gym.spaces.Dict):
-            return {key: self.rows(child, count) for key, child in space.spaces.items()}
-        return self.take((count, *(space.shape or ())), space.dtype)
-
-
-class _Board(NamedTuple):
-    """What all processes see."""
-
-    current: np.ndarray  # [W, 8] int64: where each worker is, on a cache line of its own
-    observation: Any  # [N, ...], or a dict of these
-    final: Any  # the same: observations that ended an episode
-    action: np.ndarray  # [N, ...]
-    reward: np.ndarray  # [N] float64
-    terminated: np.ndarray  # [N] bool
-    truncated: np.ndarray  # [N] bool
-
-
-def _lay_out(
-    arena: _Arena, observation: gym.Space[Any], action: gym.Space[Any], num_envs: int, workers: int
-) -> _Board:
-    """The same arrays at the same places in every process."""
-    return _Board(
-        arena.take((workers, LINE // 8), np.int64),
-        arena.rows(observation, num_envs),
-        arena.rows(observation, num_envs),
-        arena.rows(action, num_envs),
-        arena.take((num_envs,), np.float64),
-        arena.take((num_envs,), np.bool_),
-        arena.take((num_envs,), np.bool_),
-    )
-
-
 @contextlib.contextmanager
 def _anonymous_file(size: int) -> Iterator[int]:
     """Descriptor of `size` zero bytes that no folder lists."""
@@ -515,65 +448,6 @@ def _anonymous_file(size: int) -> Iterator[int]:
     with open(os.memfd_create("proximo"), "w+b") if linux else tempfile.TemporaryFile() as file:
         os.ftruncate(file.fileno(), size)
         yield file.fileno()
-
-
-def _mapped(change: Callable[[np.ndarray], Any], tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _mapped(change, value) for key, value in tree.items()}
-    return change(tree)
-
-
-def _leaves(space: gym.Space[Any], tree: Any, path: tuple[str, ...] = ()) -> Iterator[_Leaf]:
-    if isinstance(space, gym.spaces.Dict):
-        for key, child in space.spaces.items():
-            yield from _leaves(child, tree[key], (*path, key))
-    else:
-        yield _Leaf(path, tree, tree.shape[1:], tree.dtype)
-
-
-class _Leaf(NamedTuple):
-    """Where one array of an observation goes."""
-
-    path: tuple[str, ...]
-    rows: np.ndarray  # [N, *shape]
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def refuse(self, problem: str) -> UserError:
-        name = f"observation {'.'.join(self.path)!r}" if self.path else "the observation"
-        return UserError(
-            f"{name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares"
-        )
-
-
-def _store(leaves: Sequence[_Leaf], n: int, observation: Any) -> None:
-    """Copy environment n's observation into the shared memory.
-
-    Raises:
-        UserError: a missing key, a wrong shape or a type that does not fit.
-    """
-    for leaf in leaves:
-        path, rows, shape, dtype = leaf
-        value = observation
-        for key in path:
-            if not isinstance(value, Mapping) or key not in value:
-                raise leaf.refuse("is missing")
-            value = value[key]
-        array = np.asarray(value)
-        if array.shape != shape:
-            raise leaf.refuse(f"has shape {array.shape}")
-        if array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
-            raise leaf.refuse(f"is {array.dtype}")
-        rows[n] = array
-
-
-def _write_actions(rows: np.ndarray, actions: Any) -> None:
-    actions = np.asarray(actions)
-    if actions.shape != rows.shape or not np.can_cast(actions.dtype, rows.dtype, "same_kind"):
-        raise UserError(
-            f"actions are {actions.dtype} of shape {actions.shape}, expected {rows.dtype} of shape {rows.shape}"
-        )
-    rows[...] = actions
 
 
 # In a worker
@@ -614,21 +488,18 @@ class _TrainerGone(Exception):
 
 
 class _Host:
-    """Some of the environments, and the process that runs them."""
+    """A share of the environments, and the process that runs them."""
 
     def __init__(self, connection: Connection, index: int, environments: range) -> None:
-        self.connection, self.index, self.environments = connection, index, environments
-        self.envs: list[gym.Env] = []
-        self.at: int | None = None  # the environment that is being made, reset or stepped
-        self.doing = "making"
+        self.connection, self.index, self.share = connection, index, Share(environments)
         self.poller = select.poll()
         self.poller.register(connection.fileno(), select.POLLIN)
 
     def run(self, factory: bytes) -> None:
         """Serve until told to close, until the trainer is gone or until an environment fails."""
         try:
-            self._make(factory)
-            self._answer(DECLARED, cloudpickle.dumps(self._declare()))
+            self.share.make(pickle.loads(factory), made=lambda: self._answer(MADE))
+            self._answer(DECLARED, cloudpickle.dumps(self.share.declare()))
             self._serve()
         except _TrainerGone:
             pass
@@ -636,26 +507,10 @@ class _Host:
             with contextlib.suppress(_TrainerGone):
                 self._answer(FAILED, pickle.dumps(self._report(error)))
         finally:
-            self._close()
-
-    def _make(self, factory: bytes) -> None:
-        make = pickle.loads(factory)
-        for n in self.environments:
-            self.at = n
-            self.envs.append(make())
-            self._answer(MADE)
-        self.at = None
-
-    def _declare(self) -> _Declared:
-        spaces = [
-            (n, env.observation_space, env.action_space)
-            for n, env in zip(self.environments, self.envs, strict=True)
-        ]
-        differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
-        return _Declared([spaces[0], *differing[:1]], dict(self.envs[0].metadata), self.envs[0].render_mode)
+            self.share.close()
 
     def _serve(self) -> None:
-        commands = {STEP: self._step, RESET: self._reset, ATTACH: self._attach}
+        commands = {STEP: self.share.step, RESET: self._reset, ATTACH: self._attach}
         while (command := self._receive()) != CLOSE:
             commands[command]()
             self._answer(DONE)
@@ -665,39 +520,12 @@ class _Host:
         descriptor = reduction.recv_handle(self.connection)
         memory = mmap.mmap(descriptor, size)
         os.close(descriptor)
-        first = self.envs[0]
+        first = self.share.envs[0]
         spaces = first.observation_space, first.action_space
-        board = _lay_out(_Arena(memory), *spaces, num_envs, workers)
-        self.board = board
-        self.current = memoryview(board.current[self.index])
-        self.current[0] = NOWHERE
-        self.observation = list(_leaves(first.observation_space, board.observation))
-        self.final = list(_leaves(first.observation_space, board.final))
+        self.share.attach(lay_out(Arena(memory), *spaces, num_envs, workers), self.index)
 
     def _reset(self) -> None:
-        seeds, mask, options = pickle.loads(self.connection.recv_bytes())
-        self.doing = "resetting"
-        for n, env, seed, chosen in zip(self.environments, self.envs, seeds, mask, strict=True):
-            if chosen:
-                self.at = self.current[0] = n
-                observation, _ = env.reset(seed=seed, options=options)
-                _store(self.observation, n, observation)
-        self.current[0] = NOWHERE
-
-    def _step(self) -> None:
-        board, current = self.board, self.current
-        reward, terminated, truncated = board.reward, board.terminated, board.truncated
-        # A copy, since an environment may keep its action for longer than this step.
-        actions = board.action[self.environments.start : self.environments.stop].copy()
-        self.doing = "stepping"
-        for n, env, action in zip(self.environments, self.envs, actions, strict=True):
-            self.at = current[0] = n
-            observation, reward[n], terminated[n], truncated[n], _ = env.step(action)
-            if terminated[n] or truncated[n]:
-                _store(self.final, n, observation)
-                observation, _ = env.reset()
-            _store(self.observation, n, observation)
-        current[0] = NOWHERE
+        self.share.reset(*pickle.loads(self.connection.recv_bytes()))
 
     def _receive(self) -> bytes:
         _awaited(self.poller)
@@ -718,19 +546,15 @@ class _Host:
             raise _TrainerGone from error
 
     def _report(self, error: BaseException) -> _Report:
+        doing = self.share.doing
         return _Report(
-            self.at,
-            self.doing,
-            self.doing == "making" or isinstance(error, UserError),
+            self.share.at,
+            doing,
+            doing == "making" or isinstance(error, UserError),
             "".join(traceback.format_exception_only(error)).strip(),
             "".join(traceback.format_exception(error)),
             _pickled_or_none(error),
         )
-
-    def _close(self) -> None:
-        for env in self.envs:
-            with contextlib.suppress(Exception):  # nobody is left to hear of it
-                env.close()
 
 
 # Small matters
@@ -799,31 +623,6 @@ def _unpickled(error: bytes | None) -> BaseException | None:
     except Exception:
         return None
     return found if isinstance(found, BaseException) else None
-
-
-def _agreed(declared: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:
-    first, observation, action = declared[0]
-    for n, *own in declared[1:]:
-        for what, space, expected in zip(("observation", "action"), own, (observation, action), strict=True):
-            if space != expected:
-                raise UserError(
-                    f"environment {n}'s {what} space is {space}, but environment {first}'s is {expected}: all must "
-                    "have the same"
-                )
-    return observation, action
-
-
-def mask_of(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """Which environments to reset ([N] bool), and the other options."""
-    if options is None or "reset_mask" not in options:
-        return np.ones(num_envs, bool), None if options is None else dict(options)
-    others = dict(options)
-    mask = np.asarray(others.pop("reset_mask"))
-    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        raise UserError(
-            f"reset_mask is {mask.dtype} of shape {mask.shape}, expected bool of shape ({num_envs},)"
-        )
-    return mask, others
 
 
 def _ending(exitcode: int | None) -> str:

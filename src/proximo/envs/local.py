@@ -1,0 +1,99 @@
+"""Environments in this process, one after the other."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from proximo.envs.board import Arena, Share, agreed, finals, lay_out, mapped, mask_of, seeds_of, write_actions
+from proximo.spaces import Spaces
+
+
+class LocalVectorEnv(VectorEnv):
+    """N environments that are stepped in a plain loop: what `WorkerVectorEnv` does in its processes, done here.
+
+    The numbers are those of SyncVectorEnv with AutoresetMode.SAME_STEP, without its work on what environments say in
+    `info`: `step` returns only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool), and
+    those only when an episode ended; `reset` returns an empty one.
+
+    Args:
+        factory: makes one environment; called N times.
+        num_envs: N.
+        copy: whether observations are copies; otherwise the next step overwrites them.
+
+    Raises:
+        UserError: spaces that differ or that Proximo cannot train on.
+    """
+
+    takes_seed_list = True  # one seed per environment, as SyncVectorEnv does
+
+    def __init__(self, factory: Callable[[], gym.Env], num_envs: int, copy: bool = True) -> None:
+        super().__init__()
+        self.num_envs, self.copy = num_envs, copy
+        self._share = Share(range(num_envs))
+        try:
+            self._share.make(factory)
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
+        declared = self._share.declare()
+        spaces = agreed(declared.spaces)
+        Spaces.of(*spaces)
+        self.single_observation_space, self.single_action_space = spaces
+        self.observation_space, self.action_space = (batch_space(space, self.num_envs) for space in spaces)
+        self.metadata = {**declared.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.render_mode = declared.render_mode
+        arena = Arena()
+        lay_out(arena, *spaces, self.num_envs, 1)
+        self._board = lay_out(Arena(mmap.mmap(-1, arena.size)), *spaces, self.num_envs, 1)
+        self._share.attach(self._board, 0)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin new episodes: everywhere, or where `options["reset_mask"]` ([N] bool) says.
+
+        Args:
+            seed: one per environment; or one number, from which environment n takes seed + n.
+            options: for every environment's `reset`, less the mask.
+
+        Returns:
+            Observations [N, ...], those of environments left alone as they were, and an empty info.
+
+        Raises:
+            UserError: the wrong number of seeds, or no proper mask.
+        """
+        mask, options = mask_of(options, self.num_envs)
+        self._share.reset(seeds_of(seed, self.num_envs), mask.tolist(), options)
+        return self._observation(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Take actions [N, ...] everywhere.
+
+        Returns:
+            Observations [N, ...], rewards [N] float64, terminated [N], truncated [N], info.
+
+        Raises:
+            UserError: actions of the wrong shape or kind.
+        """
+        board = self._board
+        write_actions(board.action, actions)
+        self._share.step()
+        terminated, truncated = board.terminated.copy(), board.truncated.copy()
+        return self._observation(), board.reward.copy(), terminated, truncated, finals(board)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environments."""
+        self._share.close()
+
+    def _observation(self) -> Any:
+        return mapped(np.copy, self._board.observation) if self.copy else self._board.observation
