@@ -71,7 +71,7 @@ def kept(entry: Result) -> str:
     """The floor, and whether the median keeps it."""
     if entry["floor"] is None:
         return "–"
-    return f"{entry['floor']:g}" + ("" if entry["median"] >= entry["floor"] else ", missed")
+    return f"{entry['floor']:.3g}" + ("" if entry["median"] >= entry["floor"] else ", missed")
 
 
 def ratios(results: list[Result]) -> str:
@@ -233,9 +233,7 @@ def draw(results: list[Result], path: Path) -> None:
     axes.set_yticks(range(len(entries)), names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
-    axes.set_xlabel(
-        "times as fast; the thin line is the range over rounds, the red mark the floor", fontsize=8
-    )
+    axes.set_xlabel("times as fast; line: range over rounds; red: floor", fontsize=8)
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
