@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_info
 from proximo import PPO
 from proximo.cli import main
 from proximo.envs import engine_for
+from proximo.errors import RunError, UserError
 from proximo.machine import cores, learner_threads
 from proximo.parameters import initial_parameters, size
 from proximo.record import last_metrics, read_metrics
@@ -245,3 +246,25 @@ def test_an_environment_that_is_missing_is_said_once(tmp_path, capsys):
     assert main(["train", "CartPole-v9", "--seeds", "0-3", "--run-dir", str(tmp_path / "all")]) == 2
     assert capsys.readouterr().err.count("CartPole-v9") == 1
     assert not Path(tmp_path / "all").exists()
+
+
+class Crashing(Working):
+    """Ends its process in the fifth step."""
+
+    def step(self, action):
+        self.seconds -= 1
+        if self.seconds == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+def test_isolated_environments_leave_the_run_alive_when_they_crash():
+    """Of functions, too; engines that run in this process are refused."""
+    assert engine_for("CartPole-v1", 16, isolate=True) == "workers"
+    assert engine_for(lambda: Working(0.0), 2, isolate=True) == "workers"
+    with pytest.raises(UserError, match="isolate_envs needs worker processes, which engine sync has not"):
+        PPO("CartPole-v1", engine="sync", isolate_envs=True)
+    with PPO(lambda: Crashing(5), num_envs=2, isolate_envs=True, **SMALL) as agent:
+        with pytest.raises(RunError, match=r"worker \d .* was killed by SIGKILL .* at step 5"):
+            agent.learn(64)
+        assert agent.predict(np.zeros(3, np.float32)).shape == ()

@@ -151,7 +151,11 @@ def assert_same_rollouts(ours: VectorEnv, theirs: VectorEnv) -> None:
         assert_same(final, its_final)
 
 
-ENGINES = {"workers": partial(WorkerVectorEnv, workers=3), "local": LocalVectorEnv}
+ENGINES = {
+    "workers": partial(WorkerVectorEnv, workers=3),
+    "isolated": partial(WorkerVectorEnv, workers=3, isolate=True),
+    "local": LocalVectorEnv,
+}
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -244,7 +248,8 @@ class Faulty(gym.Env):
 
     def __init__(self, fault: Callable[[], Any] = dict, place: str = "step") -> None:
         self.fault, self.place = fault, place
-        self.made_in = int(multiprocessing.current_process().name.rpartition("-")[2])
+        name = multiprocessing.current_process().name
+        self.made_in = int(name.rpartition("-")[2]) if name.startswith("proximo-worker") else 0
         self.is_it, self.steps = False, 0
         if place == "constructor" and self.made_in == 1:
             fault()
@@ -290,8 +295,8 @@ def kill_yourself(number: int) -> None:
 
 @contextmanager
 def opened(factory: Any, num_envs: int = 4, **kwargs: Any) -> Iterator[WorkerVectorEnv]:
-    """Two workers; afterwards every one is gone, and closing again does nothing."""
-    envs = WorkerVectorEnv(factory, num_envs, workers=2, **kwargs)
+    """Two workers, unless told otherwise; afterwards every one is gone, and closing again does nothing."""
+    envs = WorkerVectorEnv(factory, num_envs, **{"workers": 2, "isolate": True, **kwargs})
     pids = pids_of(envs)
     try:
         yield envs
@@ -309,13 +314,15 @@ def pids_of(envs: WorkerVectorEnv) -> list[int]:
     return [peer.process.pid or 0 for peer in envs._peers]
 
 
-def fault_of(envs: WorkerVectorEnv, kind: type[Exception], message: str) -> tuple[Exception, float]:
+def fault_of(
+    envs: WorkerVectorEnv, kind: type[Exception], message: str, seeds: tuple[int, ...] = (0, 1, 2, 3)
+) -> tuple[Exception, float]:
     """Reset and step until it raises; the exception, and the seconds that the last call took."""
     began = time.monotonic()
 
     def act() -> None:
         nonlocal began
-        envs.reset(seed=[0, 1, 2, 3])
+        envs.reset(seed=list(seeds))
         for _ in range(5):
             began = time.monotonic()
             envs.step(np.zeros(4, int))
@@ -352,6 +359,40 @@ def test_an_exception_keeps_its_type_its_message_and_its_traceback(name):
         assert seconds < SOON
         if name in ("step", "reset"):
             assert type(error.__cause__) in (ZeroDivisionError, KeyError)
+
+
+@pytest.mark.parametrize("place", ["step", "reset"])
+def test_an_exception_in_the_trainers_own_share(place):
+    """Is told as those of workers are, and keeps the exception itself; the workers end at once."""
+    fault = partial(raises, Unpicklable)
+    with opened(partial(Faulty, fault, place), isolate=False) as envs:
+        assert len(pids_of(envs)) == 1, "the first two of four are here"
+        message = r"environment 1 raised (.*)Unpicklable: (.*)\nwhile .*, in the trainer's process"
+        error, seconds = fault_of(envs, RunError, message, (0, 2, 1, 3))
+        assert "Traceback (most recent call last)" in str(error)
+        assert isinstance(error.__cause__, Unpicklable)
+        assert seconds < SOON
+
+
+def test_a_constructor_that_raises_in_the_trainer():
+    """As in a worker: the user's error, and nothing stays."""
+    made = iter([Closing])
+    with pytest.raises(UserError, match=r"environment 1 raised StopIteration(.*\n)*while making.* trainer's"):
+        WorkerVectorEnv(FirstAlone(made), 4, workers=2)
+    assert not workers_alive()
+
+
+class FirstAlone:
+    """Makes one environment here, and any number elsewhere."""
+
+    def __init__(self, made: Iterator[Any] | None) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple:
+        return FirstAlone, (None,)
+
+    def __call__(self) -> gym.Env:
+        return next(self.made)() if self.made else Closing()
 
 
 def test_a_constructor_that_raises():
@@ -422,13 +463,16 @@ def test_a_step_that_never_returns(fault):
     not hasattr(os, "sched_getaffinity") or cores() < 2, reason="needs cores that can be named"
 )
 def test_as_many_workers_as_cores_are_each_kept_on_one():
-    """Together they have all of them; fewer workers may run wherever this process may."""
+    """No two on the same, and the trainer wherever it likes; so do workers that are fewer."""
     own = os.sched_getaffinity(0)
-    with closing(WorkerVectorEnv(Reusing, cores())) as envs:
-        kept = [os.sched_getaffinity(peer.process.pid) for peer in envs._peers]
-    assert [len(places) for places in kept] == [1] * cores()
-    assert set.union(*kept) == own
-    with closing(WorkerVectorEnv(Reusing, 2, workers=1)) as envs:
+    for isolate in (True, False):
+        with closing(WorkerVectorEnv(Reusing, cores(), isolate=isolate)) as envs:
+            kept = [os.sched_getaffinity(peer.process.pid) for peer in envs._peers]
+        count = cores() - (not isolate)
+        assert [len(places) for places in kept] == [1] * count
+        assert len(set.union(*kept)) == count
+        assert os.sched_getaffinity(0) == own
+    with closing(WorkerVectorEnv(Reusing, 2, workers=1, isolate=True)) as envs:
         assert os.sched_getaffinity(envs._peers[0].process.pid) == own
 
 
@@ -459,7 +503,7 @@ from test_workers import Faulty
 from proximo.envs.workers import WorkerVectorEnv
 
 if __name__ == "__main__":
-    envs = WorkerVectorEnv(partial(Faulty, partial(time.sleep, 1000)), 4, workers=2)
+    envs = WorkerVectorEnv(partial(Faulty, partial(time.sleep, 1000)), 4, workers=2, isolate=True)
     envs.reset(seed=[0, 1, 2, 3])
     print(*(peer.process.pid for peer in envs._peers), flush=True)
     for _ in range(3):
@@ -550,13 +594,13 @@ if __name__ == "__main__":
         timer = threading.Timer(0.05, os.killpg, (0, signal.SIGINT))
         timer.start()
         try:
-            WorkerVectorEnv(partial(Slow, 1.0), 2).close()
+            WorkerVectorEnv(partial(Slow, 1.0), 2, isolate=ISOLATE).close()
             timer.join()
         except KeyboardInterrupt:
             break
     else:
         raise SystemExit("not interrupted while it began")
-    envs = WorkerVectorEnv(partial(Slow, 1.0), 2)
+    envs = WorkerVectorEnv(partial(Slow, 1.0), 2, isolate=ISOLATE)
     envs.reset(seed=0)
     threading.Timer(0.1, os.killpg, (0, signal.SIGINT)).start()
     try:
@@ -568,9 +612,10 @@ if __name__ == "__main__":
 """
 
 
-def test_interrupts_are_for_the_trainer(tmp_path):
+@pytest.mark.parametrize("isolate", [True, False])
+def test_interrupts_are_for_the_trainer(isolate, tmp_path):
     """Ctrl-C goes to a whole group of processes: workers say nothing, and those that were at work can go on."""
-    with trainer(INTERRUPTED, tmp_path) as process:
+    with trainer(INTERRUPTED.replace("ISOLATE", str(isolate)), tmp_path) as process:
         output, complaints = process.communicate(timeout=50)
         assert (output, complaints) == ("[[1.0, 0.0], [1.0, 0.0]] [[1.0, 1.0], [1.0, 1.0]]\n", "")
         assert process.returncode == 0

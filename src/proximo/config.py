@@ -81,9 +81,15 @@ class Config:
     engine: str = option(
         "auto",
         "how environments are run: auto (the quickest of the others, by a rule), sync (in this process), workers "
-        "(many in each of a few processes), async (one process each), envpool (in C++, where EnvPool has the "
+        "(many in each of a few processes, this one among them), async (one process each), envpool (in C++, where EnvPool has the "
         "environment), native (the environment's own vectorised version)",
         group="run", kind="str", choices=("auto", "sync", "workers", "async", "envpool", "native"),
+    )  # fmt: skip
+    isolate_envs: bool = option(
+        False,
+        "keep all environments out of the process that learns: one that crashes or never returns then ends the run "
+        "with a message, at some cost in speed (engine workers, async)",
+        group="run", kind="bool",
     )  # fmt: skip
     threads: int | None = option(
         None,
@@ -292,6 +298,10 @@ class Config:
         if self.minibatch_size is not None and self.num_minibatches is not None:
             raise UserError(
                 "minibatch_size and num_minibatches are both given, but one decides the other: give one of them"
+            )
+        if self.isolate_envs and self.engine not in ("auto", "workers", "async"):
+            raise UserError(
+                f"isolate_envs needs worker processes, which engine {self.engine} has not: use engine workers or async"
             )
         rows, what = (
             self.num_envs * self.num_steps,

@@ -368,8 +368,9 @@ def evaluate_random(
 
 def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
     """The environments, and the config with the engine that runs them."""
-    engine = engine_for(env, config.num_envs, config.engine, config.env_kwargs, config.total_timesteps)
-    return make_envs(env, config.num_envs, engine, config.env_kwargs), config.replace(engine=engine)
+    count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
+    engine = engine_for(env, count, config.engine, kwargs, config.total_timesteps, isolate)
+    return make_envs(env, count, engine, kwargs, isolate), config.replace(engine=engine)
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

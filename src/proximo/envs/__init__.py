@@ -34,7 +34,11 @@ _NAMESPACES = {
 
 
 def make_envs(
-    env: EnvLike, num_envs: int, engine: str = "auto", env_kwargs: Mapping[str, Any] | None = None
+    env: EnvLike,
+    num_envs: int,
+    engine: str = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    isolate: bool = False,
 ) -> VectorEnv:
     """Build N copies of an environment.
 
@@ -42,6 +46,7 @@ def make_envs(
         env: an id registered with Gymnasium, a function that makes one environment, or a vector environment,
             which is returned as it is.
         engine: sync, workers, async, envpool, native or auto, which `engine_for` resolves.
+        isolate: whether all of them run outside this process: in worker processes.
 
     Raises:
         UserError: the environment cannot be made; the message says what to install or write instead.
@@ -54,7 +59,7 @@ def make_envs(
             "give its id, or lambda: gymnasium.make(…)"
         )
     env_kwargs = dict(env_kwargs or {})
-    engine = engine_for(env, num_envs, engine, env_kwargs)
+    engine = engine_for(env, num_envs, engine, env_kwargs, isolate=isolate)
     env = env if isinstance(env, str) else partial(_checked, env)
     try:
         if engine == "native":
@@ -63,7 +68,7 @@ def make_envs(
             return _pool(env, num_envs, env_kwargs)
         factory = _factory(env, env_kwargs)
         if engine == "workers":
-            return _workers(factory, num_envs, bool(env_kwargs))
+            return _workers(factory, num_envs, isolate, bool(env_kwargs))
         if engine == "async":
             # Spawned: a fork of a process in which JAX runs threads can deadlock.
             factories = [partial(_in_worker, factory)] * num_envs
@@ -83,14 +88,20 @@ def engine_for(
     engine: str = "auto",
     env_kwargs: Mapping[str, Any] | None = None,
     total_timesteps: int = 1_000_000,
+    isolate: bool = False,
 ) -> str:
     """The engine itself, or where it is auto, the one that `proximo.envs.choice` expects to be quickest.
 
     What a function makes runs in this process then, since it may share something with its program, or do more than
     step. A vector environment is run as it is, whatever the engine.
+
+    Args:
+        isolate: auto means workers, which then run all environments.
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
+    if isolate:
+        return "workers"
     spec = _spec(env) if isinstance(env, str) else None
     if spec is None:
         return "sync"
@@ -174,9 +185,9 @@ def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:
     return factory()
 
 
-def _workers(factory: Callable[[], gym.Env], num_envs: int, with_kwargs: bool) -> VectorEnv:
+def _workers(factory: Callable[[], gym.Env], num_envs: int, isolate: bool, with_kwargs: bool) -> VectorEnv:
     try:
-        return WorkerVectorEnv(factory, num_envs, copy=False)  # the collector copies
+        return WorkerVectorEnv(factory, num_envs, isolate=isolate, copy=False)  # the collector copies
     except UserError as error:
         cause = error.__cause__
         if isinstance(cause, (gym.error.Error, ImportError)) or (

@@ -23,7 +23,7 @@ from proximo.machine import cores
 MANY = 16  # environments, below which what steps them all in one call saves little
 
 # What a step of one environment, and of all of them, costs besides the environment's own work.
-SYNC_S, WORKER_S, MEETING_S = 2e-6, 5e-6, 30e-6
+SYNC_S, WORKER_S, MEETING_S = 2e-6, 3e-6, 20e-6
 UNEVEN = 1.1  # the slowest worker's share over the mean
 START_S = 3.0  # for worker processes to begin
 PROBE_S, PROBE_STEPS, WARM_UP = 0.05, 200, 5

@@ -1,12 +1,15 @@
-"""Many environments in each of a few worker processes, over shared memory.
+"""Many environments in each of a few processes, over shared memory.
+
+The trainer's own process steps the first share of them and worker processes the others, so that on every core one
+process steps; or all are in workers, where the trainer is to be safe from them, and waits meanwhile.
 
 Observations, actions, rewards and flags lie in one piece of memory that all processes map. A step is one byte to
 every worker and one byte back, whatever the number of environments; nothing is pickled. The bytes go over a pair of
 sockets, so that waiting needs no shared locks, what was written before a byte is seen after it on every machine, and
 the end of the file says that the other side is dead. The memory has no name: whoever dies, none is left behind.
 
-Both sides look for bytes for a moment before they sleep. Where there are as many workers as cores, each is kept on one:
-otherwise two may share a core while the trainer, which looks for their answers, has the other.
+Both sides look for bytes for a moment before they sleep. Where there are as many shares as cores, each worker is kept
+on a core of its own: otherwise two may share one while another is idle.
 
 Environments that end are reset by their worker in the same step (AutoresetMode.SAME_STEP).
 """
@@ -70,24 +73,26 @@ SPIN_S = 0.0005  # for which both sides look for a byte before they sleep: being
 
 
 class WorkerVectorEnv(VectorEnv):
-    """N environments in W processes.
+    """N environments in W processes, of which this one is the first.
 
     `step` and `reset` are those of Gymnasium's vector environments with AutoresetMode.SAME_STEP, and with the same
-    seeds give the same numbers as SyncVectorEnv. What environments say in `info` stays in the workers: `step` returns
+    seeds give the same numbers as SyncVectorEnv. What environments say in `info` stays where they are: `step` returns
     only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool), and those only when
     an episode ended; `reset` returns an empty one.
 
     After any fault the workers are gone and the vector environment is closed.
 
     Args:
-        factory: makes one environment; called N times, in the workers. A lambda will do.
+        factory: makes one environment; called N times, in these processes. A lambda will do.
         num_envs: N.
         workers: W; by default as many as there are cores, and never more than N. Environment numbers are dealt in
             order, as evenly as it goes.
+        isolate: whether all W are worker processes, and this one only waits. An environment that crashes or never
+            returns can then be reported; in this process it takes the trainer along.
         context: how processes begin: spawn, forkserver or fork. A fork of a process in which threads run (JAX has
             some) may hang; a fork server imports the program, which has to guard what it does with `if __name__ ==
             "__main__":`.
-        timeout_s: seconds that one step or reset of one environment may take before it counts as stuck.
+        timeout_s: seconds that one step or reset of one environment in a worker may take before it counts as stuck.
         start_timeout_s: the same for its constructor, and for a process to begin.
         copy: whether observations are copies; otherwise the next step overwrites them.
 
@@ -104,12 +109,14 @@ class WorkerVectorEnv(VectorEnv):
         factory: Callable[[], gym.Env],
         num_envs: int,
         workers: int | None = None,
+        isolate: bool = False,
         context: str = "spawn",
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
         copy: bool = True,
     ) -> None:
         super().__init__()
+        self._own: Share | None = None  # the environments in this process
         self._peers: list[_Peer] = []
         self._pending: set[int] = set()  # workers that owe an answer
         self._board: Board | None = None
@@ -120,21 +127,27 @@ class WorkerVectorEnv(VectorEnv):
         self.num_envs, self.copy, self._limit_s = num_envs, copy, start_timeout_s
         self._poller = select.poll()
         try:
-            self._start(_pickled(factory), workers, context)
+            self._start(factory, list(_shares(num_envs, workers)), isolate, context)
             self._settle()
             self._limit_s = timeout_s
-            self._attach([peer.declared for peer in self._peers if peer.declared])
+            self._attach(workers)
         except BaseException:
             self.close(grace_s=FAULT_GRACE_S)
             raise
 
-    def _start(self, factory: bytes, workers: int, context: str) -> None:
+    def _start(
+        self, factory: Callable[[], gym.Env], shares: list[range], isolate: bool, context: str
+    ) -> None:
         contexts: Any = multiprocessing.get_context(context)
-        for index, environments in enumerate(_shares(self.num_envs, workers)):
+        pickled = _pickled(factory)
+        for index, environments in enumerate(shares):
+            if index == 0 and not isolate:
+                self._own = Share(environments)
+                continue
             ours, theirs = multiprocessing.Pipe()
             # A fork holds our ends as well; left open there, they would hide our death from the workers.
             inherited = [*(peer.connection for peer in self._peers), ours] if context == "fork" else []
-            task = (theirs, inherited, factory, index, environments)
+            task = (theirs, inherited, pickled, index, environments)
             process: Any = (
                 _Spawned(*task)
                 if context == "spawn"
@@ -142,19 +155,22 @@ class WorkerVectorEnv(VectorEnv):
             )
             self._peers.append(_Peer(index, process, ours, environments))
             process.start()
-            if workers == cores():
+            if len(shares) == cores():
                 stay_on_core(process.pid, index)
             theirs.close()
             self._poller.register(ours.fileno(), select.POLLIN)
             self._pending.add(index)
-        self._index_of = {peer.connection.fileno(): peer.index for peer in self._peers}
+        self._peer_of = {peer.connection.fileno(): peer for peer in self._peers}
+        self._here(lambda own: own.make(factory))
 
-    def _attach(self, declared: Sequence[Declared]) -> None:
+    def _attach(self, workers: int) -> None:
         """Agree on the spaces, and hand out the memory.
 
         Raises:
             UserError: the spaces differ, or Proximo cannot train on them.
         """
+        declared = [self._own.declare()] if self._own else []
+        declared += [peer.declared for peer in self._peers if peer.declared]
         observation_space, action_space = agreed(
             [item for declaration in declared for item in declaration.spaces]
         )
@@ -165,14 +181,15 @@ class WorkerVectorEnv(VectorEnv):
         self.metadata = {**declared[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = declared[0].render_mode
 
-        arena, counts = Arena(), (self.num_envs, len(self._peers))
+        arena, counts = Arena(), (self.num_envs, workers)
         lay_out(arena, observation_space, action_space, *counts)
         with _anonymous_file(arena.size) as descriptor:
             for peer in self._peers:
                 self._tell(peer, ATTACH, pickle.dumps((arena.size, *counts)), descriptor)
             self._settle()
             memory = mmap.mmap(descriptor, arena.size)
-        self._board = lay_out(Arena(memory), observation_space, action_space, *counts)
+        board = self._board = lay_out(Arena(memory), observation_space, action_space, *counts)
+        self._here(lambda own: own.attach(board, 0))
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -192,13 +209,18 @@ class WorkerVectorEnv(VectorEnv):
         """
         seeds = seeds_of(seed, self.num_envs)
         mask, options = mask_of(options, self.num_envs)
-        messages = {}
-        for peer in self._peers:
-            own = slice(peer.environments.start, peer.environments.stop)
-            if mask[own].any():
-                messages[peer.index] = cloudpickle.dumps((seeds[own], mask[own], options))
+
+        def orders(environments: range) -> tuple[list[int | None], list[bool], dict[str, Any] | None]:
+            part = slice(environments.start, environments.stop)
+            return seeds[part], mask[part].tolist(), options
+
+        messages = {
+            peer.index: cloudpickle.dumps(told)
+            for peer in self._peers
+            if any((told := orders(peer.environments))[1])
+        }
         self._doing = "resetting"
-        self._command(RESET, messages)
+        self._command(RESET, lambda own: own.reset(*orders(own.environments)), messages)
         return self._observation(), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -216,7 +238,7 @@ class WorkerVectorEnv(VectorEnv):
         write_actions(board.action, actions)
         self._doing = "stepping"
         self._steps += 1
-        self._command(STEP)
+        self._command(STEP, Share.step)
         terminated, truncated = board.terminated.copy(), board.truncated.copy()
         return self._observation(), board.reward.copy(), terminated, truncated, finals(board)
 
@@ -225,6 +247,8 @@ class WorkerVectorEnv(VectorEnv):
         for peer in self._peers:
             self._tell(peer, CLOSE)
         try:
+            if self._own:
+                self._own.close()
             _join(self._peers, grace_s)
         finally:
             for peer in self._peers:
@@ -233,7 +257,7 @@ class WorkerVectorEnv(VectorEnv):
             _join(self._peers, KILLED_S)
             for peer in self._peers:
                 peer.connection.close()
-            self._peers, self._board = [], None
+            self._peers, self._own, self._board = [], None, None
 
     def _open_board(self) -> Board:
         if self._board is None or self.closed:
@@ -246,14 +270,26 @@ class WorkerVectorEnv(VectorEnv):
 
     # Talking to workers
 
-    def _command(self, command: bytes, messages: Mapping[int, bytes] | None = None) -> None:
-        """Have workers do something, all or those with a message, and wait until they have."""
+    def _command(
+        self, command: bytes, here: Callable[[Share], None], messages: Mapping[int, bytes] | None = None
+    ) -> None:
+        """Have workers do something, all or those with a message, do it here as well, and wait until all have."""
         self._open_board()
         self._settle()  # what an interrupted call left behind
         for peer in self._peers:
             if messages is None or peer.index in messages:
                 self._tell(peer, command, messages[peer.index] if messages else None)
+        self._here(here)
         self._settle()
+
+    def _here(self, do: Callable[[Share], None]) -> None:
+        """Do something with this process's own share, which fails as those of workers do."""
+        if self._own is None:
+            return
+        try:
+            do(self._own)
+        except Exception as error:
+            self._end(self._failed("the trainer's process", _report(self._own, error), error))
 
     def _tell(
         self, peer: _Peer, command: bytes, message: bytes | None = None, descriptor: int | None = None
@@ -276,7 +312,7 @@ class WorkerVectorEnv(VectorEnv):
         while self._pending:
             ready = _awaited(self._poller) or self._poller.poll(1000 * self._limit_s / LOOKS)
             for descriptor, _ in ready:
-                self._hear(self._peers[self._index_of[descriptor]])
+                self._hear(self._peer_of[descriptor])
             if not ready:
                 self._look_for_stuck()
 
@@ -292,11 +328,14 @@ class WorkerVectorEnv(VectorEnv):
             self._pending.discard(peer.index)
             peer.declared = pickle.loads(message) if message else peer.declared
         else:
-            self._end(self._failed(peer, pickle.loads(message)) if message else self._died(peer))
+            if not message:
+                self._end(self._died(peer))
+            report = pickle.loads(message)
+            self._end(self._failed(str(peer), report, _unpickled(report.error)))
 
     def _look_for_stuck(self) -> None:
         """Counts looks rather than seconds, so that a trainer that was itself stopped accuses nobody."""
-        for peer in [self._peers[index] for index in sorted(self._pending)]:
+        for peer in [peer for peer in self._peers if peer.index in self._pending]:
             where = self._where(peer)
             peer.silent = peer.silent + 1 if where == peer.seen else 0
             peer.seen = where
@@ -326,15 +365,15 @@ class WorkerVectorEnv(VectorEnv):
     def _when(self) -> str:
         return f"at step {self._steps}" if self._steps else "before the first step"
 
-    def _failed(self, peer: _Peer, report: _Report) -> UserError | RunError:
+    def _failed(self, place: str, report: _Report, cause: BaseException | None) -> UserError | RunError:
         known = report.environment is not None
-        who, where = (f"environment {report.environment}", f", in {peer}") if known else (str(peer), "")
+        who, where = (f"environment {report.environment}", f", in {place}") if known else (place, "")
         text = (
             f"{who} raised {report.summary}\nwhile {report.doing}, {self._when()}{where}; its traceback:\n"
             f"{report.traceback.rstrip()}"
         )
         error = (UserError if report.users else RunError)(text)
-        error.__cause__ = _unpickled(report.error)
+        error.__cause__ = cause
         return error
 
     def _died(self, peer: _Peer) -> RunError:
@@ -431,7 +470,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Report(NamedTuple):
-    """An exception in a worker. `error` is the exception itself, pickled, where that is possible."""
+    """What an exception says. `error` is the exception itself, pickled, where that is possible."""
 
     environment: int | None
     doing: str
@@ -439,6 +478,17 @@ class _Report(NamedTuple):
     summary: str
     traceback: str
     error: bytes | None
+
+
+def _report(share: Share, error: BaseException) -> _Report:
+    return _Report(
+        share.at,
+        share.doing,
+        share.doing == "making" or isinstance(error, UserError),
+        "".join(traceback.format_exception_only(error)).strip(),
+        "".join(traceback.format_exception(error)),
+        _pickled_or_none(error),
+    )
 
 
 @contextlib.contextmanager
@@ -505,7 +555,7 @@ class _Host:
             pass
         except BaseException as error:
             with contextlib.suppress(_TrainerGone):
-                self._answer(FAILED, pickle.dumps(self._report(error)))
+                self._answer(FAILED, pickle.dumps(_report(self.share, error)))
         finally:
             self.share.close()
 
@@ -544,17 +594,6 @@ class _Host:
                 self.connection.send_bytes(message)
         except OSError as error:
             raise _TrainerGone from error
-
-    def _report(self, error: BaseException) -> _Report:
-        doing = self.share.doing
-        return _Report(
-            self.share.at,
-            doing,
-            doing == "making" or isinstance(error, UserError),
-            "".join(traceback.format_exception_only(error)).strip(),
-            "".join(traceback.format_exception(error)),
-            _pickled_or_none(error),
-        )
 
 
 # Small matters

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from proximo.config import Config
 from proximo.jax.distributions import Categorical, Gaussian, Policy, SquashedGaussian
@@ -73,7 +73,30 @@ def encode(spaces: Spaces, obs: Obs, dtype: jnp.dtype) -> Array:
 
 def linear(params: Params, name: str, x: Array) -> Array:
     """x W + b: [..., inputs] -> [..., outputs]."""
-    return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
+    return product(x, params[f"{name}.weight"]) + params[f"{name}.bias"]
+
+
+@jax.custom_vjp
+def product(x: Array, weight: Array) -> Array:
+    """x W: [..., inputs] -> [..., outputs].
+
+    Its gradient is written out for the sake of speed: XLA turns both factors of Wᵀ's, as JAX derives it, and then
+    multiplies them in its slowest way on a CPU. With x turned beforehand, a whole update takes half the time.
+    """
+    return x @ weight
+
+
+def _product_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ weight, (x, weight)
+
+
+def _product_backward(factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = factors
+    rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ weight.T, lax.optimization_barrier(rows.T) @ columns
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def body(config: Config, params: Params, part: str, x: Array) -> Array:
