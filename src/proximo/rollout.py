@@ -199,14 +199,14 @@ class Collector:
             env_seconds += time.perf_counter() - acted
             act_seconds += acted - began
 
-            terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
             rollout.action[t], rollout.reward[t] = raw, reward
             rollout.terminated[t], rollout.truncated[t] = terminated, truncated
             valid = rollout.valid[t] = ~self.resetting
-            over = (terminated | truncated) & valid
-            episodes += self._count(reward, valid, over)
+            over = (rollout.terminated[t] | rollout.truncated[t]) & valid
+            ended = over.nonzero()[0]
+            episodes += self._count(reward, valid, ended)
 
-            observation = self._begin_next(rollout, t, observation, over, info)
+            observation = self._begin_next(rollout, t, observation, over, ended, info)
             self.obs = dict(self.spaces.read(observation))
             self._store_observation(rollout, t + 1)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
@@ -218,27 +218,32 @@ class Collector:
             rollout.obs[path][t] = value
         rollout.start[t] = self.start
 
-    def _begin_next(self, rollout: Rollout, t: int, observation: Any, over: np.ndarray, info: dict) -> Any:
+    def _begin_next(
+        self, rollout: Rollout, t: int, observation: Any, over: np.ndarray, ended: np.ndarray, info: dict
+    ) -> Any:
         """Keep final observations that a reset replaces; return what the next step acts on."""
         if self.mode is AutoresetMode.NEXT_STEP:
             # The final observation stands at t + 1; the step from there resets and is no transition.
             self.start, self.resetting = self.resetting, over
             return observation
         self.start = over
-        ended = np.flatnonzero(over)
-        if self.mode is AutoresetMode.SAME_STEP and len(ended) and "final_obs" not in info:
+        if not len(ended):
+            return observation
+        same_step = self.mode is AutoresetMode.SAME_STEP
+        if same_step and "final_obs" not in info:
             raise UserError("the vector environment resets in the same step but gives no info['final_obs']")
-        source = info["final_obs"] if self.mode is AutoresetMode.SAME_STEP and len(ended) else observation
+        source = info["final_obs"] if same_step else observation
         for n in ended:
             rollout.add_final(t, int(n), one(source, int(n)))
-        if self.mode is AutoresetMode.DISABLED and len(ended):
+        if not same_step:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation
 
-    def _count(self, reward: np.ndarray, valid: np.ndarray, over: np.ndarray) -> list[Episode]:
-        self.episode_return += np.where(valid, reward, 0.0)
-        self.episode_length += valid
-        ended = np.flatnonzero(over)
+    def _count(self, reward: np.ndarray, valid: np.ndarray, ended: np.ndarray) -> list[Episode]:
+        np.add(self.episode_return, reward, out=self.episode_return, where=valid)
+        np.add(self.episode_length, 1, out=self.episode_length, where=valid)
+        if not len(ended):
+            return []
         episodes = [
             Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended
         ]

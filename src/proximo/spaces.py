@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -96,6 +97,11 @@ class Box:
         """D, the number of action dimensions."""
         return math.prod(self.shape)
 
+    @cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """low and high, [D] each."""
+        return np.asarray(self.low, self.dtype), np.asarray(self.high, self.dtype)
+
     @property
     def width(self) -> np.ndarray:
         """high − low, [D]."""
@@ -123,12 +129,12 @@ class Box:
 
     def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
         """Map raw samples [N, size] to environment actions [N, *shape]: squash, rescale, clip, as configured."""
-        low, high = np.asarray(self.low, self.dtype), np.asarray(self.high, self.dtype)
+        low, high = self.bounds
         action = (np.tanh(raw) if config.squash else raw).astype(self.dtype)
         if config.rescale_actions:
             action = low + 0.5 * (action + 1.0) * self.width.astype(self.dtype)
         if config.clip_actions:
-            action = np.clip(action, low, high)
+            action = np.minimum(np.maximum(action, low), high)
         return action.reshape(-1, *self.shape)
 
 
