@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from synthetic import loops_in
+
 from proximo.record import read_metrics, versions
 
 HERE = Path(__file__).resolve().parent
@@ -76,6 +78,24 @@ CASES: dict[str, dict[str, Any]] = {
         "warmup": 1, "seeds": 3, "peers": ["sb3"],
         "floors": {"proximo-warm": {"sb3": 1 / 0.35}, "proximo-cold": {"sb3": 1 / 0.6}},
     },
+    "seeds": {
+        "kind": "seeds", "env": "HalfCheetah-v5",
+        "flags": "--preset none --num-envs 8 --num-steps 256 --minibatch-size 64 --update-epochs 10 "
+        "--normalize-observation --normalize-reward",
+        "iterations": 60, "warmup": 5, "peers": [], "floors": {"seeds": {"one": 1.4}},
+    },
+    "engine-computing": {
+        "kind": "engines", "env": "synthetic:Computing-v0", "microseconds": 200,
+        "flags": "--num-envs 16 --num-steps 256", "iterations": 4, "warmup": 1,
+        "ours": ["engine-workers"], "others": ["engine-sync", "engine-async", "sb3-subproc"], "peers": ["sb3"],
+        "floors": {"engine-workers": {"engine-sync": 1.7, "engine-async": 1.4, "sb3-subproc": 1.4}},
+    },
+    "engine-halfcheetah": {
+        "kind": "engines", "env": "HalfCheetah-v5",
+        "flags": "--num-envs 64 --num-steps 256", "iterations": 4, "warmup": 1,
+        "ours": ["engine-workers"], "others": ["engine-sync", "engine-async", "engine-envpool"], "peers": [],
+        "floors": {"engine-workers": {"engine-async": 5.0}},
+    },
     "growth-environments": {
         "kind": "growth", "vary": "num-envs", "values": [1, 4, 16, 64, 256, 1024],
         "env": "CartPole-v1", "base": {"num-envs": 8, "num-steps": 128}, "flags": CARTPOLE,
@@ -99,7 +119,12 @@ OURS = {
     "torch-compile": ("Proximo, PyTorch compiled", ["--backend", "torch", "--compile"]),
     "torch": ("Proximo, PyTorch", ["--backend", "torch"]),
     "envs-only": ("Proximo's environments alone", ["--envs-only"]),
+    "engine-workers": ("engine workers", ["--envs-only", "--engine", "workers"]),
+    "engine-sync": ("engine sync", ["--envs-only", "--engine", "sync"]),
+    "engine-async": ("Gymnasium's AsyncVectorEnv", ["--envs-only", "--engine", "async"]),
+    "engine-envpool": ("EnvPool", ["--envs-only", "--engine", "envpool"]),
 }
+SB3_ONLY = ["--envs-only", "--vec", "subproc"]  # its SubprocVecEnv, with nothing around it
 PEERS: dict[str, dict[str, Any]] = {
     "sb3": {"name": "Stable-Baselines3", "vec": ["dummy", "subproc"]},
     "sbx": {
@@ -232,6 +257,8 @@ def checked(command: list[str]) -> None:
 
 def command_of(side: str, flags: list[str], peers_dir: Path, chosen: dict[str, Any]) -> list[str]:
     """The command that runs one side; a peer with the environments and threads chosen for it."""
+    if side == "sb3-subproc":
+        return [str(peers_dir / "sb3" / "bin" / "python"), "-m", "peers.sb3", *flags, *SB3_ONLY]
     if side in OURS:
         return [sys.executable, "-m", "proximo_run", *flags, *OURS[side][1]]
     with_what = ["--vec", chosen[side]["vec"], "--threads", str(chosen[side]["threads"])]
@@ -314,13 +341,92 @@ def pairs(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         for ours in case["ours"]
         for other in extra
     ]
+    memories = [ratio(ours, peer, runs, "peak_memory_mb", None) for ours in case["ours"] for peer in chosen]
     return {
         "chosen": chosen,
         "unavailable": unavailable,
         "runs": runs,
         "ratios": found(ratios),
         "shares": found(shares),
+        "memories": found(memories),
     }
+
+
+def engines(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Environments alone, run in different ways."""
+    unavailable = {}
+    others = [side for side in case["others"] if not side.startswith("sb3") or "sb3" in options.peers]
+    if "sb3-subproc" in others:
+        try:
+            prepare("sb3", options.peers_dir)
+        except Failed as error:
+            unavailable["sb3"] = str(error)
+            others.remove("sb3-subproc")
+    microseconds = case.get("microseconds")
+    kwargs = {"loops": loops_in(microseconds * 1e-6)} if microseconds else {}
+    warmup, iterations = (1, 1) if options.quick else (case["warmup"], case["iterations"])
+    runs = [
+        one_run(
+            side,
+            number,
+            command_of(
+                side,
+                [*work(case, iterations, warmup, number), "--env-kwargs", json.dumps(kwargs)],
+                options.peers_dir,
+                {},
+            ),
+            options,
+        )
+        for number in range(options.pairs)
+        for side in [*case["ours"], *others]
+    ]
+    ratios = [
+        ratio(ours, other, runs, "steps_per_second", floor_of(case, ours, other))
+        for ours in case["ours"]
+        for other in others
+    ]
+    return {"chosen": {}, "unavailable": unavailable, "runs": runs, "ratios": found(ratios)}
+
+
+def seeds(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """As many seeds at once as there are cores, against one run on all of them."""
+    count = len(os.sched_getaffinity(0))
+    warmup, iterations = (1, 1) if options.quick else (case["warmup"], case["iterations"])
+    flags = case["flags"].split()
+    steps = int(flags[flags.index("--num-envs") + 1]) * int(flags[flags.index("--num-steps") + 1])
+    total = str(steps * (warmup + iterations))
+    runs: list[dict[str, Any]] = []
+    for number in range(options.pairs):
+        for side, which in (("seeds", ["--seeds", f"0-{count - 1}"]), ("one", ["--seed", "0"])):
+            arguments = ["train", case["env"], *flags, "--total-timesteps", total, *which, "--quiet"]
+            run: dict[str, Any] = {
+                "side": side,
+                "round": number,
+                "command": " ".join(["proximo", *arguments]),
+            }
+            with tempfile.TemporaryDirectory() as folder:
+                run_dir = Path(folder) / "run"
+                command = [sys.executable, "-m", "proximo", *arguments, "--run-dir", str(run_dir)]
+                try:
+                    run |= measured(command, options.timeout, Path(folder))
+                    folders = sorted(run_dir.glob("seed-*")) or [run_dir]
+                    run["steps_per_second"] = sum(speed_of(path, warmup) for path in folders)
+                    print(f"  {side}: {run['steps_per_second']:,.0f} steps/s in all", flush=True)
+                except Failed as error:
+                    run["error"] = str(error)
+                    print(f"  {side} failed: {error}", flush=True)
+            runs.append(run)
+    ratios = [ratio("seeds", "one", runs, "steps_per_second", floor_of(case, "seeds", "one"))]
+    return {"chosen": {}, "unavailable": {}, "runs": runs, "ratios": found(ratios)}
+
+
+def speed_of(run_dir: Path, warmup: int) -> float:
+    """Steps per second of a run, from its own metrics, less its first iterations."""
+    rows = read_metrics(run_dir)
+    steps = [int(row["global_step"] or 0) for row in rows]
+    each = [later - earlier for earlier, later in zip([0, *steps], steps, strict=False)]
+    seconds = [count / (row["time/steps_per_second"] or 1.0) for count, row in zip(each, rows, strict=True)]
+    return sum(each[warmup:]) / sum(seconds[warmup:])
 
 
 def one_run(side: str, number: int, command: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -452,6 +558,8 @@ KINDS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any]]]
     "pairs": pairs,
     "growth": growth,
     "solve": solve,
+    "engines": engines,
+    "seeds": seeds,
 }
 
 
@@ -497,6 +605,9 @@ def main() -> None:
             "load_before": list(load),
             "names": {side: label for side, (label, _) in OURS.items()}
             | {
+                "seeds": "a seed on each core",
+                "one": "one run on all cores",
+                "sb3-subproc": "Stable-Baselines3's SubprocVecEnv",
                 "proximo-warm": "Proximo, JAX, compiled before",
                 "proximo-cold": "Proximo, JAX, nothing compiled",
             }

@@ -8,7 +8,6 @@ With --envs-only it steps the environments alone, with actions drawn beforehand.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -23,8 +22,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine", default="auto", help="auto, sync, workers, async, native or another that it knows"
     )
-    parser.add_argument("--env-kwargs", type=json.loads, default={}, help="as JSON")
-    parser.add_argument("--envs-only", action="store_true")
     return parser
 
 

@@ -38,7 +38,7 @@ VARIED = {
 def read(folder: Path) -> list[Result]:
     """Every result, ratios first."""
     results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    order = ["pairs", "solve", "growth"]
+    order = ["pairs", "solve", "engines", "seeds", "growth"]
     return sorted(results, key=lambda result: order.index(result["asked"]["case"]["kind"]))
 
 
@@ -117,6 +117,9 @@ def pairs(result: Result) -> str:
             f"{name} trains at {share['median']:.0%} ({share['low']:.0%} – {share['high']:.0%}) of the speed of the "
             "same environments stepped with random actions."
         )
+    for entry in result.get("memories", []):
+        ours, other = result["names"][entry["ours"]], result["names"][entry["other"]]
+        lines.append(f"{ours} takes {entry['median']:.2f} times the memory of {other}.")
     return "\n\n".join([*lines, *remarks(result)])
 
 
@@ -187,8 +190,9 @@ def growth(result: Result) -> str:
 def section(result: Result) -> str:
     """One case."""
     case = result["asked"]["case"]
-    body = {"pairs": pairs, "solve": solve, "growth": growth}[case["kind"]](result)
-    commands = {run["side"]: run["command"] for run in result["runs"]}
+    bodies = {"pairs": pairs, "solve": solve, "growth": growth, "engines": pairs, "seeds": pairs}
+    body = bodies[case["kind"]](result)
+    commands = {(run["side"], run.get("value")): run["command"] for run in result["runs"]}
     quick = "**A trial of the benchmark itself: these figures mean nothing.**\n\n" * result["asked"]["quick"]
     listed = "\n".join(commands.values())
     return (

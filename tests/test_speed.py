@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,33 @@ def test_an_environment_that_is_missing_is_said_once(tmp_path, capsys):
     assert main(["train", "CartPole-v9", "--seeds", "0-3", "--run-dir", str(tmp_path / "all")]) == 2
     assert capsys.readouterr().err.count("CartPole-v9") == 1
     assert not Path(tmp_path / "all").exists()
+
+
+@several_cores
+def test_pytorch_compiles_what_wins_the_time_back():
+    """640 minibatches, 10 epochs of 64, in each rollout of 2 × 32 steps: 32 rollouts make 20,480, 31 make 19,840."""
+    settings = {**SMALL, "num_envs": 2, "num_steps": 32, "minibatch_size": 1, "update_epochs": 10}
+    with PPO("CartPole-v1", backend="torch", **settings) as agent:
+        assert not agent.learner.compiled
+        agent.learner.expect(agent.config.minibatches_of(32 * 64))
+        able = shutil.which("g++") is not None and agent.learner.compiled
+        assert able or not shutil.which("g++")
+        agent.learner.expect(agent.config.minibatches_of(31 * 64))
+        assert not agent.learner.compiled
+        agent.learner.expect(agent.config.minibatches_of(31 * 64 + 1))
+        assert agent.learner.compiled == able
+    for compile in (False, True):
+        with PPO("CartPole-v1", backend="torch", compile=compile, **settings) as agent:
+            agent.learner.expect(20_000 * (not compile))
+            assert agent.learner.compiled is compile
+
+
+def test_how_pytorch_learned_is_kept_with_the_run(tmp_path, capsys):
+    """Resolved, so that the same run can be had again."""
+    arguments = [*TRAIN, "--backend", "torch", "--total-timesteps", "64", "--run-dir", str(tmp_path / "run")]
+    assert main([*arguments, "--minibatch-size", "32"]) == 0
+    assert "backend torch on 1 thread, not compiled, engine sync" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is False
 
 
 class Crashing(Working):

@@ -45,6 +45,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to the library")
     parser.add_argument("--vec", choices=("dummy", "subproc"), default="dummy")
+    parser.add_argument("--env-kwargs", type=json.loads, default={}, help="as JSON")
+    parser.add_argument("--envs-only", action="store_true", help="step the environments, and learn nothing")
     parser.add_argument("--warmup", type=int, default=1, help="iterations that are not counted, at least 1")
     return parser
 

@@ -19,7 +19,10 @@ def make_envs(options: argparse.Namespace) -> Any:
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
     kind = SubprocVecEnv if options.vec == "subproc" else DummyVecEnv
-    envs = VecMonitor(kind([partial(gym.make, options.env)] * options.num_envs))
+    envs = kind([partial(gym.make, options.env, **options.env_kwargs)] * options.num_envs)
+    if options.envs_only:
+        return envs
+    envs = VecMonitor(envs)
     return VecNormalize(envs, gamma=options.gamma) if options.normalize else envs
 
 
@@ -84,13 +87,34 @@ def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: li
     envs.close()
 
 
+def step_only(options: argparse.Namespace, packages: list[str]) -> None:
+    """Step the environments with actions drawn beforehand."""
+    import numpy as np
+
+    envs = make_envs(options)
+    actions = [np.array([envs.action_space.sample() for _ in range(options.num_envs)]) for _ in range(256)]
+    envs.reset()
+    ticks: list[common.Tick] = []
+    rows = options.num_envs * options.num_steps
+    for rollout in range(options.total_timesteps // rows):
+        for step in range(options.num_steps):
+            envs.step(actions[step % len(actions)])
+        ticks.append(common.now((rollout + 1) * rows))
+    envs.close()
+    common.report(options, ticks, [], packages)
+
+
 def main() -> None:
     """Run what the flags ask for."""
     options = common.arguments().parse_args()
     common.limit_threads(options.threads)
     from stable_baselines3 import PPO
 
-    run(options, PPO, ["stable-baselines3", "torch", "gymnasium", "mujoco", "numpy"])
+    packages = ["stable-baselines3", "torch", "gymnasium", "mujoco", "numpy"]
+    if options.envs_only:
+        step_only(options, packages)
+    else:
+        run(options, PPO, packages)
 
 
 if __name__ == "__main__":

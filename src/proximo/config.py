@@ -96,9 +96,11 @@ class Config:
         "threads that learn on the CPU; 1 for small networks and one for each core for others, unless given",
         group="run", kind="int", optional=True, low=1,
     )  # fmt: skip
-    compile: bool = option(
-        False, "compile the PyTorch minibatch step (pays back on long runs)", group="run", kind="bool"
-    )
+    compile: bool | None = option(
+        None,
+        "compile PyTorch's minibatch step; where it is not given, a run long enough to win the time back compiles",
+        group="run", kind="bool", optional=True,
+    )  # fmt: skip
     run_dir: str | None = option(
         None, "folder of the run; by default a new one under runs/", group="run", kind="str", optional=True
     )
@@ -346,6 +348,11 @@ class Config:
     def minibatch_count(self) -> int:
         """Minibatches per epoch."""
         return self.num_envs * self.num_steps // self.minibatch_transitions
+
+    def minibatches_of(self, steps: int) -> int:
+        """Minibatches that are learned from in so many steps, in whole rollouts."""
+        rollouts = -(-steps // (self.num_envs * self.num_steps))
+        return rollouts * self.update_epochs * self.minibatch_count
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some settings changed, checked again."""

@@ -29,6 +29,15 @@ class Learner(Protocol):
         """On which it learns, on the CPU."""
         ...
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it learns with a compiled function: always in JAX; in PyTorch where asked for, or worth it."""
+        ...
+
+    def expect(self, minibatches: int) -> None:
+        """So many minibatches are about to come: decide what pays for them, where settings leave it open."""
+        ...
+
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser that acts T times with noise [T, N, K]; None is the mode."""
         ...

@@ -107,6 +107,8 @@ class PPO:
         """
         envs = self._open_envs()
         config = self._until(total_timesteps)
+        compiled = self.learner.compiled if self.learner.backend == "torch" else config.compile
+        settled = config.replace(compile=compiled)
         run_dir = config.run_dir if run_dir is None else run_dir
         if run_dir is None and (config.capture_video or config.wandb):
             raise UserError("capture_video and wandb write into a run folder: give run_dir")
@@ -114,7 +116,7 @@ class PPO:
             self._require_records(config)
         if progress and self.progress.global_step:
             note(f"schedules now end at step {config.total_timesteps:,}")
-        with recording(run_dir, self.env_id, config, progress) as (folder, sinks):
+        with recording(run_dir, self.env_id, settled, progress) as (folder, sinks):
             self.config = config.replace(run_dir=None)
             try:
                 for metrics, samples in iterations(
@@ -181,11 +183,13 @@ class PPO:
             yield metrics
 
     def _until(self, total_timesteps: int | None) -> Config:
-        """The config of a call that trains for so many more steps."""
-        if total_timesteps is None:
-            return self.config
-        steps = check(FIELDS["total_timesteps"], total_timesteps)
-        return self.config.replace(total_timesteps=self.progress.global_step + steps)
+        """The config of a call that trains for so many more steps, which the learner is told."""
+        config, done = self.config, self.progress.global_step
+        if total_timesteps is not None:
+            steps = check(FIELDS["total_timesteps"], total_timesteps)
+            config = config.replace(total_timesteps=done + steps)
+        self.learner.expect(config.minibatches_of(config.total_timesteps - done))
+        return config
 
     def _save_into(self, folder: RunFolder, interval: int = 1) -> None:
         """Save every `interval` iterations; 0 is never."""

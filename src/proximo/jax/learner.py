@@ -75,6 +75,7 @@ class Learner:
     """
 
     backend = "jax"
+    compiled = True
 
     def __init__(
         self,
@@ -97,6 +98,9 @@ class Learner:
         self._carries = jax.jit(partial(carries, self.spec))
         self._examine = jax.jit(partial(examine, self.spec))
         self._update = jax.jit(partial(update, self.spec))
+
+    def expect(self, minibatches: int) -> None:
+        """Nothing to decide."""
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""

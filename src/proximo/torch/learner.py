@@ -21,7 +21,7 @@ from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, mlp
 from proximo.torch.normalization import Reduce
-from proximo.torch.runtime import running_on
+from proximo.torch.runtime import pays_to_compile, running_on
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
 from proximo.torch.update import Metrics, minibatch, prepare, update
@@ -115,9 +115,16 @@ class Learner:
         high = per_parameter(lambda name: limits(name, config)[1], self._dtype)
         self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high)
         self._state = initial_state(self.spec, config.num_envs, self._dtype)
+        self.compiled = bool(config.compile)
         self._compiled: dict[
             tuple[tuple[int, ...], ...], Callable[..., Any]
         ] = {}  # by shapes of rollout and order
+
+    def expect(self, minibatches: int) -> None:
+        """Compile for many minibatches, where settings leave it open; see `proximo.torch.runtime`."""
+        if self.spec.config.compile is None:
+            # A network of one's own may hold what does not compile.
+            self.compiled = self._built_in and pays_to_compile(minibatches)
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
@@ -154,7 +161,7 @@ class Learner:
         return metrics
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
-        if not self.spec.config.compile:
+        if not self.compiled:
             return minibatch
         if shapes not in self._compiled:
             self._compiled[shapes] = compiled(minibatch, guarded=not self._built_in)
