@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ CASES: dict[str, dict[str, Any]] = {
         "ours": ["engine-workers"], "others": ["engine-sync", "engine-async", "engine-envpool"], "peers": [],
         "floors": {"engine-workers": {"engine-async": 5.0}},
     },
+    "profile": {
+        "kind": "profile", "env": "HalfCheetah-v5 and CartPole-v1", "flags": "those of the cases named", "peers": [],
+        "of": [
+            ("halfcheetah-8x256", "jax"), ("halfcheetah-8x256", "torch-compile"), ("halfcheetah-8x256", "torch"),
+            ("halfcheetah-32x64", "jax"), ("halfcheetah-1x2048", "jax"), ("cartpole-8x128", "jax"),
+            ("cartpole-64x128", "jax"),
+        ],
+    },
     "growth-environments": {
         "kind": "growth", "vary": "num-envs", "values": [1, 4, 16, 64, 256, 1024],
         "env": "CartPole-v1", "base": {"num-envs": 8, "num-steps": 128}, "flags": CARTPOLE,
@@ -164,9 +173,12 @@ def last_words(text: str, lines: int = 6) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
 
 
-def memory(session: int) -> float:
-    """MiB that all processes of a session take, pages that they share counted once; 0 where Linux does not tell."""
-    total = 0
+def memory(session: int) -> list[float]:
+    """MiB that each process of a session takes, the largest first; pages that they share are shared out among them.
+
+    Empty where Linux does not tell.
+    """
+    each = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rpartition(")")[2].split()[3]) != session:
@@ -174,8 +186,8 @@ def memory(session: int) -> float:
             lines = (stat.parent / "smaps_rollup").read_text().splitlines()
         except (OSError, IndexError):  # it has ended meanwhile
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+        each.append(sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024)
+    return sorted(each, reverse=True)
 
 
 def measured(command: list[str], timeout: float, folder: Path = HERE, **environment: str) -> dict[str, Any]:
@@ -184,7 +196,7 @@ def measured(command: list[str], timeout: float, folder: Path = HERE, **environm
     Raises:
         Failed: it exits with an error, or takes too long.
     """
-    peak = 0.0
+    peak: list[float] = []
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         began = time.monotonic()
         variables = {**os.environ, "BENCH_BEGAN": repr(began), **environment}
@@ -197,7 +209,7 @@ def measured(command: list[str], timeout: float, folder: Path = HERE, **environm
                     process.wait(SAMPLE)
                     break
                 except subprocess.TimeoutExpired:
-                    peak = max(peak, memory(process.pid))
+                    peak = max(peak, memory(process.pid), key=sum)
                 if time.monotonic() - began > timeout:
                     raise Failed(f"not done after {timeout:.0f} s")
         finally:
@@ -213,7 +225,7 @@ def measured(command: list[str], timeout: float, folder: Path = HERE, **environm
             raise Failed(last_words(errors.read() or said))
     line = said.strip().rpartition("\n")[2]
     found = json.loads(line) if line.startswith("{") else {}
-    return {**found, "wall_seconds": seconds, "peak_memory_mb": peak}
+    return {**found, "wall_seconds": seconds, "peak_memory_mb": sum(peak), "memory_of_each_mb": peak}
 
 
 def prepare(peer: str, folder: Path) -> None:
@@ -389,7 +401,7 @@ def engines(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
 
 
 def seeds(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """As many seeds at once as there are cores, against one run on all of them."""
+    """As many seeds at once as there are cores, against one run on all of them, with the engine of a long run."""
     count = len(os.sched_getaffinity(0))
     warmup, iterations = (1, 1) if options.quick else (case["warmup"], case["iterations"])
     flags = case["flags"].split()
@@ -397,7 +409,10 @@ def seeds(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     total = str(steps * (warmup + iterations))
     runs: list[dict[str, Any]] = []
     for number in range(options.pairs):
-        for side, which in (("seeds", ["--seeds", f"0-{count - 1}"]), ("one", ["--seed", "0"])):
+        for side, which in (
+            ("seeds", ["--seeds", f"0-{count - 1}"]),
+            ("one", ["--seed", "0", "--engine", "workers"]),
+        ):
             arguments = ["train", case["env"], *flags, "--total-timesteps", total, *which, "--quiet"]
             run: dict[str, Any] = {
                 "side": side,
@@ -418,6 +433,17 @@ def seeds(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
             runs.append(run)
     ratios = [ratio("seeds", "one", runs, "steps_per_second", floor_of(case, "seeds", "one"))]
     return {"chosen": {}, "unavailable": {}, "runs": runs, "ratios": found(ratios)}
+
+
+def profile(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What Proximo spends its time and memory on, in other cases' work."""
+    runs = []
+    for name, side in case["of"]:
+        of = CASES[name]
+        warmup, iterations = (1, 1) if options.quick else (of["warmup"], of["iterations"])
+        command = command_of(side, work(of, iterations, warmup, 0), options.peers_dir, {})
+        runs.append({**one_run(side, 0, command, options), "value": name})
+    return {"chosen": {}, "unavailable": {}, "runs": runs}
 
 
 def speed_of(run_dir: Path, warmup: int) -> float:
@@ -560,7 +586,16 @@ KINDS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any]]]
     "solve": solve,
     "engines": engines,
     "seeds": seeds,
+    "profile": profile,
 }
+
+
+def commit() -> str:
+    """Of the code that is measured; "-dirty" where it has been changed since."""
+    git = partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
+    code = ["src", "benchmarks/*.py", "benchmarks/peers"]
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
+    return git(["git", "describe", "--always"]).stdout.strip() + "-dirty" * bool(changed)
 
 
 def main() -> None:
@@ -592,15 +627,12 @@ def main() -> None:
         print(name, flush=True)
         load = os.getloadavg()
         result = KINDS[case["kind"]](case, options)
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-        )
         document = {
             "name": name,
             "asked": asked,
             "command": " ".join(["python benchmarks/compare.py --cases", name, "--pairs", str(options.pairs)])
             + " --quick" * options.quick,
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "versions": versions(),
             "load_before": list(load),
             "names": {side: label for side, (label, _) in OURS.items()}

@@ -8,7 +8,9 @@ With --envs-only it steps the environments alone, with actions drawn beforehand.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
+from functools import partial
 from typing import Any
 
 from peers import common
@@ -48,20 +50,38 @@ def engine(options: argparse.Namespace) -> str:
 
 def train(options: argparse.Namespace) -> None:
     """Train, and print what was measured."""
+    stages = {"Python": time.monotonic() - common.BEGAN}
+    import jax  # noqa: F401
+
     from proximo import PPO
 
+    stages["imports"] = time.monotonic() - common.BEGAN
     options.engine = engine(options)
     if options.backend == "torch" and options.threads:
         import torch
 
         torch.set_num_threads(options.threads)
     with PPO(options.env, preset=None, **settings(options)) as agent:
-        ticks = [common.now(agent.progress.global_step) for _ in agent.iterate()]
+        stages["environments and networks"] = time.monotonic() - common.BEGAN
+        ticks, rows = [], []
+        for metrics in agent.iterate():
+            ticks.append(common.now(agent.progress.global_step))
+            rows.append(metrics)
+        stages["the first rollout and update"] = ticks[0][0] - common.BEGAN
         returns = [episode.episode_return for episode in agent.progress.episodes]
         kind = type(agent._envs.unwrapped).__name__
-        common.report(
-            options, ticks, returns, packages(), vec=kind, engine=options.engine, backend=options.backend
-        )
+        report = partial(common.report, options, ticks, returns, packages(), vec=kind, engine=options.engine)
+        report(backend=options.backend, stages=stages, fractions=fractions(rows[options.warmup :]))
+
+
+def fractions(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the counted iterations spent their time on, as medians of their shares."""
+    names = {
+        "environments": "time/fraction_env",
+        "acting": "time/fraction_act",
+        "learning": "time/fraction_update",
+    }
+    return {name: statistics.median(row[key] for row in rows) for name, key in names.items()} if rows else {}
 
 
 def step_only(options: argparse.Namespace) -> None:

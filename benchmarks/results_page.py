@@ -38,7 +38,7 @@ VARIED = {
 def read(folder: Path) -> list[Result]:
     """Every result, ratios first."""
     results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    order = ["pairs", "solve", "engines", "seeds", "growth"]
+    order = ["pairs", "solve", "engines", "seeds", "profile", "growth"]
     return sorted(results, key=lambda result: order.index(result["asked"]["case"]["kind"]))
 
 
@@ -187,10 +187,49 @@ def growth(result: Result) -> str:
     return table([VARIED[result["asked"]["case"]["vary"]], "steps/s", "memory, MiB"], rows)
 
 
+def profile(result: Result) -> str:
+    """Where time and memory go."""
+    speeds, starts = [], []
+    for run in result["runs"]:
+        if "error" in run:
+            continue
+        label = [run["value"], result["names"][run["side"]]]
+        shares = run["fractions"]
+        rest = 1.0 - sum(shares.values())
+        each = " + ".join(shown(part) for part in run["memory_of_each_mb"])
+        speeds.append(
+            [
+                *label,
+                shown(run["steps_per_second"]),
+                *(f"{share:.0%}" for share in (*shares.values(), rest)),
+                each,
+            ]
+        )
+        starts.append([*label, *(shown(seconds, 1) for seconds in run["stages"].values())])
+    first = next(run for run in result["runs"] if "error" not in run)
+    shares_head = ["case", "side", "steps/s", *first["fractions"], "the rest", "memory of each process, MiB"]
+    starts_head = ["case", "side", *first["stages"]]
+    return "\n\n".join(
+        [
+            "Shares of the time of an iteration; the rest is to keep what was seen, to deal minibatches and to report.",
+            table(shares_head, speeds),
+            "Seconds from the command until each was done; nothing was compiled before.",
+            table(starts_head, starts),
+        ]
+    )
+
+
 def section(result: Result) -> str:
     """One case."""
     case = result["asked"]["case"]
-    bodies = {"pairs": pairs, "solve": solve, "growth": growth, "engines": pairs, "seeds": pairs}
+    bodies = {
+        "pairs": pairs,
+        "solve": solve,
+        "growth": growth,
+        "engines": pairs,
+        "seeds": pairs,
+        "profile": profile,
+    }
     body = bodies[case["kind"]](result)
     commands = {(run["side"], run.get("value")): run["command"] for run in result["runs"]}
     quick = "**A trial of the benchmark itself: these figures mean nothing.**\n\n" * result["asked"]["quick"]
