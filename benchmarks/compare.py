@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "halfcheetah-8x256": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 8 --num-steps 256 {CHEETAH}",
         "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"],
-        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl"],
+        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl", "torchrl", "sample_factory"],
         "floors": {"jax": {"sb3": 5.5, "sbx": 3.3}, "torch-compile": {"sb3": 3.5}, "torch": {"sb3": 1.5}},
     },
     "halfcheetah-32x64": {
@@ -155,6 +155,19 @@ PEERS: dict[str, dict[str, Any]] = {
         "vec": ["dummy", "subproc"],
         "note": "brings advantages to mean 0 and standard deviation 1 over the rollout; runs on Gymnasium's vector "
         "environments and normalisers, and learns from the steps that reset as from any other",
+    },
+    "torchrl": {
+        "name": "TorchRL",
+        "vec": ["dummy", "subproc"],
+        "note": "runs on Gymnasium's vector environments; takes the mean off rewards too, and divides them by the "
+        "standard deviation of the rewards themselves",
+    },
+    "sample_factory": {
+        "name": "Sample Factory",
+        "vec": ["dummy", "subproc"],
+        "note": "an update learns from rollouts no longer than a minibatch, here four of 64 steps from every "
+        "environment; normalises returns instead of rewards; clips the ratio from below at 1 / (1 + clip); computes "
+        "the divergence from the old policy in every minibatch; runs on Gymnasium 0.29, with HalfCheetah-v4 for v5",
     },
 }  # fmt: skip
 CLEANRL = ("https://github.com/vwxyzjn/cleanrl", "fe8d8a03")
