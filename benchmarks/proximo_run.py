@@ -8,6 +8,7 @@ With --envs-only it steps the environments alone, with actions drawn beforehand.
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import time
 from functools import partial
@@ -51,8 +52,7 @@ def engine(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> None:
     """Train, and print what was measured."""
     stages = {"Python": time.monotonic() - common.BEGAN}
-    import jax  # noqa: F401
-
+    importlib.import_module(options.backend)  # which PPO would import in the end
     from proximo import PPO
 
     stages["imports"] = time.monotonic() - common.BEGAN
