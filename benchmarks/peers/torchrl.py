@@ -34,18 +34,16 @@ def make_envs(options: argparse.Namespace) -> Any:
         GymWrapper,
         RewardSum,
         TransformedEnv,
-        VecNormV2,
+        VecNorm,
     )
 
     kind = AsyncVectorEnv if options.vec == "subproc" else SyncVectorEnv
     made = kind([partial(make_env, options.env)] * options.num_envs, autoreset_mode=AutoresetMode.DISABLED)
     both = ["observation", "reward"]
-    transforms: list[Any] = [RewardSum(), DoubleToFloat()]
+    transforms: list[Any] = [RewardSum()]
     if options.normalize:
-        transforms += [
-            VecNormV2(both, decay=1.0, reduce_batch_dims=True),
-            ClipTransform(both, low=-10, high=10),
-        ]
+        transforms += [VecNorm(both, decay=1.0), ClipTransform(both, low=-10, high=10)]
+    transforms.append(DoubleToFloat())
     return TransformedEnv(GymWrapper(made), Compose(*transforms))
 
 
@@ -140,7 +138,6 @@ def main() -> None:
                 total.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
                 optimizer.step()
-        collector.update_policy_weights_()
         ticks.append(common.now((len(ticks) + 1) * rows))
         if common.solved(options, returns):
             break
