@@ -32,6 +32,7 @@ from typing import Any
 
 from synthetic import loops_in
 
+from proximo.machine import cores
 from proximo.record import read_metrics, versions
 
 HERE = Path(__file__).resolve().parent
@@ -126,7 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
 OURS = {
     "jax": ("Proximo, JAX", ["--backend", "jax"]),
     "torch-compile": ("Proximo, PyTorch compiled", ["--backend", "torch", "--compile"]),
-    "torch": ("Proximo, PyTorch", ["--backend", "torch"]),
+    "torch": ("Proximo, PyTorch eager", ["--backend", "torch"]),
     "envs-only": ("Proximo's environments alone", ["--envs-only"]),
     "engine-workers": ("engine workers", ["--envs-only", "--engine", "workers"]),
     "engine-sync": ("engine sync", ["--envs-only", "--engine", "sync"]),
@@ -143,7 +144,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "cleanrl": {
         "name": "CleanRL", "vec": ["dummy"],
         "note": "knows SyncVectorEnv only; every environment has normalisers of its own; a time limit counts as a "
-        "termination; runs on Gymnasium 0.29, with HalfCheetah-v4 for v5",
+        "termination; writes TensorBoard events; runs on MuJoCo 2.3 and Gymnasium 0.29, with HalfCheetah-v4 for v5",
     },
     "tianshou": {
         "name": "tianshou",
@@ -165,9 +166,10 @@ PEERS: dict[str, dict[str, Any]] = {
     "sample_factory": {
         "name": "Sample Factory",
         "vec": ["dummy", "subproc"],
-        "note": "an update learns from rollouts no longer than a minibatch, here four of 64 steps from every "
-        "environment; normalises returns instead of rewards; clips the ratio from below at 1 / (1 + clip); computes "
-        "the divergence from the old policy in every minibatch; runs on Gymnasium 0.29, with HalfCheetah-v4 for v5",
+        "note": "runs in step with its learner (async_rl off), as the others do; an update learns from rollouts no "
+        "longer than a minibatch, here four of 64 steps from every environment; normalises returns instead of rewards; "
+        "clips the ratio from below at 1 / (1 + clip); bootstraps at time limits from the state before; computes the "
+        "divergence from the old policy in every minibatch; runs on Gymnasium 0.29, with HalfCheetah-v4 for v5",
     },
 }  # fmt: skip
 CLEANRL = ("https://github.com/vwxyzjn/cleanrl", "fe8d8a03")
@@ -210,9 +212,16 @@ def measured(command: list[str], timeout: float, folder: Path = HERE, **environm
         Failed: it exits with an error, or takes too long.
     """
     peak: list[float] = []
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryDirectory() as caches,
+    ):
         began = time.monotonic()
-        variables = {**os.environ, "BENCH_BEGAN": repr(began), **environment}
+        own = {"BENCH_BEGAN": repr(began), "TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch", **environment}
+        variables = {
+            name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+        } | own
         process = subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=errors, env=variables, start_new_session=True
         )
@@ -415,7 +424,7 @@ def engines(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
 
 def seeds(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """As many seeds at once as there are cores, against one run on all of them, with the engine of a long run."""
-    count = len(os.sched_getaffinity(0))
+    count = cores()
     warmup, iterations = (1, 1) if options.quick else (case["warmup"], case["iterations"])
     flags = case["flags"].split()
     steps = int(flags[flags.index("--num-envs") + 1]) * int(flags[flags.index("--num-steps") + 1])
@@ -490,7 +499,11 @@ def ratio(
     ours: str, other: str, runs: list[dict[str, Any]], of: str, floor: float | None, inverse: bool = False
 ) -> dict[str, Any] | None:
     """Our side divided by another, round by round (or the other way, where less is better); None without a pair."""
-    values = {(run["side"], run["round"]): run[of] for run in runs if run.get(of)}
+    values = {
+        (run["side"], run["round"]): run[of]
+        for run in runs
+        if run.get(of) and (run.get("solved") or not inverse)
+    }
     rounds = sorted(
         {number for side, number in values if (ours, number) in values and (other, number) in values}
     )

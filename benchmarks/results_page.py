@@ -24,8 +24,11 @@ Made by `python benchmarks/results_page.py` from what `make bench` measured; not
 Speed is steps per second over rollouts and updates, after the first iterations. All sides of a case run in turn, each
 time in a fresh process; a ratio is Proximo's speed divided by the peer's in the same round, and the table holds the
 median and the range over rounds. Every peer runs with the vector environment and the number of threads with which it
-was fastest in a trial, Proximo as it is installed. Memory is the proportional set size of all processes of a run, at
-its peak. Returns are those of the last 100 training episodes, without normalisation.
+was fastest in a trial; Proximo with what it chooses by itself, EnvPool among it, which is an extra. So its sides may
+step environments written in C++ or in one vectorised piece, where a peer steps Gymnasium's one by one: each case names
+them. Nothing that a run could compile lies in a cache when it begins, but in the cases that say so. Memory is the
+proportional set size of all processes of a run, at its peak. Returns are those of the last 100 training episodes,
+without normalisation.
 """
 VARIED = {
     "num-envs": "environments",
@@ -115,7 +118,7 @@ def pairs(result: Result) -> str:
         name = result["names"][share["ours"]]
         lines.append(
             f"{name} trains at {share['median']:.0%} ({share['low']:.0%} – {share['high']:.0%}) of the speed of the "
-            "same environments stepped with random actions."
+            f"same environments stepped with random actions; floor: {kept(share)}."
         )
     for entry in result.get("memories", []):
         ours, other = result["names"][entry["ours"]], result["names"][entry["other"]]
@@ -206,7 +209,9 @@ def profile(result: Result) -> str:
             ]
         )
         starts.append([*label, *(shown(seconds, 1) for seconds in run["stages"].values())])
-    first = next(run for run in result["runs"] if "error" not in run)
+    first = next((run for run in result["runs"] if "error" not in run), None)
+    if first is None:
+        return "Every run failed."
     shares_head = ["case", "side", "steps/s", *first["fractions"], "the rest", "memory of each process, MiB"]
     starts_head = ["case", "side", *first["stages"]]
     return "\n\n".join(
@@ -248,9 +253,9 @@ def measured_on(results: list[Result]) -> str:
     for result in results:
         for run in result["runs"]:
             if "versions" in run:
-                name = (
-                    "Proximo" if run["side"] not in result.get("chosen", {}) else result["names"][run["side"]]
-                )
+                side = run["side"].partition("-subproc")[0]
+                theirs = side in result["chosen"] or side != run["side"]
+                name = result["names"][side] if theirs else "Proximo"
                 listed = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
                 rows.setdefault(name, set()).add(listed)
     lines = [f"Measured on: {'; '.join(machines)}."]

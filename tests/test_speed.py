@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +15,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from rollouts import CONTINUOUS, act_rollout
 from threadpoolctl import threadpool_info
 
 from proximo import PPO
 from proximo.cli import main
+from proximo.config import Config
 from proximo.envs import engine_for
 from proximo.errors import RunError, UserError
 from proximo.machine import cores, learner_threads
 from proximo.parameters import initial_parameters, size
 from proximo.record import last_metrics, read_metrics
+from proximo.rollout import minibatch_order
+from proximo.schedules import hyper_at
+from proximo.torch.learner import Learner as TorchLearner
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
 TRAIN = ["train", "CartPole-v1", "--preset", "none", "--num-envs", "2", "--num-steps", "32"]
@@ -249,30 +253,53 @@ def test_an_environment_that_is_missing_is_said_once(tmp_path, capsys):
     assert not Path(tmp_path / "all").exists()
 
 
-@several_cores
-def test_pytorch_compiles_what_wins_the_time_back():
-    """640 minibatches, 10 epochs of 64, in each rollout of 2 × 32 steps: 32 rollouts make 20,480, 31 make 19,840."""
-    settings = {**SMALL, "num_envs": 2, "num_steps": 32, "minibatch_size": 1, "update_epochs": 10}
-    with PPO("CartPole-v1", backend="torch", **settings) as agent:
-        assert not agent.learner.compiled
-        agent.learner.expect(agent.config.minibatches_of(32 * 64))
-        able = shutil.which("g++") is not None and agent.learner.compiled
-        assert able or not shutil.which("g++")
-        agent.learner.expect(agent.config.minibatches_of(31 * 64))
-        assert not agent.learner.compiled
-        agent.learner.expect(agent.config.minibatches_of(31 * 64 + 1))
-        assert agent.learner.compiled == able
-    for compile in (False, True):
-        with PPO("CartPole-v1", backend="torch", compile=compile, **settings) as agent:
-            agent.learner.expect(20_000 * (not compile))
-            assert agent.learner.compiled is compile
+def learner_of(**settings) -> TorchLearner:
+    """640 minibatches, 10 epochs of 64, in each rollout of 2 × 32 steps."""
+    shape = {"num_envs": 2, "num_steps": 32, "minibatch_size": 1, "update_epochs": 10}
+    return TorchLearner(Config(**shape, **settings), CONTINUOUS)
 
 
-def test_how_pytorch_learned_is_kept_with_the_run(tmp_path, capsys):
+def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
+    """32 rollouts make 20,480 minibatches, 31 make 19,840; what is expected adds up. Without a compiler or Python's
+    headers nothing is."""
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    minibatches_of = learner_of().spec.config.minibatches_of
+    assert (minibatches_of(31 * 64), minibatches_of(31 * 64 + 1)) == (19_840, 20_480)
+    assert learner_of().expect(20_480) is False, "no headers"
+    (tmp_path / "Python.h").touch()
+    learner = learner_of()
+    assert [learner.expect(count) for count in (19_840, 159, 1, 0)] == [False, False, True, True]
+    assert learner_of(compile=False).expect(20_480) is False
+    assert learner_of(compile=True).expect(0) is True
+    monkeypatch.setenv("CXX", "no compiler of this name")
+    assert learner_of().expect(20_480) is False
+
+
+def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
+    """Only where nobody asked for it; the update is that without compiling."""
+    monkeypatch.setattr("proximo.torch.runtime.MANY", 0)
+    monkeypatch.setattr("proximo.torch.learner.compiled", lambda *_, **__: broken)
+    learner, plain, asked = learner_of(), learner_of(compile=False), learner_of(compile=True)
+    rollout = act_rollout(plain, seed=0)
+    order = minibatch_order(rollout.valid, 1, 4, np.random.default_rng(0))
+    hyper = hyper_at(plain.spec.config, 0)
+    assert learner.expect(1) is True
+    assert learner.update(rollout, order, hyper) == plain.update(rollout, order, hyper)
+    assert "goes on without compiling, which failed: no compiler" in capsys.readouterr().err
+    assert learner.expect(1) is False
+    with pytest.raises(RuntimeError, match=r"no\s+compiler"):
+        asked.update(rollout, order, hyper)
+
+
+def broken(*_):
+    raise RuntimeError("no\n compiler")
+
+
+def test_how_pytorch_learned_is_kept_with_the_run(tmp_path):
     """Resolved, so that the same run can be had again."""
     arguments = [*TRAIN, "--backend", "torch", "--total-timesteps", "64", "--run-dir", str(tmp_path / "run")]
     assert main([*arguments, "--minibatch-size", "32"]) == 0
-    assert "backend torch on 1 thread, not compiled, engine sync" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is False
 
 
@@ -290,8 +317,10 @@ def test_isolated_environments_leave_the_run_alive_when_they_crash():
     """Of functions, too; engines that run in this process are refused."""
     assert engine_for("CartPole-v1", 16, isolate=True) == "workers"
     assert engine_for(lambda: Working(0.0), 2, isolate=True) == "workers"
-    with pytest.raises(UserError, match="isolate_envs needs worker processes, which engine sync has not"):
+    with pytest.raises(UserError, match="isolate_envs is for engine workers, not sync"):
         PPO("CartPole-v1", engine="sync", isolate_envs=True)
+    with pytest.raises(UserError, match="isolate_envs is for environments that Proximo makes"):
+        PPO(gym.make_vec("CartPole-v1", 2), isolate_envs=True)
     with PPO(lambda: Crashing(5), num_envs=2, isolate_envs=True, **SMALL) as agent:
         with pytest.raises(RunError, match=r"worker \d .* was killed by SIGKILL .* at step 5"):
             agent.learn(64)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,6 +223,7 @@ class Closing(Reusing):
 
 def test_an_environment_that_fails_here_raises_its_own_error_and_closes_the_others():
     """The third cannot be made, so that two are closed; spaces that differ close both."""
+    Closing.closed.clear()
     made = iter([Closing, Closing, lambda: 1 / 0])
     with pytest.raises(ZeroDivisionError):
         LocalVectorEnv(lambda: next(made)(), 3)
@@ -362,24 +363,27 @@ def test_an_exception_keeps_its_type_its_message_and_its_traceback(name):
 
 
 @pytest.mark.parametrize("place", ["step", "reset"])
-def test_an_exception_in_the_trainers_own_share(place):
+@pytest.mark.parametrize("kind", [Unpicklable, SystemExit])
+def test_an_exception_in_the_trainers_own_share(kind, place):
     """Is told as those of workers are, and keeps the exception itself; the workers end at once."""
-    fault = partial(raises, Unpicklable)
+    fault = partial(raises, kind)
     with opened(partial(Faulty, fault, place), isolate=False) as envs:
         assert len(pids_of(envs)) == 1, "the first two of four are here"
-        message = r"environment 1 raised (.*)Unpicklable: (.*)\nwhile .*, in the trainer's process"
+        message = rf"environment 1 raised (.*){kind.__name__}(.*)\nwhile .*, in the trainer's process"
         error, seconds = fault_of(envs, RunError, message, (0, 2, 1, 3))
         assert "Traceback (most recent call last)" in str(error)
-        assert isinstance(error.__cause__, Unpicklable)
+        assert isinstance(error.__cause__, kind)
         assert seconds < SOON
 
 
 def test_a_constructor_that_raises_in_the_trainer():
     """As in a worker: the user's error, and nothing stays."""
+    Closing.closed.clear()
     made = iter([Closing])
     with pytest.raises(UserError, match=r"environment 1 raised StopIteration(.*\n)*while making.* trainer's"):
         WorkerVectorEnv(FirstAlone(made), 4, workers=2)
     assert not workers_alive()
+    assert len(Closing.closed) == 1
 
 
 class FirstAlone:
@@ -415,8 +419,23 @@ def test_different_spaces_are_refused():
     assert not workers_alive()
 
 
-def workers_alive() -> list[Any]:
-    return [child for child in multiprocessing.active_children() if child.name.startswith("proximo-worker")]
+def workers_alive() -> list[str]:
+    """Commands of this process's children that are workers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            command = (stat.parent / "cmdline").read_text()
+            if parent == os.getpid() and "proximo.envs.workers" in command:
+                found.append(command)
+    return found
+
+
+def test_workers_can_be_seen():
+    """What the assertions that none is left rest on."""
+    with opened(Reusing, 2):
+        assert len(workers_alive()) == 2
+    assert not workers_alive()
 
 
 @pytest.mark.parametrize(
@@ -427,9 +446,10 @@ def workers_alive() -> list[Any]:
         (partial(os._exit, 7), "exited with status 7"),
     ],
 )
-def test_a_worker_that_dies_in_a_step(fault, message):
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_worker_that_dies_in_a_step(fault, message, isolate):
     """The error names worker, environments, signal and step, soon."""
-    with opened(partial(Faulty, fault)) as envs:
+    with opened(partial(Faulty, fault), isolate=isolate) as envs:
         which = r"worker 1 \(process \d+, environments 2 to 3\)"
         _, seconds = fault_of(envs, RunError, f"{which} {message}.* while stepping environment 2, at step 3")
         assert seconds < SOON
@@ -450,10 +470,11 @@ def test_a_worker_that_is_killed_between_steps_and_interrupts_that_are_ignored()
         assert seconds < SOON
 
 
+@pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("fault", [partial(time.sleep, 1000), partial(kill_yourself, signal.SIGSTOP)])
-def test_a_step_that_never_returns(fault):
+def test_a_step_that_never_returns(fault, isolate):
     """The environment is named after the time-out, and the worker is killed."""
-    with opened(partial(Faulty, fault), timeout_s=2.0) as envs:
+    with opened(partial(Faulty, fault), timeout_s=2.0, isolate=isolate) as envs:
         message = "environment 2 has not answered for 2 s, while stepping environment 2, at step 3"
         _, seconds = fault_of(envs, RunError, message)
         assert 1.5 < seconds < 2.0 + LONG
@@ -474,6 +495,36 @@ def test_as_many_workers_as_cores_are_each_kept_on_one():
         assert os.sched_getaffinity(0) == own
     with closing(WorkerVectorEnv(Reusing, 2, workers=1, isolate=True)) as envs:
         assert os.sched_getaffinity(envs._peers[0].process.pid) == own
+
+
+def test_a_step_that_takes_long_in_the_trainer_is_told(capsys):
+    """After the time-out, once; and nothing is said of one that has been interrupted or has ended."""
+    with opened(partial(Slow, 1.0), 2, timeout_s=0.4, isolate=False, workers=1) as envs:
+        envs.reset(seed=0)
+        envs.step(np.zeros(2, int))
+        told = capsys.readouterr().err.splitlines()
+        assert [line.partition(" has taken")[0] for line in told] == [
+            "proximo: note: stepping environment 0",
+            "proximo: note: stepping environment 1",
+        ]
+        time.sleep(1.0)
+        assert capsys.readouterr().err == ""
+
+
+def test_after_an_interrupted_step_all_begin_anew():
+    """Only some environments have taken it, so that another step would set them apart."""
+    with opened(partial(Slow, 0.5), 2, isolate=False, workers=2) as envs:
+        envs.reset(seed=0)
+        threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,)).start()
+        with pytest.raises(KeyboardInterrupt):
+            envs.step(np.zeros(2, int))
+        with pytest.raises(RunError, match="interrupted"):
+            envs.step(np.zeros(2, int))
+        envs.reset(options={"reset_mask": np.array([True, False])})
+        with pytest.raises(RunError, match="interrupted"):
+            envs.step(np.zeros(2, int))
+        envs.reset()
+        assert envs.step(np.zeros(2, int))[0][:, 1].tolist() == [1.0, 1.0]
 
 
 def test_slow_is_not_stuck():

@@ -87,8 +87,8 @@ class Config:
     )  # fmt: skip
     isolate_envs: bool = option(
         False,
-        "keep all environments out of the process that learns: one that crashes or never returns then ends the run "
-        "with a message, at some cost in speed (engine workers, async)",
+        "keep all environments out of the process that learns (engine workers): one that crashes or never returns then "
+        "ends the run with a message, at some cost in speed; videos still run one in it",
         group="run", kind="bool",
     )  # fmt: skip
     threads: int | None = option(
@@ -301,9 +301,9 @@ class Config:
             raise UserError(
                 "minibatch_size and num_minibatches are both given, but one decides the other: give one of them"
             )
-        if self.isolate_envs and self.engine not in ("auto", "workers", "async"):
+        if self.isolate_envs and self.engine not in ("auto", "workers"):
             raise UserError(
-                f"isolate_envs needs worker processes, which engine {self.engine} has not: use engine workers or async"
+                f"isolate_envs is for engine workers, not {self.engine}: use engine workers or auto"
             )
         rows, what = (
             self.num_envs * self.num_steps,

@@ -29,13 +29,12 @@ class Learner(Protocol):
         """On which it learns, on the CPU."""
         ...
 
-    @property
-    def compiled(self) -> bool:
-        """Whether it learns with a compiled function: always in JAX; in PyTorch where asked for, or worth it."""
-        ...
+    def expect(self, minibatches: int) -> bool | None:
+        """So many minibatches are about to come: decide what pays for them, where settings leave it open.
 
-    def expect(self, minibatches: int) -> None:
-        """So many minibatches are about to come: decide what pays for them, where settings leave it open."""
+        Returns:
+            `Config.compile` as it is decided: in JAX, which always compiles, as it was given.
+        """
         ...
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:

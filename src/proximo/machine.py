@@ -27,9 +27,14 @@ def cores() -> int:
         return here
 
 
+def can_stay_on_cores() -> bool:
+    """Whether processes can be kept on cores. Not where a container has a share of many: others would take the same."""
+    return hasattr(os, "sched_setaffinity") and cores() == len(os.sched_getaffinity(0))
+
+
 def stay_on_core(process: int, number: int) -> None:
-    """Keep a process on the number-th of the cores that this one may run on, where the system can."""
-    if hasattr(os, "sched_setaffinity"):
+    """Keep a process on the number-th of the cores that this one may run on, where `can_stay_on_cores`."""
+    if can_stay_on_cores():
         own = sorted(os.sched_getaffinity(0))
         with suppress(OSError):  # it has ended, which its parent will notice
             os.sched_setaffinity(process, {own[number % len(own)]})

@@ -12,12 +12,12 @@ from gymnasium.vector import VectorEnv
 from proximo import checkpoint, presets
 from proximo.config import FIELDS, Config, check, checked, from_mapping, override
 from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
-from proximo.errors import UserError
+from proximo.errors import UserError, note
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.plot import plot, plot_run
 from proximo.randomness import Purpose, generator
-from proximo.record import Metrics, RunFolder, note
+from proximo.record import Metrics, RunFolder
 from proximo.spaces import Spaces
 from proximo.trackers import import_wandb, recording
 from proximo.train import Progress, iterations
@@ -107,8 +107,6 @@ class PPO:
         """
         envs = self._open_envs()
         config = self._until(total_timesteps)
-        compiled = self.learner.compiled if self.learner.backend == "torch" else config.compile
-        settled = config.replace(compile=compiled)
         run_dir = config.run_dir if run_dir is None else run_dir
         if run_dir is None and (config.capture_video or config.wandb):
             raise UserError("capture_video and wandb write into a run folder: give run_dir")
@@ -116,7 +114,7 @@ class PPO:
             self._require_records(config)
         if progress and self.progress.global_step:
             note(f"schedules now end at step {config.total_timesteps:,}")
-        with recording(run_dir, self.env_id, settled, progress) as (folder, sinks):
+        with recording(run_dir, self.env_id, config, progress) as (folder, sinks):
             self.config = config.replace(run_dir=None)
             try:
                 for metrics, samples in iterations(
@@ -188,8 +186,9 @@ class PPO:
         if total_timesteps is not None:
             steps = check(FIELDS["total_timesteps"], total_timesteps)
             config = config.replace(total_timesteps=done + steps)
-        self.learner.expect(config.minibatches_of(config.total_timesteps - done))
-        return config
+        return config.replace(
+            compile=self.learner.expect(config.minibatches_of(config.total_timesteps - done))
+        )
 
     def _save_into(self, folder: RunFolder, interval: int = 1) -> None:
         """Save every `interval` iterations; 0 is never."""
@@ -308,8 +307,10 @@ class PPO:
         """
         arrays, manifest = checkpoint.load(path)
         given = given_for(env, changes)
-        if env is not None:
-            given.setdefault("engine", "auto")  # what ran another environment may not run this one
+        if env is not None or given.get("isolate_envs"):
+            given.setdefault(
+                "engine", "auto"
+            )  # what was chosen may not run another environment, or isolate it
         env = manifest["env"] if env is None else env
         checkpoint.require_network(path, manifest, network, given)
         config = from_mapping(override(manifest["config"], given))
@@ -384,6 +385,8 @@ def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:
         UserError: an unknown name or a bad value.
     """
     given = checked(settings)
+    if isinstance(env, VectorEnv) and given.get("isolate_envs"):
+        raise UserError("isolate_envs is for environments that Proximo makes, not for a vector environment")
     if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
         raise UserError(f"num_envs is {given['num_envs']}, but the vector environment has {env.num_envs}")
     return given

@@ -108,11 +108,6 @@ def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:
     return path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path
 
 
-def note(text: str) -> None:
-    """Say something that a run goes on after, on the terminal's error stream."""
-    print(f"proximo: note: {text}", file=sys.stderr)
-
-
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
     """The metrics of a run, one object per iteration.
 

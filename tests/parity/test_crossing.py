@@ -20,6 +20,7 @@ import proximo.torch.distributions
 import proximo.torch.networks
 import proximo.torch.optimizer as torch_optimizer
 from proximo.config import Config
+from proximo.jax.networks import product
 from proximo.parameters import is_critic
 from proximo.schedules import Hyper, hyper_at
 from proximo.spaces import Box, Leaf, Spaces
@@ -95,6 +96,27 @@ def test_the_compiled_step_is_the_eager_one(case):
         assert_close(metrics, eager.update(rollout, order, hyper), 1e-5)
         assert_close(compiled.state(), eager.state(), 1e-5)
         compiled.load(eager.state())
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (3, 2)])
+def test_the_weights_gradient_is_the_one_jax_derives(leading):
+    """Of a product with x of any rank, alone and mapped over seeds."""
+    rng = np.random.default_rng(0)
+    x, weight, upstream = (
+        rng.standard_normal((7, *shape)) for shape in ((*leading, 4), (4, 3), (*leading, 3))
+    )
+    gradients = {}
+    with jax.enable_x64(True):
+        for name, multiply in (("ours", product), ("theirs", jnp.matmul)):
+
+            def total(x, weight, upstream, multiply=multiply):
+                return jnp.sum(upstream * multiply(x, weight))
+
+            gradients[name] = jax.vmap(jax.grad(total, argnums=(0, 1)))(x, weight, upstream)
+        alone = jax.grad(lambda w: jnp.sum(upstream[0] * product(x[0], w)))(weight[0])
+    for ours, theirs in zip(gradients["ours"], gradients["theirs"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    np.testing.assert_allclose(alone, gradients["theirs"][1][0], atol=1e-12)
 
 
 @compiles

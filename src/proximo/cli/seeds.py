@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, cast
 import numpy as np
 
 from proximo.errors import RunError, UserError
-from proximo.machine import cores, stay_on_core
+from proximo.machine import can_stay_on_cores, cores, stay_on_core
 from proximo.plot import RETURN, plot
 from proximo.record import CONFIG, Console, Metrics, last_metrics, require_empty, resolved
 
@@ -66,7 +66,8 @@ def train_all(
 ) -> int:
     """Train every seed into a folder of its own below `folder`; return the exit status.
 
-    As many run at once as there are cores, each kept on one core, which costs less than sharing them.
+    As many run at once as there are cores, each kept on one core where the system can, which costs less than sharing
+    them; otherwise each learns on one thread and steps its environments itself.
 
     Args:
         interrupted: the signal that asks for a stop, which is handed on to the runs.
@@ -140,6 +141,8 @@ def _begin(job: Job, config: Path, core: int) -> None:
         "--seed",
         str(job.seed),
     ]
+    if not can_stay_on_cores():
+        command += ["--threads", "1", "--engine", "sync"]
     job.process = subprocess.Popen(
         [*command, "--run-dir", str(job.folder), "--quiet", "--until-input-ends"],
         stdin=subprocess.PIPE,

@@ -85,10 +85,8 @@ def run(options: argparse.Namespace) -> int:
             f"{env_id}: {config.num_envs} environments × {config.num_steps} steps, "
             f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
         )
-        agent.learner.expect(config.minibatches_of(config.total_timesteps))
         threads = agent.learner.threads
-        how = {"jax": "", "torch": ", compiled" if agent.learner.compiled else ", not compiled"}[backend]
-        say(f"backend {backend} on {threads} thread{'s' * (threads > 1)}{how}, engine {config.engine}")
+        say(f"backend {backend} on {threads} thread{'s' * (threads > 1)}, engine {config.engine}")
         say(f"run folder: {run_dir}")
         for line in remarks(config):
             say(f"note: {line}")
@@ -234,7 +232,7 @@ class Interrupt:
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
         if self.signal is not None:
-            raise SystemExit(128 + number)
+            raise KeyboardInterrupt(number)
         self.signal = number
         if self._say:
             print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)

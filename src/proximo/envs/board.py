@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 
-from proximo.errors import UserError
+from proximo.errors import UserError, note
 
 LINE = 64  # bytes of a cache line
 NOWHERE = -1  # in none of the environments
+LOOKS = 8  # at an environment that does not answer, before it counts as stuck
 
 
 class Arena:
@@ -142,8 +146,8 @@ class Share:
     def __init__(self, environments: range) -> None:
         self.environments = environments
         self.envs: list[gym.Env] = []
-        self.at: int | None = None  # the environment that is being made, reset or stepped
-        self.doing = "making"
+        self.at: int | None = None  # the environment that is being made, reset or stepped, or was last
+        self.doing, self.calls, self.closed = "making", 0, False
 
     def make(self, factory: Callable[[], gym.Env], made: Callable[[], None] = lambda: None) -> None:
         """Make them all; `made` is called after each."""
@@ -174,13 +178,17 @@ class Share:
         self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
     ) -> None:
         """Begin new episodes where the mask says."""
-        self.doing = "resetting"
-        for n, env, seed, chosen in zip(self.environments, self.envs, seeds, mask, strict=True):
-            if chosen:
-                self.at = self.current[0] = n
-                observation, _ = env.reset(seed=seed, options=options)
-                store(self.observation, n, observation)
-        self.current[0] = NOWHERE
+        self.doing, self.calls = "resetting", self.calls + 1
+        try:
+            for n, env, seed, chosen in zip(self.environments, self.envs, seeds, mask, strict=True):
+                if chosen:
+                    self.at = self.current[0] = n
+                    observation, _ = env.reset(seed=seed, options=options)
+                    store(self.observation, n, observation)
+            self.current[0] = NOWHERE
+        except KeyboardInterrupt:
+            self.current[0] = NOWHERE
+            raise
 
     def step(self) -> None:
         """Take the board's actions; an environment whose episode ends is reset."""
@@ -188,21 +196,51 @@ class Share:
         reward, terminated, truncated = board.reward, board.terminated, board.truncated
         # A copy, since an environment may keep its action for longer than this step.
         actions = board.action[self.environments.start : self.environments.stop].copy()
-        self.doing = "stepping"
-        for n, env, action in zip(self.environments, self.envs, actions, strict=True):
-            self.at = current[0] = n
-            observation, reward[n], terminated[n], truncated[n], _ = env.step(action)
-            if terminated[n] or truncated[n]:
-                store(self.final, n, observation)
-                observation, _ = env.reset()
-            store(self.observation, n, observation)
-        current[0] = NOWHERE
+        self.doing, self.calls = "stepping", self.calls + 1
+        try:
+            for n, env, action in zip(self.environments, self.envs, actions, strict=True):
+                self.at = current[0] = n
+                observation, reward[n], terminated[n], truncated[n], _ = env.step(action)
+                if terminated[n] or truncated[n]:
+                    store(self.final, n, observation)
+                    observation, _ = env.reset()
+                store(self.observation, n, observation)
+            current[0] = NOWHERE
+        except KeyboardInterrupt:
+            current[0] = NOWHERE
+            raise
 
     def close(self) -> None:
         """Close them all."""
+        self.closed = True
         for env in self.envs:
             with contextlib.suppress(Exception):  # nobody is left to hear of it
                 env.close()
+
+
+def watch(share: Share, limit_s: float) -> None:
+    """Give a note when an environment of an attached share takes longer than so many seconds to reset or step.
+
+    From a thread that ends with the share.
+    """
+    threading.Thread(target=_look, args=(weakref.ref(share), limit_s), daemon=True).start()
+
+
+def _look(reference: weakref.ref[Share], limit_s: float) -> None:
+    seen, looks = (NOWHERE, 0), 0
+    while True:
+        time.sleep(limit_s / LOOKS)
+        share = reference()
+        if share is None or share.closed:
+            return
+        before, seen = seen, (share.current[0], share.calls)
+        looks = looks + 1 if seen == before and seen[0] != NOWHERE else 0
+        if looks == LOOKS:
+            note(
+                f"{share.doing} environment {seen[0]} has taken {limit_s:g} s by now, and the process that learns "
+                "waits for it; with --isolate-envs one that does not answer would be named and ended"
+            )
+        del share  # so that it can go while this sleeps
 
 
 def agreed(declared: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:

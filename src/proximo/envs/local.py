@@ -11,8 +11,21 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.board import Arena, Share, agreed, finals, lay_out, mapped, mask_of, seeds_of, write_actions
+from proximo.envs.board import (
+    Arena,
+    Share,
+    agreed,
+    finals,
+    lay_out,
+    mapped,
+    mask_of,
+    seeds_of,
+    watch,
+    write_actions,
+)
 from proximo.spaces import Spaces
+
+TIMEOUT_S = 60.0  # that a call of one environment may take before a note says so
 
 
 class LocalVectorEnv(VectorEnv):
@@ -40,6 +53,7 @@ class LocalVectorEnv(VectorEnv):
         try:
             self._share.make(factory)
             self._attach()
+            watch(self._share, TIMEOUT_S)
         except BaseException:
             self.close()
             raise

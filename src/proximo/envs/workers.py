@@ -44,6 +44,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from proximo.envs.board import (
+    LOOKS,
     NOWHERE,
     Arena,
     Board,
@@ -55,6 +56,7 @@ from proximo.envs.board import (
     mapped,
     mask_of,
     seeds_of,
+    watch,
     write_actions,
 )
 from proximo.errors import RunError, UserError
@@ -64,7 +66,6 @@ from proximo.spaces import Spaces
 STEP, RESET, ATTACH, CLOSE = b"s", b"r", b"a", b"c"  # to a worker
 DONE, MADE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # from a worker
 
-LOOKS = 8  # at a silent worker, before it counts as stuck
 GRACE_S = 3.0  # for workers to close their environments; after that they are killed
 FAULT_GRACE_S = 0.5  # the same after a fault, which is to be reported soon
 KILLED_S = 1.0  # for a killed process to be gone
@@ -92,7 +93,8 @@ class WorkerVectorEnv(VectorEnv):
         context: how processes begin: spawn, forkserver or fork. A fork of a process in which threads run (JAX has
             some) may hang; a fork server imports the program, which has to guard what it does with `if __name__ ==
             "__main__":`.
-        timeout_s: seconds that one step or reset of one environment in a worker may take before it counts as stuck.
+        timeout_s: seconds that one step or reset of one environment in a worker may take before it counts as stuck. Of
+            one in this process a note is given then, since nobody could end it.
         start_timeout_s: the same for its constructor, and for a process to begin.
         copy: whether observations are copies; otherwise the next step overwrites them.
 
@@ -120,17 +122,19 @@ class WorkerVectorEnv(VectorEnv):
         self._peers: list[_Peer] = []
         self._pending: set[int] = set()  # workers that owe an answer
         self._board: Board | None = None
-        self._doing, self._steps = "making", 0
+        self._doing, self._steps, self._torn = "making", 0, False
         workers = cores() if workers is None else workers
         _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
         workers = min(workers, num_envs)
-        self.num_envs, self.copy, self._limit_s = num_envs, copy, start_timeout_s
+        self.num_envs, self.copy = num_envs, copy
+        self._limit_s, self._limit_name = start_timeout_s, "start_timeout_s"
         self._poller = select.poll()
         try:
             self._start(factory, list(_shares(num_envs, workers)), isolate, context)
             self._settle()
-            self._limit_s = timeout_s
+            self._limit_s, self._limit_name = timeout_s, "timeout_s"
             self._attach(workers)
+            self._here(lambda own: watch(own, timeout_s))
         except BaseException:
             self.close(grace_s=FAULT_GRACE_S)
             raise
@@ -139,7 +143,7 @@ class WorkerVectorEnv(VectorEnv):
         self, factory: Callable[[], gym.Env], shares: list[range], isolate: bool, context: str
     ) -> None:
         contexts: Any = multiprocessing.get_context(context)
-        pickled = _pickled(factory)
+        pickled = _pickled(factory) if isolate or len(shares) > 1 else b""
         for index, environments in enumerate(shares):
             if index == 0 and not isolate:
                 self._own = Share(environments)
@@ -219,7 +223,7 @@ class WorkerVectorEnv(VectorEnv):
             for peer in self._peers
             if any((told := orders(peer.environments))[1])
         }
-        self._doing = "resetting"
+        self._doing, self._torn = "resetting", self._torn and not mask.all()
         self._command(RESET, lambda own: own.reset(*orders(own.environments)), messages)
         return self._observation(), {}
 
@@ -231,14 +235,20 @@ class WorkerVectorEnv(VectorEnv):
 
         Raises:
             UserError: actions of the wrong shape or kind.
-            RunError: an environment raised, a worker died or is stuck.
+            RunError: an environment raised, a worker died or is stuck; or the step before was interrupted.
         """
         board = self._open_board()
         self._settle()
+        if self._torn:
+            raise RunError(
+                "the step before was interrupted, and only some environments took it: call reset() first"
+            )
         write_actions(board.action, actions)
         self._doing = "stepping"
         self._steps += 1
+        self._torn = True
         self._command(STEP, Share.step)
+        self._torn = False
         terminated, truncated = board.terminated.copy(), board.truncated.copy()
         return self._observation(), board.reward.copy(), terminated, truncated, finals(board)
 
@@ -247,8 +257,6 @@ class WorkerVectorEnv(VectorEnv):
         for peer in self._peers:
             self._tell(peer, CLOSE)
         try:
-            if self._own:
-                self._own.close()
             _join(self._peers, grace_s)
         finally:
             for peer in self._peers:
@@ -257,7 +265,9 @@ class WorkerVectorEnv(VectorEnv):
             _join(self._peers, KILLED_S)
             for peer in self._peers:
                 peer.connection.close()
-            self._peers, self._own, self._board = [], None, None
+            own, self._peers, self._own, self._board = self._own, [], None, None
+            if own:
+                own.close()
 
     def _open_board(self) -> Board:
         if self._board is None or self.closed:
@@ -288,7 +298,7 @@ class WorkerVectorEnv(VectorEnv):
             return
         try:
             do(self._own)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # Ctrl-C alone passes
             self._end(self._failed("the trainer's process", _report(self._own, error), error))
 
     def _tell(
@@ -390,7 +400,7 @@ class WorkerVectorEnv(VectorEnv):
         name = f"environment {where}" if where != NOWHERE else str(peer)
         return RunError(
             f"{name} has not answered for {self._limit_s:g} s, {self._activity(peer)}; {peer} was killed: mend "
-            f"the environment, or give it more time with {'timeout_s' if self._board else 'start_timeout_s'}"
+            f"the environment, or give it more time with {self._limit_name}"
         )
 
 

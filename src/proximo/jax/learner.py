@@ -75,7 +75,6 @@ class Learner:
     """
 
     backend = "jax"
-    compiled = True
 
     def __init__(
         self,
@@ -99,8 +98,9 @@ class Learner:
         self._examine = jax.jit(partial(examine, self.spec))
         self._update = jax.jit(partial(update, self.spec))
 
-    def expect(self, minibatches: int) -> None:
+    def expect(self, minibatches: int) -> bool | None:
         """Nothing to decide."""
+        return self.spec.config.compile
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""

@@ -80,8 +80,9 @@ def linear(params: Params, name: str, x: Array) -> Array:
 def product(x: Array, weight: Array) -> Array:
     """x W: [..., inputs] -> [..., outputs].
 
-    Its gradient is written out for the sake of speed: XLA turns both factors of Wᵀ's, as JAX derives it, and then
-    multiplies them in its slowest way on a CPU. With x turned beforehand, a whole update takes half the time.
+    Its gradient is written out for the sake of speed: of that which JAX derives XLA turns both factors, and then
+    multiplies them in its slowest way on a CPU. With x turned beforehand, an update with minibatches of 2048 takes half
+    the time. There is no forward mode (`jax.jvp`).
     """
     return x @ weight
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from proximo import trees
 from proximo.acting import mlp_actor
 from proximo.config import Config
+from proximo.errors import note
 from proximo.machine import learner_threads
 from proximo.parameters import is_critic, limits, size
 from proximo.rollout import Actor, Rollout
@@ -115,16 +116,18 @@ class Learner:
         high = per_parameter(lambda name: limits(name, config)[1], self._dtype)
         self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high)
         self._state = initial_state(self.spec, config.num_envs, self._dtype)
-        self.compiled = bool(config.compile)
+        self.compiled, self._expected = bool(config.compile), 0
+        self._may_choose = config.compile is None and self._built_in  # what others hold may not compile
         self._compiled: dict[
             tuple[tuple[int, ...], ...], Callable[..., Any]
         ] = {}  # by shapes of rollout and order
 
-    def expect(self, minibatches: int) -> None:
-        """Compile for many minibatches, where settings leave it open; see `proximo.torch.runtime`."""
-        if self.spec.config.compile is None:
-            # A network of one's own may hold what does not compile.
-            self.compiled = self._built_in and pays_to_compile(minibatches)
+    def expect(self, minibatches: int) -> bool:
+        """Compile for many minibatches, those of all calls together, where settings leave it open."""
+        self._expected += minibatches
+        if self._may_choose:
+            self.compiled = pays_to_compile(self._expected)
+        return self.compiled
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
@@ -152,9 +155,17 @@ class Learner:
         hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
         nothing = rollout.reward.size // self.spec.config.sequence_length
         indices = tensor(np.minimum(order, nothing))  # whatever is out of range means "nothing"
+        learn = partial(update, self.spec, self._state, self.transitions(rollout), indices, hyper)
         step = self._minibatch(rollout.reward.shape, order.shape)
         with running_on(self.threads):
-            state, metrics = update(self.spec, self._state, self.transitions(rollout), indices, hyper, step)
+            try:
+                state, metrics = learn(step)
+            except Exception as error:
+                if step is minibatch or not self._may_choose:
+                    raise
+                note(f"PyTorch goes on without compiling, which failed: {' '.join(str(error).split())[:300]}")
+                self.compiled = self._may_choose = False
+                state, metrics = learn(minibatch)
         metrics = {name: value.item() for name, value in metrics.items()}
         trees.require_finite(metrics)
         self._state = state
@@ -164,6 +175,10 @@ class Learner:
         if not self.compiled:
             return minibatch
         if shapes not in self._compiled:
+            if self._may_choose:
+                note(
+                    "PyTorch compiles what it repeats, which may take some ten seconds (--no-compile: never)"
+                )
             self._compiled[shapes] = compiled(minibatch, guarded=not self._built_in)
         return self._compiled[shapes]
 

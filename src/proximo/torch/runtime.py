@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ def running_on(threads: int) -> Iterator[None]:
 
 def pays_to_compile(minibatches: int) -> bool:
     """Whether minibatches are enough to win back the time, and PyTorch finds what it compiles with."""
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    able = any(shutil.which(name) for name in compilers if name)
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return minibatches >= MANY and able and headers.exists()
+    return minibatches >= MANY and shutil.which(compiler) is not None and headers.exists()
