@@ -35,6 +35,8 @@ def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...
             value[..., 0] |= ~value.any(axis=-1)
         elif leaf.kind == "discrete":
             value = leaf.start + rng.integers(leaf.n, size=shape)
+        elif leaf.kind == "image":
+            value = rng.integers(256, size=shape)
         else:
             value = 2.0 + 3.0 * rng.standard_normal(shape)
         obs[leaf.path] = value.astype(leaf.dtype)

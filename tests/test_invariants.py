@@ -266,7 +266,9 @@ def test_five_iterations_compile_once(backend):
         final_clip_coef=0.05, target_kl=0.5,
     )  # fmt: skip
     # Given as one's own network, so that it acts in its backend.
-    learner = backend.learner(config, CONTINUOUS, network=backend.module("networks").mlp(config, CONTINUOUS))
+    learner = backend.learner(
+        config, CONTINUOUS, network=backend.module("networks").built_in(config, CONTINUOUS)
+    )
     for iteration in range(5):
         rollout = act_rollout(learner, seed=iteration, resets="same_step", ends=0.1 * iteration)
         learner.value(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))

@@ -357,7 +357,7 @@ def test_what_is_no_network_is_refused(backend):
     """A bare module or pair, or a network of the other backend: the message says what to wrap it with."""
     other = {"jax": "torch", "torch": "jax"}[backend]
     config = small(backend=backend)
-    foreign = importlib.import_module(f"proximo.{other}.networks").mlp(config, CONTINUOUS)
+    foreign = importlib.import_module(f"proximo.{other}.networks").built_in(config, CONTINUOUS)
     for network in (nn.Linear(4, 2), linear_pair(2), foreign):
         with pytest.raises(UserError, match=rf"proximo\.{backend}\.own_network"):
             make_learner(config, CONTINUOUS, network)

@@ -91,3 +91,26 @@ class Script(gym.Env):
         self.t += 1
         truncated = self.t == len(self.rewards)
         return np.array([self.observations[self.t]]), self.rewards[self.t - 1], False, truncated, {}
+
+
+class BrightHalf(gym.Env):
+    """An 8 × 8 picture whose left or right half is bright; naming the half pays 1, four times an episode."""
+
+    observation_space = gym.spaces.Box(0, 255, (8, 8, 1), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def observe(self) -> np.ndarray:
+        self.half = int(self.np_random.integers(2))
+        picture = self.np_random.integers(0, 100, (8, 8, 1), dtype=np.uint8)
+        picture[:, 4 * self.half : 4 * self.half + 4] += 100
+        return picture
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        reward = float(action == self.half)
+        self.steps += 1
+        return self.observe(), reward, self.steps == 4, False, {}

@@ -1,7 +1,7 @@
-"""The built-in networks' policy in NumPy, for acting: a step of few environments is over before a compiled
+"""The built-in perceptron's policy in NumPy, for acting: a step of few environments is over before a compiled
 function of either backend has been called.
 
-It computes what `networks.mlp` and `distributions` of the backends compute; tests hold them equal.
+It computes what `networks.built_in` and `distributions` of the backends compute; tests hold them equal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from proximo.config import Config
-from proximo.parameters import MASKED, MAX_LOG_STD, VARIANCE_EPSILON, Parameters
+from proximo.parameters import MASKED, MAX_LOG_STD, VARIANCE_EPSILON, Parameters, architecture
 from proximo.rollout import Actor
 from proximo.spaces import Discrete, Obs, Spaces
 
@@ -46,15 +46,16 @@ def mlp_actor(
     Args:
         moments: path -> mean and variance of the observations that are normalised.
     """
-    part = "trunk" if config.shared_trunk else "actor"
-    names = [f"{part}.{index}" for index in range(len(config.hidden_sizes))]
+    _, hidden_sizes, activation_name, shared = architecture(config, spaces)
+    part = "trunk" if shared else "actor"
+    names = [f"{part}.{index}" for index in range(len(hidden_sizes))]
     hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
     weight, bias = params["actor.head.weight"], params["actor.head.bias"]
     scales = {
         path: (mean, (1.0 / np.sqrt(variance + VARIANCE_EPSILON)).astype(weight.dtype))
         for path, (mean, variance) in moments.items()
     }
-    activation = ACTIVATIONS[config.activation]
+    activation = ACTIVATIONS[activation_name]
     log_std = params.get("actor.log_std")
     fixed_std = np.exp(log_std) if log_std is not None else weight.dtype.type(config.init_std)
     calls = None if noise is None else iter(noise)
@@ -95,6 +96,9 @@ def encode(
                 mean, scale = scales[leaf.path]
                 value = np.minimum(np.maximum((value - mean) * scale, -clip), clip)
             parts.append(value.reshape(len(value), -1))
+        elif leaf.kind == "image":
+            value = np.moveaxis(value, 1, -1) if leaf.channels_first else value
+            parts.append((value.astype(dtype) / 255).reshape(len(value), -1))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 

@@ -227,16 +227,25 @@ class Config:
     )  # fmt: skip
 
     # Networks
-    hidden_sizes: tuple[int, ...] = option(
-        (64, 64), "widths of the hidden layers", group="network", kind="ints", low=1, source=PPO_PAPER
-    )
-    activation: str = option(
-        "tanh", "nonlinearity of the hidden layers", group="network", kind="str", choices=ACTIVATIONS,
-        source=WHAT_MATTERS,
+    network: str = option(
+        "auto",
+        "built-in network: mlp; nature or impala, convolutional; auto takes mlp without images, and with them "
+        "nature, or impala where they are too small for it",
+        group="network", kind="str", choices=("auto", "mlp", "nature", "impala"),
+        source="Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv:1802.01561 (impala)",
     )  # fmt: skip
-    shared_trunk: bool = option(
-        False, "one body with a policy head and a value head, instead of two networks",
-        group="network", kind="bool",
+    hidden_sizes: tuple[int, ...] | None = option(
+        None, "widths of the hidden layers; unless given 64 64, with nature 512, with impala 256",
+        group="network", kind="ints", optional=True, low=1, source=PPO_PAPER,
+    )  # fmt: skip
+    activation: str | None = option(
+        None, "nonlinearity of the hidden layers; unless given tanh, with nature and impala relu",
+        group="network", kind="str", optional=True, choices=ACTIVATIONS, source=WHAT_MATTERS,
+    )  # fmt: skip
+    shared_trunk: bool | None = option(
+        None,
+        "one body with a policy head and a value head, instead of two networks; unless given with nature and impala",
+        group="network", kind="bool", optional=True,
     )  # fmt: skip
     orthogonal_init: bool = option(
         True,
@@ -361,7 +370,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for YAML and JSON."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["hidden_sizes"] = list(self.hidden_sizes)
+        values["hidden_sizes"] = None if self.hidden_sizes is None else list(self.hidden_sizes)
         values["env_kwargs"] = dict(self.env_kwargs)
         return values
 

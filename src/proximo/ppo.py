@@ -15,6 +15,7 @@ from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of
 from proximo.errors import UserError, note
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner import Learner, choose_backend, make_learner
+from proximo.parameters import architecture
 from proximo.plot import plot, plot_run
 from proximo.randomness import Purpose, generator
 from proximo.record import Metrics, RunFolder
@@ -69,6 +70,8 @@ class PPO:
         self, env: EnvLike | None, config: Config, spaces: Spaces, network: Any, envs: VectorEnv | None
     ) -> None:
         self._env, self._envs, self._network = env, envs, network
+        if network is None:
+            config = config.replace(**architecture(config, spaces)._asdict())
         self.config = config.replace(backend=choose_backend(config.backend))
         self.spaces = spaces
         self.learner: Learner = make_learner(self.config, spaces, network)

@@ -29,7 +29,7 @@ class Leaf:
     """One array of an observation.
 
     `kind` says how a network reads it: "vector" as numbers, normalised where asked; "image" (uint8, rank 3)
-    as it is; "discrete" as the one-hot code of `value - start`; "mask" not at all.
+    as numbers in [0, 1], through convolutions; "discrete" as the one-hot code of `value - start`; "mask" not at all.
     """
 
     path: str
@@ -43,6 +43,17 @@ class Leaf:
     def name(self) -> str:
         """As messages call it."""
         return f"observation {self.path!r}" if self.path else "the observation"
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether an image is [channels, height, width]: the shortest axis is taken for the channels."""
+        return self.shape[0] < self.shape[2]
+
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image, whichever order it comes in."""
+        first, second, third = self.shape
+        return (second, third, first) if self.channels_first else (first, second, third)
 
     @property
     def features(self) -> int:

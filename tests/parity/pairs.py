@@ -65,18 +65,43 @@ OBSERVATIONS = {
     "discrete": CODE,
     "dict": gym.spaces.Dict({"x": VECTOR, "code": CODE, "scalar": gym.spaces.Box(-1.0, 1.0, ())}),
     "masked": gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}),
+    "picture": gym.spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    "planes": gym.spaces.Dict({"seen": gym.spaces.Box(0, 255, (2, 9, 12), np.uint8), "x": VECTOR}),
 }
+NEUTRAL: dict[str, Any] = {"target_kl": None, "resets": "same_step", "max_grad_norm": 0.5}
+PICTURES: list[dict[str, Any]] = [
+    {**NEUTRAL, **picture}
+    for picture in (
+        {"action": "discrete", "observation": "picture", "hidden_sizes": (7,), "vf_clip_coef": 0.05},
+        {
+            "action": "box",
+            "observation": "picture",
+            "network": "nature",
+            "hidden_sizes": (),
+            "shared_trunk": False,
+        },
+        {"action": "discrete", "observation": "planes", "normalize_observation": True},
+        {
+            "action": "box",
+            "observation": "planes",
+            "network": "impala",
+            "hidden_sizes": (5,),
+            "sequence_length": 4,
+        },
+        {"action": "discrete", "observation": "planes", "network": "mlp", "hidden_sizes": (5,)},
+    )
+]
 ACTIONS = {"box": gym.spaces.Box(-1.0, 1.0, (2,)), "discrete": gym.spaces.Discrete(3)}
 Case = dict[str, Any]
 
 
 def cases() -> list[Case]:
-    """For either kind of action, settings that cover every pair of values."""
+    """For either kind of action, settings that cover every pair of values; then images."""
     return [
         {"action": kind, **pairs._asdict()}
         for kind, switches in (("box", BOX), ("discrete", DISCRETE))
         for pairs in AllPairs(OrderedDict(switches))
-    ]
+    ] + PICTURES
 
 
 def name_of(case: Case) -> str:
@@ -107,7 +132,7 @@ def lived_in(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str
     """
     state = {**state}
     for name, value in state.items():
-        noise = rng.standard_normal(value.shape)
+        noise = rng.standard_normal(value.shape) / spread(value)
         if name == "count" or name.endswith("/count"):
             state[name] = np.full_like(value, 40)
         elif name.startswith("moment_2") or name.endswith("/variance"):
@@ -121,6 +146,12 @@ def lived_in(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str
         else:
             state[name] = (value + 0.3 * noise).astype(value.dtype)
     return state
+
+
+def spread(value: np.ndarray) -> float:
+    """By what to divide noise in the weights of wide layers, whose sums would run away with it."""
+    inputs = math.prod(value.shape[:-1])
+    return math.sqrt(inputs) if inputs > 16 else 1.0
 
 
 def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,7 +183,7 @@ class Pair:
         """Parameters so near the learners' own that ratios lie on both sides of the clip."""
         params = {name: np.asarray(value) for name, value in self.jax._state.params.items()}
         scale = 0.04 if isinstance(self.spaces.action, Box) else 0.15
-        return {name: x + scale * self.rng.standard_normal(x.shape) for name, x in params.items()}
+        return {name: x + scale * self.rng.standard_normal(x.shape) / spread(x) for name, x in params.items()}
 
 
 def order_of(config: Config, rollout: Rollout, rng: np.random.Generator) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from proximo.config import Config
 from proximo.jax.learner import act, values
 from proximo.jax.minibatches import Transitions
-from proximo.jax.networks import mlp
+from proximo.jax.networks import built_in
 from proximo.jax.state import Spec, State, initial_state
 from proximo.jax.update import update
 from proximo.randomness import Purpose, generator
@@ -101,7 +101,7 @@ def test_one_jitted_function_collects_and_learns():
     )  # fmt: skip
     env = gym.make("CartPole-v1")
     spaces = Spaces.of(env.observation_space, env.action_space)
-    spec = Spec(config, spaces, mlp(config, spaces), lambda x: x)
+    spec = Spec(config, spaces, built_in(config, spaces), lambda x: x)
     state = initial_state(spec, N, "float32")
     world = World(jnp.zeros((N, 4)), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), jax.random.key(0))
     run = jax.jit(partial(iteration, spec))

@@ -1,11 +1,11 @@
 """The waist carries images: kept as uint8 up to the network, whatever the backend."""
 
-import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from worlds import BrightHalf
 
 from proximo import PPO
 from proximo.envs import make_envs, spaces_of
@@ -14,29 +14,6 @@ from proximo.jax.networks import Network
 from proximo.rollout import Rollout
 from proximo.torch.distributions import Categorical as TorchCategorical
 from proximo.torch.networks import Network as TorchNetwork
-
-
-class BrightHalf(gym.Env):
-    """An 8 × 8 picture whose left or right half is bright; naming the half pays 1, four times an episode."""
-
-    observation_space = gym.spaces.Box(0, 255, (8, 8, 1), np.uint8)
-    action_space = gym.spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        return self.observe(), {}
-
-    def observe(self):
-        self.half = int(self.np_random.integers(2))
-        picture = self.np_random.integers(0, 100, (8, 8, 1), dtype=np.uint8)
-        picture[:, 4 * self.half : 4 * self.half + 4] += 100
-        return picture
-
-    def step(self, action):
-        reward = float(action == self.half)
-        self.steps += 1
-        return self.observe(), reward, self.steps == 4, False, {}
 
 
 def initial() -> dict[str, np.ndarray]:

@@ -14,13 +14,13 @@ from proximo import trees
 from proximo.acting import mlp_actor
 from proximo.config import Config
 from proximo.jax.minibatches import Transitions
-from proximo.jax.networks import Network, Obs, mlp
+from proximo.jax.networks import Network, Obs, built_in
 from proximo.jax.normalization import Reduce
 from proximo.jax.runtime import start
 from proximo.jax.state import Spec, State, initial_state, observe
 from proximo.jax.update import prepare, update
 from proximo.machine import learner_threads
-from proximo.parameters import size
+from proximo.parameters import architecture, size
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
@@ -86,9 +86,10 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
+        self._acts_in_numpy = self._built_in and architecture(config, spaces).network == "mlp"
         parameters = size(config, spaces) if self._built_in else None
         self.threads = start(learner_threads(config.threads, config.minibatch_transitions, parameters))
-        self.spec = Spec(config, spaces, network or mlp(config, spaces), reduce)
+        self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._dtype = np.dtype(dtype)
         self._state = initial_state(self.spec, config.num_envs, dtype)
         self._act = jax.jit(partial(act, self.spec))
@@ -104,7 +105,7 @@ class Learner:
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
-        if self._built_in:
+        if self._acts_in_numpy:
             params, moments = jax.device_get((self._state.params, self._state.obs_moments))
             known = {path: (of.mean, of.variance) for path, of in moments.items()}
             return mlp_actor(self.spec.config, self.spec.spaces, params, known, noise)

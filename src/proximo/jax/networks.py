@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,16 @@ from jax import Array, lax
 
 from proximo.config import Config
 from proximo.jax.distributions import Categorical, Gaussian, Policy, SquashedGaussian
-from proximo.parameters import MASKED, MAX_LOG_STD, initial_parameters
-from proximo.spaces import Discrete, Spaces
+from proximo.parameters import (
+    MASKED,
+    MAX_LOG_STD,
+    NATURE,
+    Architecture,
+    architecture,
+    convolutions,
+    initial_parameters,
+)
+from proximo.spaces import Discrete, Leaf, Spaces
 
 Params = dict[str, Array]
 Obs = dict[str, Array]  # path -> [T, N, ...]
@@ -43,14 +52,14 @@ class Network(NamedTuple):
     carry_size: int = 0
 
 
-def mlp(config: Config, spaces: Spaces) -> Network:
-    """The built-in multilayer perceptron: separate actor and critic, or a shared trunk with two heads."""
+def built_in(config: Config, spaces: Spaces) -> Network:
+    """The built-in networks: separate actor and critic, or a shared trunk with two heads."""
+    made = architecture(config, spaces)
 
     def apply(params: Params, obs: Obs, start: Array, carry: Array) -> tuple[Policy, Array, Array]:
-        x = encode(spaces, obs, params["actor.head.weight"].dtype)
-        actor, critic = ("trunk", "trunk") if config.shared_trunk else ("actor", "critic")
-        hidden = body(config, params, actor, x)
-        critic_hidden = hidden if config.shared_trunk else body(config, params, critic, x)
+        actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
+        hidden = body(made, spaces, params, actor, obs)
+        critic_hidden = hidden if made.shared_trunk else body(made, spaces, params, critic, obs)
         output = linear(params, "actor.head", hidden)
         value = linear(params, "critic.head", critic_hidden)[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
@@ -59,12 +68,34 @@ def mlp(config: Config, spaces: Spaces) -> Network:
     return Network(lambda: initial_parameters(config, spaces), apply)
 
 
-def encode(spaces: Spaces, obs: Obs, dtype: jnp.dtype) -> Array:
-    """All leaves as one vector of features [T, N, F]: numbers flat, discrete values one-hot, no masks."""
+def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:
+    """One part of the network up to its last hidden layer: [..., shape of a leaf] -> [..., H]."""
+    x = encode(spaces, obs, dtype_of(params), partial(see, made, params, part))
+    for index in range(len(made.hidden_sizes)):
+        x = ACTIVATIONS[made.activation](linear(params, f"{part}.{index}", x))
+    return x
+
+
+def dtype_of(params: Params) -> jnp.dtype:
+    """The type of the parameters, in which everything is computed."""
+    return next(iter(params.values())).dtype
+
+
+def encode(
+    spaces: Spaces, obs: Obs, dtype: jnp.dtype, see: Callable[[Leaf, Array], Array] | None = None
+) -> Array:
+    """All leaves as one vector of features [..., F]: numbers flat, discrete values one-hot, no masks.
+
+    Args:
+        see: what is made of images [B, *shape of the leaf].
+    """
     parts = []
     for leaf in spaces.observation:
         value = obs[leaf.path]
-        if leaf.kind == "discrete":
+        if leaf.kind == "image" and see is not None:
+            seen = see(leaf, value.reshape(-1, *leaf.shape))
+            parts.append(seen.reshape(*value.shape[:-3], -1))
+        elif leaf.kind == "discrete":
             parts.append(jax.nn.one_hot(value - leaf.start, leaf.n, dtype=dtype))
         elif leaf.kind == "vector":
             parts.append(value.reshape(*value.shape[: value.ndim - len(leaf.shape)], -1).astype(dtype))
@@ -100,11 +131,62 @@ def _product_backward(factors: tuple[Array, Array], gradient: Array) -> tuple[Ar
 product.defvjp(_product_forward, _product_backward)
 
 
-def body(config: Config, params: Params, part: str, x: Array) -> Array:
-    """The hidden layers of one part of the network."""
-    for index in range(len(config.hidden_sizes)):
-        x = ACTIVATIONS[config.activation](linear(params, f"{part}.{index}", x))
-    return x
+def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Array) -> Array:
+    """What convolutions make of images: uint8 [B, *shape of the leaf] -> [B, height', width', outputs]."""
+    image = jnp.moveaxis(image, 1, -1) if leaf.channels_first else image
+    dtype = dtype_of(params)
+    if made.network == "mlp":
+        return image.astype(dtype) / 255
+    layers = [f"{part}.{layer.name}" for layer in convolutions(made.network, leaf)]
+    if made.network == "nature":
+        x = image
+        for name, (_, _, step) in zip(layers, NATURE, strict=True):
+            x = jax.nn.relu(convolve(params, name, x, step))
+        return x
+    x = image.astype(dtype) / 255
+    for first in range(0, len(layers), 5):
+        x = pool(convolve(params, layers[first], pad(x), 1))
+        for block in (first + 1, first + 3):
+            inner = convolve(params, layers[block], pad(jax.nn.relu(x)), 1)
+            x = x + convolve(params, layers[block + 1], pad(jax.nn.relu(inner)), 1)
+    return jax.nn.relu(x)
+
+
+def convolve(params: Params, name: str, image: Array, step: int) -> Array:
+    """A convolution as one product of matrices: [B, height, width, inputs] -> [B, height', width', outputs].
+
+    XLA's own convolutions are slow on a CPU. Squares of `step` by `step` pixels become one pixel with more channels, so
+    that filters then move by 1, and the patches under them are whole slices of the image.
+    """
+    weight = params[f"{name}.weight"]
+    width, _, inputs, outputs = weight.shape
+    rows, columns = ((size - width) // step + 1 for size in image.shape[1:3])
+    used = [(count - 1) * step + width for count in (rows, columns)]
+    image, filters = squares(image[:, : used[0], : used[1]], step), width // step
+    patches = [image[:, i : i + rows, j : j + columns] for i in range(filters) for j in range(filters)]
+    x = jnp.concatenate(patches, axis=-1)
+    if x.dtype == jnp.uint8:
+        x = x.astype(weight.dtype) / 255
+    weight = weight.reshape(filters, step, filters, step, inputs, outputs).swapaxes(1, 2)
+    return product(x, weight.reshape(-1, outputs)) + params[f"{name}.bias"]
+
+
+def squares(image: Array, step: int) -> Array:
+    """[B, height, width, channels] -> [B, height / step, width / step, step · step · channels]."""
+    count, height, width, channels = image.shape
+    split = image.reshape(count, height // step, step, width // step, step, channels).swapaxes(2, 3)
+    return split.reshape(count, height // step, width // step, step * step * channels)
+
+
+def pad(image: Array) -> Array:
+    """A border of zeros, one pixel wide."""
+    return jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def pool(image: Array) -> Array:
+    """The largest of every 3 by 3 pixels, at every second of them."""
+    border = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(image, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), border)
 
 
 def policy_from_output(

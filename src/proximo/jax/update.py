@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from proximo.jax.advantages import gae
+from proximo.jax.distributions import Policy
 from proximo.jax.losses import (
     clipped_squared_error,
     clipped_surrogate,
@@ -22,7 +23,7 @@ from proximo.jax.losses import (
     standardize,
 )
 from proximo.jax.minibatches import Batch, Transitions, take, to_sequences
-from proximo.jax.networks import Params
+from proximo.jax.networks import Obs, Params
 from proximo.jax.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.jax.optimizer import adam, adapt
 from proximo.jax.state import Spec, State, observe
@@ -52,7 +53,7 @@ def prepare(
     action = jnp.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
 
     obs = observe(spec, state, data.obs)
-    policy, value, carry = spec.network.apply(state.params, obs, data.start, state.carry)
+    policy, value, carry = over_rollout(spec, state, obs, data.start)
     policy = jax.tree.map(lambda x: x[:-1], policy)
     carry = jnp.concatenate([state.carry[None], carry[:-1]])  # before each step
     next_value = jnp.where(data.final, data.final_value, value[1:])
@@ -84,6 +85,19 @@ def prepare(
     batch = jax.tree.map(partial(to_sequences, length), batch)
     state = state._replace(running_return=running, return_moments=moments, carry=carry[-1])
     return state, batch._replace(carry=batch.carry[:1]), statistics
+
+
+def over_rollout(spec: Spec, state: State, obs: Obs, start: Array) -> tuple[Policy, Array, Array]:
+    """The network on all of a rollout [T + 1, N]. Images go through step by step: what convolutions make of them on the
+    way is many times their size."""
+    if spec.network.carry_size or all(leaf.kind != "image" for leaf in spec.spaces.observation):
+        return spec.network.apply(state.params, obs, start, state.carry)
+
+    def step(row: tuple[Obs, Array]) -> tuple[Policy, Array, Array]:
+        obs, start = jax.tree.map(lambda x: x[None], row)
+        return jax.tree.map(lambda x: x[0], spec.network.apply(state.params, obs, start, state.carry))
+
+    return lax.map(step, (obs, start))
 
 
 def explained_variance(value: Array, target: Array, weight: Array, reduce: Reduce) -> Array:

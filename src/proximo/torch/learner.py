@@ -15,12 +15,12 @@ from proximo.acting import mlp_actor
 from proximo.config import Config
 from proximo.errors import note
 from proximo.machine import learner_threads
-from proximo.parameters import is_critic, limits, size
+from proximo.parameters import architecture, is_critic, limits, size
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
-from proximo.torch.networks import Network, Obs, mlp
+from proximo.torch.networks import Network, Obs, built_in
 from proximo.torch.normalization import Reduce
 from proximo.torch.runtime import pays_to_compile, running_on
 from proximo.torch.state import Spec, State, initial_state, observe
@@ -99,10 +99,11 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
+        self._acts_in_numpy = self._built_in and architecture(config, spaces).network == "mlp"
         parameters = size(config, spaces) if self._built_in else None
         self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        network = network or mlp(config, spaces)
+        network = network or built_in(config, spaces)
         initial = network.init()
         shapes = {name: np.shape(value) for name, value in initial.items()}
 
@@ -131,7 +132,7 @@ class Learner:
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
-        if self._built_in:
+        if self._acts_in_numpy:
             params = each(Tensor.numpy, unflatten(self.spec.shapes, self._state.params.clone()))
             known = {
                 path: (of.mean.numpy(), of.variance.numpy()) for path, of in self._state.obs_moments.items()

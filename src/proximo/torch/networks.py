@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from proximo.config import Config
-from proximo.parameters import MASKED, MAX_LOG_STD, initial_parameters
-from proximo.spaces import Discrete, Spaces
+from proximo.parameters import (
+    MASKED,
+    MAX_LOG_STD,
+    NATURE,
+    Architecture,
+    architecture,
+    convolutions,
+    initial_parameters,
+)
+from proximo.spaces import Discrete, Leaf, Spaces
 from proximo.torch.distributions import Categorical, Gaussian, Policy, SquashedGaussian, softplus
 
 Params = dict[str, Tensor]
@@ -43,14 +52,14 @@ class Network(NamedTuple):
     carry_size: int = 0
 
 
-def mlp(config: Config, spaces: Spaces) -> Network:
-    """The built-in multilayer perceptron: separate actor and critic, or a shared trunk with two heads."""
+def built_in(config: Config, spaces: Spaces) -> Network:
+    """The built-in networks: separate actor and critic, or a shared trunk with two heads."""
+    made = architecture(config, spaces)
 
     def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
-        x = encode(spaces, obs, params["actor.head.weight"].dtype)
-        actor, critic = ("trunk", "trunk") if config.shared_trunk else ("actor", "critic")
-        hidden = body(config, params, actor, x)
-        critic_hidden = hidden if config.shared_trunk else body(config, params, critic, x)
+        actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
+        hidden = body(made, spaces, params, actor, obs)
+        critic_hidden = hidden if made.shared_trunk else body(made, spaces, params, critic, obs)
         output = linear(params, "actor.head", hidden)
         value = linear(params, "critic.head", critic_hidden)[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
@@ -59,12 +68,34 @@ def mlp(config: Config, spaces: Spaces) -> Network:
     return Network(lambda: initial_parameters(config, spaces), apply)
 
 
-def encode(spaces: Spaces, obs: Obs, dtype: torch.dtype) -> Tensor:
-    """All leaves as one vector of features [T, N, F]: numbers flat, discrete values one-hot, no masks."""
+def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:
+    """One part of the network up to its last hidden layer: [..., shape of a leaf] -> [..., H]."""
+    x = encode(spaces, obs, dtype_of(params), partial(see, made, params, part))
+    for index in range(len(made.hidden_sizes)):
+        x = ACTIVATIONS[made.activation](linear(params, f"{part}.{index}", x))
+    return x
+
+
+def dtype_of(params: Params) -> torch.dtype:
+    """The type of the parameters, in which everything is computed."""
+    return next(iter(params.values())).dtype
+
+
+def encode(
+    spaces: Spaces, obs: Obs, dtype: torch.dtype, see: Callable[[Leaf, Tensor], Tensor] | None = None
+) -> Tensor:
+    """All leaves as one vector of features [..., F]: numbers flat, discrete values one-hot, no masks.
+
+    Args:
+        see: what is made of images [B, *shape of the leaf].
+    """
     parts = []
     for leaf in spaces.observation:
         value = obs[leaf.path]
-        if leaf.kind == "discrete":
+        if leaf.kind == "image" and see is not None:
+            seen = see(leaf, value.reshape(-1, *leaf.shape))
+            parts.append(seen.reshape(*value.shape[:-3], -1))
+        elif leaf.kind == "discrete":
             parts.append((value[..., None] - leaf.start == torch.arange(leaf.n)).to(dtype))
         elif leaf.kind == "vector":
             leading = value.shape[: value.ndim - len(leaf.shape)]
@@ -77,11 +108,35 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
     return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
-def body(config: Config, params: Params, part: str, x: Tensor) -> Tensor:
-    """The hidden layers of one part of the network."""
-    for index in range(len(config.hidden_sizes)):
-        x = ACTIVATIONS[config.activation](linear(params, f"{part}.{index}", x))
-    return x
+def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Tensor) -> Tensor:
+    """What convolutions make of images: uint8 [B, *shape of the leaf] -> [B, height', width', outputs]."""
+    image = image if leaf.channels_first else image.permute(0, 3, 1, 2)
+    # Channels side by side in memory: the quickest order on a CPU.
+    x = image.to(dtype_of(params), memory_format=torch.channels_last) / 255
+    return convolved(made, params, part, leaf, x).permute(0, 2, 3, 1)
+
+
+def convolved(made: Architecture, params: Params, part: str, leaf: Leaf, x: Tensor) -> Tensor:
+    """The convolutions alone: [B, channels, height, width] -> [B, outputs, height', width']."""
+    if made.network == "mlp":
+        return x
+    layers = [f"{part}.{layer.name}" for layer in convolutions(made.network, leaf)]
+    if made.network == "nature":
+        for name, (_, _, step) in zip(layers, NATURE, strict=True):
+            x = functional.relu(convolve(params, name, x, step))
+        return x
+    for first in range(0, len(layers), 5):
+        x = functional.max_pool2d(convolve(params, layers[first], x, padding=1), 3, 2, padding=1)
+        for block in (first + 1, first + 3):
+            inner = convolve(params, layers[block], functional.relu(x), padding=1)
+            x = x + convolve(params, layers[block + 1], functional.relu(inner), padding=1)
+    return functional.relu(x)
+
+
+def convolve(params: Params, name: str, image: Tensor, step: int = 1, padding: int = 0) -> Tensor:
+    """A convolution: [B, inputs, height, width] -> [B, outputs, height', width']."""
+    weight = params[f"{name}.weight"].permute(3, 2, 0, 1)
+    return functional.conv2d(image, weight, params[f"{name}.bias"], step, padding)
 
 
 def policy_from_output(

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from proximo.config import Config
 from proximo.errors import UserError
 from proximo.own import HALF, ROWS, Features, check_answer, check_setting, roles, sample_rows
-from proximo.parameters import Parameters, head_width, initial_parameters
+from proximo.parameters import Parameters, architecture, head_width, initial_parameters
 from proximo.spaces import Box, Spaces
 from proximo.torch.distributions import Policy
 from proximo.torch.networks import Network, Obs, Params, body, encode, linear, policy_from_output
@@ -101,15 +101,14 @@ def own_network(
 
 def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
     """One half of the built-in perceptron."""
-    half = HALF[role]
-    known = initial_parameters(config, spaces)
+    half, apart = HALF[role], config.replace(shared_trunk=False)
+    known, made = initial_parameters(apart, spaces), architecture(apart, spaces)
     initial = {
         name: array for name, array in known.items() if name.startswith(half) and name != "actor.log_std"
     }
 
     def apply(params: Params, rows: Obs) -> Tensor:
-        x = encode(spaces, rows, _dtype(params))
-        return linear(params, f"{half}.head", body(config, params, half, x))
+        return linear(params, f"{half}.head", body(made, spaces, params, half, rows))
 
     return Part(initial, apply)
 

@@ -26,6 +26,17 @@ def each(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
+def joined(trees: list[Any]) -> Any:
+    """Named tuples and dictionaries of the same kind as one, their tensors behind each other along the first axis."""
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: joined([tree[name] for tree in trees]) for name in first}
+    if isinstance(first, tuple):
+        children = [joined(list(children)) for children in zip(*trees, strict=True)]
+        return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
+    return torch.cat(trees)
+
+
 def tensor(array: np.ndarray) -> Tensor:
     """A copy, since the world uses its arrays again."""
     return torch.from_numpy(np.array(array, order="C"))

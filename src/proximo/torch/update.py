@@ -16,6 +16,7 @@ from torch import Tensor
 from proximo.parameters import VARIANCE_EPSILON
 from proximo.schedules import Hyper
 from proximo.torch.advantages import gae
+from proximo.torch.distributions import Policy
 from proximo.torch.losses import (
     clipped_squared_error,
     clipped_surrogate,
@@ -24,11 +25,13 @@ from proximo.torch.losses import (
     standardize,
 )
 from proximo.torch.minibatches import Batch, Transitions, append_nothing, take, to_sequences
-from proximo.torch.networks import Params
+from proximo.torch.networks import Obs, Params
 from proximo.torch.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.torch.optimizer import adam, adapt
 from proximo.torch.state import Spec, State, observe
-from proximo.torch.tensors import differentiate, each, unflatten
+from proximo.torch.tensors import differentiate, each, joined, unflatten
+
+IMAGES = 256  # that go through the network at once when a rollout is prepared
 
 
 class Metrics(NamedTuple):
@@ -54,9 +57,7 @@ def prepare(
     action = torch.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
 
     obs = observe(spec, state, data.obs)
-    policy, value, carry = spec.network.apply(
-        unflatten(spec.shapes, state.params), obs, data.start, state.carry
-    )
+    policy, value, carry = over_rollout(spec, state, obs, data.start)
     policy = each(lambda x: x[:-1], policy)
     carry = torch.cat([state.carry[None], carry[:-1]])  # before each step
     next_value = torch.where(data.final, data.final_value, value[1:])
@@ -88,6 +89,21 @@ def prepare(
     batch = each(partial(to_sequences, length), batch)
     state = state._replace(running_return=running, return_moments=moments, carry=carry[-1])
     return state, batch._replace(carry=batch.carry[:1]), statistics
+
+
+def over_rollout(spec: Spec, state: State, obs: Obs, start: Tensor) -> tuple[Policy, Tensor, Tensor]:
+    """The network on all of a rollout [T + 1, N]. Images go through a few steps at a time: what convolutions make of
+    them on the way is many times their size."""
+    params = unflatten(spec.shapes, state.params)
+    if spec.network.carry_size or all(leaf.kind != "image" for leaf in spec.spaces.observation):
+        return spec.network.apply(params, obs, start, state.carry)
+    steps = max(IMAGES // start.shape[1], 1)
+
+    def part(t: int) -> tuple[Policy, Tensor, Tensor]:
+        seen = {path: x[t : t + steps] for path, x in obs.items()}
+        return spec.network.apply(params, seen, start[t : t + steps], state.carry)
+
+    return joined([part(t) for t in range(0, len(start), steps)])
 
 
 def explained_variance(value: Tensor, target: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
