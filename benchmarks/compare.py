@@ -546,7 +546,11 @@ def growth(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
                 name: statistics.median(run[name] for run in done)
                 for name in ("steps_per_second", "peak_memory_mb")
             }
-            points.append({"value": value, **middle})
+            shares = {
+                name: statistics.median(run["fractions"][name] for run in done)
+                for name in done[0]["fractions"]
+            }
+            points.append({"value": value, **middle, "fractions": shares})
     return {"runs": runs, "points": points}
 
 

@@ -4,7 +4,8 @@
 
 Each run is the `proximo train` command that its record states, on one thread. A result is the mean return of
 the last 100 training episodes at the end of the run, and a deterministic evaluation of the final policy. Runs
-that are finished in DIR are not repeated, so that an interrupted benchmark goes on where it was.
+that are finished in DIR are not repeated, so that an interrupted benchmark goes on where it was. Where one backend is
+measured again, the runs of the other stay, with the commit that they were made at.
 """
 
 from __future__ import annotations
@@ -95,8 +96,33 @@ def main() -> None:
         ]
         runs = [job.result() for job in jobs]
 
-    summary = {}
-    for backend in options.backends:
+    path = RESULTS / f"{options.name or options.env}.json"
+    command = ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}"]
+    result = document(
+        options.env,
+        " ".join([*command, "--backends", *options.backends, *flags]),
+        commit.stdout.strip(),
+        runs + kept(path, options.backends),
+    )
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["summary"], indent=2))
+    print(f"written: {path}")
+
+
+def kept(path: Path, backends: list[str]) -> list[dict]:
+    """The runs of other backends in an earlier result."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text("utf-8"))
+    known = {"commit": before["commit"]}
+    return [{**known, **run} for run in before["runs"] if run["backend"] not in backends]
+
+
+def document(env: str, command: str, commit: str, runs: list[dict]) -> dict:
+    """A result: what was run, and means over seeds."""
+    summary, backends = {}, sorted({r["backend"] for r in runs})
+    for backend in backends:
         returns = np.array([r["return_last_100_episodes"] for r in runs if r["backend"] == backend])
         summary[backend] = {
             "mean": float(returns.mean()),
@@ -104,35 +130,21 @@ def main() -> None:
             "ci95": list(bootstrap_interval(returns)),
             "seeds": [float(value) for value in returns],
         }
-    if len(options.backends) == 2:
-        a, b = (np.array(summary[backend]["seeds"]) for backend in options.backends)
+    if len(backends) == 2:
+        a, b = (np.array(summary[backend]["seeds"]) for backend in backends)
         summary["difference"] = {
-            "of": " − ".join(options.backends),
+            "of": " − ".join(backends),
             "mean": float(a.mean() - b.mean()),
             "ci95": difference_interval(a, b),
         }
-    result = {
-        "env": options.env,
-        "command": " ".join(
-            [
-                "python benchmarks/learning.py",
-                options.env,
-                f"--seeds {options.seeds}",
-                "--backends",
-                *options.backends,
-                *flags,
-            ]
-        ),
-        "commit": commit.stdout.strip(),
+    return {
+        "env": env,
+        "command": command,
+        "commit": commit,
         "versions": versions(),
         "summary": summary,
         "runs": sorted(runs, key=lambda r: (r["backend"], r["seed"])),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{options.name or options.env}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(summary, indent=2))
-    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ them. Nothing that a run could compile lies in a cache when it begins, but in th
 proportional set size of all processes of a run, at its peak. Returns are those of the last 100 training episodes,
 without normalisation.
 """
+BOUNDS = {
+    "num-envs": "",
+    "num-steps": "",
+    "hidden-sizes": "",
+    "env-kwargs": "",
+}
 VARIED = {
     "num-envs": "environments",
     "num-steps": "steps of a rollout",
@@ -183,11 +189,19 @@ def solve(result: Result) -> str:
 
 def growth(result: Result) -> str:
     """Speed and memory as one thing grows."""
+    points = result["points"]
     rows = [
-        [shown(point["value"]), shown(point["steps_per_second"]), shown(point["peak_memory_mb"])]
-        for point in result["points"]
+        [
+            shown(point["value"]),
+            shown(point["steps_per_second"]),
+            shown(point["peak_memory_mb"]),
+            *(f"{share:.0%}" for share in point["fractions"].values()),
+        ]
+        for point in points
     ]
-    return table([VARIED[result["asked"]["case"]["vary"]], "steps/s", "memory, MiB"], rows)
+    vary = result["asked"]["case"]["vary"]
+    shares = [f"{name}, share of the time" for name in points[0]["fractions"]]
+    return f"{table([VARIED[vary], 'steps/s', 'memory, MiB', *shares], rows)}\n\n{BOUNDS[vary]}"
 
 
 def profile(result: Result) -> str:
