@@ -29,9 +29,9 @@ def test_the_network_is_chosen_by_what_there_is_to_see():
     assert architecture(Config(), vector) == ("mlp", (64, 64), "tanh", False)
     assert architecture(Config(), picture(84, 84, 4)) == ("nature", (512,), "relu", True)
     assert architecture(Config(), picture(4, 84, 84)) == ("nature", (512,), "relu", True)
-    assert architecture(Config(), picture(36, 90, 3)).network == "nature"
-    assert architecture(Config(), picture(35, 90, 3)).network == "impala"
-    given = Config(network="impala", hidden_sizes=(7,), activation="tanh", shared_trunk=False)
+    assert architecture(Config(), picture(36, 90, 3)).architecture == "nature"
+    assert architecture(Config(), picture(35, 90, 3)).architecture == "impala"
+    given = Config(architecture="impala", hidden_sizes=(7,), activation="tanh", shared_trunk=False)
     assert architecture(given, picture(84, 84, 4)) == ("impala", (7,), "tanh", False)
     assert flat_size("nature", picture(36, 36, 1).observation[0]) == 64
     assert flat_size("nature", picture(4, 84, 84).observation[0]) == 7 * 7 * 64
@@ -54,11 +54,11 @@ def test_what_convolutions_cannot_read_is_refused():
     vector = Spaces.of(gym.spaces.Box(-1, 1, (3,)), ACTIONS)
     for config, spaces, message in [
         (
-            Config(network="nature"),
+            Config(architecture="nature"),
             picture(35, 90, 3),
-            "35 pixels is too small for network nature, which needs 36",
+            "35 pixels is too small for architecture nature, which needs 36",
         ),
-        (Config(network="impala"), vector, "network impala reads images, and there is none"),
+        (Config(architecture="impala"), vector, "architecture impala reads images, and there is none"),
     ]:
         with pytest.raises(UserError, match=message):
             initial_parameters(config, spaces)
@@ -99,7 +99,7 @@ def test_the_built_in_network_learns_from_pictures(backend):
     """Which half is bright: 4 of 4. The config that a run keeps says which network it was."""
     settings = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "learning_rate": 1e-3}
     with PPO(BrightHalf, backend=backend, hidden_sizes=(32,), lr_schedule="constant", **settings) as agent:
-        assert (agent.config.network, agent.config.shared_trunk) == ("impala", True)
-        agent.learn(8 * 16 * 40)
+        assert (agent.config.architecture, agent.config.shared_trunk) == ("impala", True)
+        agent.learn(8 * 16 * 80)
         assert agent.progress.return_mean is not None
         assert agent.progress.return_mean > 3.8

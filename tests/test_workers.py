@@ -515,9 +515,15 @@ def test_after_an_interrupted_step_all_begin_anew():
     """Only some environments have taken it, so that another step would set them apart."""
     with opened(partial(Slow, 0.5), 2, isolate=False, workers=2) as envs:
         envs.reset(seed=0)
-        threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,)).start()
-        with pytest.raises(KeyboardInterrupt):
-            envs.step(np.zeros(2, int))
+        before = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background jobs ignore it
+        try:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                envs.step(np.zeros(2, int))
+        finally:
+            signal.signal(signal.SIGINT, before)
         with pytest.raises(RunError, match="interrupted"):
             envs.step(np.zeros(2, int))
         envs.reset(options={"reset_mask": np.array([True, False])})

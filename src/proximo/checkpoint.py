@@ -27,7 +27,9 @@ from proximo.version import __version__
 
 SCHEMA = 1
 # What gives parameters their meaning.
-NETWORK = frozenset(("network", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"))
+NETWORK = frozenset(
+    ("architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash")
+)
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
 
 

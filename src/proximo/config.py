@@ -227,7 +227,7 @@ class Config:
     )  # fmt: skip
 
     # Networks
-    network: str = option(
+    architecture: str = option(
         "auto",
         "built-in network: mlp; nature or impala, convolutional; auto takes mlp without images, and with them "
         "nature, or impala where they are too small for it",

@@ -55,7 +55,7 @@ def head_width(config: Config, spaces: Spaces) -> int:
 class Architecture(NamedTuple):
     """A built-in network, with nothing left open."""
 
-    network: str  # mlp, nature or impala
+    architecture: str  # mlp, nature or impala
     hidden_sizes: tuple[int, ...]
     activation: str  # of the hidden layers; convolutions have relu
     shared_trunk: bool
@@ -79,17 +79,17 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
     """
     images = [leaf for leaf in spaces.observation if leaf.kind == "image"]
     smallest = min((min(leaf.picture[:2]) for leaf in images), default=0)
-    network = config.network
+    network = config.architecture
     if network == "auto":
         network = "mlp" if not images else "nature" if smallest >= NATURE_SMALLEST else "impala"
     if network != "mlp" and not images:
         raise UserError(
-            f"network {network} reads images, and there is none among the observations: use network mlp"
+            f"architecture {network} reads images, and there is none among the observations: use mlp"
         )
     if network == "nature" and smallest < NATURE_SMALLEST:
         raise UserError(
-            f"an image of {smallest} pixels is too small for network nature, which needs {NATURE_SMALLEST} in height "
-            "and width: use network impala or mlp, or make the images larger"
+            f"an image of {smallest} pixels is too small for architecture nature, which needs {NATURE_SMALLEST} in "
+            "height and width: use impala or mlp, or make the images larger"
         )
     convolutional = network != "mlp"
     return Architecture(

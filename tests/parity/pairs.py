@@ -76,7 +76,7 @@ PICTURES: list[dict[str, Any]] = [
         {
             "action": "box",
             "observation": "picture",
-            "network": "nature",
+            "architecture": "nature",
             "hidden_sizes": (),
             "shared_trunk": False,
         },
@@ -84,11 +84,11 @@ PICTURES: list[dict[str, Any]] = [
         {
             "action": "box",
             "observation": "planes",
-            "network": "impala",
+            "architecture": "impala",
             "hidden_sizes": (5,),
             "sequence_length": 4,
         },
-        {"action": "discrete", "observation": "planes", "network": "mlp", "hidden_sizes": (5,)},
+        {"action": "discrete", "observation": "planes", "architecture": "mlp", "hidden_sizes": (5,)},
     )
 ]
 ACTIONS = {"box": gym.spaces.Box(-1.0, 1.0, (2,)), "discrete": gym.spaces.Discrete(3)}

@@ -135,10 +135,10 @@ def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Array)
     """What convolutions make of images: uint8 [B, *shape of the leaf] -> [B, height', width', outputs]."""
     image = jnp.moveaxis(image, 1, -1) if leaf.channels_first else image
     dtype = dtype_of(params)
-    if made.network == "mlp":
+    if made.architecture == "mlp":
         return image.astype(dtype) / 255
-    layers = [f"{part}.{layer.name}" for layer in convolutions(made.network, leaf)]
-    if made.network == "nature":
+    layers = [f"{part}.{layer.name}" for layer in convolutions(made.architecture, leaf)]
+    if made.architecture == "nature":
         x = image
         for name, (_, _, step) in zip(layers, NATURE, strict=True):
             x = jax.nn.relu(convolve(params, name, x, step))

@@ -99,7 +99,7 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
-        self._acts_in_numpy = self._built_in and architecture(config, spaces).network == "mlp"
+        self._acts_in_numpy = self._built_in and architecture(config, spaces).architecture == "mlp"
         parameters = size(config, spaces) if self._built_in else None
         self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
         self._dtype: torch.dtype = getattr(torch, dtype)

@@ -118,10 +118,10 @@ def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Tensor
 
 def convolved(made: Architecture, params: Params, part: str, leaf: Leaf, x: Tensor) -> Tensor:
     """The convolutions alone: [B, channels, height, width] -> [B, outputs, height', width']."""
-    if made.network == "mlp":
+    if made.architecture == "mlp":
         return x
-    layers = [f"{part}.{layer.name}" for layer in convolutions(made.network, leaf)]
-    if made.network == "nature":
+    layers = [f"{part}.{layer.name}" for layer in convolutions(made.architecture, leaf)]
+    if made.architecture == "nature":
         for name, (_, _, step) in zip(layers, NATURE, strict=True):
             x = functional.relu(convolve(params, name, x, step))
         return x
