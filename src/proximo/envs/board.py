@@ -284,6 +284,17 @@ def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int
     return list(seed)
 
 
+def seen(board: Board, copy: bool) -> Any:
+    """The observations, copied where asked; otherwise the next step overwrites them."""
+    return mapped(np.copy, board.observation) if copy else board.observation
+
+
+def outcome(board: Board, copy: bool) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """What a vector environment's `step` returns once all environments have stepped."""
+    terminated, truncated = board.terminated.copy(), board.truncated.copy()
+    return seen(board, copy), board.reward.copy(), terminated, truncated, finals(board)
+
+
 def finals(board: Board) -> dict[str, Any]:
     """What `step` says of episodes that ended."""
     over = board.terminated | board.truncated

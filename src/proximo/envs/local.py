@@ -15,11 +15,11 @@ from proximo.envs.board import (
     Arena,
     Share,
     agreed,
-    finals,
     lay_out,
-    mapped,
     mask_of,
+    outcome,
     seeds_of,
+    seen,
     watch,
     write_actions,
 )
@@ -88,7 +88,7 @@ class LocalVectorEnv(VectorEnv):
         """
         mask, options = mask_of(options, self.num_envs)
         self._share.reset(seeds_of(seed, self.num_envs), mask.tolist(), options)
-        return self._observation(), {}
+        return seen(self._board, self.copy), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take actions [N, ...] everywhere.
@@ -99,15 +99,10 @@ class LocalVectorEnv(VectorEnv):
         Raises:
             UserError: actions of the wrong shape or kind.
         """
-        board = self._board
-        write_actions(board.action, actions)
+        write_actions(self._board.action, actions)
         self._share.step()
-        terminated, truncated = board.terminated.copy(), board.truncated.copy()
-        return self._observation(), board.reward.copy(), terminated, truncated, finals(board)
+        return outcome(self._board, self.copy)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments."""
         self._share.close()
-
-    def _observation(self) -> Any:
-        return mapped(np.copy, self._board.observation) if self.copy else self._board.observation

@@ -51,11 +51,11 @@ from proximo.envs.board import (
     Declared,
     Share,
     agreed,
-    finals,
     lay_out,
-    mapped,
     mask_of,
+    outcome,
     seeds_of,
+    seen,
     watch,
     write_actions,
 )
@@ -225,7 +225,7 @@ class WorkerVectorEnv(VectorEnv):
         }
         self._doing, self._torn = "resetting", self._torn and not mask.all()
         self._command(RESET, lambda own: own.reset(*orders(own.environments)), messages)
-        return self._observation(), {}
+        return seen(self._open_board(), self.copy), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take actions [N, ...] everywhere.
@@ -249,8 +249,7 @@ class WorkerVectorEnv(VectorEnv):
         self._torn = True
         self._command(STEP, Share.step)
         self._torn = False
-        terminated, truncated = board.terminated.copy(), board.truncated.copy()
-        return self._observation(), board.reward.copy(), terminated, truncated, finals(board)
+        return outcome(self._open_board(), self.copy)
 
     def close_extras(self, grace_s: float = GRACE_S, **kwargs: Any) -> None:
         """End the workers, by force those that do not close their environments in time (seconds)."""
@@ -273,10 +272,6 @@ class WorkerVectorEnv(VectorEnv):
         if self._board is None or self.closed:
             raise RunError("this vector environment is closed: make a new one")
         return self._board
-
-    def _observation(self) -> Any:
-        observation = self._open_board().observation
-        return mapped(np.copy, observation) if self.copy else observation
 
     # Talking to workers
 
