@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -497,18 +499,75 @@ def test_as_many_workers_as_cores_are_each_kept_on_one():
         assert os.sched_getaffinity(envs._peers[0].process.pid) == own
 
 
-def test_a_step_that_takes_long_in_the_trainer_is_told(capsys):
-    """After the time-out, once; and nothing is said of one that has been interrupted or has ended."""
-    with opened(partial(Slow, 1.0), 2, timeout_s=0.4, isolate=False, workers=1) as envs:
+SECOND = [0, 2, 1, 3]  # seeds that make the second environment the faulty one
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def hash_long() -> None:
+    """About a second of C code, which lets other threads run but handles no signal."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+
+
+def step_on(envs: Any) -> None:
+    for _ in range(5):
+        envs.step(np.zeros(4, int))
+
+
+def in_this_process(kind: str, factory: Any, timeout_s: float) -> Any:
+    if kind == "sync":
+        return closing(LocalVectorEnv(factory, 4, timeout_s=timeout_s))
+    return opened(factory, 4, timeout_s=timeout_s, isolate=False, workers=2)
+
+
+@pytest.mark.parametrize("kind", ["sync", "workers"])
+@pytest.mark.parametrize("fault", [partial(time.sleep, 1000), spin])
+def test_a_step_that_never_returns_in_the_trainer(fault, kind):
+    """It is ended there as well, asleep or not, and named."""
+    with in_this_process(kind, partial(Faulty, fault), 0.6) as envs:
+        envs.reset(seed=SECOND)
+        began = time.monotonic()
+        with pytest.raises(
+            RunError, match=r"environment 1 has not answered for 0\.6 s, while stepping, in .*line"
+        ):
+            step_on(envs)
+        assert 0.5 < time.monotonic() - began < 0.6 + SOON
+
+
+def test_a_step_that_nothing_can_interrupt_is_told(capsys):
+    """While it lasts a note is all that can be done; when it returns it is as late as any."""
+    with in_this_process("sync", partial(Faulty, hash_long), 0.4) as envs:
+        envs.reset(seed=SECOND)
+        with pytest.raises(RunError, match="environment 1 has not answered"):
+            step_on(envs)
+    told = capsys.readouterr().err
+    assert told.startswith("proximo: note: stepping environment 1 takes longer than 0.4 s and cannot be")
+    assert told.count("note") == 1
+
+
+def test_only_the_call_that_is_late_is_ended(capsys):
+    """Not one in another thread than the main one, and nothing after a call that failed or returned in time."""
+    with in_this_process("sync", partial(Slow, 0.2), 0.4) as envs, ThreadPoolExecutor(1) as other:
         envs.reset(seed=0)
-        envs.step(np.zeros(2, int))
-        told = capsys.readouterr().err.splitlines()
-        assert [line.partition(" has taken")[0] for line in told] == [
-            "proximo: note: stepping environment 0",
-            "proximo: note: stepping environment 1",
-        ]
+        envs.step(np.zeros(4, int))  # 0.8 s in all, 0.2 s each
+        other.submit(sleep_in, envs, 1.0).result()
+        assert capsys.readouterr().err.count("cannot be interrupted") == 1
+        envs._share.envs[1].step = lambda action: 1 / 0
+        with pytest.raises(ZeroDivisionError) as caught:
+            envs.step(np.zeros(4, int))
+        assert caught.value.__notes__ == ["environment 1 raised it while stepping"]
         time.sleep(1.0)
-        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
+
+
+def sleep_in(envs: Any, seconds: float) -> None:
+    """One step, whose first environment takes so long."""
+    envs._share.envs[0].seconds = seconds
+    envs.step(np.zeros(4, int))
+    envs._share.envs[0].seconds = 0.0
 
 
 def test_after_an_interrupted_step_all_begin_anew():

@@ -91,6 +91,12 @@ class Config:
         "ends the run with a message, at some cost in speed; videos still run one in it",
         group="run", kind="bool",
     )  # fmt: skip
+    env_timeout: float = option(
+        60.0,
+        "seconds that a step or reset of one environment may take before it counts as stuck and ends the run, which "
+        "names it (engines workers and sync)",
+        group="run", kind="float", above=0.0,
+    )  # fmt: skip
     threads: int | None = option(
         None,
         "threads that learn on the CPU; 1 for small networks and one for each core for others, unless given",

@@ -120,7 +120,7 @@ def evaluate(
     actor = policy(count)
     kept: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
-    envs = make_envs(env, count, "sync", env_kwargs)
+    envs = make_envs(env, count, "sync", env_kwargs, timeout_s=config.env_timeout)
     try:
         require_same(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)

@@ -378,7 +378,8 @@ def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
     """The environments, and the config with the engine that runs them."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
     engine = engine_for(env, count, config.engine, kwargs, config.total_timesteps, isolate)
-    return make_envs(env, count, engine, kwargs, isolate), config.replace(engine=engine)
+    envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
+    return envs, config.replace(engine=engine)
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

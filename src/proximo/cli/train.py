@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import math
 import os
 import signal
@@ -64,6 +65,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, saying where everything is; return the exit status."""
     keep_compiled()
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a crash in C code then says where it came from
     # Before JAX is imported, which an exception from a signal would break.
     with Interrupt(say=not options.until_input_ends) as interrupt:
         if options.until_input_ends:

@@ -39,6 +39,7 @@ def make_envs(
     engine: str = "auto",
     env_kwargs: Mapping[str, Any] | None = None,
     isolate: bool = False,
+    timeout_s: float = 60.0,
 ) -> VectorEnv:
     """Build N copies of an environment.
 
@@ -47,6 +48,7 @@ def make_envs(
             which is returned as it is.
         engine: sync, workers, async, envpool, native or auto, which `engine_for` resolves.
         isolate: whether all of them run outside this process: in worker processes.
+        timeout_s: seconds that one step or reset of one environment may take, with engines workers and sync.
 
     Raises:
         UserError: the environment cannot be made; the message says what to install or write instead.
@@ -68,12 +70,12 @@ def make_envs(
             return _pool(env, num_envs, env_kwargs)
         factory = _factory(env, env_kwargs)
         if engine == "workers":
-            return _workers(factory, num_envs, isolate, bool(env_kwargs))
+            return _workers(factory, num_envs, isolate, timeout_s, bool(env_kwargs))
         if engine == "async":
             # Spawned: a fork of a process in which JAX runs threads can deadlock.
             factories = [partial(_in_worker, factory)] * num_envs
             return AsyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED, context="spawn")
-        return LocalVectorEnv(factory, num_envs, copy=False)  # the collector copies
+        return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)  # the collector copies
     except (gym.error.Error, ImportError) as error:
         raise UserError(explain(str(env), error)) from error
     except TypeError as error:
@@ -185,9 +187,12 @@ def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:
     return factory()
 
 
-def _workers(factory: Callable[[], gym.Env], num_envs: int, isolate: bool, with_kwargs: bool) -> VectorEnv:
+def _workers(
+    factory: Callable[[], gym.Env], num_envs: int, isolate: bool, timeout_s: float, with_kwargs: bool
+) -> VectorEnv:
     try:
-        return WorkerVectorEnv(factory, num_envs, isolate=isolate, copy=False)  # the collector copies
+        # The collector copies.
+        return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, copy=False)
     except UserError as error:
         cause = error.__cause__
         if isinstance(cause, (gym.error.Error, ImportError)) or (

@@ -6,15 +6,13 @@ import contextlib
 import math
 import mmap
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 
-from proximo.errors import UserError, note
+from proximo.errors import UserError
 
 LINE = 64  # bytes of a cache line
 NOWHERE = -1  # in none of the environments
@@ -148,6 +146,13 @@ class Share:
         self.envs: list[gym.Env] = []
         self.at: int | None = None  # the environment that is being made, reset or stepped, or was last
         self.doing, self.calls, self.closed = "making", 0, False
+        self.thread: int | None = None  # that resets or steps them
+        self.late: tuple[int, int] | None = None  # a call that takes longer than `limit_s`
+        self.limit_s = math.inf
+
+    def place(self) -> tuple[int, int]:
+        """The environment that is being reset or stepped, or NOWHERE, and the number of the call."""
+        return self.current[0], self.calls
 
     def make(self, factory: Callable[[], gym.Env], made: Callable[[], None] = lambda: None) -> None:
         """Make them all; `made` is called after each."""
@@ -178,17 +183,15 @@ class Share:
         self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
     ) -> None:
         """Begin new episodes where the mask says."""
-        self.doing, self.calls = "resetting", self.calls + 1
+        self.doing, self.calls, self.thread = "resetting", self.calls + 1, threading.get_ident()
         try:
             for n, env, seed, chosen in zip(self.environments, self.envs, seeds, mask, strict=True):
                 if chosen:
                     self.at = self.current[0] = n
                     observation, _ = env.reset(seed=seed, options=options)
                     store(self.observation, n, observation)
+        finally:
             self.current[0] = NOWHERE
-        except KeyboardInterrupt:
-            self.current[0] = NOWHERE
-            raise
 
     def step(self) -> None:
         """Take the board's actions; an environment whose episode ends is reset."""
@@ -196,7 +199,7 @@ class Share:
         reward, terminated, truncated = board.reward, board.terminated, board.truncated
         # A copy, since an environment may keep its action for longer than this step.
         actions = board.action[self.environments.start : self.environments.stop].copy()
-        self.doing, self.calls = "stepping", self.calls + 1
+        self.doing, self.calls, self.thread = "stepping", self.calls + 1, threading.get_ident()
         try:
             for n, env, action in zip(self.environments, self.envs, actions, strict=True):
                 self.at = current[0] = n
@@ -205,10 +208,8 @@ class Share:
                     store(self.final, n, observation)
                     observation, _ = env.reset()
                 store(self.observation, n, observation)
+        finally:
             current[0] = NOWHERE
-        except KeyboardInterrupt:
-            current[0] = NOWHERE
-            raise
 
     def close(self) -> None:
         """Close them all."""
@@ -216,31 +217,6 @@ class Share:
         for env in self.envs:
             with contextlib.suppress(Exception):  # nobody is left to hear of it
                 env.close()
-
-
-def watch(share: Share, limit_s: float) -> None:
-    """Give a note when an environment of an attached share takes longer than so many seconds to reset or step.
-
-    From a thread that ends with the share.
-    """
-    threading.Thread(target=_look, args=(weakref.ref(share), limit_s), daemon=True).start()
-
-
-def _look(reference: weakref.ref[Share], limit_s: float) -> None:
-    seen, looks = (NOWHERE, 0), 0
-    while True:
-        time.sleep(limit_s / LOOKS)
-        share = reference()
-        if share is None or share.closed:
-            return
-        before, seen = seen, (share.current[0], share.calls)
-        looks = looks + 1 if seen == before and seen[0] != NOWHERE else 0
-        if looks == LOOKS:
-            note(
-                f"{share.doing} environment {seen[0]} has taken {limit_s:g} s by now, and the process that learns "
-                "waits for it; with --isolate-envs one that does not answer would be named and ended"
-            )
-        del share  # so that it can go while this sleeps
 
 
 def agreed(declared: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:

@@ -20,12 +20,11 @@ from proximo.envs.board import (
     outcome,
     seeds_of,
     seen,
-    watch,
     write_actions,
 )
+from proximo.envs.watch import watch
+from proximo.errors import RunError, UserError
 from proximo.spaces import Spaces
-
-TIMEOUT_S = 60.0  # that a call of one environment may take before a note says so
 
 
 class LocalVectorEnv(VectorEnv):
@@ -38,22 +37,27 @@ class LocalVectorEnv(VectorEnv):
     Args:
         factory: makes one environment; called N times.
         num_envs: N.
+        timeout_s: seconds that one step or reset of one environment may take (`proximo.envs.watch`).
         copy: whether observations are copies; otherwise the next step overwrites them.
 
     Raises:
         UserError: spaces that differ or that Proximo cannot train on.
+
+    What an environment raises comes as it is, with a note of its number.
     """
 
     takes_seed_list = True  # one seed per environment, as SyncVectorEnv does
 
-    def __init__(self, factory: Callable[[], gym.Env], num_envs: int, copy: bool = True) -> None:
+    def __init__(
+        self, factory: Callable[[], gym.Env], num_envs: int, timeout_s: float = 60.0, copy: bool = True
+    ) -> None:
         super().__init__()
         self.num_envs, self.copy = num_envs, copy
         self._share = Share(range(num_envs))
         try:
             self._share.make(factory)
             self._attach()
-            watch(self._share, TIMEOUT_S)
+            watch(self._share, timeout_s)
         except BaseException:
             self.close()
             raise
@@ -84,10 +88,12 @@ class LocalVectorEnv(VectorEnv):
             Observations [N, ...], those of environments left alone as they were, and an empty info.
 
         Raises:
-            UserError: the wrong number of seeds, or no proper mask.
+            UserError: the wrong number of seeds, no proper mask, or an observation that its space does not declare.
+            RunError: an environment takes longer than `timeout_s`.
         """
         mask, options = mask_of(options, self.num_envs)
-        self._share.reset(seeds_of(seed, self.num_envs), mask.tolist(), options)
+        seeds = seeds_of(seed, self.num_envs)
+        self._do(lambda own: own.reset(seeds, mask.tolist(), options))
         return seen(self._board, self.copy), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -97,11 +103,24 @@ class LocalVectorEnv(VectorEnv):
             Observations [N, ...], rewards [N] float64, terminated [N], truncated [N], info.
 
         Raises:
-            UserError: actions of the wrong shape or kind.
+            UserError: actions of the wrong shape or kind, or an observation that its space does not declare.
+            RunError: an environment takes longer than `timeout_s`.
         """
         write_actions(self._board.action, actions)
-        self._share.step()
+        self._do(Share.step)
         return outcome(self._board, self.copy)
+
+    def _do(self, do: Callable[[Share], None]) -> None:
+        share = self._share
+        try:
+            do(share)
+        except RunError:
+            raise
+        except UserError as error:
+            raise UserError(f"environment {share.at}: {error}") from error
+        except Exception as error:
+            error.add_note(f"environment {share.at} raised it while {share.doing}")
+            raise
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments."""

@@ -56,9 +56,9 @@ from proximo.envs.board import (
     outcome,
     seeds_of,
     seen,
-    watch,
     write_actions,
 )
+from proximo.envs.watch import watch
 from proximo.errors import RunError, UserError
 from proximo.machine import cores, stay_on_core
 from proximo.spaces import Spaces
@@ -89,12 +89,12 @@ class WorkerVectorEnv(VectorEnv):
         workers: W; by default as many as there are cores, and never more than N. Environment numbers are dealt in
             order, as evenly as it goes.
         isolate: whether all W are worker processes, and this one only waits. An environment that crashes or never
-            returns can then be reported; in this process it takes the trainer along.
+            returns, in C code as well, can then be reported; in this process it takes the trainer along.
         context: how processes begin: spawn, forkserver or fork. A fork of a process in which threads run (JAX has
             some) may hang; a fork server imports the program, which has to guard what it does with `if __name__ ==
             "__main__":`.
-        timeout_s: seconds that one step or reset of one environment in a worker may take before it counts as stuck. Of
-            one in this process a note is given then, since nobody could end it.
+        timeout_s: seconds that one step or reset of one environment may take before it counts as stuck; one in this
+            process can be ended in Python code alone (`proximo.envs.watch`).
         start_timeout_s: the same for its constructor, and for a process to begin.
         copy: whether observations are copies; otherwise the next step overwrites them.
 
@@ -132,7 +132,7 @@ class WorkerVectorEnv(VectorEnv):
         try:
             self._start(factory, list(_shares(num_envs, workers)), isolate, context)
             self._settle()
-            self._limit_s, self._limit_name = timeout_s, "timeout_s"
+            self._limit_s, self._limit_name = timeout_s, "env_timeout"
             self._attach(workers)
             self._here(lambda own: watch(own, timeout_s))
         except BaseException:
@@ -293,6 +293,8 @@ class WorkerVectorEnv(VectorEnv):
             return
         try:
             do(self._own)
+        except RunError as error:  # it took too long
+            self._end(error)
         except (Exception, SystemExit) as error:  # Ctrl-C alone passes
             self._end(self._failed("the trainer's process", _report(self._own, error), error))
 
