@@ -297,10 +297,14 @@ def broken(*_):
 
 
 def test_how_pytorch_learned_is_kept_with_the_run(tmp_path):
-    """Resolved, so that the same run can be had again."""
+    """Resolved, so that the same run can be had again; an agent that learns on decides anew."""
     arguments = [*TRAIN, "--backend", "torch", "--total-timesteps", "64", "--run-dir", str(tmp_path / "run")]
     assert main([*arguments, "--minibatch-size", "32"]) == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is False
+    assert PPO.load(tmp_path / "run").config.compile is None
+    arguments[-1] = str(tmp_path / "other")
+    assert main([*arguments, "--minibatch-size", "32", "--no-compile"]) == 0
+    assert PPO.load(tmp_path / "other").config.compile is False
 
 
 class Crashing(Working):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from proximo.config import Config
-from proximo.envs import EnvLike, make_envs, require_same, spaces_of
+from proximo.envs import EnvLike, make_envs, plays_games, require_same, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.learner import Learner
 from proximo.machine import one_blas_thread
@@ -120,7 +120,8 @@ def evaluate(
     actor = policy(count)
     kept: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
-    envs = make_envs(env, count, "sync", env_kwargs, timeout_s=config.env_timeout)
+    engine = "native" if plays_games(env, env_kwargs) else "sync"
+    envs = make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout)
     try:
         require_same(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)

@@ -118,7 +118,8 @@ class PPO:
         if progress and self.progress.global_step:
             note(f"schedules now end at step {config.total_timesteps:,}")
         with recording(run_dir, self.env_id, config, progress) as (folder, sinks):
-            self.config = config.replace(run_dir=None)
+            # Whether to compile is decided for each call anew.
+            self.config = config.replace(run_dir=None, compile=self.config.compile)
             try:
                 for metrics, samples in iterations(
                     self.config, envs, self.learner, self.progress, examine=folder is not None
@@ -179,7 +180,7 @@ class PPO:
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
-        self.config = self._until(total_timesteps)
+        self.config = self._until(total_timesteps).replace(compile=self.config.compile)
         for metrics, _ in iterations(self.config, self._open_envs(), self.learner, self.progress):
             yield metrics
 

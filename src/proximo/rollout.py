@@ -141,6 +141,11 @@ class Collector:
 
     Every autoreset mode of Gymnasium 1.x gives the same stream of valid transitions and episodes.
 
+    What ends an episode for the learner need not end what a user calls one: a game with several lives, say. An
+    environment, or a vector environment, with the attribute `reports_episodes = True` says itself what ended, in the
+    form of Gymnasium's RecordEpisodeStatistics: `info["episode"]`, with `r` (undiscounted sum of raw rewards) and `l`
+    (steps), where an episode ended, and in a vector environment [N] each, where `info["_episode"]` [N] is True.
+
     Raises:
         UserError: the vector environment does not say how it resets, or does not do as it says.
     """
@@ -155,6 +160,7 @@ class Collector:
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
         inner = envs.unwrapped
+        self.reported = bool(getattr(inner, "reports_episodes", False))
         if (
             isinstance(inner, AsyncVectorEnv)
             and not inner.shared_memory
@@ -204,7 +210,8 @@ class Collector:
             valid = rollout.valid[t] = ~self.resetting
             over = (rollout.terminated[t] | rollout.truncated[t]) & valid
             ended = over.nonzero()[0]
-            episodes += self._count(reward, valid, ended)
+            counted = self._count(reward, valid, ended)
+            episodes += reported_in(info) if self.reported else counted
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
             self.obs = dict(self.spaces.read(observation))
@@ -250,6 +257,14 @@ class Collector:
         self.episode_return[ended] = 0.0
         self.episode_length[ended] = 0
         return episodes
+
+
+def reported_in(info: dict[str, Any]) -> list[Episode]:
+    """The episodes that an environment says have ended."""
+    if "_episode" not in info:
+        return []
+    returns, lengths = info["episode"]["r"], info["episode"]["l"]
+    return [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in np.flatnonzero(info["_episode"])]
 
 
 def one(batch: Any, n: int) -> Any:

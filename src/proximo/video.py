@@ -78,6 +78,8 @@ def record(
 ) -> list[Video]:
     """Run episodes in one environment and write each as an MP4 file: a frame for the reset, one for each step.
 
+    Of an environment that reports its own episodes (`proximo.rollout.Collector`) they are those that it reports.
+
     A deterministic actor's episodes are those that `evaluate` runs in one environment with the same seed. A
     file appears when it is complete, and replaces one of its name only then.
 
@@ -131,14 +133,20 @@ def run_episode(
     show(rendered(world))
     episode_return, length, ended = 0.0, 0, False
     dtypes = {leaf.path: leaf.dtype for leaf in spaces.observation}
+    reports = world.has_wrapper_attr("reports_episodes") and world.get_wrapper_attr("reports_episodes")
     while not ended and length + 1 < max_frames:
         obs = {path: value.astype(dtypes[path])[None] for path, value in spaces.read(observation)}
         raw = actor(obs, np.array([length == 0]))
-        observation, reward, terminated, truncated, _ = world.step(spaces.action.to_env(raw, config)[0])
+        observation, reward, terminated, truncated, info = world.step(spaces.action.to_env(raw, config)[0])
         show(rendered(world))
         episode_return += float(reward)
         length += 1
         ended = bool(terminated or truncated)
+        if ended and reports and "episode" not in info:  # a life is over, and the game is not
+            observation, _ = world.reset()
+            ended = False
+        elif ended and reports:
+            episode_return = float(info["episode"]["r"])
     return episode_return, length, ended
 
 

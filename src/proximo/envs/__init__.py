@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import multiprocessing
 import re
 import signal
@@ -16,6 +18,7 @@ from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
+from proximo.envs import atari
 from proximo.envs.choice import choose_engine
 from proximo.envs.local import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
@@ -25,9 +28,12 @@ from proximo.spaces import Discrete, Spaces
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
 
 # What makes an environment that Gymnasium alone cannot: an extra, or the package and module that register it.
-_EXTRAS = {"mujoco": "pip install 'proximo[mujoco]'", "box2d": "pip install 'proximo[box2d]'"}
+_EXTRAS = {
+    "mujoco": "pip install 'proximo[mujoco]'",
+    "box2d": "pip install 'proximo[box2d]'",
+    "opencv": "pip install 'proximo[atari]'",
+}
 _NAMESPACES = {
-    "ALE": ("ale-py", "ale_py"),
     "BabyAI": ("minigrid", "minigrid"),
     "MinAtar": ("minatar", "minatar.gym"),
 }
@@ -108,7 +114,15 @@ def engine_for(
     if spec is None:
         return "sync"
     kwargs = dict(env_kwargs or {})
+    if plays_games(env, kwargs):
+        return "native"
     return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs)
+
+
+def plays_games(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is an Atari game that ALE's vector environment plays."""
+    spec = _spec(env) if isinstance(env, str) else None
+    return spec is not None and atari.is_atari(spec, env_kwargs) and atari.has_vector(spec, env_kwargs)
 
 
 def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:
@@ -131,11 +145,19 @@ def _spec(env_id: str) -> EnvSpec | None:
 
 def with_version(env_id: str) -> str:
     """An id with its latest version, where it names none."""
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        register_games()
     if re.search(r"-v\d+$", env_id) or ":" in env_id:
         return env_id
     versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == env_id]
     latest = max((version for version in versions if version is not None), default=None)
     return env_id if latest is None else f"{env_id}-v{latest}"
+
+
+def register_games() -> None:
+    """Have ALE's games registered, where it is installed."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ale_py")
 
 
 def _checked(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
@@ -146,10 +168,16 @@ def _checked(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
 
 
 def make_one(env: str | EnvSpec, **env_kwargs: Any) -> gym.Env:
-    """`gymnasium.make` without its advice to take a later version: who names an older one means it."""
+    """`gymnasium.make` without its advice to take a later version: who names an older one means it.
+
+    Atari games are played as `proximo.envs.atari` says.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
-        return gym.make(with_version(env) if isinstance(env, str) else env, **env_kwargs)
+        spec = _spec(env) if isinstance(env, str) else env
+        if spec is not None and atari.is_atari(spec, env_kwargs):
+            return atari.make_game(spec, env_kwargs)
+        return gym.make(spec or with_version(str(env)), **env_kwargs)
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:
@@ -217,6 +245,9 @@ def _pool(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
 def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
     if not isinstance(env, str):
         raise UserError("engine native needs an environment id: use engine auto or sync with a function")
+    spec = _spec(env)
+    if spec is not None and atari.is_atari(spec, env_kwargs):
+        return atari.AtariGames(spec, num_envs, env_kwargs)
     try:
         return gym.make_vec(
             with_version(env), num_envs, vectorization_mode="vector_entry_point", **env_kwargs
@@ -253,7 +284,12 @@ def explain(env_id: str, error: Exception) -> str:
     )
     if retired and newer:
         return f"environment {env_id!r} is retired: use {newer!r}"
-    if isinstance(error, gym.error.NamespaceNotFound):
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        if importlib.util.find_spec("ale_py") is None:
+            return (
+                f"environment {env_id!r} needs a package that is not installed: pip install 'proximo[atari]'"
+            )
+    elif isinstance(error, gym.error.NamespaceNotFound):
         package, module = _NAMESPACES.get(env_id.partition("/")[0], ("", ""))
         remedy = f"pip install {package}, and name it {module}:{env_id}" if package else text
         return f"unknown environment {env_id!r}: {remedy}"

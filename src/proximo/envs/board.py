@@ -50,10 +50,16 @@ class Board(NamedTuple):
     reward: np.ndarray  # [N] float64
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
+    episode: np.ndarray  # [N, 2] float64: an episode's return and length as reported, or NaN; [0, 2] if none are
 
 
 def lay_out(
-    arena: Arena, observation: gym.Space[Any], action: gym.Space[Any], num_envs: int, workers: int
+    arena: Arena,
+    observation: gym.Space[Any],
+    action: gym.Space[Any],
+    num_envs: int,
+    workers: int,
+    reports: bool,
 ) -> Board:
     """The same arrays at the same places in every process."""
     return Board(
@@ -64,6 +70,7 @@ def lay_out(
         arena.take((num_envs,), np.float64),
         arena.take((num_envs,), np.bool_),
         arena.take((num_envs,), np.bool_),
+        arena.take((num_envs * reports, 2), np.float64),
     )
 
 
@@ -136,6 +143,7 @@ class Declared(NamedTuple):
     spaces: list[tuple[int, gym.Space[Any], gym.Space[Any]]]
     metadata: dict[str, Any]
     render_mode: str | None
+    reports: bool  # whether they say themselves which episodes ended, and what they returned
 
 
 class Share:
@@ -169,7 +177,9 @@ class Share:
             for n, env in zip(self.environments, self.envs, strict=True)
         ]
         differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
-        return Declared([spaces[0], *differing[:1]], dict(self.envs[0].metadata), self.envs[0].render_mode)
+        first = self.envs[0]
+        reports = first.has_wrapper_attr("reports_episodes") and first.get_wrapper_attr("reports_episodes")
+        return Declared([spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, bool(reports))
 
     def attach(self, board: Board, index: int) -> None:
         """Write into this board from now on, as worker `index`."""
@@ -178,6 +188,7 @@ class Share:
         self.current[0] = NOWHERE
         self.observation = list(leaves(first.observation_space, board.observation))
         self.final = list(leaves(first.observation_space, board.final))
+        self.reports = len(board.episode) > 0
 
     def reset(
         self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
@@ -203,8 +214,11 @@ class Share:
         try:
             for n, env, action in zip(self.environments, self.envs, actions, strict=True):
                 self.at = current[0] = n
-                observation, reward[n], terminated[n], truncated[n], _ = env.step(action)
+                observation, reward[n], terminated[n], truncated[n], info = env.step(action)
                 if terminated[n] or truncated[n]:
+                    if self.reports:
+                        report = info.get("episode")
+                        board.episode[n] = (report["r"], report["l"]) if report else np.nan
                     store(self.final, n, observation)
                     observation, _ = env.reset()
                 store(self.observation, n, observation)
@@ -279,4 +293,9 @@ def finals(board: Board) -> dict[str, Any]:
     final = np.full(len(over), None, object)
     for n in np.flatnonzero(over):
         final[n] = mapped(lambda rows, n=n: rows[n].copy(), board.final)
-    return {"final_obs": final, "_final_obs": over}
+    found: dict[str, Any] = {"final_obs": final, "_final_obs": over}
+    if len(board.episode):
+        returns, lengths = board.episode.T.copy()
+        found["episode"] = {"r": returns, "l": np.nan_to_num(lengths).astype(np.int64)}
+        found["_episode"] = over & ~np.isnan(returns)
+    return found

@@ -32,7 +32,8 @@ class LocalVectorEnv(VectorEnv):
 
     The numbers are those of SyncVectorEnv with AutoresetMode.SAME_STEP, without its work on what environments say in
     `info`: `step` returns only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool), and
-    those only when an episode ended; `reset` returns an empty one.
+    those only when an episode ended; `reset` returns an empty one. Environments with `reports_episodes` (see
+    `proximo.rollout.Collector`) also have `episode` and `_episode` there.
 
     Args:
         factory: makes one environment; called N times.
@@ -53,7 +54,7 @@ class LocalVectorEnv(VectorEnv):
     ) -> None:
         super().__init__()
         self.num_envs, self.copy = num_envs, copy
-        self._share = Share(range(num_envs))
+        self._share, self._torn = Share(range(num_envs)), False
         try:
             self._share.make(factory)
             self._attach()
@@ -70,9 +71,10 @@ class LocalVectorEnv(VectorEnv):
         self.observation_space, self.action_space = (batch_space(space, self.num_envs) for space in spaces)
         self.metadata = {**declared.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = declared.render_mode
-        arena = Arena()
-        lay_out(arena, *spaces, self.num_envs, 1)
-        self._board = lay_out(Arena(mmap.mmap(-1, arena.size)), *spaces, self.num_envs, 1)
+        self.reports_episodes = declared.reports
+        arena, layout = Arena(), (*spaces, self.num_envs, 1, declared.reports)
+        lay_out(arena, *layout)
+        self._board = lay_out(Arena(mmap.mmap(-1, arena.size)), *layout)
         self._share.attach(self._board, 0)
 
     def reset(
@@ -93,7 +95,9 @@ class LocalVectorEnv(VectorEnv):
         """
         mask, options = mask_of(options, self.num_envs)
         seeds = seeds_of(seed, self.num_envs)
+        torn = self._torn and not mask.all()
         self._do(lambda own: own.reset(seeds, mask.tolist(), options))
+        self._torn = torn
         return seen(self._board, self.copy), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -104,14 +108,19 @@ class LocalVectorEnv(VectorEnv):
 
         Raises:
             UserError: actions of the wrong shape or kind, or an observation that its space does not declare.
-            RunError: an environment takes longer than `timeout_s`.
+            RunError: an environment takes longer than `timeout_s`, or the call before was broken off.
         """
+        if self._torn:
+            raise RunError(
+                "the call before was broken off, and only some environments took it: call reset() first"
+            )
         write_actions(self._board.action, actions)
         self._do(Share.step)
+        self._torn = False
         return outcome(self._board, self.copy)
 
     def _do(self, do: Callable[[Share], None]) -> None:
-        share = self._share
+        share, self._torn = self._share, True
         try:
             do(share)
         except RunError:

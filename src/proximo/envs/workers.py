@@ -79,7 +79,8 @@ class WorkerVectorEnv(VectorEnv):
     `step` and `reset` are those of Gymnasium's vector environments with AutoresetMode.SAME_STEP, and with the same
     seeds give the same numbers as SyncVectorEnv. What environments say in `info` stays where they are: `step` returns
     only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool), and those only when
-    an episode ended; `reset` returns an empty one.
+    an episode ended; `reset` returns an empty one. Environments with `reports_episodes` (see
+    `proximo.rollout.Collector`) also have `episode` and `_episode` there.
 
     After any fault the workers are gone and the vector environment is closed.
 
@@ -185,7 +186,8 @@ class WorkerVectorEnv(VectorEnv):
         self.metadata = {**declared[0].metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = declared[0].render_mode
 
-        arena, counts = Arena(), (self.num_envs, workers)
+        self.reports_episodes = declared[0].reports
+        arena, counts = Arena(), (self.num_envs, workers, self.reports_episodes)
         lay_out(arena, observation_space, action_space, *counts)
         with _anonymous_file(arena.size) as descriptor:
             for peer in self._peers:
@@ -223,8 +225,10 @@ class WorkerVectorEnv(VectorEnv):
             for peer in self._peers
             if any((told := orders(peer.environments))[1])
         }
-        self._doing, self._torn = "resetting", self._torn and not mask.all()
+        torn = self._torn and not mask.all()
+        self._doing, self._torn = "resetting", True
         self._command(RESET, lambda own: own.reset(*orders(own.environments)), messages)
+        self._torn = torn
         return seen(self._open_board(), self.copy), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -235,13 +239,13 @@ class WorkerVectorEnv(VectorEnv):
 
         Raises:
             UserError: actions of the wrong shape or kind.
-            RunError: an environment raised, a worker died or is stuck; or the step before was interrupted.
+            RunError: an environment raised, a worker died or is stuck; or the call before was interrupted.
         """
         board = self._open_board()
         self._settle()
         if self._torn:
             raise RunError(
-                "the step before was interrupted, and only some environments took it: call reset() first"
+                "the call before was interrupted, and only some environments took it: call reset() first"
             )
         write_actions(board.action, actions)
         self._doing = "stepping"
@@ -573,13 +577,13 @@ class _Host:
             self._answer(DONE)
 
     def _attach(self) -> None:
-        size, num_envs, workers = pickle.loads(self.connection.recv_bytes())
+        size, *counts = pickle.loads(self.connection.recv_bytes())
         descriptor = reduction.recv_handle(self.connection)
         memory = mmap.mmap(descriptor, size)
         os.close(descriptor)
         first = self.share.envs[0]
         spaces = first.observation_space, first.action_space
-        self.share.attach(lay_out(Arena(memory), *spaces, num_envs, workers), self.index)
+        self.share.attach(lay_out(Arena(memory), *spaces, *counts), self.index)
 
     def _reset(self) -> None:
         self.share.reset(*pickle.loads(self.connection.recv_bytes()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -10,9 +11,12 @@ import yaml
 
 from proximo.errors import UserError, suggest
 
+# Presets for more than the environment of their name.
+FAMILIES = {"Atari": re.compile(r"(ALE/\w+-v5|\w+NoFrameskip-v4)$")}
+
 
 def available() -> list[str]:
-    """The environments that have a preset."""
+    """The environments, and families of environments, that have a preset."""
     return sorted(_files())
 
 
@@ -41,7 +45,9 @@ def chosen(env_id: str | None, preset: str | None) -> str | None:
     if preset is None or preset == "none":
         return None
     if preset == "auto":
-        return env_id if env_id in available() else None
+        name = env_id or ""
+        family = (each for each, pattern in FAMILIES.items() if pattern.match(name))
+        return name if name in available() else next(family, None)
     return preset
 
 

@@ -78,6 +78,11 @@ def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[s
     }  # fmt: skip
 
 
+def alone(x: Tensor) -> Tensor:
+    """The sum over the only process."""
+    return x
+
+
 class Learner:
     """Keeps the state and speaks NumPy to the world; see `proximo.learner.Learner`.
 
@@ -95,7 +100,7 @@ class Learner:
         spaces: Spaces,
         network: Network | None = None,
         dtype: str = "float32",
-        reduce: Reduce = lambda x: x,
+        reduce: Reduce = alone,
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
@@ -118,7 +123,8 @@ class Learner:
         self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high)
         self._state = initial_state(self.spec, config.num_envs, self._dtype)
         self.compiled, self._expected = bool(config.compile), 0
-        self._may_choose = config.compile is None and self._built_in  # what others hold may not compile
+        # Networks and sums of others may not compile, and for convolutions compiling was not found to pay.
+        self._may_choose = config.compile is None and self._acts_in_numpy and reduce is alone
         self._compiled: dict[
             tuple[tuple[int, ...], ...], Callable[..., Any]
         ] = {}  # by shapes of rollout and order
@@ -157,12 +163,14 @@ class Learner:
         nothing = rollout.reward.size // self.spec.config.sequence_length
         indices = tensor(np.minimum(order, nothing))  # whatever is out of range means "nothing"
         learn = partial(update, self.spec, self._state, self.transitions(rollout), indices, hyper)
-        step = self._minibatch(rollout.reward.shape, order.shape)
+        shapes = (rollout.reward.shape, order.shape)
+        tried = shapes in self._compiled
+        step = self._minibatch(*shapes)
         with running_on(self.threads):
             try:
                 state, metrics = learn(step)
             except Exception as error:
-                if step is minibatch or not self._may_choose:
+                if step is minibatch or tried or not self._may_choose:
                     raise
                 note(f"PyTorch goes on without compiling, which failed: {' '.join(str(error).split())[:300]}")
                 self.compiled = self._may_choose = False
