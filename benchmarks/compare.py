@@ -80,6 +80,14 @@ CASES: dict[str, dict[str, Any]] = {
         "warmup": 1, "seeds": 3, "peers": ["sb3"],
         "floors": {"proximo-warm": {"sb3": 1 / 0.35}, "proximo-cold": {"sb3": 1 / 0.6}},
     },
+    "pong-8x128": {
+        "kind": "pairs", "env": "PongNoFrameskip-v4",
+        "flags": "--num-envs 8 --num-steps 128 --minibatch-size 256 --update-epochs 4 --learning-rate 2.5e-4 "
+        "--clip-coef 0.1 --ent-coef 0.01 --hidden-sizes 512",
+        "iterations": 6, "warmup": 2, "ours": ["torch", "torch-bfloat16", "jax", "jax-bfloat16"], "peers": ["sb3"],
+        "envs_only": True,
+        "floors": {"torch": {"sb3": 1.4}, "torch-bfloat16": {"sb3": 2.0}, "jax": {"sb3": 0.8}},
+    },
     "seeds": {
         "kind": "seeds", "env": "HalfCheetah-v5",
         "flags": "--preset none --num-envs 8 --num-steps 256 --minibatch-size 64 --update-epochs 10 "
@@ -128,6 +136,8 @@ OURS = {
     "jax": ("Proximo, JAX", ["--backend", "jax"]),
     "torch-compile": ("Proximo, PyTorch compiled", ["--backend", "torch", "--compile"]),
     "torch": ("Proximo, PyTorch eager", ["--backend", "torch"]),
+    "torch-bfloat16": ("Proximo, PyTorch, bfloat16", ["--backend", "torch", "--precision", "bfloat16"]),
+    "jax-bfloat16": ("Proximo, JAX, bfloat16", ["--backend", "jax", "--precision", "bfloat16"]),
     "envs-only": ("Proximo's environments alone", ["--envs-only"]),
     "engine-workers": ("engine workers", ["--envs-only", "--engine", "workers"]),
     "engine-sync": ("engine sync", ["--envs-only", "--engine", "sync"]),
@@ -176,7 +186,7 @@ CLEANRL = ("https://github.com/vwxyzjn/cleanrl", "fe8d8a03")
 THREADS = (1, 2)
 TRIAL = 4  # iterations counted in a trial
 GROWTH_STEPS = 60_000  # of one growth measurement, more or less
-SAMPLE = 0.2  # seconds between two looks at the memory
+SAMPLE = 1.0  # seconds between two looks at the memory; one takes 10 ms of a core that a run may be using
 
 
 class Failed(Exception):

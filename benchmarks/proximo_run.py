@@ -22,6 +22,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = common.arguments()
     parser.add_argument("--backend", choices=("jax", "torch"), default="jax")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument(
         "--engine", default="auto", help="auto, sync, workers, async, native or another that it knows"
     )
@@ -32,8 +33,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The work in Proximo's own words."""
     same = (
         "num_envs num_steps minibatch_size update_epochs total_timesteps learning_rate gamma gae_lambda clip_coef "
-        "clip_schedule ent_coef vf_coef max_grad_norm hidden_sizes seed stop_at_return backend compile engine "
-        "env_kwargs"
+        "clip_schedule ent_coef vf_coef max_grad_norm hidden_sizes seed stop_at_return backend compile precision "
+        "engine env_kwargs"
     )
     return {
         **{name: getattr(options, name) for name in same.split()},
@@ -114,7 +115,7 @@ def step_only(options: argparse.Namespace) -> None:
 
 def packages() -> list[str]:
     """Whose versions matter."""
-    return ["proximo", "jax", "jaxlib", "torch", "gymnasium", "mujoco", "numpy"]
+    return ["proximo", "jax", "jaxlib", "torch", "gymnasium", "mujoco", "ale-py", "numpy"]
 
 
 def main() -> None:

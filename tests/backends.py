@@ -82,7 +82,7 @@ class Backend:
         """What an update computes before its first minibatch, as a NumPy Batch; the learner is unchanged."""
         prepare = _prepare(self, learner)
         hyper = self.array(Hyper(*(np.float32(value) for value in hyper)))
-        _, batch, _ = prepare(learner._state, self.array(learner.transitions(rollout)), hyper)
+        _, batch, _, _ = prepare(learner._state, self.array(learner.transitions(rollout)), hyper)
         return self.numpy(batch)
 
 

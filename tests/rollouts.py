@@ -36,7 +36,7 @@ def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...
         elif leaf.kind == "discrete":
             value = leaf.start + rng.integers(leaf.n, size=shape)
         elif leaf.kind == "image":
-            value = rng.integers(256, size=shape)
+            value = rng.integers(leaf.high + 1, size=shape)
         else:
             value = 2.0 + 3.0 * rng.standard_normal(shape)
         obs[leaf.path] = value.astype(leaf.dtype)

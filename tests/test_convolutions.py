@@ -1,21 +1,27 @@
 """Images through the built-in networks: which are taken, what they need, and that they learn."""
 
 import gymnasium as gym
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rollouts import act_rollout, small
 from worlds import BrightHalf
 
+import proximo.jax
 from proximo import PPO
 from proximo.config import Config
 from proximo.errors import UserError
-from proximo.learner import make_learner
+from proximo.jax.networks import convolve_by_product, convolve_by_xla
+from proximo.learner import choose_backend, make_learner
 from proximo.parameters import architecture, flat_size, initial_parameters
+from proximo.rollout import minibatch_order
 from proximo.schedules import hyper_at
 from proximo.spaces import Spaces
 
 ACTIONS = gym.spaces.Discrete(3)
-both_backends = pytest.mark.parametrize("backend", ["jax", "torch"])
+BACKENDS = ("jax", "torch")
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def picture(*shape: int) -> Spaces:
@@ -43,10 +49,11 @@ def test_parameters_are_those_of_the_papers():
     512 + 1: together 1,686,180."""
     parameters = initial_parameters(Config(), picture(84, 84, 4))
     assert sum(value.size for value in parameters.values()) == 8224 + 32832 + 36928 + 1606144 + 1539 + 513
-    first = parameters["trunk.conv.0.weight"]
-    assert first.shape == (8, 8, 4, 32)
-    gram = first.reshape(-1, 32).T @ first.reshape(-1, 32)
-    np.testing.assert_allclose(gram, 2.0 * np.eye(32), atol=1e-12)  # orthogonal, with gain √2
+    assert parameters["trunk.conv.0.weight"].shape == (8, 8, 4, 32)
+    for index in range(3):
+        weight = parameters[f"trunk.conv.{index}.weight"]
+        flat = weight.reshape(-1, weight.shape[-1])
+        np.testing.assert_allclose(flat.T @ flat, 2.0 * np.eye(flat.shape[-1]), atol=1e-12)  # gain √2
 
 
 def test_what_convolutions_cannot_read_is_refused():
@@ -82,8 +89,9 @@ def test_either_order_of_channels_is_the_same_picture(backend):
 
 
 @both_backends
-def test_the_first_ratio_is_one(backend):
+def test_the_first_ratio_is_one(backend, monkeypatch):
     """Acting one step at a time, recomputing a rollout in parts and a minibatch in one agree."""
+    monkeypatch.setattr("proximo.torch.update.IMAGES", 6)  # two steps of three environments
     learner = make_learner(small(hidden_sizes=(8,), backend=backend, num_envs=3), picture(36, 36, 1))
     rollout = act_rollout(learner, seed=1)
     rows = rollout.valid.reshape(-1)
@@ -103,3 +111,113 @@ def test_the_built_in_network_learns_from_pictures(backend):
         agent.learn(8 * 16 * 80)
         assert agent.progress.return_mean is not None
         assert agent.progress.return_mean > 3.8
+
+
+@pytest.mark.parametrize(("width", "step", "size"), [(8, 4, 41), (4, 2, 10), (3, 1, 7), (3, 1, 3)])
+def test_a_product_of_patches_is_a_convolution(width, step, size):
+    """As XLA's own, which a GPU takes: in value and in both gradients."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        image, weight = rng.standard_normal((2, size, size + 1, 3)), rng.standard_normal((width, width, 3, 5))
+
+        def examined(convolve):
+            return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(convolve(*x, step))), argnums=(0, 1))(
+                image, weight
+            )
+
+        ours, theirs = examined(convolve_by_product), examined(convolve_by_xla)
+    for mine, its in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-10, atol=1e-10)
+
+
+@both_backends
+@pytest.mark.parametrize("architecture", ["nature", "impala", "mlp"])
+def test_pixels_are_divided_by_what_they_may_be_at_most(backend, architecture):
+    """The same picture from 0 to 1, as bool has it, and from 0 to 255."""
+    config = small(hidden_sizes=(8,), backend=backend, architecture=architecture)
+    bytes_, bits = (
+        make_learner(config, Spaces.of(gym.spaces.Box(0, high, (36, 36), dtype), ACTIONS))
+        for high, dtype in ((255, np.uint8), (1, np.bool_))
+    )
+    seen = np.random.default_rng(0).integers(2, size=(5, 36, 36), dtype=np.uint8)
+    action, noise = np.zeros(5, np.int32), np.zeros((1, 5, 3), np.float32)
+    for ours, theirs in zip(
+        bits.score({"": seen}, action), bytes_.score({"": 255 * seen}, action), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    first, start = {"": seen}, np.ones(5, bool)
+    np.testing.assert_array_equal(
+        bits.actor(noise)(first, start), bytes_.actor(noise)({"": 255 * seen}, start)
+    )
+
+
+def test_half_the_bits_for_convolutions_and_hidden_layers_alone():
+    """bfloat16 has 8 binary digits, a relative error of 2⁻⁹ a number: values are those of float32 to a few percent of
+    their spread, differ from them, and are float32; so are the gradients. Both backends alike."""
+    spaces, found = picture(40, 40, 3), {}
+    for backend in BACKENDS:
+        for precision in ("float32", "bfloat16"):
+            learner = make_learner(small(hidden_sizes=(32,), backend=backend, precision=precision), spaces)
+            rollout = act_rollout(learner, seed=0)
+            obs = {"": rollout.obs[""][:-1].reshape(-1, 40, 40, 3)}
+            log_prob, value, _ = learner.score(obs, rollout.action.reshape(-1))
+            assert log_prob.dtype == value.dtype == np.float32
+            order = minibatch_order(rollout.valid, 1, 1, np.random.default_rng(0))
+            metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0))
+            assert metrics["update/approx_kl"] < 1e-4  # acting and learning round alike
+            assert {x.dtype for x in learner.state().values() if x.dtype.kind == "f"} == {
+                np.dtype(np.float32)
+            }
+            found[backend, precision] = value, metrics["update/gradient_norm"]
+    for backend in BACKENDS:
+        (exact, norm), (rounded, rounded_norm) = (found[backend, x] for x in ("float32", "bfloat16"))
+        assert 0.0 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact - exact.mean()).max() + 0.01
+        assert abs(rounded_norm / norm - 1) < 0.05
+
+
+def test_a_precision_is_for_convolutions():
+    """Where there are none it is refused, rather than ignored."""
+    with pytest.raises(
+        UserError, match="precision bfloat16 is for convolutions, and architecture mlp has none"
+    ):
+        PPO("CartPole-v1", precision="bfloat16")
+    linear = (lambda key, x: jnp.zeros(x.shape[-1]), lambda weight, x: x @ weight)
+    network = proximo.jax.own_network(value=linear)
+    with pytest.raises(UserError, match="one of your own decides for itself"):
+        PPO("CartPole-v1", network=network, precision="bfloat16")
+
+
+def test_the_backend_is_the_quicker_one_for_what_there_is():
+    """PyTorch for convolutions, JAX for anything else; who names one gets it."""
+    vector = Spaces.of(gym.spaces.Box(-1, 1, (3,)), ACTIONS)
+    assert choose_backend(Config(), picture(84, 84, 4)) == "torch"
+    assert choose_backend(Config(architecture="mlp"), picture(84, 84, 4)) == "jax"
+    assert choose_backend(Config(), vector) == "jax"
+    assert choose_backend(Config(backend="jax"), picture(84, 84, 4)) == "jax"
+    assert choose_backend(Config(), picture(84, 84, 4), network=object()) == "jax"
+
+
+def seen_cartpole():
+    env = gym.wrappers.AddRenderObservation(gym.make("CartPole-v1", render_mode="rgb_array"))
+    gray = gym.wrappers.GrayscaleObservation(gym.wrappers.ResizeObservation(env, (48, 72)))
+    return gym.wrappers.FrameStackObservation(gray, 2)
+
+
+@both_backends
+@pytest.mark.parametrize("env", ["CarRacing-v3", seen_cartpole])
+def test_environments_that_are_seen_can_be_learned(env, backend):
+    """Coloured pixels with continuous actions; any environment's pictures: parameters move, and stay finite."""
+    settings = {
+        "num_envs": 2,
+        "num_steps": 8,
+        "num_minibatches": 2,
+        "update_epochs": 1,
+        "hidden_sizes": (16,),
+    }
+    with PPO(env, backend=backend, **settings) as agent:
+        before = agent.learner.state()
+        agent.learn(32)
+        after = agent.learner.state()
+    assert agent.config.architecture == "nature"
+    assert all(np.isfinite(value).all() for value in after.values())
+    assert any(np.any(after[name] != before[name]) for name in after if "conv.0" in name)

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 
 from proximo import PPO, UserError
 from proximo.config import Config
-from proximo.envs import make_envs, make_one, spaces_of
+from proximo.envs import engine_for, make_envs, make_one, spaces_of
 from proximo.errors import RunError
 from proximo.rollout import Collector, Rollout
 
@@ -552,6 +552,14 @@ def test_refusals_say_what_to_do(env, env_kwargs, words):
     with pytest.raises(UserError) as caught:
         make_envs(env, 2, "envpool", env_kwargs)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_envpool_is_taken_where_it_saves_python():
+    """Sixteen of what Gymnasium writes in Python; of MuJoCo's, which is C in any case, 64."""
+    assert engine_for("Acrobot-v1", 15) != "envpool"
+    assert engine_for("Acrobot-v1", 16) == "envpool"
+    assert engine_for("HalfCheetah-v5", 63) != "envpool"
+    assert engine_for("HalfCheetah-v5", 64) == "envpool"
 
 
 def test_without_envpool_the_message_says_what_to_install(monkeypatch):

@@ -289,8 +289,11 @@ def test_cartpole_is_solved(backend):
 
 
 def test_loading_does_not_change_the_network(tmp_path):
-    """Other settings may change; those that give parameters their meaning may not."""
-    PPO("CartPole-v1", **SMALL).save(tmp_path / "kept")
+    """Other settings may change; those that give parameters their meaning may not, though they may be left open."""
+    saved = PPO("CartPole-v1", **SMALL)
+    saved.save(tmp_path / "kept")
+    same = PPO.load(tmp_path / "kept", architecture="auto", hidden_sizes=None, shared_trunk=None)
+    assert same.config.replace(engine=saved.config.engine) == saved.config
     with pytest.raises(UserError, match=r"hidden_sizes is \(8,\), but .* was trained with"):
         PPO.load(tmp_path / "kept", hidden_sizes=[8])
     assert PPO.load(tmp_path / "kept", learning_rate=0.5).config.learning_rate == 0.5

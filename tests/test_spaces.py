@@ -44,6 +44,46 @@ def test_observations_become_leaves():
     assert [leaf.path for leaf in Spaces.of(VECTOR, Discrete(3)).observation] == [""]
 
 
+def test_what_is_an_image_and_where_its_channels_are():
+    """Height, width and channels: of two axes side by side that are alike the third has the channels; otherwise the
+    shorter end has. Its upper bound is kept, at least 1."""
+    for shape, picture in {
+        (84, 84, 4): (84, 84, 4), (4, 84, 84): (84, 84, 4), (96, 72, 3): (96, 72, 3), (3, 72, 96): (72, 96, 3),
+        (8, 8, 111): (8, 8, 111), (20, 9, 9): (9, 9, 20), (3, 3, 3): (3, 3, 3), (84, 84): (84, 84, 1),
+        (8, 9): (8, 9, 1),
+    }.items():  # fmt: skip
+        (leaf,) = Spaces.of(Box(0, 255, shape, np.uint8), Discrete(2)).observation
+        assert (leaf.kind, leaf.picture, leaf.high) == ("image", picture, 255)
+    (leaf,) = Spaces.of(Box(0, 1, (10, 10, 6), np.bool_), Discrete(2)).observation  # MinAtar's
+    assert leaf == Leaf("", "image", (10, 10, 6), "uint8", high=1)
+    (leaf,) = Spaces.of(Box(0, 10, (7, 7, 3), np.uint8), Discrete(2)).observation
+    assert leaf.high == 10
+    spaces = Spaces((leaf,), Spaces.of(VECTOR, Discrete(2)).action)
+    assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict()))) == spaces
+    for space in (
+        Box(0, 255, (7, 8), np.uint8),
+        Box(-1, 1, (84, 84)),
+        Box(-1, 1, (4, 8, 8)),
+        Box(0, 1, (3, 3, 2, 2)),
+    ):
+        (leaf,) = Spaces.of(space, Discrete(2)).observation
+        assert (leaf.kind, leaf.dtype) == ("vector", "float32")
+
+
+@pytest.mark.parametrize(
+    "space",
+    [Box(0, 1, (84, 84, 3)), Box(0, 255, (4, 84, 84, 3), np.uint8), Box(0, 255, (3, 96, 96), np.float64)],
+)
+def test_what_only_looks_like_an_image_is_refused(space):
+    """Rather than read as thousands of numbers, unless it is one of these in a row."""
+    with pytest.raises(
+        UserError, match=r"looks like an image, but images are uint8 or bool, .*FlattenObservation"
+    ):
+        Spaces.of(space, Discrete(2))
+    (leaf,) = Spaces.of(gym.spaces.flatten_space(space), Discrete(2)).observation
+    assert leaf.kind == "vector"
+
+
 def test_reading_an_observation_batched_or_not():
     """Every leaf with its own trailing shape; what is missing or misshapen is named."""
     spaces = Spaces.of(NESTED, Discrete(3))

@@ -88,7 +88,7 @@ class Reusing(gym.Env):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.array[1] += 1
-        return self.array, 0.0, False, bool(self.array[1] == 3), {}
+        return self.array, float(self.array[1]), False, bool(self.array[1] == 3), {}
 
 
 CASES = {
@@ -207,9 +207,10 @@ def test_observations_are_copies_and_final_ones_true(engine):
     """An array that the environment overwrites, in steps and in the reset that follows."""
     with closing(ENGINES[engine](Reusing, 2)) as envs:
         first, _ = envs.reset()
-        seen = [envs.step(np.zeros(2, int)) for _ in range(3)]
+        seen = [envs.step(np.zeros(2, int)) for _ in range(6)]  # another episode ends after those that count
         assert first.tolist() == [[0, 0], [0, 0]]
-        assert [step[0].tolist() for step in seen] == [[[0, 1]] * 2, [[0, 2]] * 2, [[1, 0]] * 2]
+        assert [step[0].tolist() for step in seen[:3]] == [[[0, 1]] * 2, [[0, 2]] * 2, [[1, 0]] * 2]
+        assert [step[1].tolist() for step in seen[:3]] == [[1.0] * 2, [2.0] * 2, [3.0] * 2]
         assert [final.tolist() for final in seen[2][4]["final_obs"]] == [[0, 3]] * 2
         assert seen[0][4] == {}
 
@@ -402,23 +403,37 @@ class FirstAlone:
 
 
 def test_a_constructor_that_raises():
-    """Before anything is trained, as the user's error, with the exception itself as the cause; nothing stays."""
+    """Before anything is trained, as the user's error, with the exception itself as the cause; nothing stays, not even
+    a worker that did not fail."""
     fault = partial(raises, partial(gym.error.DependencyNotInstalled, "install it"))
     with pytest.raises(
         UserError, match=r"environment 2 raised (.*)DependencyNotInstalled: install it"
     ) as caught:
-        WorkerVectorEnv(partial(Faulty, fault, "constructor"), 4, workers=2)
+        WorkerVectorEnv(partial(Faulty, fault, "constructor"), 6, workers=3)
     assert isinstance(caught.value.__cause__, gym.error.DependencyNotInstalled)
     assert not workers_alive()
 
 
 def test_different_spaces_are_refused():
-    """Both environments and both spaces are named."""
+    """Both environments and both spaces are named, also where one process has both."""
     with pytest.raises(
         UserError, match=r"environment 2's observation space is .*\(3,\).*environment 0's is .*\(2,\)"
     ):
         WorkerVectorEnv(partial(Faulty, place="space"), 4, workers=2)
     assert not workers_alive()
+    with pytest.raises(UserError, match="environment 1's observation space"):
+        WorkerVectorEnv(SecondDiffers(iter([partial(gym.make, "CartPole-v1")])), 4, workers=2)
+    assert not workers_alive()
+
+
+class SecondDiffers(FirstAlone):
+    """As said of the first two, which are made here."""
+
+    def __reduce__(self) -> tuple:
+        return SecondDiffers, (None,)
+
+    def __call__(self) -> gym.Env:
+        return next(self.made, Reusing)() if self.made else Reusing()
 
 
 def workers_alive() -> list[str]:
@@ -550,9 +565,13 @@ def test_a_step_that_nothing_can_interrupt_is_told(capsys):
 
 def test_only_the_call_that_is_late_is_ended(capsys):
     """Not one in another thread than the main one, and nothing after a call that failed or returned in time."""
-    with in_this_process("sync", partial(Slow, 0.2), 0.4) as envs, ThreadPoolExecutor(1) as other:
+    with in_this_process("sync", partial(Slow, 0.3), 0.4) as envs, ThreadPoolExecutor(1) as other:
         envs.reset(seed=0)
-        envs.step(np.zeros(4, int))  # 0.8 s in all, 0.2 s each
+        envs.step(np.zeros(4, int))  # 1.2 s in all, 0.3 s each
+        interrupted(lambda: envs.step(np.zeros(4, int)))
+        time.sleep(1.0)
+        assert capsys.readouterr().err == ""
+        envs.reset()
         other.submit(sleep_in, envs, 1.0).result()
         assert capsys.readouterr().err.count("cannot be interrupted") == 1
         envs._share.envs[1].step = lambda action: 1 / 0
@@ -642,16 +661,25 @@ if __name__ == "__main__":
 """
 
 
-def test_a_trainer_that_is_killed_leaves_no_workers(tmp_path):
-    """Neither one that waits nor one whose environment never returns."""
-    with trainer(TRAINER, tmp_path) as process:
+IDLE = TRAINER.replace("partial(Faulty, partial(time.sleep, 1000))", "Faulty").replace(
+    "for _ in range(3):\n        envs.step(np.zeros(4, int))", "time.sleep(100)"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds"),
+    [(TRAINER, 15.0), (IDLE.replace("isolate=True", "isolate=True, context='fork'"), 2.0)],
+)
+def test_a_trainer_that_is_killed_leaves_no_workers(program, seconds, tmp_path):
+    """Neither one that waits nor one whose environment never returns; those that wait end at once."""
+    with trainer(program, tmp_path) as process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2
         time.sleep(0.3)
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 15.0
+        deadline = time.monotonic() + seconds
         while any(map(running, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not [pid for pid in pids if running(pid)]

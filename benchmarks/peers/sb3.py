@@ -6,6 +6,7 @@ Its value loss is the whole mean squared error, so that its weight is half of ou
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,14 +17,32 @@ from peers import common
 def make_envs(options: argparse.Namespace) -> Any:
     """Its vector environment, with raw returns counted below its normaliser."""
     import gymnasium as gym
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import (
+        DummyVecEnv,
+        SubprocVecEnv,
+        VecFrameStack,
+        VecMonitor,
+        VecNormalize,
+    )
 
     kind = SubprocVecEnv if options.vec == "subproc" else DummyVecEnv
+    if is_game(options.env):
+        envs = make_atari_env(options.env, options.num_envs, vec_env_cls=kind)
+        return VecFrameStack(envs, 4)
     envs = kind([partial(gym.make, options.env, **options.env_kwargs)] * options.num_envs)
     if options.envs_only:
         return envs
     envs = VecMonitor(envs)
     return VecNormalize(envs, gamma=options.gamma) if options.normalize else envs
+
+
+def is_game(env_id: str) -> bool:
+    """Whether it is one of ALE's, which this registers."""
+    if "NoFrameskip" not in env_id:
+        return False
+    importlib.import_module("ale_py")
+    return True
 
 
 def watch(options: argparse.Namespace, ticks: list[common.Tick]) -> Any:
@@ -62,10 +81,10 @@ def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: li
     if options.threads:
         torch.set_num_threads(options.threads)
     envs = make_envs(options)
-    sizes = list(options.hidden_sizes)
+    sizes, game = list(options.hidden_sizes), is_game(options.env)
     linear = options.clip_schedule == "linear"
     model = algorithm(
-        "MlpPolicy",
+        "CnnPolicy" if game else "MlpPolicy",
         envs,
         learning_rate=lambda remaining: remaining * options.learning_rate,
         n_steps=options.num_steps,
@@ -77,7 +96,9 @@ def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: li
         ent_coef=options.ent_coef,
         vf_coef=options.vf_coef / 2,
         max_grad_norm=options.max_grad_norm,
-        policy_kwargs={"net_arch": {"pi": sizes, "vf": sizes}},
+        policy_kwargs=None
+        if game
+        else {"net_arch": {"pi": sizes, "vf": sizes}},  # its convolutions end in 512
         seed=options.seed,
         device="cpu",
     )
@@ -110,7 +131,7 @@ def main() -> None:
     common.limit_threads(options.threads)
     from stable_baselines3 import PPO
 
-    packages = ["stable-baselines3", "torch", "gymnasium", "mujoco", "numpy"]
+    packages = ["stable-baselines3", "torch", "gymnasium", "mujoco", "ale-py", "numpy"]
     if options.envs_only:
         step_only(options, packages)
     else:

@@ -98,7 +98,7 @@ def encode(
             parts.append(value.reshape(len(value), -1))
         elif leaf.kind == "image":
             value = np.moveaxis(value, 1, -1) if leaf.channels_first else value
-            parts.append((value.astype(dtype) / 255).reshape(len(value), -1))
+            parts.append((value.astype(dtype) / leaf.high).reshape(len(value), -1))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo import checkpoint
-from proximo.config import FIELDS, Config, checked, from_mapping, override, to_int
+from proximo.config import FIELDS, Config, checked, from_mapping, to_int
 from proximo.errors import UserError
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.randomness import Purpose, generator
@@ -84,7 +84,7 @@ class Agent:
         self._bind(config, spaces_from(observation, action), network, None)
 
     def _bind(self, config: Config, spaces: Spaces, network: Any, env_id: str | None) -> None:
-        self.config = config.replace(backend=choose_backend(config.backend))
+        self.config = config.replace(backend=choose_backend(config, spaces, network))
         self.spaces = spaces
         self.learner: Learner = make_learner(self.config, spaces, network)
         self.progress = Progress()
@@ -267,10 +267,8 @@ class Agent:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         arrays, manifest = checkpoint.load(path)
-        given = own(changes)
-        checkpoint.require_network(path, manifest, network, given)
+        config = checkpoint.config_of(path, manifest, network, own(changes))
         agent = cls.__new__(cls)
-        config = from_mapping(override(manifest["config"], given))
         agent._bind(config, Spaces.from_dict(manifest["spaces"]), network, manifest["env"])
         agent.learner.load(arrays)
         agent.progress.global_step = manifest["global_step"]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
-from proximo.config import Config
+from proximo.config import Config, from_mapping, override
 from proximo.errors import UserError
 from proximo.learner import Learner
 from proximo.spaces import Spaces
@@ -30,6 +30,7 @@ SCHEMA = 1
 NETWORK = frozenset(
     ("architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash")
 )
+OPEN = ("auto", None)  # leaves it as it was
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
 
 
@@ -54,14 +55,13 @@ def describe(
     }
 
 
-def require_network(
-    path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]
-) -> None:
-    """Refuse to load without the network that was trained, or as another one.
+def config_of(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
+    """The settings to go on with: the checkpoint's with these changes, on whatever device there is here.
 
     Raises:
-        UserError: it is the user's own, and is not given; or a change of settings makes it another.
+        UserError: the network that was trained is the user's own, and is not given; or a change makes it another.
     """
+    changes = {name: value for name, value in changes.items() if name not in NETWORK or value not in OPEN}
     for name in NETWORK & set(changes):
         trained, given = manifest["config"].get(name), changes[name]
         if given != (tuple(trained) if isinstance(trained, list) else trained):
@@ -70,6 +70,7 @@ def require_network(
         raise UserError(
             f"{path} was trained with a network of its user's: load it from Python, with network=…"
         )
+    return from_mapping(override({**manifest["config"], "device": "auto"}, dict(changes)))
 
 
 def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> Path:

@@ -76,8 +76,11 @@ class Config:
     num_steps: int = option(256, "steps per environment in one rollout (T)", group="run", kind="int", low=1)
     seed: int = option(0, "seed of every random number", group="run", kind="int", low=0)
     backend: str = option(
-        "auto", "array library of the learner", group="run", kind="str", choices=("auto", "jax", "torch")
-    )
+        "auto",
+        "array library of the learner; auto takes the quicker one: PyTorch for convolutions, where it is installed, "
+        "and otherwise JAX",
+        group="run", kind="str", choices=("auto", "jax", "torch"),
+    )  # fmt: skip
     engine: str = option(
         "auto",
         "how environments are run: auto (the quickest of the others, by a rule), sync (in this process), workers "
@@ -96,6 +99,12 @@ class Config:
         "seconds that a step or reset of one environment may take before it counts as stuck and ends the run, which "
         "names it (engines workers and sync)",
         group="run", kind="float", above=0.0,
+    )  # fmt: skip
+    device: str = option(
+        "auto",
+        "where it is learned: cpu, cuda, mps (PyTorch on a Mac); auto takes cuda for convolutions, where there is one, "
+        "and otherwise the CPU",
+        group="run", kind="str", choices=("auto", "cpu", "cuda", "mps"),
     )  # fmt: skip
     threads: int | None = option(
         None,
@@ -252,6 +261,13 @@ class Config:
         None,
         "one body with a policy head and a value head, instead of two networks; unless given with nature and impala",
         group="network", kind="bool", optional=True,
+    )  # fmt: skip
+    precision: str = option(
+        "float32",
+        "arithmetic of convolutions and of the hidden layers behind them; parameters, policy, losses and optimizer are "
+        "float32 in any case",
+        group="network", kind="str", choices=("float32", "bfloat16"),
+        source="Micikevicius et al. 2018, arXiv:1710.03740",
     )  # fmt: skip
     orthogonal_init: bool = option(
         True,
@@ -414,7 +430,6 @@ AMBIGUOUS = {
     "give minibatch_size, or num_envs and num_steps",
     "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
     "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
-    "device": "device is not a setting: backend torch learns on the CPU, backend jax on what its installation offers",
     "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
     "resume": "there is no resume yet: a stopped run goes on from Python, PPO.load(RUN).learn(N, run_dir=NEW)",
     "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",

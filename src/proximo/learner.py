@@ -11,6 +11,8 @@ import numpy as np
 
 from proximo.config import Config
 from proximo.errors import UserError
+from proximo.machine import Device
+from proximo.parameters import architecture
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Obs, Spaces
@@ -27,6 +29,11 @@ class Learner(Protocol):
     @property
     def threads(self) -> int:
         """On which it learns, on the CPU."""
+        ...
+
+    @property
+    def device(self) -> Device:
+        """Where it learns and acts, and why there."""
         ...
 
     def expect(self, minibatches: int) -> bool | None:
@@ -77,27 +84,38 @@ class Learner(Protocol):
         ...
 
 
-def choose_backend(backend: str) -> str:
-    """Resolve "auto": JAX, the faster one for the small networks built in.
+def choose_backend(config: Config, spaces: Spaces, network: Any = None) -> str:
+    """Resolve "auto", the quicker one on a CPU: PyTorch for convolutions, where it is installed, and otherwise JAX.
+
+    Args:
+        network: the user's own, which may be either's: then JAX.
 
     Raises:
         UserError: PyTorch is asked for but not installed.
     """
-    if backend == "torch" and importlib.util.find_spec("torch") is None:
+    installed = importlib.util.find_spec("torch") is not None
+    if config.backend == "torch" and not installed:
         raise UserError("backend torch needs PyTorch: pip install 'proximo[torch]'")
-    return "jax" if backend == "auto" else backend
+    if config.backend != "auto":
+        return config.backend
+    convolutional = network is None and architecture(config, spaces).architecture != "mlp"
+    return "torch" if convolutional and installed else "jax"
 
 
 def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:
     """A learner in the configured backend.
 
     Args:
-        network: instead of the built-in perceptron, that backend's `Network`, or what its `own_network` gives.
+        network: instead of a built-in one, that backend's `Network`, or what its `own_network` gives.
 
     Raises:
-        UserError: the network is something else, or does not fit the spaces.
+        UserError: the network is something else, or does not fit the spaces; or a setting that it does not serve.
     """
-    backend = choose_backend(config.backend)
+    backend = choose_backend(config, spaces, network)
+    if network is not None and config.precision != "float32":
+        raise UserError(
+            f"precision {config.precision} is for the built-in networks: one of your own decides for itself"
+        )
     make: Any
     if backend == "torch":
         from proximo.torch.learner import Learner as make

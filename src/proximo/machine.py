@@ -1,18 +1,21 @@
 """What a run takes of the machine: threads, and a folder for what it compiles.
 
 Threads that wait for work spin, on cores that environments could use, and to hand small pieces of work about costs
-more than it saves. So small networks learn on one thread, and the built-in ones always act on one.
+more than it saves. So small networks learn on one thread, and what acts in NumPy always acts on one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from threadpoolctl import ThreadpoolController
+
+from proximo.errors import UserError
 
 SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one thread is quicker than two
 
@@ -50,6 +53,34 @@ def learner_threads(asked_for: int | None, rows: int, parameters: int | None) ->
     if asked_for is not None:
         return asked_for
     return 1 if parameters is not None and rows * parameters < SMALL else cores()
+
+
+class Device(NamedTuple):
+    """Where a learner works, and why there."""
+
+    name: str  # cpu, cuda or mps
+    why: str
+
+
+def choose_device(asked_for: str, available: Sequence[str], convolutional: bool, hint: str) -> Device:
+    """The device that is asked for; or a CUDA device for networks with convolutions, and the CPU for others.
+
+    Args:
+        available: what the array library can use here.
+        hint: how to have it use more.
+
+    Raises:
+        UserError: it is not available.
+    """
+    if asked_for != "auto":
+        if asked_for not in available:
+            raise UserError(f"device {asked_for} is not available: there is {', '.join(available)}; {hint}")
+        return Device(asked_for, "asked for")
+    if "cuda" not in available:
+        return Device("cpu", "no CUDA device was found")
+    if not convolutional:
+        return Device("cpu", "a GPU is for convolutions, unless asked for")
+    return Device("cuda", "for the convolutions")
 
 
 @contextmanager

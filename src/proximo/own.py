@@ -26,7 +26,7 @@ def sample_rows(spaces: Spaces) -> Obs:
         if leaf.kind == "discrete":
             value = leaf.start + rng.integers(leaf.n, size=shape)
         elif leaf.kind == "image":
-            value = rng.integers(256, size=shape)
+            value = rng.integers(leaf.high + 1, size=shape)
         else:
             value = np.ones(shape) if leaf.kind == "mask" else rng.standard_normal(shape)
         rows[leaf.path] = value.astype(leaf.dtype)

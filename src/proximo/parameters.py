@@ -72,10 +72,11 @@ class Convolution(NamedTuple):
 
 
 def architecture(config: Config, spaces: Spaces) -> Architecture:
-    """The network that a config means for these spaces: what is not given depends on whether there are images.
+    """The network that a config means for these spaces: what is not given depends on whether there are images, and of
+    several the smallest decides.
 
     Raises:
-        UserError: convolutions without an image, or an image that is too small for them.
+        UserError: convolutions without an image, an image that is too small for them, or a precision for images alone.
     """
     images = [leaf for leaf in spaces.observation if leaf.kind == "image"]
     smallest = min((min(leaf.picture[:2]) for leaf in images), default=0)
@@ -84,7 +85,8 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
         network = "mlp" if not images else "nature" if smallest >= NATURE_SMALLEST else "impala"
     if network != "mlp" and not images:
         raise UserError(
-            f"architecture {network} reads images, and there is none among the observations: use mlp"
+            f"architecture {network} reads images, and there is none among the observations: use mlp, or give pixels "
+            "as uint8, [height, width, channels] or [channels, height, width]"
         )
     if network == "nature" and smallest < NATURE_SMALLEST:
         raise UserError(
@@ -92,6 +94,10 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
             "height and width: use impala or mlp, or make the images larger"
         )
     convolutional = network != "mlp"
+    if config.precision != "float32" and not convolutional:
+        raise UserError(
+            f"precision {config.precision} is for convolutions, and architecture mlp has none: use float32"
+        )
     return Architecture(
         network,
         DEFAULT_SIZES[network] if config.hidden_sizes is None else config.hidden_sizes,

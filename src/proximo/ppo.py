@@ -72,10 +72,10 @@ class PPO:
         self._env, self._envs, self._network = env, envs, network
         if network is None:
             config = config.replace(**architecture(config, spaces)._asdict())
-        self.config = config.replace(backend=choose_backend(config.backend))
+        self.config = config.replace(backend=choose_backend(config, spaces, network))
         self.spaces = spaces
         self.learner: Learner = make_learner(self.config, spaces, network)
-        self.config = self.config.replace(threads=self.learner.threads)
+        self.config = self.config.replace(threads=self.learner.threads, device=self.learner.device.name)
         self.progress = Progress()
         self._predictions = generator(config.seed, Purpose.EVALUATION, iteration=2)
 
@@ -316,8 +316,7 @@ class PPO:
                 "engine", "auto"
             )  # what was chosen may not run another environment, or isolate it
         env = manifest["env"] if env is None else env
-        checkpoint.require_network(path, manifest, network, given)
-        config = from_mapping(override(manifest["config"], given))
+        config = checkpoint.config_of(path, manifest, network, given)
         spaces = Spaces.from_dict(manifest["spaces"])
         agent = cls.__new__(cls)
         agent._bind(env, config, spaces, network, None)

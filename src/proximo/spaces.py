@@ -22,14 +22,19 @@ from proximo.errors import UserError
 Obs = dict[str, np.ndarray]  # path -> [..., *leaf shape]
 
 MASK = "action_mask"  # reserved path: which discrete actions are allowed
+GRAY = 8  # pixels at least of an image without an axis of channels
+LARGE = 16  # numbers along two axes of what looks like an image
 
 
 @dataclass(frozen=True)
 class Leaf:
     """One array of an observation.
 
-    `kind` says how a network reads it: "vector" as numbers, normalised where asked; "image" (uint8, rank 3)
-    as numbers in [0, 1], through convolutions; "discrete" as the one-hot code of `value - start`; "mask" not at all.
+    `kind` says how a network reads it: "vector" as numbers, normalised where asked; "image" as numbers in [0, 1],
+    through convolutions; "discrete" as the one-hot code of `value - start`; "mask" not at all.
+
+    An image is kept as uint8, from 0 to `high`. Its shape is [height, width, channels], [channels, height, width] or,
+    of a gray one, [height, width].
     """
 
     path: str
@@ -38,6 +43,7 @@ class Leaf:
     dtype: str
     n: int = 0
     start: int = 0
+    high: int = 255
 
     @property
     def name(self) -> str:
@@ -46,13 +52,16 @@ class Leaf:
 
     @property
     def channels_first(self) -> bool:
-        """Whether an image is [channels, height, width]: the shortest axis is taken for the channels."""
-        return self.shape[0] < self.shape[2]
+        """Whether an image is [channels, height, width]: where two axes that lie side by side are alike, the third has
+        the channels, and otherwise the shorter one of the first and the last."""
+        if len(self.shape) == 2 or self.shape[0] == self.shape[1]:
+            return False
+        return self.shape[1] == self.shape[2] or self.shape[0] < self.shape[2]
 
     @property
     def picture(self) -> tuple[int, int, int]:
         """Height, width and channels of an image, whichever order it comes in."""
-        first, second, third = self.shape
+        first, second, third = (*self.shape, 1)[:3]
         return (second, third, first) if self.channels_first else (first, second, third)
 
     @property
@@ -248,14 +257,35 @@ def _leaves(space: gym.Space[Any], path: str) -> Iterator[Leaf]:
     elif isinstance(space, gym.spaces.Box):
         if 0 in space.shape:
             raise UserError(f"{name} {space} is empty: it has no numbers to learn from")
-        image = space.dtype == np.uint8 and len(space.shape) == 3
-        kind = "mask" if mask else "image" if image else "vector"
-        yield Leaf(path, kind, tuple(space.shape), "uint8" if image else "float32")
+        if mask or not _is_image(space, name):
+            yield Leaf(path, "mask" if mask else "vector", tuple(space.shape), "float32")
+        else:
+            yield Leaf(path, "image", tuple(space.shape), "uint8", high=max(int(np.max(space.high)), 1))
     else:
         raise UserError(
             f"{name} {space} is not supported: expected Box, Discrete, MultiBinary, or a Dict of these; "
             "convert it with gymnasium.wrappers.FlattenObservation"
         )
+
+
+def _is_image(space: gym.spaces.Box, name: str) -> bool:
+    """Whether numbers are those of an image.
+
+    Raises:
+        UserError: they look like one, but their type or shape is another.
+    """
+    axes, pixels = len(space.shape), space.dtype in (np.uint8, np.bool_)
+    large = sum(size >= LARGE for size in space.shape)
+    if pixels and (axes == 3 or (axes == 2 and min(space.shape) >= GRAY)):
+        return True
+    if large >= 2 and (axes > 2 or (pixels and axes == 2)):
+        raise UserError(
+            f"{name} {space.dtype} {space.shape} looks like an image, but images are uint8 or bool, of [height, "
+            "width], [height, width, channels] or [channels, height, width]: give the pixels so (gray frames, if "
+            "several are stacked), or flatten them with gymnasium.wrappers.FlattenObservation to have them read as "
+            "numbers"
+        )
+    return False
 
 
 def _action(space: gym.Space[Any]) -> ActionSpec:

@@ -88,7 +88,7 @@ PICTURES: list[dict[str, Any]] = [
             "hidden_sizes": (5,),
             "sequence_length": 4,
         },
-        {"action": "discrete", "observation": "planes", "architecture": "mlp", "hidden_sizes": (5,)},
+        {"action": "box", "observation": "planes", "architecture": "mlp", "hidden_sizes": (5,)},
     )
 ]
 ACTIONS = {"box": gym.spaces.Box(-1.0, 1.0, (2,)), "discrete": gym.spaces.Discrete(3)}

@@ -89,7 +89,11 @@ def run(options: argparse.Namespace) -> int:
             f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
         )
         threads = agent.learner.threads
-        say(f"backend {backend} on {threads} thread{'s' * (threads > 1)}, engine {config.engine}")
+        where = agent.learner.device
+        say(
+            f"backend {backend} on {threads} thread{'s' * (threads > 1)}, device {where.name} ({where.why}), "
+            f"engine {config.engine}"
+        )
         say(f"run folder: {run_dir}")
         for line in remarks(config):
             say(f"note: {line}")
@@ -122,9 +126,10 @@ def run_seeds(
         raise UserError("--seed and --seeds are both given: give one of them")
     env_id = with_version(env_id)
     config = resolve(env_id, preset, settings)
-    backend = choose_backend(config.backend)
     envs = make_envs(env_id, 1, "sync", config.env_kwargs)  # what is wrong for all is said once, here
-    spaces_of(envs).check(config)
+    spaces = spaces_of(envs)
+    spaces.check(config)
+    backend = choose_backend(config, spaces)
     envs.close()
     if config.capture_video:
         require_video(env_id, config.env_kwargs)

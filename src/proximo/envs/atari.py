@@ -153,7 +153,7 @@ class AtariGames(VectorEnv):
         if self._life_lost.any():
             actions = np.where(self._life_lost, self._between_lives, actions)
         observation, reward, terminated, truncated, info = self._games.step(np.asarray(actions, np.int64))
-        began, between, lives = self._over, self._life_lost, info["lives"]
+        began, between, lives = self._over.copy(), self._life_lost.copy(), info["lives"]
         self._begin(began)
         self._return += np.where(began, 0, reward)
         self._length += ~began

@@ -50,7 +50,9 @@ class Board(NamedTuple):
     reward: np.ndarray  # [N] float64
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
-    episode: np.ndarray  # [N, 2] float64: an episode's return and length as reported, or NaN; [0, 2] if none are
+    episode: (
+        np.ndarray
+    )  # [N, 2] float64: an episode's return and length as reported, or NaN; [0, 2] if none are
 
 
 def lay_out(

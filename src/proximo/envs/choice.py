@@ -21,6 +21,7 @@ from proximo.envs.workers import is_sendable
 from proximo.machine import cores
 
 MANY = 16  # environments, below which what steps them all in one call saves little
+MANY_MUJOCO = 64  # where EnvPool saves no Python: MuJoCo is in C in any case
 
 # What a step of one environment, and of all of them, costs besides the environment's own work.
 SYNC_S, WORKER_S, MEETING_S = 2e-6, 3e-6, 20e-6
@@ -39,7 +40,8 @@ def choose_engine(
     """The engine that is expected to be quickest for a registered environment; the first of these that applies:
 
     1. native: sixteen environments or more, and the environment has a vectorised version of its own;
-    2. envpool: sixteen environments or more, EnvPool is installed and its version is known to be Gymnasium's;
+    2. envpool: sixteen environments or more, 64 of MuJoCo's, and EnvPool is installed and its version is known to be
+       Gymnasium's;
     3. workers: more than one core, the environment comes from an installed package, and a trial of it says that worker
        processes save a sixth of its time and more over the run than they take to begin;
     4. sync.
@@ -55,7 +57,8 @@ def choose_engine(
         plain = not env_kwargs and not spec.additional_wrappers  # which a vectorised version does not take
         if spec.vector_entry_point is not None and plain:
             return "native"
-        if supports(spec.id, env_kwargs):
+        mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+        if num_envs >= (MANY_MUJOCO if mujoco else MANY) and supports(spec.id, env_kwargs):
             return "envpool"
     workers = min(cores(), num_envs)
     if workers < 2 or not is_installed(spec) or not is_sendable(make):

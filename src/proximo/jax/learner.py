@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -16,10 +15,10 @@ from proximo.config import Config
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, built_in
 from proximo.jax.normalization import Reduce
-from proximo.jax.runtime import start
+from proximo.jax.runtime import HINT, devices, start
 from proximo.jax.state import Spec, State, initial_state, observe
 from proximo.jax.update import prepare, update
-from proximo.machine import learner_threads
+from proximo.machine import choose_device, learner_threads
 from proximo.parameters import architecture, size
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
@@ -57,8 +56,7 @@ def carries(spec: Spec, state: State, obs: Obs, start: Array) -> Array:
 
 def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[str, Array]:
     """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.Learner.examine`."""
-    _, batch, _ = prepare(spec, state, data, hyper)
-    policy, _, _ = spec.network.apply(state.params, batch.obs, batch.start, batch.carry[0])
+    _, batch, policy, _ = prepare(spec, state, data, hyper)
     return {
         "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
         "return": batch.target, "weight": batch.weight, **policy.describe(),
@@ -69,7 +67,7 @@ class Learner:
     """Keeps the state and speaks NumPy to the world; see `proximo.learner.Learner`.
 
     Args:
-        network: the user's own, instead of the built-in multilayer perceptron.
+        network: the user's own, instead of a built-in one.
         dtype: of parameters and arithmetic; "float64" needs `jax.enable_x64(True)`.
         reduce: sums an array over processes that learn together.
     """
@@ -86,12 +84,15 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
-        self._acts_in_numpy = self._built_in and architecture(config, spaces).architecture == "mlp"
+        convolutional = self._built_in and architecture(config, spaces).architecture != "mlp"
+        self._acts_in_numpy = self._built_in and not convolutional
         parameters = size(config, spaces) if self._built_in else None
         self.threads = start(learner_threads(config.threads, config.minibatch_transitions, parameters))
         self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._dtype = np.dtype(dtype)
-        self._state = initial_state(self.spec, config.num_envs, dtype)
+        self.device = choose_device(config.device, devices(), convolutional, HINT)
+        self._place = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
+        self._state = jax.device_put(initial_state(self.spec, config.num_envs, dtype), self._place)
         self._act = jax.jit(partial(act, self.spec))
         self._values = jax.jit(partial(values, self.spec))
         self._score = jax.jit(partial(score, self.spec))
@@ -153,7 +154,7 @@ class Learner:
             rollout.obs, rollout.action, rollout.reward, rollout.terminated, rollout.truncated,
             rollout.valid, rollout.start, final, final_value,
         )  # fmt: skip
-        return Transitions(*jax.tree.map(jnp.asarray, facts))
+        return Transitions(*jax.device_put(facts, self._place))
 
     def _final_values(self, rollout: Rollout, index: np.ndarray) -> np.ndarray:
         carry = np.zeros((len(index), 0), self._dtype)
@@ -204,4 +205,4 @@ class Learner:
         Raises:
             UserError: it belongs to other settings or spaces.
         """
-        self._state = jax.tree.map(jnp.asarray, trees.restore(jax.device_get(self._state), state))
+        self._state = jax.device_put(trees.restore(jax.device_get(self._state), state), self._place)

@@ -50,22 +50,27 @@ class Network(NamedTuple):
     init: Callable[[], dict[str, np.ndarray]]
     apply: Callable[[Params, Obs, Array, Array], tuple[Policy, Array, Array]]
     carry_size: int = 0
+    pictures: bool = False  # whether it wants images as [height, width, channels], however they come
 
 
 def built_in(config: Config, spaces: Spaces) -> Network:
     """The built-in networks: separate actor and critic, or a shared trunk with two heads."""
     made = architecture(config, spaces)
+    lower = None if config.precision == "float32" else jnp.dtype(config.precision)
 
     def apply(params: Params, obs: Obs, start: Array, carry: Array) -> tuple[Policy, Array, Array]:
         actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
-        hidden = body(made, spaces, params, actor, obs)
-        critic_hidden = hidden if made.shared_trunk else body(made, spaces, params, critic, obs)
+        low = jax.tree.map(lambda x: x.astype(lower), params) if lower else params
+        hidden = body(made, spaces, low, actor, obs).astype(dtype_of(params))
+        critic_hidden = hidden
+        if not made.shared_trunk:
+            critic_hidden = body(made, spaces, low, critic, obs).astype(dtype_of(params))
         output = linear(params, "actor.head", hidden)
         value = linear(params, "critic.head", critic_hidden)[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
         return policy, value, jnp.zeros((*value.shape, 0), value.dtype)
 
-    return Network(lambda: initial_parameters(config, spaces), apply)
+    return Network(lambda: initial_parameters(config, spaces), apply, pictures=True)
 
 
 def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:
@@ -87,19 +92,27 @@ def encode(
     """All leaves as one vector of features [..., F]: numbers flat, discrete values one-hot, no masks.
 
     Args:
-        see: what is made of images [B, *shape of the leaf].
+        see: what is made of images [B, height, width, channels].
     """
     parts = []
     for leaf in spaces.observation:
         value = obs[leaf.path]
         if leaf.kind == "image" and see is not None:
-            seen = see(leaf, value.reshape(-1, *leaf.shape))
+            value = pictures(leaf, value)
+            seen = see(leaf, value.reshape(-1, *leaf.picture))
             parts.append(seen.reshape(*value.shape[:-3], -1))
         elif leaf.kind == "discrete":
             parts.append(jax.nn.one_hot(value - leaf.start, leaf.n, dtype=dtype))
         elif leaf.kind == "vector":
             parts.append(value.reshape(*value.shape[: value.ndim - len(leaf.shape)], -1).astype(dtype))
     return jnp.concatenate(parts, axis=-1)
+
+
+def pictures(leaf: Leaf, value: Array) -> Array:
+    """Images as [..., height, width, channels]: [..., *shape of the leaf], or as they shall be."""
+    if value.shape[-3:] == leaf.picture:
+        return value
+    return jnp.moveaxis(value, -3, -1) if leaf.channels_first else value[..., None]
 
 
 def linear(params: Params, name: str, x: Array) -> Array:
@@ -132,43 +145,60 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Array) -> Array:
-    """What convolutions make of images: uint8 [B, *shape of the leaf] -> [B, height', width', outputs]."""
-    image = jnp.moveaxis(image, 1, -1) if leaf.channels_first else image
-    dtype = dtype_of(params)
+    """What convolutions make of images: uint8 [B, height, width, channels] -> [B, height', width', outputs]."""
     if made.architecture == "mlp":
-        return image.astype(dtype) / 255
+        return image.astype(dtype_of(params)) / leaf.high
+    # The first weights are divided rather than every pixel.
     layers = [f"{part}.{layer.name}" for layer in convolutions(made.architecture, leaf)]
+    scales = [1 / leaf.high] + [1.0] * len(layers)
+    x = image
     if made.architecture == "nature":
-        x = image
-        for name, (_, _, step) in zip(layers, NATURE, strict=True):
-            x = jax.nn.relu(convolve(params, name, x, step))
+        for name, scale, (_, _, step) in zip(layers, scales, NATURE, strict=False):
+            x = jax.nn.relu(convolve(params, name, x, step, scale))
         return x
-    x = image.astype(dtype) / 255
     for first in range(0, len(layers), 5):
-        x = pool(convolve(params, layers[first], pad(x), 1))
+        x = pool(convolve(params, layers[first], pad(x), 1, scales[first]))
         for block in (first + 1, first + 3):
             inner = convolve(params, layers[block], pad(jax.nn.relu(x)), 1)
             x = x + convolve(params, layers[block + 1], pad(jax.nn.relu(inner)), 1)
     return jax.nn.relu(x)
 
 
-def convolve(params: Params, name: str, image: Array, step: int) -> Array:
-    """A convolution as one product of matrices: [B, height, width, inputs] -> [B, height', width', outputs].
+def convolve(params: Params, name: str, image: Array, step: int, scale: float = 1.0) -> Array:
+    """A convolution of `scale` · image: [B, height, width, inputs] -> [B, height', width', outputs]."""
+    weight = params[f"{name}.weight"] * scale
+    x = lax.platform_dependent(
+        image,
+        weight,
+        cpu=lambda image, weight: convolve_by_product(image, weight, step),
+        default=lambda image, weight: convolve_by_xla(image, weight, step),
+    )
+    return x + params[f"{name}.bias"]
 
-    XLA's own convolutions are slow on a CPU. Squares of `step` by `step` pixels become one pixel with more channels, so
-    that filters then move by 1, and the patches under them are whole slices of the image.
+
+def convolve_by_xla(image: Array, weight: Array, step: int) -> Array:
+    """XLA's own convolution, which is slow on a CPU."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    image = image.astype(weight.dtype)
+    return lax.conv_general_dilated(image, weight, (step, step), "VALID", dimension_numbers=layout)
+
+
+@partial(jax.checkpoint, static_argnums=2)
+def convolve_by_product(image: Array, weight: Array, step: int) -> Array:
+    """The same as one product of matrices.
+
+    Squares of `step` by `step` pixels become one pixel with more channels, so that filters then move by 1, and the
+    patches under them are whole slices of the image. Patches are many times the image, so that they are not kept for
+    the gradient but cut again.
     """
-    weight = params[f"{name}.weight"]
     width, _, inputs, outputs = weight.shape
     rows, columns = ((size - width) // step + 1 for size in image.shape[1:3])
     used = [(count - 1) * step + width for count in (rows, columns)]
     image, filters = squares(image[:, : used[0], : used[1]], step), width // step
     patches = [image[:, i : i + rows, j : j + columns] for i in range(filters) for j in range(filters)]
-    x = jnp.concatenate(patches, axis=-1)
-    if x.dtype == jnp.uint8:
-        x = x.astype(weight.dtype) / 255
+    x = jnp.concatenate(patches, axis=-1).astype(weight.dtype)
     weight = weight.reshape(filters, step, filters, step, inputs, outputs).swapaxes(1, 2)
-    return product(x, weight.reshape(-1, outputs)) + params[f"{name}.bias"]
+    return product(x, weight.reshape(-1, outputs))
 
 
 def squares(image: Array, step: int) -> Array:

@@ -48,8 +48,8 @@ def own_network(
         policy: features [B, F] -> [B, K]: a logit per action, or a mean per dimension of the action, and
             after the means as many outputs for the standard deviations with `std="predicted"`. The
             distribution, masks and, with `std="learned"`, the parameter `actor.log_std` are Proximo's. None
-            is the built-in perceptron.
-        value: features [B, F] -> [B] or [B, 1]; None is the built-in perceptron.
+            is the built-in network.
+        value: features [B, F] -> [B] or [B, 1]; None is the built-in network.
         both: features [B, F] -> (policy's output, value), instead of the two above.
         features: what functions are given. "encoded": all of the observation flat, vectors normalised where
             asked and discrete values one-hot, without masks. "dict": path -> [B, ...], vectors normalised where
@@ -101,7 +101,7 @@ def own_network(
 
 
 def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
-    """One half of the built-in perceptron."""
+    """One half of the built-in network."""
     half, apart = HALF[role], config.replace(shared_trunk=False)
     known, made = initial_parameters(apart, spaces), architecture(apart, spaces)
     initial = {

@@ -6,7 +6,13 @@ import os
 
 import jax
 
+HINT = "--device cuda needs JAX for CUDA: pip install 'jax[cuda12]'; JAX has no mps"
 THREADS = "PJRT_NPROC"  # read when JAX starts, and never again
+
+
+def devices() -> list[str]:
+    """What JAX can use here, once it has started."""
+    return ["cpu", *(["cuda"] if any(device.platform == "gpu" for device in jax.devices()) else [])]
 
 
 def start(threads: int) -> int:

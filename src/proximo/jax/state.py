@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from proximo.config import Config
-from proximo.jax.networks import Network, Obs, Params
+from proximo.jax.networks import Network, Obs, Params, pictures
 from proximo.jax.normalization import Moments, Reduce, normalize
 from proximo.spaces import Spaces
 
@@ -61,9 +61,11 @@ def initial_state(spec: Spec, num_envs: int, dtype: str) -> State:
 
 
 def observe(spec: Spec, state: State, obs: Obs) -> Obs:
-    """Observations as the network sees them: normalised where asked, images and codes untouched."""
+    """Observations as the network sees them: normalised where asked, images in the order that it wants."""
     moments, clip = state.obs_moments, spec.config.clip_observation
-    return {
+    seen = {
         path: normalize(value, moments[path], clip) if path in moments else value
         for path, value in obs.items()
     }
+    images = [leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.pictures]
+    return seen | {leaf.path: pictures(leaf, obs[leaf.path]) for leaf in images}

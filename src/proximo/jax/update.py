@@ -45,7 +45,7 @@ class Metrics(NamedTuple):
 
 def prepare(
     spec: Spec, state: State, data: Transitions, hyper: Hyper
-) -> tuple[State, Batch, dict[str, Array]]:
+) -> tuple[State, Batch, Policy, dict[str, Array]]:
     """Recompute what the policy that acted thought of the rollout, and estimate advantages."""
     config, reduce = spec.config, spec.reduce
     weight = data.valid.astype(data.final_value.dtype)
@@ -82,9 +82,9 @@ def prepare(
         {path: x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
-    batch = jax.tree.map(partial(to_sequences, length), batch)
+    batch, policy = jax.tree.map(partial(to_sequences, length), (batch, policy))
     state = state._replace(running_return=running, return_moments=moments, carry=carry[-1])
-    return state, batch._replace(carry=batch.carry[:1]), statistics
+    return state, batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
 def over_rollout(spec: Spec, state: State, obs: Obs, start: Array) -> tuple[Policy, Array, Array]:
@@ -152,7 +152,7 @@ def update(
     """One iteration's learning: order [epochs, minibatches, S] indexes the rollout's sequences."""
     config = spec.config
     before = state.obs_moments
-    state, batch, statistics = prepare(spec, state, data, hyper)
+    state, batch, _, statistics = prepare(spec, state, data, hyper)
 
     def minibatch(carried: tuple[State, Array], indices: Array) -> tuple[tuple[State, Array], tuple]:
         state, stopped = carried

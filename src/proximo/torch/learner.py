@@ -14,7 +14,7 @@ from proximo import trees
 from proximo.acting import mlp_actor
 from proximo.config import Config
 from proximo.errors import note
-from proximo.machine import learner_threads
+from proximo.machine import choose_device, learner_threads
 from proximo.parameters import architecture, is_critic, limits, size
 from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
@@ -22,7 +22,7 @@ from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, built_in
 from proximo.torch.normalization import Reduce
-from proximo.torch.runtime import pays_to_compile, running_on
+from proximo.torch.runtime import HINT, devices, made_on, pays_to_compile, running_on
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
 from proximo.torch.update import Metrics, minibatch, prepare, update
@@ -68,14 +68,16 @@ def carries(spec: Spec, state: State, obs: Obs, start: Tensor) -> Tensor:
 @torch.no_grad()
 def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[str, Tensor]:
     """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.Learner.examine`."""
-    _, batch, _ = prepare(spec, state, data, hyper)
-    policy, _, _ = spec.network.apply(
-        unflatten(spec.shapes, state.params), batch.obs, batch.start, batch.carry[0]
-    )
+    _, batch, policy, _ = prepare(spec, state, data, hyper)
     return {
         "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
         "return": batch.target, "weight": batch.weight, **policy.describe(),
     }  # fmt: skip
+
+
+def home(x: Tensor) -> np.ndarray:
+    """As NumPy has it; on the CPU the same memory."""
+    return x.cpu().numpy()
 
 
 def alone(x: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class Learner:
     """Keeps the state and speaks NumPy to the world; see `proximo.learner.Learner`.
 
     Args:
-        network: the user's own, instead of the built-in multilayer perceptron.
+        network: the user's own, instead of a built-in one.
         dtype: of parameters and arithmetic.
         reduce: sums a tensor over processes that learn together.
     """
@@ -104,7 +106,9 @@ class Learner:
     ) -> None:
         spaces.check(config)
         self._built_in = network is None
-        self._acts_in_numpy = self._built_in and architecture(config, spaces).architecture == "mlp"
+        convolutional = self._built_in and architecture(config, spaces).architecture != "mlp"
+        self._acts_in_numpy = self._built_in and not convolutional
+        self.device = choose_device(config.device, devices(), convolutional, HINT)
         parameters = size(config, spaces) if self._built_in else None
         self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -120,14 +124,23 @@ class Learner:
         critic = per_parameter(is_critic, torch.bool)
         low = per_parameter(lambda name: limits(name, config)[0], self._dtype)
         high = per_parameter(lambda name: limits(name, config)[1], self._dtype)
-        self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high)
-        self._state = initial_state(self.spec, config.num_envs, self._dtype)
+        limited = bool((torch.isfinite(low) | torch.isfinite(high)).any())
+        critic, low, high = (self._there(x) for x in (critic, low, high))
+        self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high, limited)
+        self._state = each(self._there, initial_state(self.spec, config.num_envs, self._dtype))
         self.compiled, self._expected = bool(config.compile), 0
         # Networks and sums of others may not compile, and for convolutions compiling was not found to pay.
         self._may_choose = config.compile is None and self._acts_in_numpy and reduce is alone
         self._compiled: dict[
             tuple[tuple[int, ...], ...], Callable[..., Any]
         ] = {}  # by shapes of rollout and order
+
+    def _there(self, array: np.ndarray | Tensor) -> Tensor:
+        """A tensor on this learner's device, of arrays a copy."""
+        return (array if isinstance(array, Tensor) else tensor(array)).to(self.device.name)
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=self._dtype, device=self.device.name)
 
     def expect(self, minibatches: int) -> bool:
         """Compile for many minibatches, those of all calls together, where settings leave it open."""
@@ -139,34 +152,34 @@ class Learner:
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
         """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
         if self._acts_in_numpy:
-            params = each(Tensor.numpy, unflatten(self.spec.shapes, self._state.params.clone()))
-            known = {
-                path: (of.mean.numpy(), of.variance.numpy()) for path, of in self._state.obs_moments.items()
-            }
+            params = each(home, unflatten(self.spec.shapes, self._state.params.clone()))
+            known = {path: (home(of.mean), home(of.variance)) for path, of in self._state.obs_moments.items()}
             return mlp_actor(self.spec.config, self.spec.spaces, params, known, noise)
         state, carry, calls = self._state, self._state.carry, iter(()) if noise is None else iter(noise)
         still = np.zeros(self.spec.spaces.action.head_size, np.float32)
 
         def actor(obs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray:
             nonlocal carry
-            if len(carry) != len(start):
-                carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
             drawn = np.broadcast_to(still, (len(start), *still.shape)) if noise is None else next(calls)
-            action, carry = act(self.spec, state, each(tensor, obs), tensor(start), carry, tensor(drawn))
-            return action.numpy()
+            # One thread: others would spin after each step, on cores that environments want.
+            with running_on(1), made_on(self.device):
+                if len(carry) != len(start):
+                    carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
+                seen, begins, drawn = each(self._there, (obs, start, drawn))
+                action, carry = act(self.spec, state, seen, begins, carry, drawn)
+            return home(action)
 
         return actor
 
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
         """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
-        hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
-        nothing = rollout.reward.size // self.spec.config.sequence_length
-        indices = tensor(np.minimum(order, nothing))  # whatever is out of range means "nothing"
+        hyper = each(self._number, hyper)
+        indices = self._there(order)
         learn = partial(update, self.spec, self._state, self.transitions(rollout), indices, hyper)
         shapes = (rollout.reward.shape, order.shape)
         tried = shapes in self._compiled
         step = self._minibatch(*shapes)
-        with running_on(self.threads):
+        with running_on(self.threads), made_on(self.device):
             try:
                 state, metrics = learn(step)
             except Exception as error:
@@ -195,48 +208,54 @@ class Learner:
         self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
-        state = self._state if carry is None else self._state._replace(carry=tensor(carry))
-        hyper = each(partial(torch.tensor, dtype=self._dtype), hyper)
-        found = each(Tensor.numpy, examine(self.spec, state, self.transitions(rollout), hyper))
+        state = self._state if carry is None else self._state._replace(carry=self._there(carry))
+        data = self.transitions(rollout)
+        with made_on(self.device):
+            found = each(home, examine(self.spec, state, data, each(self._number, hyper)))
         valid = found.pop("weight") > 0
-        return {name: value[valid] for name, value in found.items()} | {"carry": state.carry.numpy()}
+        return {name: value[valid] for name, value in found.items()} | {"carry": home(state.carry)}
 
     def transitions(self, rollout: Rollout) -> Transitions:
         """The rollout with V of the final observations that autoreset replaced."""
-        final = torch.zeros(rollout.reward.shape, dtype=torch.bool)
-        final_value = torch.zeros(rollout.reward.shape, dtype=self._dtype)
-        index = tensor(rollout.final_index)
+        final = np.zeros(rollout.reward.shape, bool)
+        final_value = np.zeros(rollout.reward.shape, np.float64)
+        index = rollout.final_index
         if len(index):
-            final.view(-1)[index] = True
-            final_value.view(-1)[index] = self._final_values(rollout, index)
+            final.flat[index] = True
+            final_value.flat[index] = home(self._final_values(rollout, index))
         rest = (
-            rollout.action,
-            rollout.reward,
-            rollout.terminated,
-            rollout.truncated,
-            rollout.valid,
-            rollout.start,
-        )
+            rollout.action, rollout.reward, rollout.terminated, rollout.truncated, rollout.valid, rollout.start,
+        )  # fmt: skip
         return Transitions(
-            each(tensor, rollout.obs), *map(tensor, rest), final=final, final_value=final_value
+            {path: self._seen(x) for path, x in rollout.obs.items()},
+            *map(self._there, rest),
+            final=self._there(final),
+            final_value=self._there(final_value).to(self._dtype),
         )
 
-    def _final_values(self, rollout: Rollout, index: Tensor) -> Tensor:
-        carry = torch.zeros((len(index), 0), dtype=self._dtype)
+    def _seen(self, observation: np.ndarray) -> Tensor:
+        """On this learner's device; of images on the CPU no copy, since an update is over before the next rollout."""
+        images = observation.dtype == np.uint8
+        return torch.from_numpy(observation).to(self.device.name) if images else self._there(observation)
+
+    def _final_values(self, rollout: Rollout, index: np.ndarray) -> Tensor:
+        carry = np.zeros((len(index), 0))
         if self.spec.network.carry_size:
-            after = carries(self.spec, self._state, each(tensor, rollout.obs), tensor(rollout.start))[:-1]
+            obs, start = each(self._there, (rollout.obs, rollout.start))
+            with made_on(self.device):
+                after = home(carries(self.spec, self._state, obs, start))[:-1]
             carry = after.reshape(-1, self.spec.network.carry_size)[index]
         return self._value(rollout.final_obs, carry)
 
     def value(self, obs: dict[str, np.ndarray]) -> np.ndarray:
         """V [B] of observations [B, ...], each taken as the first of an episode."""
         rows = len(next(iter(obs.values())))
-        carry = torch.zeros((rows, self.spec.network.carry_size), dtype=self._dtype)
-        return self._value(obs, carry).numpy()
+        return home(self._value(obs, np.zeros((rows, self.spec.network.carry_size))))
 
-    def _value(self, obs: dict[str, np.ndarray], carry: Tensor) -> Tensor:
-        start = torch.zeros(len(carry), dtype=torch.bool)
-        return values(self.spec, self._state, each(tensor, obs), start, carry)
+    def _value(self, obs: dict[str, np.ndarray], carry: np.ndarray) -> Tensor:
+        seen, start, before = each(self._there, (obs, np.zeros(len(carry), bool), carry))
+        with made_on(self.device):
+            return values(self.spec, self._state, seen, start, before.to(self._dtype))
 
     def score(
         self,
@@ -250,14 +269,15 @@ class Learner:
             start = np.ones(len(action), bool)
         if carry is None:
             carry = np.zeros((len(action), self.spec.network.carry_size), np.float32)
-        before = tensor(carry).to(self._dtype)
-        found = score(self.spec, self._state, each(tensor, obs), tensor(action), tensor(start), before)
-        log_prob, value, after = map(Tensor.numpy, found)
+        seen, taken, begins, before = each(self._there, (obs, action, start, carry))
+        with made_on(self.device):
+            found = score(self.spec, self._state, seen, taken, begins, before.to(self._dtype))
+        log_prob, value, after = map(home, found)
         return log_prob, value, after
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything learned, under names that both backends share."""
-        return {name: array.copy() for name, array in trees.flatten(self._named()).items()}
+        return {name: array.copy() for name, array in trees.flatten(each(home, self._named())).items()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Take over a state of either backend.
@@ -265,7 +285,7 @@ class Learner:
         Raises:
             UserError: it belongs to other settings or spaces.
         """
-        named = each(tensor, trees.restore(self._named(), state))
+        named = each(self._there, trees.restore(each(home, self._named()), state))
         self._state = named._replace(
             **{name: flatten(self.spec.shapes, getattr(named, name)) for name in FLAT}
         )

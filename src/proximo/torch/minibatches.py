@@ -51,10 +51,7 @@ def to_sequences(length: int, x: Tensor) -> Tensor:
 
 
 def take(batch: Batch, indices: Tensor) -> Batch:
-    """The minibatch of these sequences [S]."""
-    return each(lambda x: torch.index_select(x, 1, indices), batch)
-
-
-def append_nothing(batch: Batch) -> Batch:
-    """[L, K, ...] -> [L, K + 1, ...]: what index K takes is zeros, hence weight 0."""
-    return each(lambda x: torch.cat([x, torch.zeros_like(x[:, :1])], dim=1), batch)
+    """The minibatch of these sequences [S]; an index beyond the last takes something of weight 0."""
+    last = batch.weight.shape[1] - 1
+    taken = each(lambda x: torch.index_select(x, 1, torch.clip(indices, max=last)), batch)
+    return taken._replace(weight=taken.weight * (indices <= last))

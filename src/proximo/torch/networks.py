@@ -50,22 +50,27 @@ class Network(NamedTuple):
     init: Callable[[], dict[str, np.ndarray]]
     apply: Callable[[Params, Obs, Tensor, Tensor], tuple[Policy, Tensor, Tensor]]
     carry_size: int = 0
+    pictures: bool = False  # whether it wants images as [height, width, channels], however they come
 
 
 def built_in(config: Config, spaces: Spaces) -> Network:
     """The built-in networks: separate actor and critic, or a shared trunk with two heads."""
     made = architecture(config, spaces)
+    lower = None if config.precision == "float32" else getattr(torch, config.precision)
 
     def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
         actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
-        hidden = body(made, spaces, params, actor, obs)
-        critic_hidden = hidden if made.shared_trunk else body(made, spaces, params, critic, obs)
+        low = {name: x.to(lower) for name, x in params.items()} if lower else params
+        hidden = body(made, spaces, low, actor, obs).to(dtype_of(params))
+        critic_hidden = hidden
+        if not made.shared_trunk:
+            critic_hidden = body(made, spaces, low, critic, obs).to(dtype_of(params))
         output = linear(params, "actor.head", hidden)
         value = linear(params, "critic.head", critic_hidden)[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
         return policy, value, value.new_zeros((*value.shape, 0))
 
-    return Network(lambda: initial_parameters(config, spaces), apply)
+    return Network(lambda: initial_parameters(config, spaces), apply, pictures=True)
 
 
 def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:
@@ -87,13 +92,14 @@ def encode(
     """All leaves as one vector of features [..., F]: numbers flat, discrete values one-hot, no masks.
 
     Args:
-        see: what is made of images [B, *shape of the leaf].
+        see: what is made of images [B, height, width, channels].
     """
     parts = []
     for leaf in spaces.observation:
         value = obs[leaf.path]
         if leaf.kind == "image" and see is not None:
-            seen = see(leaf, value.reshape(-1, *leaf.shape))
+            value = pictures(leaf, value)
+            seen = see(leaf, value.reshape(-1, *leaf.picture))
             parts.append(seen.reshape(*value.shape[:-3], -1))
         elif leaf.kind == "discrete":
             parts.append((value[..., None] - leaf.start == torch.arange(leaf.n)).to(dtype))
@@ -103,39 +109,50 @@ def encode(
     return torch.cat(parts, dim=-1)
 
 
+def pictures(leaf: Leaf, value: Tensor) -> Tensor:
+    """Images as [..., height, width, channels]: [..., *shape of the leaf], or as they shall be."""
+    if value.shape[-3:] == leaf.picture:
+        return value
+    return value.movedim(-3, -1) if leaf.channels_first else value[..., None]
+
+
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """x W + b: [..., inputs] -> [..., outputs]."""
     return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
 def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Tensor) -> Tensor:
-    """What convolutions make of images: uint8 [B, *shape of the leaf] -> [B, height', width', outputs]."""
-    image = image if leaf.channels_first else image.permute(0, 3, 1, 2)
-    # Channels side by side in memory: the quickest order on a CPU.
-    x = image.to(dtype_of(params), memory_format=torch.channels_last) / 255
+    """What convolutions make of images: uint8 [B, height, width, channels] -> [B, height', width', outputs]."""
+    # Channels stay side by side in memory: the quickest order on a CPU.
+    x = image.permute(0, 3, 1, 2).to(dtype_of(params), memory_format=torch.channels_last)
     return convolved(made, params, part, leaf, x).permute(0, 2, 3, 1)
 
 
 def convolved(made: Architecture, params: Params, part: str, leaf: Leaf, x: Tensor) -> Tensor:
-    """The convolutions alone: [B, channels, height, width] -> [B, outputs, height', width']."""
+    """The convolutions alone: pixels [B, channels, height, width] -> [B, outputs, height', width']."""
     if made.architecture == "mlp":
-        return x
+        return x / leaf.high
+    # The first weights are divided rather than every pixel.
     layers = [f"{part}.{layer.name}" for layer in convolutions(made.architecture, leaf)]
+    scales = [1 / leaf.high] + [1.0] * len(layers)
     if made.architecture == "nature":
-        for name, (_, _, step) in zip(layers, NATURE, strict=True):
-            x = functional.relu(convolve(params, name, x, step))
+        for name, scale, (_, _, step) in zip(layers, scales, NATURE, strict=False):
+            x = functional.relu(convolve(params, name, x, step, scale=scale))
         return x
     for first in range(0, len(layers), 5):
-        x = functional.max_pool2d(convolve(params, layers[first], x, padding=1), 3, 2, padding=1)
+        x = convolve(params, layers[first], x, padding=1, scale=scales[first])
+        x = functional.max_pool2d(x, 3, 2, padding=1)
         for block in (first + 1, first + 3):
             inner = convolve(params, layers[block], functional.relu(x), padding=1)
             x = x + convolve(params, layers[block + 1], functional.relu(inner), padding=1)
     return functional.relu(x)
 
 
-def convolve(params: Params, name: str, image: Tensor, step: int = 1, padding: int = 0) -> Tensor:
-    """A convolution: [B, inputs, height, width] -> [B, outputs, height', width']."""
-    weight = params[f"{name}.weight"].permute(3, 2, 0, 1)
+def convolve(
+    params: Params, name: str, image: Tensor, step: int = 1, padding: int = 0, scale: float = 1.0
+) -> Tensor:
+    """A convolution of `scale` · image: [B, inputs, height, width] -> [B, outputs, height', width']."""
+    weight = (params[f"{name}.weight"] * scale).permute(3, 2, 0, 1)
     return functional.conv2d(image, weight, params[f"{name}.bias"], step, padding)
 
 

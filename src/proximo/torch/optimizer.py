@@ -14,18 +14,21 @@ NORM_EPSILON = 1e-6
 
 def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
     """Clip the gradient's global norm, then one step of Adam (Kingma & Ba 2014); also the norm before."""
-    norm = torch.sqrt(torch.sum(gradient**2))
+    norm = torch.linalg.vector_norm(gradient)
     if spec.config.max_grad_norm is not None:
         gradient = gradient * torch.clip(hyper.max_grad_norm / (norm + NORM_EPSILON), max=1.0)
     count = state.count + 1
     steps = count.to(gradient.dtype)
     correction_1, correction_2 = 1.0 - BETA_1**steps, 1.0 - BETA_2**steps
     rate = torch.where(spec.critic, hyper.critic_learning_rate, hyper.actor_learning_rate)
-    moment_1 = BETA_1 * state.moment_1 + (1.0 - BETA_1) * gradient
-    moment_2 = BETA_2 * state.moment_2 + (1.0 - BETA_2) * gradient**2
+    # Few passes over large vectors, which take longer than the arithmetic.
+    moment_1 = torch.lerp(state.moment_1, gradient, 1.0 - BETA_1)
+    moment_2 = torch.addcmul(BETA_2 * state.moment_2, gradient, gradient, value=1.0 - BETA_2)
     denominator = torch.sqrt(moment_2 / correction_2) + hyper.adam_epsilon
-    params = state.params - rate * state.rate_scale * (moment_1 / correction_1) / denominator
-    params = torch.clip(params, spec.low, spec.high)
+    step = rate * (state.rate_scale / correction_1) * moment_1
+    params = torch.addcdiv(state.params, step, denominator, value=-1.0)
+    if spec.limited:
+        params = torch.clip(params, spec.low, spec.high)
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
 
 

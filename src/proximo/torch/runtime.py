@@ -12,7 +12,16 @@ from pathlib import Path
 
 import torch
 
+from proximo.machine import Device
+
+HINT = "--device cuda needs PyTorch built for CUDA and its driver, --device mps a Mac with PyTorch for it"
 MANY = 20_000  # minibatches: a compiled one is about 1 ms quicker, and compiling takes 8 to 15 s
+
+
+def devices() -> list[str]:
+    """What PyTorch can use here."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name, there in found.items() if there)]
 
 
 @contextmanager
@@ -24,6 +33,16 @@ def running_on(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def made_on(device: Device) -> Iterator[None]:
+    """Have tensors made on this device within this block. On the CPU nothing is done, which would cost every call."""
+    if device.name == "cpu":
+        yield
+    else:
+        with torch.device(device.name):
+            yield
 
 
 def pays_to_compile(minibatches: int) -> bool:

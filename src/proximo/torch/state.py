@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proximo.config import Config
 from proximo.spaces import Spaces
-from proximo.torch.networks import Network, Obs
+from proximo.torch.networks import Network, Obs, pictures
 from proximo.torch.normalization import Moments, Reduce, normalize
 from proximo.torch.tensors import Shapes, flatten, tensor
 
@@ -26,6 +26,7 @@ class Spec(NamedTuple):
     critic: Tensor  # [P] bool: moves at the critic's rate
     low: Tensor  # [P] limits that parameters are put back into after every step
     high: Tensor
+    limited: bool  # whether any is finite
 
 
 class State(NamedTuple):
@@ -69,9 +70,11 @@ def initial_state(spec: Spec, num_envs: int, dtype: torch.dtype) -> State:
 
 
 def observe(spec: Spec, state: State, obs: Obs) -> Obs:
-    """Observations as the network sees them: normalised where asked, images and codes untouched."""
+    """Observations as the network sees them: normalised where asked, images in the order that it wants."""
     moments, clip = state.obs_moments, spec.config.clip_observation
-    return {
+    seen = {
         path: normalize(value, moments[path], clip) if path in moments else value
         for path, value in obs.items()
     }
+    images = [leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.pictures]
+    return seen | {leaf.path: pictures(leaf, obs[leaf.path]).contiguous() for leaf in images}

@@ -24,7 +24,7 @@ from proximo.torch.losses import (
     squared_error,
     standardize,
 )
-from proximo.torch.minibatches import Batch, Transitions, append_nothing, take, to_sequences
+from proximo.torch.minibatches import Batch, Transitions, take, to_sequences
 from proximo.torch.networks import Obs, Params
 from proximo.torch.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.torch.optimizer import adam, adapt
@@ -49,7 +49,7 @@ class Metrics(NamedTuple):
 @torch.no_grad()
 def prepare(
     spec: Spec, state: State, data: Transitions, hyper: Hyper
-) -> tuple[State, Batch, dict[str, Tensor]]:
+) -> tuple[State, Batch, Policy, dict[str, Tensor]]:
     """Recompute what the policy that acted thought of the rollout, and estimate advantages."""
     config, reduce = spec.config, spec.reduce
     weight = data.valid.to(data.final_value.dtype)
@@ -86,9 +86,9 @@ def prepare(
         {path: x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
-    batch = each(partial(to_sequences, length), batch)
+    batch, policy = each(partial(to_sequences, length), (batch, policy))
     state = state._replace(running_return=running, return_moments=moments, carry=carry[-1])
-    return state, batch._replace(carry=batch.carry[:1]), statistics
+    return state, batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
 def over_rollout(spec: Spec, state: State, obs: Obs, start: Tensor) -> tuple[Policy, Tensor, Tensor]:
@@ -172,8 +172,7 @@ def update(
     """One iteration's learning: order [epochs, minibatches, S] indexes the rollout's sequences."""
     config = spec.config
     before = state.obs_moments
-    state, batch, statistics = prepare(spec, state, data, hyper)
-    batch = append_nothing(batch)
+    state, batch, _, statistics = prepare(spec, state, data, hyper)
 
     minibatches, applied = order.shape[1], []
     for indices in order.flatten(0, 1):

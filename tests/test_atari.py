@@ -1,0 +1,205 @@
+"""Atari games: what an agent step does, what the learner is told, and what is reported."""
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from proximo import PPO, presets
+from proximo.config import Config
+from proximo.envs import engine_for, make_envs, make_one, spaces_of
+from proximo.envs.atari import AtariGames
+from proximo.errors import UserError
+from proximo.rollout import Collector, Rollout
+
+PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"
+STILL = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.0}
+TINY = {
+    "preset": None,
+    "num_envs": 2,
+    "num_steps": 8,
+    "num_minibatches": 2,
+    "update_epochs": 1,
+    "hidden_sizes": (8,),
+}
+each_engine = pytest.mark.parametrize("engine", ["native", "sync", "workers"])
+
+
+def random_collector(env, engine, num_steps, num_envs=2, **env_kwargs):
+    """A collector, its rollout, and what acts at random."""
+    envs = make_envs(env, num_envs, engine, env_kwargs)
+    spaces = spaces_of(envs)
+    rng = np.random.default_rng(0)
+    collector = Collector(envs, spaces, Config(num_envs=num_envs))
+    collector.reset(list(range(num_envs)))
+    actor = lambda obs, start: rng.integers(spaces.action.n, size=num_envs).astype(np.int32)
+    return collector, Rollout(spaces, num_steps, num_envs), actor
+
+
+def test_games_are_known_by_name_and_run_natively():
+    """The preset is for all of them; what ALE's vector environment cannot do runs elsewhere."""
+    for name in (PONG, "ALE/Pong-v5"):
+        assert engine_for(name, 1) == engine_for(name, 8) == "native"
+        assert presets.chosen(name, "auto") == "Atari"
+    assert engine_for("ALE/Pong-v5", 2, env_kwargs={"difficulty": 1}) != "native"
+    assert engine_for("ALE/Pong-v5", 2, env_kwargs={"obs_type": "ram"}) != "native"
+    assert presets.chosen("CartPole-v1", "auto") == "CartPole-v1"
+    assert presets.chosen("Pendulum-v0", "auto") is None
+    ram = make_one("ALE/Pong-v5", obs_type="ram")
+    assert ram.observation_space.shape == (128,)
+    ram.close()
+
+
+@pytest.mark.parametrize(("name", "sticky"), [(PONG, 0.0), ("ALE/Pong-v5", 0.25)])
+def test_an_action_lasts_four_frames_whatever_the_id_says(name, sticky):
+    """Never sixteen. Only -v5 has sticky actions; both end after 108,000 frames."""
+    game = make_one(name)
+    game.reset(seed=0)
+    frames = [game.step(0)[4]["episode_frame_number"] for _ in range(3)]
+    assert np.diff(frames).tolist() == [4, 4]
+    ale = game.unwrapped.ale
+    assert ale.getFloat("repeat_action_probability") == sticky
+    assert ale.getInt("max_num_frames_per_episode") == 108_000
+    game.close()
+    games = AtariGames(gym.spec(name), 2, {})
+    inner = games._games
+    inner.reset(seed=np.arange(2))
+    frames = [inner.step(np.zeros(2, int))[4]["episode_frame_number"] for _ in range(3)]
+    assert np.diff(frames, axis=0).tolist() == [[4, 4], [4, 4]]
+    games.close()
+
+
+@pytest.mark.parametrize("name", [PONG, BREAKOUT])
+def test_the_same_actions_give_the_same_frames_in_both(name):
+    """Frame skip, the greater of two frames, gray, 84 × 84 and the stack: to the last bit, where nothing is random."""
+    native, sync = (
+        make_envs(name, 1, engine, {**STILL, "episodic_life": False}) for engine in ("native", "sync")
+    )
+    assert native.single_observation_space == sync.single_observation_space
+    assert native.single_action_space == sync.single_action_space
+    rng = np.random.default_rng(0)
+    ours, theirs = native.reset(seed=0)[0], sync.reset(seed=0)[0]
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.shape == (1, 4, 84, 84)
+    for _ in range(60):
+        action = rng.integers(native.single_action_space.n, size=1)
+        ours, theirs = native.step(action), sync.step(action)
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        assert [x.tolist() for x in ours[1:4]] == [x.tolist() for x in theirs[1:4]]
+    native.close()
+    sync.close()
+
+
+@each_engine
+def test_a_lost_life_ends_an_episode_and_not_the_game(engine):
+    """Breakout at random has five lives and a few points: four ends of an episode without a report and the fifth with
+    one, of the whole game. Its score is the sum of what the bricks gave."""
+    collector, rollout, actor = random_collector(BREAKOUT, engine, 600)
+    episodes = collector.collect(actor, rollout).episodes
+    collector.envs.close()
+    assert episodes
+    for n in (0, 1):
+        ended = rollout.terminated[:, n] & rollout.valid[:, n]
+        reported = [episode for episode in episodes if episode.env_index == n]
+        assert ended.sum() // 5 == len(reported)
+        over = np.flatnonzero(ended)[4]  # the first game's end
+        rewards = rollout.reward[: over + 1, n][rollout.valid[: over + 1, n]]
+        assert reported[0].episode_return == rewards.sum()  # random play breaks only bricks of 1 point
+        assert abs(reported[0].length - len(rewards)) <= 5  # pressing the button counts as a step
+        assert not rollout.truncated.any()
+
+
+@each_engine
+def test_rewards_are_clipped_and_reports_are_not(engine):
+    """In MsPacman a dot is worth 10."""
+    collector, rollout, actor = random_collector("ALE/MsPacman-v5", engine, 700)
+    episodes = collector.collect(actor, rollout).episodes
+    collector.envs.close()
+    assert set(np.unique(rollout.reward)) == {0.0, 1.0}
+    assert episodes
+    for episode in episodes:
+        assert episode.episode_return >= 60
+        assert episode.episode_return % 10 == 0
+
+
+@each_engine
+def test_the_limit_of_frames_truncates(engine):
+    """40 frames, less those without an action at the beginning: at most ten steps, and nothing is terminated."""
+    kwargs = {**STILL, "max_num_frames_per_episode": 40}
+    collector, rollout, actor = random_collector(PONG, engine, 33, **kwargs)
+    episodes = collector.collect(actor, rollout).episodes
+    collector.envs.close()
+    assert not rollout.terminated.any()
+    ends = (rollout.truncated & rollout.valid).sum()
+    assert ends == len(episodes) == 6
+    assert {episode.length for episode in episodes} == {10}
+
+
+def test_the_button_is_pressed_where_a_life_was_lost():
+    """That row is no transition: the game goes on from the frame after it, whatever the policy wanted."""
+    envs = make_envs(BREAKOUT, 1, "native", {"noop_max": 0})
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    envs.reset(seed=0)
+    lives, ends = [], []
+    for _ in range(400):
+        _, _, terminated, _, _ = envs.step(np.zeros(1, int))  # never fires by itself
+        lives.append(int(envs._lives[0]))
+        ends.append(bool(terminated[0]))
+    envs.close()
+    assert lives[0] == 5
+    assert set(lives) >= {5, 4, 3, 2, 1, 0}  # so that every ball was served
+    assert sum(ends) >= 5
+
+
+def test_a_game_over_while_the_button_is_pressed_begins_anew():
+    """Its end belongs to no transition, so that the next row is the new game's first."""
+    envs = make_envs(PONG, 2, "native", {**STILL, "max_num_frames_per_episode": 40})
+    first, _ = envs.reset(seed=0)
+    for _ in range(9):
+        envs.step(np.zeros(2, int))
+    envs._life_lost[:] = [True, False]  # as after a life that was lost nine steps in
+    observation, _, _, truncated, info = envs.step(np.zeros(2, int))
+    assert truncated.tolist() == info["_episode"].tolist() == [True, True]
+    np.testing.assert_array_equal(observation[0], first[0])
+    assert np.any(observation[1] != first[1])
+    _, _, _, truncated, _ = envs.step(np.zeros(2, int))
+    assert envs._length.tolist() == [1, 0]  # one plays, the other begins in this step
+    envs.close()
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_game_is_learned_evaluated_and_filmed(backend, tmp_path):
+    """The whole way; a video is of a whole game, which at random has more than one life."""
+    with PPO(BREAKOUT, backend=backend, **TINY) as agent:
+        agent.learn(32)
+        assert agent.config.architecture == "nature"
+        result = agent.evaluate(2)
+        assert result.returns == tuple(int(value) for value in result.returns)
+        video = agent.record(tmp_path / "game.mp4", deterministic=False, max_frames=400)
+        assert video.path.stat().st_size > 1000
+
+
+def test_what_a_game_does_not_know_is_refused():
+    with pytest.raises(UserError, match=r"does not know 'frame_skip'; did you mean 'frameskip'"):
+        make_envs(PONG, 1, "native", {"frame_skip": 2})
+    with pytest.raises(UserError, match="random frame skip, mode, difficulty"):
+        make_envs("ALE/Pong-v5", 1, "native", {"difficulty": 0})
+    with pytest.raises(UserError, match=r"unknown environment 'ALE/Pnog-v5'; did you mean 'ALE/Pong-v5'"):
+        make_envs("ALE/Pnog-v5", 1)
+
+
+@pytest.mark.parametrize("missing", ["ale_py", "cv2"])
+def test_a_missing_extra_is_named(missing):
+    """In a process of its own, in which the package cannot be imported."""
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+from proximo.cli import main
+sys.exit(main(["train", "ALE/Pong-v5", "--engine", "sync", "--num-envs", "1"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'ALE/Pong-v5' needs a package that is not installed: pip install 'proximo[atari]'" in done.stderr
