@@ -28,7 +28,7 @@ def make_envs(options: argparse.Namespace) -> Any:
 
     kind = SubprocVecEnv if options.vec == "subproc" else DummyVecEnv
     if is_game(options.env):
-        envs = make_atari_env(options.env, options.num_envs, vec_env_cls=kind)
+        envs = make_atari_env(partial(game, options.env), options.num_envs, vec_env_cls=kind)
         return VecFrameStack(envs, 4)
     envs = kind([partial(gym.make, options.env, **options.env_kwargs)] * options.num_envs)
     if options.envs_only:
@@ -38,11 +38,16 @@ def make_envs(options: argparse.Namespace) -> Any:
 
 
 def is_game(env_id: str) -> bool:
-    """Whether it is one of ALE's, which this registers."""
-    if "NoFrameskip" not in env_id:
-        return False
+    """Whether it is one of ALE's."""
+    return "NoFrameskip" in env_id
+
+
+def game(env_id: str, **kwargs: Any) -> Any:
+    """One of ALE's, which this registers, in whatever process."""
+    import gymnasium as gym
+
     importlib.import_module("ale_py")
-    return True
+    return gym.make(env_id, **kwargs)
 
 
 def watch(options: argparse.Namespace, ticks: list[common.Tick]) -> Any:
