@@ -1,6 +1,6 @@
 """What a network sees of an Atari game.
 
-    python examples/atari_frames.py [ENV_ID] [FILE.png]
+    python docs/atari_frames.py [ENV_ID] [FILE.png]
 
 Plays at random and draws four observations, each with its four frames, the oldest on the left.
 """
