@@ -79,7 +79,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
     ("arguments", "message"),
     [
         ("train CartPol-v1", "did you mean 'CartPole-v1'"),
-        ("train ALE/Pong-v5", "pip install ale-py"),
+        ("train BabyAI/GoToObj-v0", "pip install minigrid"),
         ("train nosuchmodule:Env-v0", "nosuchmodule"),
         ("train CartPole-v1 --nm-envs 3", "did you mean '--num-envs'"),
         ("train CartPole-v1 --gamma 1.5", "gamma must be a number in [0, 1], got 1.5"),
