@@ -23,6 +23,7 @@ from gymnasium.vector import VectorEnv
 
 from proximo.config import Config
 from proximo.envs import EnvLike, explain, make_one, require_same
+from proximo.envs.board import reports_episodes
 from proximo.errors import UserError
 from proximo.randomness import Purpose, environment_seeds
 from proximo.rollout import Actor
@@ -133,7 +134,7 @@ def run_episode(
     show(rendered(world))
     episode_return, length, ended = 0.0, 0, False
     dtypes = {leaf.path: leaf.dtype for leaf in spaces.observation}
-    reports = world.has_wrapper_attr("reports_episodes") and world.get_wrapper_attr("reports_episodes")
+    reports = reports_episodes(world)
     while not ended and length + 1 < max_frames:
         obs = {path: value.astype(dtypes[path])[None] for path, value in spaces.read(observation)}
         raw = actor(obs, np.array([length == 0]))

@@ -114,7 +114,7 @@ def engine_for(
     if spec is None:
         return "sync"
     kwargs = dict(env_kwargs or {})
-    if plays_games(env, kwargs):
+    if atari.is_atari(spec, kwargs) and atari.has_vector(spec, kwargs):
         return "native"
     return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs)
 
@@ -145,7 +145,7 @@ def _spec(env_id: str) -> EnvSpec | None:
 
 def with_version(env_id: str) -> str:
     """An id with its latest version, where it names none."""
-    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+    if atari.is_named(env_id):
         register_games()
     if re.search(r"-v\d+$", env_id) or ":" in env_id:
         return env_id
@@ -284,7 +284,7 @@ def explain(env_id: str, error: Exception) -> str:
     )
     if retired and newer:
         return f"environment {env_id!r} is retired: use {newer!r}"
-    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+    if atari.is_named(env_id):
         if importlib.util.find_spec("ale_py") is None:
             return (
                 f"environment {env_id!r} needs a package that is not installed: pip install 'proximo[atari]'"

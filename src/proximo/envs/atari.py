@@ -25,7 +25,7 @@ from proximo.errors import UserError, suggest
 
 ENTRY_POINT = "ale_py.env:AtariEnv"
 RAW = "obs_type"  # who names it wants Gymnasium's environment as it is
-WHOLE_GAMES = {"episodic_life": False, "reward_clipping": False}
+FOR_THE_LEARNER = ("episodic_life", "reward_clipping")  # which change nothing that is reported
 NOOP = 0
 
 # What is done to a game, unless `env_kwargs` say otherwise.
@@ -36,10 +36,15 @@ DEFAULTS: dict[str, Any] = {
     "img_width": 84,
     "noop_max": 30,
     "use_fire_reset": True,
-    **dict.fromkeys(WHOLE_GAMES, True),
+    **dict.fromkeys(FOR_THE_LEARNER, True),
 }
 GAMES = ("repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
 ONE_BY_ONE = ("mode", "difficulty", "render_mode")  # which ALE's vector environment does not have
+
+
+def is_named(env_id: str) -> bool:
+    """Whether an id looks like one of ALE's, registered or not."""
+    return env_id.startswith("ALE/") or "NoFrameskip" in env_id
 
 
 def is_atari(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool:
@@ -102,7 +107,7 @@ class AtariGames(VectorEnv):
             )
         settings = _settings(spec, env_kwargs)
         self.num_envs, self.spec = num_envs, spec
-        self._by_life, self._clips = (settings.pop(name) for name in WHOLE_GAMES)
+        self._by_life, self._clips = (settings.pop(name) for name in FOR_THE_LEARNER)
         self._games = AtariVectorEnv(
             num_envs=num_envs,
             autoreset_mode=AutoresetMode.NEXT_STEP,
@@ -198,7 +203,7 @@ def make_game(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> gym.Env:
     )
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = gym.wrappers.FrameStackObservation(env, settings["stack_num"], padding_type="zero")
-    return AtariGame(env, settings["use_fire_reset"], *(settings[name] for name in WHOLE_GAMES))
+    return AtariGame(env, settings["use_fire_reset"], *(settings[name] for name in FOR_THE_LEARNER))
 
 
 class AtariGame(gym.Wrapper):

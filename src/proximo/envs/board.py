@@ -148,6 +148,12 @@ class Declared(NamedTuple):
     reports: bool  # whether they say themselves which episodes ended, and what they returned
 
 
+def reports_episodes(env: gym.Env) -> bool:
+    """Whether an environment says itself which episodes ended; see `proximo.rollout.Collector`."""
+    name = "reports_episodes"
+    return env.has_wrapper_attr(name) and bool(env.get_wrapper_attr(name))
+
+
 class Share:
     """Some of the environments, which are stepped one after the other."""
 
@@ -180,8 +186,8 @@ class Share:
         ]
         differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
         first = self.envs[0]
-        reports = first.has_wrapper_attr("reports_episodes") and first.get_wrapper_attr("reports_episodes")
-        return Declared([spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, bool(reports))
+        reports = reports_episodes(first)
+        return Declared([spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports)
 
     def attach(self, board: Board, index: int) -> None:
         """Write into this board from now on, as worker `index`."""

@@ -169,11 +169,12 @@ def convolve(params: Params, name: str, image: Array, step: int, scale: float = 
     return quickest(image, params[f"{name}.weight"] * scale, step) + params[f"{name}.bias"]
 
 
-@partial(
-    jax.jit, static_argnums=2, inline=True
-)  # so that it is traced once, where nothing around it is compiled
+@partial(jax.jit, static_argnums=2, inline=True)
 def quickest(image: Array, weight: Array, step: int) -> Array:
-    """A convolution in the way that is quick where it runs: [B, height', width', outputs]."""
+    """A convolution in the way that is quick where it runs: [B, height', width', outputs].
+
+    Compiled by itself, so that it is traced once where nothing around it is compiled.
+    """
     return lax.platform_dependent(
         image,
         weight,
