@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format docs results bench clean
+.PHONY: demo test lint format docs results bench soak fuzz clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -43,6 +43,14 @@ results: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 	$(BIN)/python benchmarks/results_page.py
+
+# Twenty minutes in which a run is killed and resumed, beside one that is left alone; ARGS="--minutes 5" for less.
+soak: $(VENV)/dev
+	$(BIN)/python tests/soak.py $(ARGS)
+
+# Hostile and broken files, a hundred times as many as the tests try.
+fuzz: $(VENV)/dev
+	PROXIMO_FUZZ=15000 $(BIN)/pytest -q tests/test_reliability.py -k "any_"
 
 clean:
 	rm -rf $(VENV) .venv-peers build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,15 +18,20 @@ from proximo import checkpoint
 from proximo.config import FIELDS, Config, checked, from_mapping, to_int
 from proximo.errors import UserError
 from proximo.learner import Learner, choose_backend, make_learner
+from proximo.progress import Progress
 from proximo.randomness import Purpose, generator
 from proximo.record import Metrics
 from proximo.rollout import Collected, Episode, Rollout, minibatch_order, one
 from proximo.schedules import hyper_at
 from proximo.spaces import Obs, Spaces
-from proximo.train import Progress, report
+from proximo.train import report
 
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as Config's 8 × 256
-DRIVERS = ("engine", "env_kwargs", "stop_at_return", "run_dir", "checkpoint_interval")  # and group "records"
+# Settings of PPO's own loop, as are those of group "records".
+DRIVERS = (
+    "engine", "env_kwargs", "stop_at_return", "run_dir", "exact_resume", "checkpoint_interval",
+    "checkpoint_minutes", "keep_checkpoints", "evaluation_interval", "evaluation_episodes",
+)  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -243,17 +248,10 @@ class Agent:
         Raises:
             UserError: something that is no checkpoint stands there.
         """
-        own_network, progress = self._network is not None, self.progress
-        manifest = checkpoint.describe(
-            self.learner,
-            self.config,
-            self.spaces,
-            self._env_id,
-            own_network,
-            progress.global_step,
-            progress.iteration,
+        manifest, arrays = checkpoint.describe(
+            self.learner, self.config, self.spaces, self._env_id, self._network is not None, self.progress
         )
-        return checkpoint.save(path, self.learner.state(), manifest)
+        return checkpoint.save(path, arrays, manifest)
 
     @classmethod
     def load(cls, path: str | Path, *, network: Any = None, **changes: Any) -> Agent:
@@ -266,13 +264,14 @@ class Agent:
         Raises:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
-        arrays, manifest = checkpoint.load(path)
-        config = checkpoint.config_of(path, manifest, network, own(changes))
+        saved = checkpoint.load(path)
+        config = checkpoint.config_of(path, saved.manifest, network, own(changes))
+        spaces = checkpoint.spaces_in(saved, config)
         agent = cls.__new__(cls)
-        agent._bind(config, Spaces.from_dict(manifest["spaces"]), network, manifest["env"])
-        agent.learner.load(arrays)
-        agent.progress.global_step = manifest["global_step"]
-        agent.progress.iteration = manifest["iteration"]
+        agent._bind(config, spaces, network, saved.manifest["env"])
+        agent.learner.load(saved.arrays)
+        agent.progress.global_step = saved.progress.global_step
+        agent.progress.iteration = saved.progress.iteration
         agent._begin()
         return agent
 

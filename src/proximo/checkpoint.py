@@ -1,37 +1,57 @@
 """Checkpoints: a folder with `arrays.safetensors` and `manifest.json`. Loading one executes nothing.
 
-The folder is written under a temporary name, synced and renamed, so that a reader sees all of it or none.
+The folder is written under a temporary name, synced and renamed, so that a reader sees all of it or none. What it says
+of an environment, a network or a folder is data: nothing is imported, and no other file is opened, because of it.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo.config import Config, from_mapping, override
-from proximo.errors import UserError
+from proximo.errors import UserError, note
 from proximo.learner import Learner
+from proximo.parameters import size
+from proximo.progress import Progress
+from proximo.record import versions
 from proximo.spaces import Spaces
 from proximo.version import __version__
 
-SCHEMA = 1
+SCHEMA = 2
+CHECKPOINT, BUNDLE = "proximo-checkpoint", "proximo-bundle"  # formats: the latter for post-mortems
 # What gives parameters their meaning.
 NETWORK = frozenset(
     ("architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash")
 )
 OPEN = ("auto", None)  # leaves it as it was
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
+MANIFEST_BYTES = 1 << 26  # more than any has
+NEEDED = {"config": dict, "spaces": dict, "network": str, "backend": str, "progress": dict}
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read as it was written."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint as it was read."""
+
+    path: Path
+    arrays: dict[str, np.ndarray]  # of the learner
+    manifest: dict[str, Any]
+    progress: Progress
 
 
 def describe(
@@ -40,19 +60,21 @@ def describe(
     spaces: Spaces,
     env_id: str | None,
     own_network: bool,
-    step: int,
-    iteration: int,
-) -> dict[str, Any]:
-    """What a manifest says of an agent besides its arrays."""
-    return {
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a manifest says of an agent, and its arrays."""
+    document, arrays = progress.to_document()
+    manifest = {
         "backend": learner.backend,
+        "compiled": learner.compiled,
         "env": env_id,
         "network": "own" if own_network else "built-in",
         "config": {**config.to_dict(), "run_dir": None},
         "spaces": spaces.to_dict(),
-        "global_step": step,
-        "iteration": iteration,
+        "versions": versions(),
+        "progress": document,
     }
+    return manifest, learner.state() | arrays
 
 
 def config_of(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
@@ -73,7 +95,32 @@ def config_of(path: str | Path, manifest: dict[str, Any], network: Any, changes:
     return from_mapping(override({**manifest["config"], "device": "auto"}, dict(changes)))
 
 
-def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> Path:
+def spaces_in(saved: Saved, config: Config) -> Spaces:
+    """The spaces that a checkpoint's policy was made for.
+
+    Raises:
+        Damaged: there are none, or its settings make another network than it holds the parameters of.
+    """
+    try:
+        spaces = Spaces.from_dict(saved.manifest["spaces"])
+        expected = size(config, spaces) if saved.manifest["network"] == "built-in" else None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"checkpoint {saved.path} is damaged: its spaces are none ({error!r})") from error
+    held = sum(
+        array.size
+        for name, array in saved.arrays.items()
+        if name.startswith("params/") and not name.endswith("log_std")
+    )
+    if expected not in (None, held):  # before memory is taken for it
+        raise Damaged(
+            f"checkpoint {saved.path} is damaged: it holds {held:,} parameters, and its settings make {expected:,}"
+        )
+    return spaces
+
+
+def save(
+    path: str | Path, arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any], kind: str = CHECKPOINT
+) -> Path:
     """Write a checkpoint folder; one that stands there is replaced.
 
     Raises:
@@ -86,7 +133,7 @@ def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, An
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = encode({name: np.array(value, order="C") for name, value in arrays.items()})
     manifest = {
-        "format": "proximo-checkpoint",
+        "format": kind,
         "schema": SCHEMA,
         "proximo": __version__,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -106,31 +153,97 @@ def save(path: str | Path, arrays: dict[str, np.ndarray], manifest: dict[str, An
     return path
 
 
-def load(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read the checkpoint at `path`, or the latest one of a run folder: (arrays, manifest).
+def load(path: str | Path) -> Saved:
+    """Read the checkpoint at `path`, or the latest one of a run folder that is whole.
 
     Raises:
         UserError: there is none, it is damaged, or it is of another version.
     """
-    folder = find(path)
+    found = candidates(path)
+    for folder in found:
+        try:
+            return _opened(folder)
+        except Damaged as error:
+            if folder == found[-1]:
+                raise
+            note(f"{error}; going back to the one before it")
+    raise AssertionError("candidates() gives one at least")
+
+
+def _opened(folder: Path) -> Saved:
+    arrays, manifest = read(folder)
+    for name, kind in NEEDED.items():
+        if not isinstance(manifest.get(name), kind):
+            raise Damaged(f"checkpoint {folder} is damaged: its manifest has no {name}")
     try:
+        progress = Progress.from_document(manifest["progress"], arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise Damaged(f"checkpoint {folder} is damaged: its progress is none ({error!r})") from error
+    learned = {name: array for name, array in arrays.items() if not name.startswith("run/")}
+    return Saved(folder, learned, manifest, progress)
+
+
+def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and manifest of a folder, brought to the present schema.
+
+    Raises:
+        Damaged: it cannot be read, or does not match its checksum.
+        UserError: it is of a later version.
+    """
+    try:
+        size = (folder / MANIFEST).stat().st_size
+        if size > MANIFEST_BYTES:
+            raise Damaged(f"{folder / MANIFEST} has {size:,} bytes, more than any manifest")
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         payload = (folder / ARRAYS).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != "proximo-checkpoint":
-        raise UserError(f"{folder / MANIFEST} is no manifest of a Proximo checkpoint")
-    if manifest.get("schema") != SCHEMA:
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"checkpoint {folder} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise Damaged(f"{folder / MANIFEST} is no manifest of a {kind.replace('proximo-', '')} of Proximo's")
+    schema = manifest.get("schema")
+    if schema != SCHEMA and schema not in MIGRATIONS:
         raise UserError(
-            f"checkpoint {folder} has schema {manifest.get('schema')} (written by Proximo "
-            f"{manifest.get('proximo')}); this Proximo {__version__} reads schema {SCHEMA}"
+            f"checkpoint {folder} has schema {schema} (written by Proximo {manifest.get('proximo')}); this Proximo "
+            f"{__version__} reads schema {min(MIGRATIONS)} to {SCHEMA}"
         )
     if checksum(payload, manifest) != manifest.get("sha256"):
-        raise UserError(f"checkpoint {folder} is damaged: its files do not match their checksum")
+        raise Damaged(f"checkpoint {folder} is damaged: its files do not match their checksum")
     try:
-        return decode(payload), manifest
-    except SafetensorError as error:
-        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+        arrays = decode(payload)
+    except Exception as error:  # whatever bytes that are no arrays lead to
+        raise Damaged(f"checkpoint {folder} is damaged: {error}") from error
+    while manifest["schema"] != SCHEMA:
+        manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
+    return arrays, manifest
+
+
+def _with_progress(
+    manifest: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """From schema 1, which knew neither where environments stand nor the last episodes."""
+    progress = Progress(int(manifest["global_step"]), int(manifest["iteration"]))
+    document, beside = progress.to_document()
+    kept = {name: value for name, value in manifest.items() if name not in ("global_step", "iteration")}
+    return {**kept, "schema": 2, "compiled": None, "versions": {}, "progress": document}, arrays | beside
+
+
+MIGRATIONS: dict[
+    Any, Callable[[dict[str, Any], dict[str, np.ndarray]], tuple[dict[str, Any], dict[str, np.ndarray]]]
+] = {1: _with_progress}
+
+
+def inexact(saved: Saved, backend: str) -> list[str]:
+    """What is not as it was, so that a run goes on from the same state, but not to the bit."""
+    found = []
+    if saved.manifest["backend"] != backend:
+        found.append(f"backend {saved.manifest['backend']} became {backend}")
+    before, now = saved.manifest.get("versions") or {}, versions()
+    for name in sorted(set(before) & set(now) - {"proximo", "platform", "cores"}):
+        if before[name] != now[name]:
+            found.append(f"{name} {before[name]} became {now[name]}")
+    return found
 
 
 def checksum(payload: bytes, manifest: dict[str, Any]) -> str:
@@ -139,20 +252,41 @@ def checksum(payload: bytes, manifest: dict[str, Any]) -> str:
     return hashlib.sha256(payload + json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint folder that `path` names: itself, or the latest in a run folder.
+def candidates(path: str | Path) -> list[Path]:
+    """The checkpoint folder that `path` names, or those of a run folder, the latest first; at least one.
 
     Raises:
         UserError: there is none.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return path
-    found = sorted((path / "checkpoints").glob(f"step_*/{MANIFEST}"))
+        return [path]
+    found = steps_of(path) or sorted(
+        path.parent.glob(f".{glob.escape(path.name)}.*.old")
+    )  # was being replaced
     if not found:
         what = "holds no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}: expected a run folder, or a checkpoint folder with {MANIFEST} in it")
-    return found[-1].parent
+        seeds = sorted(path.glob("seed-*/checkpoints"))
+        hint = f"; it is of several seeds: name one, such as {seeds[0].parent}" if seeds else ""
+        raise UserError(
+            f"{path} {what}: expected a run folder, or a checkpoint folder with {MANIFEST} in it{hint}"
+        )
+    return found[::-1]
+
+
+def steps_of(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the earliest first."""
+    return sorted(manifest.parent for manifest in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}"))
+
+
+def home_of(path: str | Path) -> Path | None:
+    """The run folder in which what was loaded from `path` may go on: not one that already went on from there."""
+    folder = Path(path).resolve()
+    if not (folder / MANIFEST).is_file():
+        return folder
+    run_dir = folder.parent.parent
+    steps = steps_of(run_dir) if folder.parent.name == "checkpoints" else []
+    return run_dir if steps and steps[-1] == folder else None
 
 
 def step_folder(run_dir: str | Path, global_step: int) -> Path:

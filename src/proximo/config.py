@@ -127,8 +127,30 @@ class Config:
         "stop when the mean return of the last 100 training episodes reaches this",
         group="run", kind="float", optional=True,
     )  # fmt: skip
+    exact_resume: bool = option(
+        False,
+        "have auto choose among the engines that can be brought back to where they stood, so that the run can be "
+        "resumed exactly",
+        group="run", kind="bool",
+    )  # fmt: skip
     checkpoint_interval: int = option(
-        50, "iterations between checkpoints; 0 keeps only the final one", group="run", kind="int", low=0
+        50, "iterations between checkpoints; 0 for none by count", group="run", kind="int", low=0
+    )
+    checkpoint_minutes: float | None = option(
+        10.0, "minutes after which a checkpoint is written in any case; none for none by time",
+        group="run", kind="float", optional=True, above=0,
+    )  # fmt: skip
+    keep_checkpoints: int = option(
+        3, "latest checkpoints that are kept, besides the best one", group="run", kind="int", low=1
+    )
+    evaluation_interval: int = option(
+        0,
+        "iterations between evaluations of the policy's mode in environments of their own, by which the best "
+        "checkpoint is then chosen; 0 for none",
+        group="run", kind="int", low=0,
+    )  # fmt: skip
+    evaluation_episodes: int = option(
+        20, "complete episodes of each such evaluation", group="run", kind="int", low=1
     )
     tensorboard: bool = option(
         True, "write TensorBoard events into the run folder", group="records", kind="bool"
@@ -431,7 +453,7 @@ AMBIGUOUS = {
     "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
     "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
     "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
-    "resume": "there is no resume yet: a stopped run goes on from Python, PPO.load(RUN).learn(N, run_dir=NEW)",
+    "resume": "resume is a command: proximo resume RUN",
     "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
 }
 
@@ -620,6 +642,34 @@ _CONVERT = {
 }
 
 
+FILE_CHARACTERS = 1 << 20  # more than any file of settings has
+
+
+class _Plain(yaml.SafeLoader):
+    """Numbers, text, lists and mappings, each written out: aliases could stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read: write out what they stand for")
+        return super().compose_node(parent, index)
+
+
+def plain_yaml(text: str) -> Any:
+    """Read YAML that holds data only.
+
+    Raises:
+        yaml.YAMLError: it is none, holds tags of objects or aliases, or is too long or too deep.
+    """
+    if len(text) > FILE_CHARACTERS:
+        raise yaml.YAMLError(f"longer than {FILE_CHARACTERS:,} characters")
+    try:
+        return yaml.load(text, _Plain)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    except ValueError as error:  # such as a date that is none
+        raise yaml.YAMLError(str(error)) from error
+
+
 ENV_NAMES = ("env", "env_id", "env_name")
 
 
@@ -631,7 +681,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            values = plain_yaml(file.read(FILE_CHARACTERS + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -16,6 +17,14 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
+
+
+class NotFinite(RunError):
+    """Numbers became NaN or infinite. `evidence` are the arrays to look at afterwards, by name."""
+
+    def __init__(self, message: str, **evidence: Any) -> None:
+        super().__init__(message)
+        self.evidence: dict[str, Any] = evidence
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -36,8 +36,16 @@ class Learner(Protocol):
         """Where it learns and acts, and why there."""
         ...
 
-    def expect(self, minibatches: int) -> bool | None:
+    @property
+    def compiled(self) -> bool | None:
+        """Whether PyTorch's minibatches are compiled; None in JAX."""
+        ...
+
+    def expect(self, minibatches: int, as_before: bool | None = None) -> bool | None:
         """So many minibatches are about to come: decide what pays for them, where settings leave it open.
+
+        Args:
+            as_before: what was decided in the run that goes on.
 
         Returns:
             `Config.compile` as it is decided: in JAX, which always compiles, as it was given.

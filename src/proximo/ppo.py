@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from proximo import checkpoint, presets
+from proximo import bundle, checkpoint, presets
+from proximo.checkpoint import Saved
 from proximo.config import FIELDS, Config, check, checked, from_mapping, override
 from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
-from proximo.errors import UserError, note
+from proximo.errors import NotFinite, RunError, UserError, note
 from proximo.evaluate import Evaluation, evaluate, random, trained
+from proximo.keeper import PATIENCE, Keeper
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.parameters import architecture
 from proximo.plot import plot, plot_run
-from proximo.randomness import Purpose, generator
+from proximo.progress import Progress
+from proximo.randomness import Purpose, environment_seeds, generator
 from proximo.record import Metrics, RunFolder
+from proximo.rollout import Collector, can_go_back
 from proximo.spaces import Spaces
-from proximo.trackers import import_wandb, recording
-from proximo.train import Progress, iterations
+from proximo.trackers import import_wandb, recording, tell
+from proximo.train import iterations
 from proximo.video import MAX_FRAMES, Video, require_video
 from proximo.video import record as record_video
 
@@ -77,12 +81,32 @@ class PPO:
         self.learner: Learner = make_learner(self.config, spaces, network)
         self.config = self.config.replace(threads=self.learner.threads, device=self.learner.device.name)
         self.progress = Progress()
+        self._collector: Collector | None = None
+        self._saved: Saved | None = None  # the checkpoint that this agent was loaded from, until it learns
+        self._home: Path | None = None  # the run folder that it may go on in
+        self._unnamed: str | None = (
+            None  # the environment, where a file names it and to make it is to import it
+        )
         self._predictions = generator(config.seed, Purpose.EVALUATION, iteration=2)
 
     @property
     def env_id(self) -> str | None:
         """The environment's id, where it has one."""
         return self._env if isinstance(self._env, str) else None
+
+    @property
+    def home(self) -> Path | None:
+        """The run folder in which a loaded agent may go on: that of its checkpoint, if it is the latest there."""
+        return self._home
+
+    def no_environment(self) -> str:
+        """What to say where an environment is needed and none is known."""
+        if self._unnamed is None:
+            return "this checkpoint names no environment: give one, with PPO.load(path, env=…) or --env"
+        return (
+            f"this was trained in {self._unnamed}, and what a file names is not imported: if "
+            f"{self._unnamed.partition(':')[0]} is yours, name it again, with PPO.load(path, env=…) or --env"
+        )
 
     def learn(
         self,
@@ -94,13 +118,17 @@ class PPO:
     ) -> PPO:
         """Train for `total_timesteps` more steps, or up to `config.total_timesteps`, or until `stop_at_return`.
 
-        Schedules run over all the steps this agent will then have taken; each call begins new episodes, and
-        averages training returns over those alone.
+        Schedules run over all the steps this agent will then have taken. Episodes go on where they stood when it last
+        learned, in another process too, if the environments can be brought back (`proximo.world`): up to an unchanged
+        total the result is then that of a run that never stopped, to the bit, with the same backend, versions and
+        threads on the same machine. Otherwise new episodes begin, and a note says why; training returns are averaged
+        over those alone.
 
         Args:
-            run_dir: keep config, metrics, checkpoints and the learning curve in this new folder (the first
-                call's default: `config.run_dir`; nothing is written where both are None). What was learned is
-                saved there also when the run fails.
+            run_dir: keep config, metrics, checkpoints and the learning curve in this new folder, or go on in the one
+                whose latest checkpoint was loaded, or that this agent wrote last (the first call's default:
+                `config.run_dir`; nothing is written where both are None). What was learned is saved there also when the
+                run fails.
             progress: show progress on the terminal.
             stop: asked after every iteration; True ends the run there, saved like any other.
 
@@ -108,41 +136,111 @@ class PPO:
             RunError: an environment or the update gave NaN or infinity.
             UserError: the run folder is in use or cannot be written, or `total_timesteps` is no whole number.
         """
-        envs = self._open_envs()
-        config = self._until(total_timesteps)
-        run_dir = config.run_dir if run_dir is None else run_dir
-        if run_dir is None and (config.capture_video or config.wandb):
+        self._open_envs()
+        run_dir = self.config.run_dir if run_dir is None else run_dir
+        if run_dir is None and (self.config.capture_video or self.config.wandb):
             raise UserError("capture_video and wandb write into a run folder: give run_dir")
-        if run_dir is not None:
-            self._require_records(config)
-        if progress and self.progress.global_step:
+        if run_dir is not None or self.config.evaluation_interval:
+            self._require_records(self.config)
+        goes_on = run_dir is not None and self._home is not None and Path(run_dir).resolve() == self._home
+        total = self.config.total_timesteps
+        config = self._until(total_timesteps)
+        if progress and self.progress.global_step and config.total_timesteps != total:
             note(f"schedules now end at step {config.total_timesteps:,}")
-        with recording(run_dir, self.env_id, config, progress) as (folder, sinks):
+        after = self.progress if goes_on else None
+        with recording(run_dir, self.env_id, config, progress, after) as (folder, sinks):
+            self._home = folder.path.resolve() if folder else self._home
+            collector = self._stage()
             # Whether to compile is decided for each call anew.
-            self.config = config.replace(run_dir=None, compile=self.config.compile)
+            self.config = config.replace(run_dir=None, compile=self.config.compile, engine=self.config.engine)
+            keeper = Keeper(folder.path, config, self.progress, self.save) if folder else None
             try:
                 for metrics, samples in iterations(
-                    self.config, envs, self.learner, self.progress, examine=folder is not None
+                    self.config, collector, self.learner, self.progress, examine=folder is not None
                 ):
-                    for sink in sinks:
-                        sink.write(metrics, samples)
-                    if folder:
-                        self._save_into(folder, config.checkpoint_interval)
+                    evaluated = self._evaluate_now(config, metrics)
+                    tell(sinks, metrics, samples)
+                    if folder and keeper:
+                        keeper.after_iteration(evaluated)
                         self._film_into(folder, config.video_interval)
                     if stop():
                         break
-            except (Exception, KeyboardInterrupt):
-                # Parameters are those of the last complete iteration.
-                if folder:
-                    self._save_into(folder)
+            except (Exception, KeyboardInterrupt) as error:
+                # Everything is as it was after the last complete iteration.
+                if folder and keeper:
+                    self._rescue(folder, keeper, error)
                 raise
+            if keeper:
+                keeper.save()
+                if keeper.failures:
+                    raise RunError(
+                        f"the last checkpoint could not be saved in {run_dir}: make room, and save again"
+                    )
         if folder:
             self._finish(folder)
         return self
 
+    def _stage(self) -> Collector:
+        """The environments, where they stood when this agent last learned, if they can be brought back."""
+        envs, saved = self._open_envs(), self._saved
+        made_here = envs is not self._env
+        if made_here and self._collector and self._collector.envs is envs and self._collector.stands:
+            return self._collector
+        self._saved = None
+        collector, world = Collector(envs, self.spaces, self.config), self.progress.world
+        why = "the checkpoint does not say where they stood" if world is None else collector.go_back(world)
+        if why:
+            if saved and self.progress.global_step:
+                note(f"new episodes begin, since environments could not be brought back: {why}")
+            if made_here and world and not world.why:
+                self.close()  # an attempt may have broken them
+                collector = Collector(self._open_envs(), self.spaces, self.config)
+            count, begun = self.config.num_envs, self.progress.iteration
+            collector.reset(environment_seeds(self.config.seed, count, iteration=begun))
+            self.progress.episodes.clear()
+        if saved and self.progress.global_step:
+            changed = checkpoint.inexact(saved, self.learner.backend)
+            if not why:
+                how = (
+                    f"exactly: not to the bit, since {'; '.join(changed)}"
+                    if changed
+                    else "exactly where they stood"
+                )
+                note(f"{self.config.num_envs} environments go on " + how)
+            self.progress.resumed.append(
+                {
+                    "global_step": self.progress.global_step,
+                    "exact": not why and not changed,
+                    "why": why or "; ".join(changed),
+                }
+            )
+        self._collector = collector
+        return collector
+
+    def _evaluate_now(self, config: Config, metrics: Metrics) -> float | None:
+        """Evaluate where it is time for it: the mean return, which metrics then have as well."""
+        if not config.evaluation_interval:
+            return None
+        names = ("return_mean", "return_std", "length_mean")
+        found: dict[str, Any] = dict.fromkeys(names)
+        if self.progress.iteration % config.evaluation_interval == 0:
+            found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        metrics |= {f"evaluation/{name}": found[name] for name in names}
+        return found["return_mean"]
+
+    def _rescue(self, folder: RunFolder, keeper: Keeper, error: BaseException) -> None:
+        """Save what was learned before an error, and what led to it where numbers did."""
+        try:
+            if keeper.failures < PATIENCE:
+                keeper.save()
+            if isinstance(error, NotFinite):
+                path = bundle.save(folder.path, error, self.learner, self.config, self.env_id, self.progress)
+                note(f"what led to it is kept: proximo inspect {path}")
+        except Exception as another:
+            note(f"not everything could be saved: {another}")
+
     def _finish(self, folder: RunFolder) -> None:
-        """What a run leaves at its end: a checkpoint, a video, curves."""
-        self._save_into(folder)
+        """What a run leaves at its end besides a checkpoint: a video, curves."""
         self._film_into(folder, 1)
         if not folder.rows:
             return
@@ -159,12 +257,12 @@ class PPO:
             import_wandb()
         if config.capture_video:
             require_video(self._recordable(), config.env_kwargs)
+        if config.evaluation_interval:
+            self._recordable("an evaluation runs episodes in environments of its own")
 
-    def _recordable(self) -> EnvLike:
+    def _recordable(self, why: str = "a video is made in an environment of its own") -> EnvLike:
         if self._env is None or isinstance(self._env, VectorEnv):
-            raise UserError(
-                "a video is made in an environment of its own: give env=…, an id or a function that makes one"
-            )
+            raise UserError(f"{why}: give env=…, an id or a function that makes one")
         return self._env
 
     def _film_into(self, folder: RunFolder, interval: int) -> None:
@@ -180,8 +278,12 @@ class PPO:
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
-        self.config = self._until(total_timesteps).replace(compile=self.config.compile)
-        for metrics, _ in iterations(self.config, self._open_envs(), self.learner, self.progress):
+        self._open_envs()
+        config = self._until(total_timesteps)
+        collector = self._stage()
+        self.config = config.replace(compile=self.config.compile, engine=self.config.engine)
+        for metrics, _ in iterations(self.config, collector, self.learner, self.progress):
+            self._evaluate_now(self.config, metrics)
             yield metrics
 
     def _until(self, total_timesteps: int | None) -> Config:
@@ -190,15 +292,11 @@ class PPO:
         if total_timesteps is not None:
             steps = check(FIELDS["total_timesteps"], total_timesteps)
             config = config.replace(total_timesteps=done + steps)
-        return config.replace(
-            compile=self.learner.expect(config.minibatches_of(config.total_timesteps - done))
-        )
-
-    def _save_into(self, folder: RunFolder, interval: int = 1) -> None:
-        """Save every `interval` iterations; 0 is never."""
-        path = checkpoint.step_folder(folder.path, self.progress.global_step)
-        if interval and self.progress.iteration % interval == 0 and not path.exists():
-            self.save(path)
+        compiled = None
+        if self._saved and self._saved.manifest["config"].get("total_timesteps") == config.total_timesteps:
+            compiled = self._saved.manifest.get("compiled")
+        minibatches = config.minibatches_of(config.total_timesteps - done)
+        return config.replace(compile=self.learner.expect(minibatches, compiled))
 
     def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
         """Environment actions for one observation, or for a batch of them along the first axis.
@@ -283,17 +381,11 @@ class PPO:
         Raises:
             UserError: something that is no checkpoint stands there.
         """
-        own_network, progress = self._network is not None, self.progress
-        manifest = checkpoint.describe(
-            self.learner,
-            self.config,
-            self.spaces,
-            self.env_id,
-            own_network,
-            progress.global_step,
-            progress.iteration,
-        )
-        return checkpoint.save(path, self.learner.state(), manifest)
+        manifest, arrays = checkpoint.describe(
+            self.learner, self.config, self.spaces, self.env_id or self._unnamed, self._network is not None,
+            self.progress,
+        )  # fmt: skip
+        return checkpoint.save(path, arrays, manifest)
 
     @classmethod
     def load(
@@ -302,39 +394,45 @@ class PPO:
         """Load a checkpoint folder, or the latest checkpoint of a run folder.
 
         Args:
-            env: the environment to go on in; by default the id that the checkpoint names.
+            env: the environment to go on in; by default the id that the checkpoint names. One of the form MODULE:ID
+                has to be given again, since what a file names is not imported.
             network: the user's own network, where one was trained.
             changes: settings to change, such as `backend="torch"`.
 
         Raises:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
-        arrays, manifest = checkpoint.load(path)
+        saved = checkpoint.load(path)
+        manifest = saved.manifest
         given = given_for(env, changes)
         if env is not None or given.get("isolate_envs"):
             given.setdefault(
                 "engine", "auto"
             )  # what was chosen may not run another environment, or isolate it
-        env = manifest["env"] if env is None else env
+        known = manifest.get("env")
+        imports = env is None and isinstance(known, str) and ":" in known
+        env = known if env is None and not imports else env
         config = checkpoint.config_of(path, manifest, network, given)
-        spaces = Spaces.from_dict(manifest["spaces"])
+        spaces = checkpoint.spaces_in(saved, config)
         agent = cls.__new__(cls)
         agent._bind(env, config, spaces, network, None)
-        agent.learner.load(arrays)
-        agent.progress.global_step = manifest["global_step"]
-        agent.progress.iteration = manifest["iteration"]
+        agent.learner.load(saved.arrays)
+        agent.progress, agent._saved = saved.progress, saved
+        agent._home, agent._unnamed = checkpoint.home_of(path), known if imports else None
         return agent
 
     def close(self) -> None:
         """Close the environments."""
         if self._envs is not None:
             self._envs.close()
-            self._envs = None
+            self._envs = self._collector = None
 
     def _open_envs(self) -> VectorEnv:
+        if self._envs is not None and self._envs is not self._env and self._envs.closed:
+            self._envs = None  # after a fault
         if self._envs is None:
             if self._env is None:
-                raise UserError("this checkpoint names no environment: give one with PPO.load(path, env=…)")
+                raise UserError(self.no_environment())
             envs, self.config = opened(self._env, self.config)
             try:
                 require_same(spaces_of(envs), self.spaces)
@@ -377,8 +475,16 @@ def evaluate_random(
 def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
     """The environments, and the config with the engine that runs them."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
-    engine = engine_for(env, count, config.engine, kwargs, config.total_timesteps, isolate)
+    engine = engine_for(
+        env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume
+    )
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
+    if config.exact_resume and not can_go_back(envs):
+        envs.close() if envs is not env else None
+        raise UserError(
+            f"exact_resume: engine {engine} cannot bring its environments back to where they stood; use engine auto, "
+            "workers or sync"
+        )
     return envs, config.replace(engine=engine)
 
 

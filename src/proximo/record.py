@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -17,13 +18,18 @@ from typing import IO, Any, Protocol
 import numpy as np
 import yaml
 
-from proximo.config import Config
-from proximo.errors import UserError
+from proximo.config import FILE_CHARACTERS, Config, plain_yaml
+from proximo.errors import UserError, note
 from proximo.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Metrics = dict[str, float | None]
 Samples = dict[str, np.ndarray]  # name -> [any number] values of one rollout
-METRICS, CONFIG, VERSIONS = "metrics.jsonl", "config.yaml", "versions.json"
+METRICS, CONFIG, VERSIONS, LOCK = "metrics.jsonl", "config.yaml", "versions.json", ".lock"
 LAST_BYTES = 65_536  # of metrics.jsonl, more than a line has
 
 
@@ -42,34 +48,81 @@ class Sink(Protocol):
 class RunFolder:
     """A folder of one run: config.yaml, versions.json, metrics.jsonl, checkpoints/, videos/ and plots.
 
+    While it is open no other process can write into it.
+
+    Args:
+        after: an iteration; the folder is that run's, which goes on from there. Later metrics are removed.
+
     Raises:
-        UserError: the folder holds something already, or cannot be written.
+        UserError: the folder holds something already, is in use, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, env_id: str | None, config: Config) -> None:
-        self.path, self.rows = Path(path), 0
+    def __init__(
+        self, path: str | Path, env_id: str | None, config: Config, after: int | None = None
+    ) -> None:
+        self.path, self.rows, self.continued = Path(path), 0, after is not None
+        self._lock: int | None = None
+        self._metrics: int | None = None
+        self._waiting: list[bytes] = []  # rows that could not be written yet
         text = resolved(env_id, config)
         try:
-            require_empty(self.path)
+            if after is None:
+                require_empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / CONFIG).open("x", encoding="utf-8") as file:  # claims the folder for this run
-                file.write(text)
-            (self.path / VERSIONS).write_text(json.dumps(versions(), indent=2), "utf-8")
-            self._metrics: IO[str] = (self.path / METRICS).open("w", encoding="utf-8")
+            self._lock = locked(self.path)
+            if after is None:
+                with (self.path / CONFIG).open(
+                    "x", encoding="utf-8"
+                ) as file:  # claims the folder for this run
+                    file.write(text)
+            else:
+                replace_text(self.path / CONFIG, text)
+                cut_metrics(self.path, after)
+            replace_text(self.path / VERSIONS, json.dumps(versions(), indent=2))
+            self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except FileExistsError as error:
+            self._unlock()
             raise UserError(f"run folder {self.path} is another run's: choose another run_dir") from error
         except OSError as error:
+            self._unlock()
             raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
 
     def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
-        """Append one iteration's metrics as a JSON object."""
+        """Append one iteration's metrics as a JSON object; where that fails, with a later one."""
         self.rows += 1
-        self._metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._waiting.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        assert self._metrics is not None
+        whole, text = os.fstat(self._metrics).st_size, b"".join(self._waiting)
+        try:
+            written = os.write(self._metrics, text)
+            if written < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._metrics, whole)  # half a line would spoil the file
+            if len(self._waiting) == 1:
+                note(
+                    f"metrics cannot be written to {self.path / METRICS}: {error.strerror}; they wait until they can"
+                )
+            return
+        self._waiting.clear()
 
     def close(self, failed: bool = False) -> None:
         """Close the metrics; the folder is complete."""
-        self._metrics.close()
+        if self._metrics is None:
+            return
+        if self._waiting:
+            self._write_waiting()
+        os.close(self._metrics)
+        self._metrics = None
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -82,6 +135,44 @@ class RunFolder:
             raise
 
 
+def locked(run_dir: Path) -> int | None:
+    """A descriptor that holds a run folder for this process as long as it is open; None where a system has no such.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"run folder {run_dir} is in use: another process trains there") from error
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cut_metrics(run_dir: Path, after: int) -> None:
+    """Remove the metrics of later iterations, and half a line at the end."""
+    path = run_dir / METRICS
+    if path.exists():
+        rows = [json.dumps(row) for row in read_metrics(run_dir) if (row["iteration"] or 0) <= after]
+        replace_text(path, "".join(f"{row}\n" for row in rows))
+
+
 def require_empty(run_dir: Path) -> None:
     """Refuse a folder that a run would overwrite.
 
@@ -91,7 +182,8 @@ def require_empty(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} is a file: choose another run_dir")
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it")
+        goes_on = f", or go on with it: proximo resume {run_dir}" if (run_dir / CONFIG).exists() else ""
+        raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it{goes_on}")
 
 
 def resolved(env_id: str | None, config: Config, without: Sequence[str] = ("run_dir",)) -> str:
@@ -149,9 +241,13 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / CONFIG
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        with path.open(encoding="utf-8") as file:
+            values = plain_yaml(file.read(FILE_CHARACTERS + 1))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}; expected a run folder") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold names with values; expected a run folder")
+    return values
 
 
 def versions() -> dict[str, Any]:

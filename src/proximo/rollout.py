@@ -7,15 +7,21 @@ facts of the world only: nothing that a network said about them.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from proximo.config import Config
-from proximo.errors import RunError, UserError
+from proximo.errors import NotFinite, RunError, UserError
 from proximo.spaces import Obs, Spaces
+from proximo.world import World, same
+
+REPLAY, SNAPSHOT = "replay", "snapshot"  # methods of vector environments that can be brought back
+LOG_BYTES = 1 << 28  # of actions, kept for episodes that are under way
 
 Actor = Callable[[Obs, np.ndarray], np.ndarray]
 """(observation [N, ...], start [N] bool) -> raw samples [N, ...]."""
@@ -90,6 +96,15 @@ class Rollout:
             for path, array in self.obs.items()
         }
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, by name."""
+        plain = ("action", "reward", "terminated", "truncated", "valid", "start", "final_index")
+        return {
+            **{f"obs/{path}": array for path, array in self.obs.items()},
+            **{f"final_obs/{path}": array for path, array in self.final_obs.items()},
+            **{name: getattr(self, name) for name in plain},
+        }
+
     def check_finite(self) -> None:
         """Refuse NaN and infinity before they reach a normaliser or an advantage.
 
@@ -122,10 +137,18 @@ class Rollout:
         bad = ~np.isfinite(array) & where
         if bad.any():
             t, n = (int(index[0]) for index in np.nonzero(bad))
-            raise RunError(
+            raise NotFinite(
                 f"environment {n}: {what} is not finite at step {t} of the rollout: mend the "
-                "environment, or wrap it so that it ends the episode instead"
+                "environment, or wrap it so that it ends the episode instead",
+                environment=n,
+                step=t,
+                quantity=what,
             )
+
+
+def can_go_back(envs: VectorEnv) -> bool:
+    """Whether a vector environment can be brought back to where it stood."""
+    return hasattr(envs.unwrapped, REPLAY) or hasattr(envs.unwrapped, SNAPSHOT)
 
 
 class Collected(NamedTuple):
@@ -159,7 +182,10 @@ class Collector:
             )
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
-        inner = envs.unwrapped
+        inner: Any = envs.unwrapped
+        self.stands = False  # between two rollouts, from where `collect` can go on
+        self._log: deque[np.ndarray] = deque()  # actions that the environments were given
+        self._replays, self._says = hasattr(inner, REPLAY), hasattr(inner, SNAPSHOT)
         self.reported = bool(getattr(inner, "reports_episodes", False))
         if (
             isinstance(inner, AsyncVectorEnv)
@@ -185,6 +211,88 @@ class Collector:
         self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
         self.episode_return = np.zeros(count, np.float64)
         self.episode_length = np.zeros(count, np.int64)
+        self._log.clear()
+        self._stand()
+
+    def world(self) -> World:
+        """Where the environments stand, between two rollouts."""
+        world = World(
+            {path: value.copy() for path, value in self.obs.items()},
+            self.start.copy(),
+            self.resetting.copy(),
+            self.episode_return.copy(),
+            self.episode_length.copy(),
+        )
+        if self._says:
+            inner: Any = self.envs.unwrapped
+            return replace(world, snapshot=inner.snapshot())
+        if not self._replays:
+            name = type(self.envs.unwrapped).__name__
+            return replace(world, why=f"{name} does not say where its environments stand")
+        known = (self._since <= sum(map(len, self._log))) & [bool(origin) for origin in self._origins]
+        if not known.all():
+            n = int(np.argmin(known))
+            return replace(
+                world, why=f"environment {n} does not say from where its episode began, or it is too long"
+            )
+        return replace(world, origins=self._origins, since=self._since, log=tuple(self._log))
+
+    def _stand(self) -> None:
+        """Note from where the environments came, and forget actions that are not needed to repeat that."""
+        self.stands = True
+        if not self._replays:
+            return
+        inner: Any = self.envs.unwrapped
+        self._origins, self._since = inner.origins()
+        steps, size = sum(map(len, self._log)), sum(taken.nbytes for taken in self._log)
+        while self._log and (steps - len(self._log[0]) >= self._since.max() or size > LOG_BYTES):
+            oldest = self._log.popleft()
+            steps, size = steps - len(oldest), size - oldest.nbytes
+
+    def go_back(self, world: World) -> str:
+        """Bring the environments to where they stood.
+
+        Returns:
+            Why that did not succeed, after which only `reset` helps, or, after an error in them, new environments; or
+            nothing.
+        """
+        if world.why:
+            return world.why
+        if len(world.start) != self.envs.num_envs:
+            return f"there were {len(world.start)} environments, and now there are {self.envs.num_envs}"
+        inner: Any = self.envs.unwrapped
+        if not (self._says and world.snapshot is not None) and not (self._replays and world.origins):
+            return f"{type(inner).__name__} cannot bring environments back that another engine ran"
+        try:
+            if self._says:
+                inner.restore(world.snapshot)
+                where = "" if same(inner.snapshot(), world.snapshot) else "their snapshot"
+            else:
+                where = self._differing(world, *inner.replay(world.origins, world.actions()))
+        except Exception as error:
+            return f"bringing the environments back failed: {error}"
+        if where:
+            return (
+                f"{where} came back another: something decides that is neither np_random nor an action, see snapshot "
+                "and restore in proximo.world"
+            )
+        self._log = deque(world.log)
+        self.obs, self.start, self.resetting = world.obs, world.start.copy(), world.resetting.copy()
+        self.episode_return, self.episode_length = world.episode_return.copy(), world.episode_length.copy()
+        self._stand()
+        return ""
+
+    def _differing(self, world: World, observation: Any, returns: np.ndarray) -> str:
+        """What is not to the bit as it was."""
+        if returns.tobytes() != world.episode_return.tobytes():
+            n = int(np.argmax(returns != world.episode_return))
+            return f"environment {n}'s return so far, {returns[n]} instead of {world.episode_return[n]},"
+        for path, value in self.spaces.read(observation):
+            was = world.obs[path]
+            alike = (value.astype(was.dtype) == was).reshape(len(was), -1).all(axis=1)
+            if not alike.all():
+                return f"environment {int(np.argmin(alike))}'s observation {path}".rstrip()
+        return ""
 
     def collect(self, actor: Actor, rollout: Rollout) -> Collected:
         """Fill `rollout` with T steps of every environment.
@@ -195,11 +303,14 @@ class Collector:
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear()
+        self.stands = False
+        taken: list[np.ndarray] = []
         self._store_observation(rollout, 0)
         for t in range(rollout.num_steps):
             began = time.perf_counter()
             raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
             action = self.spaces.action.to_env(raw, self.config)
+            taken.append(action)
             acted = time.perf_counter()
             observation, reward, terminated, truncated, info = self.envs.step(action)
             env_seconds += time.perf_counter() - acted
@@ -217,7 +328,10 @@ class Collector:
             self.obs = dict(self.spaces.read(observation))
             self._store_observation(rollout, t + 1)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
+        if self._replays:
+            self._log.append(np.stack(taken))
         rollout.check_finite()
+        self._stand()
         return Collected(episodes, env_seconds, act_seconds)
 
     def _store_observation(self, rollout: Rollout, t: int) -> None:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from proximo.config import Config
-from proximo.errors import UserError
+from proximo.errors import UserError, note
+from proximo.progress import Progress
 from proximo.record import Console, Metrics, RunFolder, Samples, Sink
 
 BINS = 40
+WANDB_RUN = ".wandb_run"  # its id
 
 
 class TensorBoard:
     """Event files, written by TensorBoard's own writer: neither PyTorch nor TensorFlow is needed.
 
     Only metrics that have a value are written; `global_step` is the step of everything.
+
+    Args:
+        after: a step, after which what an earlier session wrote no longer counts.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, after: int | None = None) -> None:
         # Imported here: a fifth of a second.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -31,6 +36,9 @@ class TensorBoard:
         self._events: Any = event_pb2
         self._proto: Any = summary_pb2
         self._writer = EventFileWriter(str(folder))
+        if after is not None:
+            began = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._writer.add_event(self._events.Event(step=after + 1, session_log=began))
 
     def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Write scalars, and a histogram of each of the samples."""
@@ -74,8 +82,10 @@ class WandB:
         self._wandb = wandb = import_wandb()
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config={"env": env_id, **config.to_dict()}
-            )
+                project=project, name=folder.name, dir=str(folder), config={"env": env_id, **config.to_dict()},
+                id=known_run(folder), resume="allow",
+            )  # fmt: skip
+            (folder / WANDB_RUN).write_text(self._run.id, "utf-8")
         except wandb.Error as error:
             raise UserError(
                 f"Weights & Biases did not begin a run: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
@@ -93,6 +103,14 @@ class WandB:
     def close(self, failed: bool = False) -> None:
         """End the run, as one that failed or one that did not."""
         self._run.finish(exit_code=int(failed))
+
+
+def known_run(folder: Path) -> str | None:
+    """The id under which Weights & Biases knows the run of this folder, where it does."""
+    try:
+        return (folder / WANDB_RUN).read_text("utf-8").strip() or None
+    except OSError:
+        return None
 
 
 def import_wandb() -> Any:
@@ -113,9 +131,16 @@ def import_wandb() -> Any:
 
 @contextmanager
 def recording(
-    run_dir: str | Path | None, env_id: str | None, config: Config, console: bool
+    run_dir: str | Path | None,
+    env_id: str | None,
+    config: Config,
+    console: bool,
+    after: Progress | None = None,
 ) -> Iterator[tuple[RunFolder | None, list[Sink]]]:
     """The run folder, where there is one, and everything that metrics go to; closed at the end.
+
+    Args:
+        after: where the run in this folder stands, which goes on; None where it begins.
 
     Raises:
         UserError: the folder is in use or cannot be written, or a logger does not begin.
@@ -125,16 +150,35 @@ def recording(
 
         def opened(sink: Sink) -> None:
             sinks.append(sink)
-            stack.push(lambda kind, *_: sink.close(failed=kind is not None))
+            stack.push(lambda kind, *_: close(sink, failed=kind is not None))
 
-        folder = None if run_dir is None else RunFolder(run_dir, env_id, config)
+        iteration, step = (after.iteration, after.global_step) if after else (None, None)
+        folder = None if run_dir is None else RunFolder(run_dir, env_id, config, iteration)
         if folder:
             opened(folder)
         if folder and config.wandb:
-            with folder.discarded_on_error():
+            with nullcontext() if after else folder.discarded_on_error():
                 opened(WandB(config.wandb, folder.path, env_id, config))
         if folder and config.tensorboard:
-            opened(TensorBoard(folder.path / "tensorboard"))
+            opened(TensorBoard(folder.path / "tensorboard", step))
         if console:
             opened(Console(config.total_timesteps))
         yield folder, sinks
+
+
+def close(sink: Sink, failed: bool) -> None:
+    """Close one; where that fails, say so."""
+    try:
+        sink.close(failed)
+    except Exception as error:
+        note(f"{type(sink).__name__} did not end well: {error}")
+
+
+def tell(sinks: list[Sink], metrics: Metrics, samples: Samples | None) -> None:
+    """Hand metrics to all of them; one that fails is left out from then on, which is no reason to lose a run."""
+    for sink in list(sinks):
+        try:
+            sink.write(metrics, samples)
+        except Exception as error:
+            sinks.remove(sink)
+            note(f"nothing more goes to {type(sink).__name__}, which failed: {error}")

@@ -8,46 +8,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from gymnasium.vector import VectorEnv
 
 from proximo.config import Config
-from proximo.envs import spaces_of
+from proximo.errors import NotFinite, note
 from proximo.learner import Learner
 from proximo.machine import one_blas_thread
-from proximo.randomness import Purpose, environment_seeds, generator
+from proximo.progress import WINDOW, Progress
+from proximo.randomness import Purpose, generator
 from proximo.record import Metrics, Samples
-from proximo.rollout import Collected, Collector, Episode, Rollout, minibatch_order
+from proximo.rollout import Collected, Collector, Rollout, minibatch_order
 from proximo.samples import action_metrics, histograms_of
-from proximo.schedules import hyper_at
+from proximo.schedules import Hyper, hyper_at
 
-WINDOW = 100  # episodes that training returns are averaged over
-
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    global_step: int = 0
-    iteration: int = 0
-    episodes: deque[Episode] = field(default_factory=lambda: deque(maxlen=WINDOW))
-
-    @property
-    def return_mean(self) -> float | None:
-        """Mean raw return of the last 100 training episodes; None before the first ends."""
-        return (
-            float(np.mean([episode.episode_return for episode in self.episodes])) if self.episodes else None
-        )
-
-    @property
-    def length_mean(self) -> float | None:
-        """Mean length of the same episodes, in steps."""
-        return float(np.mean([episode.length for episode in self.episodes])) if self.episodes else None
+PATIENCE = 3  # updates in a row that may diverge
 
 
 class Iteration(NamedTuple):
@@ -58,52 +35,95 @@ class Iteration(NamedTuple):
 
 
 def iterations(
-    config: Config, envs: VectorEnv, learner: Learner, progress: Progress, examine: bool = False
+    config: Config, collector: Collector, learner: Learner, progress: Progress, examine: bool = False
 ) -> Iterator[Iteration]:
     """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
 
-    Between two reports `learner` and `progress` are consistent: that is where to save or stop.
+    Between two reports `learner` and `progress` are consistent: that is where to save or stop. Where an error ends an
+    iteration, they are as they were before it.
 
     Args:
+        collector: of environments that have been reset, or brought back to where they stood.
         examine: every `config.histogram_interval` iterations, report samples and action statistics as well.
 
     Raises:
-        RunError: an environment gave NaN or infinity, or the update produced it.
+        NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
     """
-    spaces = spaces_of(envs)
-    rollout = Rollout(spaces, config.num_steps, config.num_envs)
-    collector = Collector(envs, spaces, config)
-    progress.episodes.clear()
-    collector.reset(environment_seeds(config.seed, config.num_envs, iteration=progress.iteration))
-    epochs, minibatches = config.update_epochs, config.minibatch_count
-
+    rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
+    progress.world = collector.world()
     while progress.global_step < config.total_timesteps and not solved(config, progress):
-        began = time.perf_counter()
-        noise_rng = generator(config.seed, Purpose.NOISE, progress.iteration)
-        order_rng = generator(config.seed, Purpose.ORDER, progress.iteration)
-
-        noise = spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
-        with one_blas_thread():
-            collected = collector.collect(learner.actor(noise), rollout)
-
-        order = minibatch_order(rollout.valid, epochs, minibatches, order_rng, config.sequence_length)
-        hyper = hyper_at(config, progress.global_step)
         due = examine and config.histogram_interval and progress.iteration % config.histogram_interval == 0
-        before = learner.examine(rollout, hyper) if due and rollout.valid.any() else None
-        update_began = time.perf_counter()
-        metrics: Metrics = {**learner.update(rollout, order, hyper)}
-        update_seconds = time.perf_counter() - update_began
-        samples = None
-        if before:
-            samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper, before["carry"]))
-            metrics |= action_metrics(rollout, config, before)
+        try:
+            done = iterate(config, collector, learner, progress, rollout, bool(due))
+        except NotFinite as error:
+            error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
+            raise
+        progress.world = collector.world()
+        yield done
 
-        steps = int(rollout.valid.sum())
-        progress.global_step += steps
-        progress.iteration += 1
-        progress.episodes.extend(collected.episodes)
-        seconds = time.perf_counter() - began
-        yield Iteration(report(progress, metrics, collected, steps, seconds, update_seconds), samples)
+
+def iterate(
+    config: Config,
+    collector: Collector,
+    learner: Learner,
+    progress: Progress,
+    rollout: Rollout,
+    examine: bool,
+) -> Iteration:
+    """Collect one rollout and learn from it; `progress` is as before where that fails.
+
+    Raises:
+        NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
+    """
+    began = time.perf_counter()
+    noise_rng = generator(config.seed, Purpose.NOISE, progress.iteration)
+    order_rng = generator(config.seed, Purpose.ORDER, progress.iteration)
+
+    noise = collector.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
+    with one_blas_thread():
+        collected = collector.collect(learner.actor(noise), rollout)
+
+    order = minibatch_order(
+        rollout.valid, config.update_epochs, config.minibatch_count, order_rng, config.sequence_length
+    )
+    hyper = hyper_at(config, progress.global_step)
+    before = learner.examine(rollout, hyper) if examine and rollout.valid.any() else None
+    update_began = time.perf_counter()
+    metrics: Metrics = {**updated(learner, rollout, order, hyper, progress)}
+    update_seconds = time.perf_counter() - update_began
+    samples = None
+    if before:
+        samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper, before["carry"]))
+        metrics |= action_metrics(rollout, config, before)
+
+    steps = int(rollout.valid.sum())
+    progress.global_step += steps
+    progress.iteration += 1
+    progress.episodes.extend(collected.episodes)
+    seconds = time.perf_counter() - began
+    return Iteration(report(progress, metrics, collected, steps, seconds, update_seconds), samples)
+
+
+def updated(
+    learner: Learner, rollout: Rollout, order: np.ndarray, hyper: Hyper, progress: Progress
+) -> dict[str, float]:
+    """Learn from a rollout, and give the metrics. An update that diverges changes nothing, and is left out.
+
+    Raises:
+        NotFinite: it is the third one in a row.
+    """
+    try:
+        metrics = learner.update(rollout, order, hyper)
+    except NotFinite as error:
+        progress.skipped += 1
+        if progress.skipped == PATIENCE:
+            progress.skipped = 0
+            error.evidence |= {"order": order, "hyper": hyper._asdict()}
+            raise
+        note(f"iteration {progress.iteration}: {error} ({progress.skipped} in a row; {PATIENCE} end the run)")
+        return {**error.evidence["metrics"], "update/skipped": 1.0}
+    progress.skipped = 0
+    return {**metrics, "update/skipped": 0.0}
 
 
 def solved(config: Config, progress: Progress) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from proximo.errors import RunError, UserError, suggest
+from proximo.errors import NotFinite, UserError, suggest
 
 PER_ENVIRONMENT = ("running_return", "carry")  # begin at zero when the number of environments changes
 
@@ -17,13 +17,14 @@ def require_finite(metrics: Mapping[str, float]) -> None:
     """Look at an update's metrics before its result is taken over.
 
     Raises:
-        RunError: the loss or the gradient is NaN or infinite.
+        NotFinite: the loss or the gradient is NaN or infinite.
     """
     for name in ("losses/total", "update/gradient_norm"):
         if not math.isfinite(metrics[name]):
-            raise RunError(
+            raise NotFinite(
                 f"{name} is {metrics[name]}, so the update has diverged and is not taken over: lower learning_rate, "
-                "set max_grad_norm, or normalise observations and rewards"
+                "set max_grad_norm, or normalise observations and rewards",
+                metrics=dict(metrics),
             )
 
 

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from proximo.cli import evaluate, plot, presets, train
+from proximo.cli import evaluate, inspect, plot, presets, resume, train
 from proximo.cli.flags import spelled
 from proximo.errors import RunError, UserError, suggest
 from proximo.version import __version__
 
-COMMANDS = (train, evaluate, plot, presets)
+COMMANDS = (train, resume, evaluate, inspect, plot, presets)
 
 
 class Parser(argparse.ArgumentParser):

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
     env = options.env or (agent.env_id if agent else None)
     if env is None:
-        raise UserError("no environment is known to evaluate in: give --env ENV_ID")
+        raise UserError(agent.no_environment() if agent else "no environment is given: give --env ENV_ID")
 
     record = video_file(options, path, env)
     common = {"seed": options.seed, "render": options.render, "record": record}

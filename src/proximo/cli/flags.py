@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from proximo.config import ALIASES, AMBIGUOUS, FIELDS, expected, to_int
+from proximo.config import ALIASES, AMBIGUOUS, FIELDS, expected, plain_yaml, to_int
 from proximo.errors import UserError
 
 GROUPS = {
@@ -57,7 +57,7 @@ def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
 def mapping(text: str) -> dict[str, Any]:
     """An argument that is a YAML or JSON mapping."""
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):

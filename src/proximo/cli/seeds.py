@@ -85,7 +85,7 @@ def train_all(
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     console = None if quiet else Console(config.total_timesteps * len(jobs))
     try:
-        _run_all(jobs, folder / CONFIG, console, interrupted)
+        _run_all(jobs, env_id, folder / CONFIG, console, interrupted)
     except (UserError, RunError):
         _ask_to_stop([job for job in jobs if not job.asked], signal.SIGTERM)
         raise
@@ -108,7 +108,11 @@ def train_all(
 
 
 def _run_all(
-    jobs: Sequence[Job], config: Path, console: Console | None, interrupted: Callable[[], int | None]
+    jobs: Sequence[Job],
+    env_id: str,
+    config: Path,
+    console: Console | None,
+    interrupted: Callable[[], int | None],
 ) -> None:
     free, waiting = list(range(cores())), list(jobs)
     while waiting or any(job.process and not job.ended for job in jobs):
@@ -116,7 +120,7 @@ def _run_all(
             waiting = []
             _ask_to_stop([job for job in jobs if not job.asked], number)
         while waiting and free:
-            _begin(waiting.pop(0), config, free.pop(0))
+            _begin(waiting.pop(0), env_id, config, free.pop(0))
         time.sleep(LOOK_S)
         for job in jobs:
             if job.process is not None and not job.ended and job.process.poll() is not None:
@@ -127,7 +131,7 @@ def _run_all(
             console.write(metrics)
 
 
-def _begin(job: Job, config: Path, core: int) -> None:
+def _begin(job: Job, env_id: str, config: Path, core: int) -> None:
     # -P: a file in the current folder is not taken for a package's. A session of its own, so that Ctrl-C reaches the
     # run once, from here; its standard input ends when this process does, and then so does the run.
     command = [
@@ -136,6 +140,7 @@ def _begin(job: Job, config: Path, core: int) -> None:
         "-m",
         "proximo",
         "train",
+        env_id,
         "--config",
         str(config),
         "--seed",

@@ -7,10 +7,14 @@ import contextlib
 import faulthandler
 import math
 import os
+import shlex
 import signal
+import socket
 import sys
 import threading
+import time
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,9 @@ from proximo.machine import cache_folder
 if TYPE_CHECKING:
     from proximo.config import Config
     from proximo.ppo import PPO
+
+
+GRACE_S = 10.0  # after a second signal
 
 
 def add_to(commands: Any) -> None:
@@ -64,13 +71,8 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, saying where everything is; return the exit status."""
-    keep_compiled()
-    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
-        faulthandler.enable(sys.__stderr__)  # a crash in C code then says where it came from
     # Before JAX is imported, which an exception from a signal would break.
-    with Interrupt(say=not options.until_input_ends) as interrupt:
-        if options.until_input_ends:
-            threading.Thread(target=stop_when_input_ends, daemon=True).start()
+    with prepared(options) as interrupt:
         from proximo.ppo import PPO
         from proximo.record import default_run_dir, require_empty
 
@@ -80,35 +82,56 @@ def run(options: argparse.Namespace) -> int:
         if settings.get("run_dir"):
             require_empty(Path(settings["run_dir"]))
         agent = PPO(env_id, preset=preset, **settings)
-        config, backend = agent.config, agent.learner.backend
-        env_id = str(agent.env_id)
-        run_dir = Path(config.run_dir or default_run_dir(env_id, backend, config.seed))
+        config, env_id = agent.config, str(agent.env_id)
+        run_dir = Path(config.run_dir or default_run_dir(env_id, agent.learner.backend, config.seed))
         say = (lambda line: None) if options.quiet else said
         say(
             f"{env_id}: {config.num_envs} environments × {config.num_steps} steps, "
             f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
         )
-        threads = agent.learner.threads
-        where = agent.learner.device
-        say(
-            f"backend {backend} on {threads} thread{'s' * (threads > 1)}, device {where.name} ({where.why}), "
-            f"engine {config.engine}"
-        )
-        say(f"run folder: {run_dir}")
-        for line in remarks(config):
-            say(f"note: {line}")
-        try:
-            if interrupt.signal is None:
-                agent.learn(
-                    run_dir=run_dir, progress=not options.quiet, stop=lambda: interrupt.signal is not None
-                )
-        except RunError as error:
-            raise RunError(f"{error}\n  what was learned up to then is in {run_dir}") from error
-        finally:
-            agent.close()
+        return learn(agent, run_dir, interrupt, say, progress=not options.quiet)
+
+
+@contextlib.contextmanager
+def prepared(options: argparse.Namespace) -> Iterator[Interrupt]:
+    """A process that trains: what it compiles is kept, a crash says where it came from, signals end it safely."""
+    keep_compiled()
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
+    with Interrupt(say=not options.until_input_ends) as interrupt:
+        if options.until_input_ends:
+            threading.Thread(target=stop_when_input_ends, daemon=True).start()
+        yield interrupt
+
+
+def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], None], progress: bool) -> int:
+    """Train into a run folder, up to the agent's total, saying how; return the exit status."""
+    config, learner = agent.config, agent.learner
+    threads, where = learner.threads, learner.device
+    say(
+        f"backend {learner.backend} on {threads} thread{'s' * (threads > 1)}, device {where.name} ({where.why}), "
+        f"engine {config.engine}"
+    )
+    say(f"run folder: {run_dir}")
+    for line in remarks(config):
+        say(f"note: {line}")
+    try:
+        if interrupt.signal is None:
+            agent.learn(run_dir=run_dir, progress=progress, stop=lambda: interrupt.signal is not None)
+    except RunError as error:
+        goes_on = f"go on from there with: {resumes(agent, run_dir)}"
+        raise RunError(f"{error}\n  what was learned up to then is in {run_dir}; {goes_on}") from error
+    finally:
+        agent.close()
     for line in summary(agent, run_dir, interrupt.signal is not None):
         say(line)
     return 128 + interrupt.signal if interrupt.signal else 0
+
+
+def resumes(agent: PPO, run_dir: Path) -> str:
+    """The command that goes on with a run."""
+    named = f" --env {agent.env_id}" if ":" in str(agent.env_id) else ""
+    return f"proximo resume {shlex.quote(str(run_dir))}{named}"
 
 
 def run_seeds(
@@ -189,6 +212,11 @@ def asked_for(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
     if options.env_id and options.env:
         raise UserError(f"two environments are given: {options.env_id} and --env {options.env}")
     env_id, preset, settings = read_file(options.config) if options.config else (None, "auto", {})
+    if env_id and ":" in env_id and not (options.env_id or options.env):
+        raise UserError(
+            f"{options.config} names {env_id}, and what a file names is not imported: if {env_id.partition(':')[0]} is "
+            f"yours, name it yourself: proximo train {env_id} --config {options.config}"
+        )
     env_id = options.env_id or options.env or env_id
     if env_id is None:
         where = (
@@ -213,16 +241,33 @@ def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     lines.append(f"learning curve: {', '.join(shown) or 'none'}")
     if not run_dir.exists():
         return ["interrupted before anything was learned"]
-    lines.append(f"evaluate with: proximo evaluate {run_dir}")
+    named = f" --env {agent.env_id}" if ":" in str(agent.env_id) else ""
+    lines.append(f"evaluate with: proximo evaluate {shlex.quote(str(run_dir))}{named}")
     if interrupted:
-        lines.append(f"go on with, in Python: PPO.load({str(run_dir)!r}).learn(STEPS, run_dir=NEW_FOLDER)")
+        lines.append(f"go on with: {resumes(agent, run_dir)}")
     if goal is not None and not interrupted and (-math.inf if reached is None else reached) < goal:
         lines.append(f"stop_at_return {goal:g} was not reached")
     return lines
 
 
+def end_when_asked_twice(signals: socket.socket) -> None:
+    """End this process some seconds after its second signal, unless it ends before."""
+    asked: list[int] = []
+    with signals:
+        while len(asked) < 2:
+            arrived = signals.recv(1)
+            if not arrived:
+                return
+            asked += [number for number in arrived if number in (signal.SIGINT, signal.SIGTERM)]
+    time.sleep(GRACE_S)
+    os._exit(128 + asked[-1])
+
+
 class Interrupt:
-    """The first SIGINT or SIGTERM asks for a stop after the iteration; a second one stops at once."""
+    """The first SIGINT or SIGTERM asks for a stop after the iteration; a second one stops at once.
+
+    Where the second one meets C code that does not return, the process is ended some seconds later all the same.
+    """
 
     def __init__(self, say: bool = True) -> None:
         self.signal: int | None = None
@@ -232,9 +277,17 @@ class Interrupt:
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
+        # Written to when a signal arrives, and not only when Python gets to handle it.
+        self._read, self._written = socket.socketpair()
+        for end in (self._read, self._written):
+            end.setblocking(end is self._read)
+        self._woken_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=end_when_asked_twice, args=(self._read,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._woken_before)
+        self._written.close()  # which ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -97,6 +97,7 @@ def engine_for(
     env_kwargs: Mapping[str, Any] | None = None,
     total_timesteps: int = 1_000_000,
     isolate: bool = False,
+    exact: bool = False,
 ) -> str:
     """The engine itself, or where it is auto, the one that `proximo.envs.choice` expects to be quickest.
 
@@ -105,6 +106,7 @@ def engine_for(
 
     Args:
         isolate: auto means workers, which then run all environments.
+        exact: auto means an engine that can be brought back to where it stood (`proximo.world`).
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
@@ -114,9 +116,9 @@ def engine_for(
     if spec is None:
         return "sync"
     kwargs = dict(env_kwargs or {})
-    if atari.is_atari(spec, kwargs) and atari.has_vector(spec, kwargs):
+    if atari.is_atari(spec, kwargs) and atari.has_vector(spec, kwargs) and not exact:
         return "native"
-    return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs)
+    return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs, exact)
 
 
 def plays_games(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
@@ -249,9 +251,9 @@ def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEn
     if spec is not None and atari.is_atari(spec, env_kwargs):
         return atari.AtariGames(spec, num_envs, env_kwargs)
     try:
-        return gym.make_vec(
-            with_version(env), num_envs, vectorization_mode="vector_entry_point", **env_kwargs
-        )
+        from proximo.envs import native
+
+        return native.make(spec or gym.spec(with_version(env)), num_envs, env_kwargs)
     except gym.error.UnregisteredEnv:
         raise
     except gym.error.Error as error:

@@ -223,6 +223,18 @@ class AtariGame(gym.Wrapper):
         self._by_life, self._clips = by_life, clips
         self._lives, self._goes_on = 0, False
 
+    def snapshot(self) -> bytes | None:
+        """The machine with its random numbers, before a new game; None where a game goes on (`proximo.world`)."""
+        game: Any = self.env.unwrapped
+        return None if self._goes_on else game.clone_state(include_rng=True).serialize()
+
+    def restore(self, snapshot: bytes) -> None:
+        """The inverse of `snapshot`."""
+        from ale_py import ALEState
+
+        game: Any = self.env.unwrapped
+        game.restore_state(ALEState(snapshot))
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Begin a new game, or go on with one after a life was lost."""
         goes_on = self._goes_on and seed is None

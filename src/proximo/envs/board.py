@@ -13,9 +13,11 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
+from proximo.world import Origin, generator_from, generator_of
 
 LINE = 64  # bytes of a cache line
 NOWHERE = -1  # in none of the environments
+GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20  # room for an origin; what is not written to takes no memory
 LOOKS = 8  # at an environment that does not answer, before it counts as stuck
 
 
@@ -53,6 +55,11 @@ class Board(NamedTuple):
     episode: (
         np.ndarray
     )  # [N, 2] float64: an episode's return and length as reported, or NaN; [0, 2] if none are
+    origin: (
+        np.ndarray
+    )  # [N, any number] uint8: from where each episode began, a pickled `proximo.world.Origin`
+    origin_size: np.ndarray  # [N] int64: its bytes; 0 where it does not fit
+    since: np.ndarray  # [N] int64: steps taken since
 
 
 def lay_out(
@@ -62,6 +69,7 @@ def lay_out(
     num_envs: int,
     workers: int,
     reports: bool,
+    origin_bytes: int,
 ) -> Board:
     """The same arrays at the same places in every process."""
     return Board(
@@ -73,6 +81,9 @@ def lay_out(
         arena.take((num_envs,), np.bool_),
         arena.take((num_envs,), np.bool_),
         arena.take((num_envs * reports, 2), np.float64),
+        arena.take((num_envs, origin_bytes), np.uint8),
+        arena.take((num_envs,), np.int64),
+        arena.take((num_envs,), np.int64),
     )
 
 
@@ -146,6 +157,7 @@ class Declared(NamedTuple):
     metadata: dict[str, Any]
     render_mode: str | None
     reports: bool  # whether they say themselves which episodes ended, and what they returned
+    origin_bytes: int  # that each may need to say from where its episode began
 
 
 def reports_episodes(env: gym.Env) -> bool:
@@ -186,8 +198,13 @@ class Share:
         ]
         differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
         first = self.envs[0]
-        reports = reports_episodes(first)
-        return Declared([spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports)
+        return Declared(
+            [spaces[0], *differing[:1]],
+            dict(first.metadata),
+            first.render_mode,
+            reports_episodes(first),
+            SNAPSHOT_BYTES if first.has_wrapper_attr("snapshot") else GENERATOR_BYTES,
+        )
 
     def attach(self, board: Board, index: int) -> None:
         """Write into this board from now on, as worker `index`."""
@@ -197,6 +214,11 @@ class Share:
         self.observation = list(leaves(first.observation_space, board.observation))
         self.final = list(leaves(first.observation_space, board.final))
         self.reports = len(board.episode) > 0
+        self.since = board.since[self.environments.start : self.environments.stop]
+        name = "snapshot"
+        self.snapshots = [
+            env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None for env in self.envs
+        ]
 
     def reset(
         self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
@@ -207,10 +229,53 @@ class Share:
             for n, env, seed, chosen in zip(self.environments, self.envs, seeds, mask, strict=True):
                 if chosen:
                     self.at = self.current[0] = n
+                    self._remember(n, env, seed, replayable=not options)
                     observation, _ = env.reset(seed=seed, options=options)
                     store(self.observation, n, observation)
         finally:
             self.current[0] = NOWHERE
+
+    def _remember(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
+        """Keep from where the episode begins that the coming reset begins."""
+        board, snapshot = self.board, None
+        take = self.snapshots[n - self.environments.start]
+        if take is not None:
+            snapshot = take()
+            if snapshot is None and seed is None and board.since[n]:
+                return  # it goes on from what was before
+        origin = Origin(seed, generator_of(env) if seed is None else None, snapshot)
+        packed = np.frombuffer(origin.pickled(), np.uint8) if replayable else ()
+        size = len(packed) if len(packed) <= board.origin.shape[1] else 0
+        board.origin[n, :size] = packed[:size]
+        board.origin_size[n], board.since[n] = size, 0
+
+    def replay(self, part: Sequence[tuple[bytes, np.ndarray]]) -> None:
+        """Bring each to where it was, from its origin by its actions; `reward` is then that of the episode so far."""
+        board, current = self.board, self.current
+        self.doing, self.calls, self.thread = "replaying", self.calls + 1, threading.get_ident()
+        try:
+            for n, env, (packed, actions) in zip(self.environments, self.envs, part, strict=True):
+                self.at = current[0] = n
+                origin = Origin.of(packed)
+                if origin.snapshot is not None:
+                    env.get_wrapper_attr("restore")(origin.snapshot)
+                if origin.generator is not None:
+                    env.unwrapped.np_random = generator_from(origin.generator)
+                board.since[n] = board.reward[n] = 0
+                self._remember(n, env, origin.seed)
+                observation, _ = env.reset(seed=origin.seed)
+                for action in actions.astype(board.action.dtype):
+                    self.calls += 1
+                    current[1] = self.calls  # it is not stuck
+                    observation, reward, terminated, truncated, _ = env.step(action)
+                    board.reward[n] += reward
+                    if terminated or truncated:
+                        observation, _ = env.reset()
+                        board.reward[n] = 0
+                store(self.observation, n, observation)
+                board.since[n] = len(actions)
+        finally:
+            current[0] = NOWHERE
 
     def step(self) -> None:
         """Take the board's actions; an environment whose episode ends is reset."""
@@ -219,6 +284,7 @@ class Share:
         # A copy, since an environment may keep its action for longer than this step.
         actions = board.action[self.environments.start : self.environments.stop].copy()
         self.doing, self.calls, self.thread = "stepping", self.calls + 1, threading.get_ident()
+        self.since += 1
         try:
             for n, env, action in zip(self.environments, self.envs, actions, strict=True):
                 self.at = current[0] = n
@@ -228,6 +294,7 @@ class Share:
                         report = info.get("episode")
                         board.episode[n] = (report["r"], report["l"]) if report else np.nan
                     store(self.final, n, observation)
+                    self._remember(n, env)
                     observation, _ = env.reset()
                 store(self.observation, n, observation)
         finally:
@@ -285,6 +352,12 @@ def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int
 def seen(board: Board, copy: bool) -> Any:
     """The observations, copied where asked; otherwise the next step overwrites them."""
     return mapped(np.copy, board.observation) if copy else board.observation
+
+
+def origins(board: Board) -> tuple[list[bytes], np.ndarray]:
+    """From where each environment's episode began, empty where that is not known, and the steps since [N]."""
+    rows = zip(board.origin, board.origin_size, strict=True)
+    return [row[:size].tobytes() for row, size in rows], board.since.copy()
 
 
 def outcome(board: Board, copy: bool) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:

@@ -20,6 +20,7 @@ from proximo.envs.pool import supports
 from proximo.envs.workers import is_sendable
 from proximo.machine import cores
 
+CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
 MANY = 16  # environments, below which what steps them all in one call saves little
 MANY_MUJOCO = 64  # where EnvPool saves no Python: MuJoCo is in C in any case
 
@@ -36,6 +37,7 @@ def choose_engine(
     num_envs: int,
     total_timesteps: int,
     env_kwargs: Mapping[str, Any],
+    exact: bool = False,
 ) -> str:
     """The engine that is expected to be quickest for a registered environment; the first of these that applies:
 
@@ -52,13 +54,20 @@ def choose_engine(
     Args:
         spec: how it is registered.
         make: makes one environment.
+        exact: leave out what cannot be brought back to where it stood: EnvPool, and all vectorised versions but that
+            of CartPole.
     """
     if num_envs >= MANY:
         plain = not env_kwargs and not spec.additional_wrappers  # which a vectorised version does not take
-        if spec.vector_entry_point is not None and plain:
+        if (
+            spec.vector_entry_point is not None
+            and plain
+            and (spec.vector_entry_point == CARTPOLE or not exact)
+        ):
             return "native"
         mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-        if num_envs >= (MANY_MUJOCO if mujoco else MANY) and supports(spec.id, env_kwargs):
+        enough = num_envs >= (MANY_MUJOCO if mujoco else MANY)
+        if enough and not exact and supports(spec.id, env_kwargs):
             return "envpool"
     workers = min(cores(), num_envs)
     if workers < 2 or not is_installed(spec) or not is_sendable(make):

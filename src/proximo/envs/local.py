@@ -17,6 +17,7 @@ from proximo.envs.board import (
     agreed,
     lay_out,
     mask_of,
+    origins,
     outcome,
     seeds_of,
     seen,
@@ -72,7 +73,7 @@ class LocalVectorEnv(VectorEnv):
         self.metadata = {**declared.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = declared.render_mode
         self.reports_episodes = declared.reports
-        arena, layout = Arena(), (*spaces, self.num_envs, 1, declared.reports)
+        arena, layout = Arena(), (*spaces, self.num_envs, 1, declared.reports, declared.origin_bytes)
         lay_out(arena, *layout)
         self._board = lay_out(Arena(mmap.mmap(-1, arena.size)), *layout)
         self._share.attach(self._board, 0)
@@ -118,6 +119,20 @@ class LocalVectorEnv(VectorEnv):
         self._do(Share.step)
         self._torn = False
         return outcome(self._board, self.copy)
+
+    def origins(self) -> tuple[list[bytes], np.ndarray]:
+        """From where each environment's episode began, empty where that is not known, and the steps since [N]."""
+        return origins(self._board)
+
+    def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """Bring environments from their origins to where N times [any number, ...] actions lead.
+
+        Returns:
+            Observations [N, ...], and the returns of the episodes so far [N] float64.
+        """
+        self._do(lambda own: own.replay(list(zip(origins, actions, strict=True))))
+        self._torn = False
+        return seen(self._board, self.copy), self._board.reward.copy()
 
     def _do(self, do: Callable[[Share], None]) -> None:
         share, self._torn = self._share, True

@@ -53,6 +53,7 @@ from proximo.envs.board import (
     agreed,
     lay_out,
     mask_of,
+    origins,
     outcome,
     seeds_of,
     seen,
@@ -63,7 +64,7 @@ from proximo.errors import RunError, UserError
 from proximo.machine import cores, stay_on_core
 from proximo.spaces import Spaces
 
-STEP, RESET, ATTACH, CLOSE = b"s", b"r", b"a", b"c"  # to a worker
+STEP, RESET, REPLAY, ATTACH, CLOSE = b"s", b"r", b"p", b"a", b"c"  # to a worker
 DONE, MADE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # from a worker
 
 GRACE_S = 3.0  # for workers to close their environments; after that they are killed
@@ -187,7 +188,8 @@ class WorkerVectorEnv(VectorEnv):
         self.render_mode = declared[0].render_mode
 
         self.reports_episodes = declared[0].reports
-        arena, counts = Arena(), (self.num_envs, workers, self.reports_episodes)
+        capacity = max(declaration.origin_bytes for declaration in declared)
+        arena, counts = Arena(), (self.num_envs, workers, self.reports_episodes, capacity)
         lay_out(arena, observation_space, action_space, *counts)
         with _anonymous_file(arena.size) as descriptor:
             for peer in self._peers:
@@ -254,6 +256,28 @@ class WorkerVectorEnv(VectorEnv):
         self._command(STEP, Share.step)
         self._torn = False
         return outcome(self._open_board(), self.copy)
+
+    def origins(self) -> tuple[list[bytes], np.ndarray]:
+        """From where each environment's episode began, empty where that is not known, and the steps since [N]."""
+        return origins(self._open_board())
+
+    def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """Bring environments from their origins to where N times [any number, ...] actions lead.
+
+        Returns:
+            Observations [N, ...], and the returns of the episodes so far [N] float64.
+        """
+        told = list(zip(origins, actions, strict=True))
+
+        def part(environments: range) -> list[tuple[bytes, np.ndarray]]:
+            return told[environments.start : environments.stop]
+
+        messages = {peer.index: pickle.dumps(part(peer.environments)) for peer in self._peers}
+        self._doing, self._torn = "replaying", True
+        self._command(REPLAY, lambda own: own.replay(part(own.environments)), messages)
+        self._torn = False
+        board = self._open_board()
+        return seen(board, self.copy), board.reward.copy()
 
     def close_extras(self, grace_s: float = GRACE_S, **kwargs: Any) -> None:
         """End the workers, by force those that do not close their environments in time (seconds)."""
@@ -348,8 +372,9 @@ class WorkerVectorEnv(VectorEnv):
         """Counts looks rather than seconds, so that a trainer that was itself stopped accuses nobody."""
         for peer in [peer for peer in self._peers if peer.index in self._pending]:
             where = self._where(peer)
-            peer.silent = peer.silent + 1 if where == peer.seen else 0
-            peer.seen = where
+            place = where, int(self._board.current[peer.index, 1]) if self._board is not None else 0
+            peer.silent = peer.silent + 1 if place == peer.seen else 0
+            peer.seen = place
             if peer.silent >= LOOKS:
                 error = self._stuck(peer, where)
                 peer.process.kill()
@@ -416,7 +441,7 @@ class _Peer:
     declared: Declared | None = None
     made: int = 0  # environments, so far
     silent: int = 0  # looks in a row that found it where it was before
-    seen: int = NOWHERE
+    seen: tuple[int, int] = (NOWHERE, 0)  # where it was, and how far in a replay
 
     def __str__(self) -> str:
         first, last = self.environments[0], self.environments[-1]
@@ -571,7 +596,7 @@ class _Host:
             self.share.close()
 
     def _serve(self) -> None:
-        commands = {STEP: self.share.step, RESET: self._reset, ATTACH: self._attach}
+        commands = {STEP: self.share.step, RESET: self._reset, REPLAY: self._replay, ATTACH: self._attach}
         while (command := self._receive()) != CLOSE:
             commands[command]()
             self._answer(DONE)
@@ -587,6 +612,9 @@ class _Host:
 
     def _reset(self) -> None:
         self.share.reset(*pickle.loads(self.connection.recv_bytes()))
+
+    def _replay(self) -> None:
+        self.share.replay(pickle.loads(self.connection.recv_bytes()))
 
     def _receive(self) -> bytes:
         _awaited(self.poller)

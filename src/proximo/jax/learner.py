@@ -73,6 +73,7 @@ class Learner:
     """
 
     backend = "jax"
+    compiled = None  # a matter of PyTorch
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Learner:
         self._examine = jax.jit(partial(examine, self.spec))
         self._update = jax.jit(partial(update, self.spec))
 
-    def expect(self, minibatches: int) -> bool | None:
+    def expect(self, minibatches: int, as_before: bool | None = None) -> bool | None:
         """Nothing to decide."""
         return self.spec.config.compile
 

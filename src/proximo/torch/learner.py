@@ -142,11 +142,11 @@ class Learner:
     def _number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=self._dtype, device=self.device.name)
 
-    def expect(self, minibatches: int) -> bool:
+    def expect(self, minibatches: int, as_before: bool | None = None) -> bool:
         """Compile for many minibatches, those of all calls together, where settings leave it open."""
         self._expected += minibatches
         if self._may_choose:
-            self.compiled = pays_to_compile(self._expected)
+            self.compiled = pays_to_compile(self._expected) if as_before is None else as_before
         return self.compiled
 
     def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:

@@ -1,0 +1,64 @@
+"""`proximo resume`: a run that was interrupted, or that is to go on for longer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from proximo.cli.flags import whole
+from proximo.cli.train import learn, prepared, said
+from proximo.errors import UserError
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "resume",
+        help="go on with a run where it stopped",
+        usage="proximo resume RUN [options]",
+        description="Go on with a run from its latest checkpoint, in its own folder: to the bit as if it had "
+        "never stopped, if its environments can be brought back. An older checkpoint goes on in a new folder.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", metavar="RUN", help="run folder, or a checkpoint folder")
+    parser.add_argument(
+        "--env",
+        help="the environment again, where it is of the form MODULE:ID: what a file names is not imported",
+    )
+    parser.add_argument(
+        "--total-timesteps",
+        type=whole,
+        help="steps of the whole run, if other than before; schedules then end there",
+    )
+    parser.add_argument("--backend", help="jax or torch, if other than before")
+    parser.add_argument("--engine", help="how environments are run, if other than before")
+    parser.add_argument("--run-dir", help="go on in this new folder instead")
+    parser.add_argument("--quiet", action="store_true", help="print nothing while training")
+    parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train on, saying where everything is; return the exit status."""
+    with prepared(options) as interrupt:
+        from proximo.ppo import PPO
+        from proximo.record import default_run_dir, require_empty
+
+        names = ("total_timesteps", "backend", "engine")
+        changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+        if options.run_dir:
+            require_empty(Path(options.run_dir))
+        agent = PPO.load(options.path, options.env, **changes)
+        config, progress = agent.config, agent.progress
+        if agent.env_id is None:
+            raise UserError(agent.no_environment())
+        if progress.global_step >= config.total_timesteps:
+            raise UserError(
+                f"{options.path} has done its {config.total_timesteps:,} steps: name a larger --total-timesteps"
+            )
+        folder = options.run_dir or agent.home
+        run_dir = Path(folder or default_run_dir(agent.env_id, agent.learner.backend, config.seed))
+        say = (lambda line: None) if options.quiet else said
+        say(f"{agent.env_id}: going on at step {progress.global_step:,} of {config.total_timesteps:,}")
+        return learn(agent, run_dir, interrupt, say, progress=not options.quiet)

@@ -1,0 +1,194 @@
+"""Where the environments stand between two rollouts, kept so that a run can go on from there exactly.
+
+An environment is brought back by being reset as it was when its episode began, and acted on as it has been since. That
+restores whatever an episode depends on, in simulators of any kind, as long as the episode is a function of three
+things: the state of `np_random` before `reset`, or the seed that `reset` was given; the actions; and what the
+environment itself says it carries from one episode into the next:
+
+    def snapshot(self) -> Any: ...          # called before each reset
+    def restore(self, snapshot) -> None: ...  # called on a new environment, before the reset that repeats that one
+
+Both are optional. A snapshot is made of numbers, text, bytes, None, arrays, and of lists and dictionaries of these.
+None means that the coming reset goes on with what was before, so that the snapshot before stays the one to begin from.
+A vector environment may have the same two methods, which then are about all of its environments at any time between two
+steps.
+
+Whether it worked is seen: the observations, and the returns of the episodes so far, have to be the same to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from proximo.errors import UserError
+
+GENERATORS = ("PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937")  # of NumPy
+ARRAY, BYTES = "array", "bytes"  # stand for what lies beside a document
+
+
+class Origin(NamedTuple):
+    """From where an environment reached the state that it is in."""
+
+    seed: int | None  # that `reset` was given
+    generator: dict[str, Any] | None  # state of `np_random` before it, where there was no seed
+    snapshot: Any  # what the environment said of itself before it
+
+    def pickled(self) -> bytes:
+        """For other processes of this run."""
+        return pickle.dumps(tuple(self), protocol=pickle.HIGHEST_PROTOCOL)
+
+    @classmethod
+    def of(cls, pickled: bytes) -> Origin:
+        """The inverse of `pickled`, for what came from this run's own processes."""
+        return cls(*pickle.loads(pickled))
+
+
+@dataclass(frozen=True)
+class World:
+    """N environments between two rollouts.
+
+    Environment n was reset from `origins[n]`, and has taken the last `since[n]` of the actions in `log`, which are in
+    the order of steps, pieces of [any number, N, ...]. Or `snapshot` is what a vector environment says of itself. Where
+    neither is known, `why` says the reason.
+    """
+
+    obs: dict[str, np.ndarray]  # path -> [N, ...]
+    start: np.ndarray  # [N] bool: the observation begins an episode
+    resetting: np.ndarray  # [N] bool: the coming step only resets
+    episode_return: np.ndarray  # [N] float64, of the episode so far
+    episode_length: np.ndarray  # [N] int64
+    origins: Sequence[
+        bytes
+    ] = ()  # N, each an Origin as `Origin.pickled` gives it; in files they are documents
+    since: np.ndarray | None = None  # [N] int64, with origins
+    log: Sequence[np.ndarray] = ()
+    snapshot: Any = None
+    why: str = ""
+
+    def actions(self) -> list[np.ndarray]:
+        """What each environment has done since its origin: N times [since, ...]."""
+        since = np.zeros(0, np.int64) if self.since is None else self.since
+        steps = self._steps()
+        return [steps[len(steps) - count :, n] if count else steps[:0] for n, count in enumerate(since)]
+
+    def _steps(self) -> np.ndarray:
+        """The latest actions [any number, N, ...], as many as some environment needs."""
+        missing = 0 if self.since is None else int(self.since.max())
+        pieces = [np.zeros((0, len(self.start)))]
+        for piece in reversed(self.log):
+            if missing <= 0:
+                break
+            pieces.insert(1, piece[-missing:])
+            missing -= len(pieces[1])
+        return np.concatenate(pieces[1:]) if pieces[1:] else pieces[0]
+
+    def to_document(self, name: str) -> tuple[Any, dict[str, np.ndarray]]:
+        """A JSON document, and the arrays that lie beside it under names that begin with `name`.
+
+        Raises:
+            UserError: a snapshot holds what no file can.
+        """
+        tree = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tree["origins"] = [Origin.of(pickled) for pickled in self.origins]
+        tree["log"] = [self._steps()]
+        return pack(tree, name)
+
+    @classmethod
+    def from_document(cls, document: Any, beside: Mapping[str, np.ndarray]) -> World:
+        """The inverse of `to_document`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        tree = unpack(document, beside)
+        return cls(**{**tree, "origins": [Origin(*origin).pickled() for origin in tree["origins"]]})
+
+
+def generator_of(env: Any) -> dict[str, Any] | None:
+    """State of an environment's `np_random`; None where it has none of NumPy's."""
+    generator = getattr(env.unwrapped, "np_random", None)
+    return dict(generator.bit_generator.state) if isinstance(generator, np.random.Generator) else None
+
+
+def generator_from(state: Mapping[str, Any]) -> np.random.Generator:
+    """A generator in this state.
+
+    Raises:
+        UserError: it is none of NumPy's.
+    """
+    name = state.get("bit_generator")
+    if name not in GENERATORS:
+        raise UserError(
+            f"expected the state of one of NumPy's generators, {', '.join(GENERATORS)}, got {name!r}"
+        )
+    bits = getattr(np.random, name)()
+    bits.state = dict(state)
+    return np.random.Generator(bits)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two snapshots are the same to the bit."""
+    (one, arrays), (other, others) = pack(first, ""), pack(second, "")
+    return one == other and all(
+        (array.dtype, array.shape, array.tobytes()) == (more.dtype, more.shape, more.tobytes())
+        for array, more in zip(arrays.values(), others.values(), strict=True)
+    )
+
+
+# In files
+
+
+def pack(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """A tree as a JSON document, and the arrays that lie beside it under names that begin with `name`.
+
+    Raises:
+        UserError: something in it is no number, text, bytes, None, array, list or dictionary.
+    """
+    beside: dict[str, np.ndarray] = {}
+
+    def packed(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, np.generic):
+            value = np.asarray(value)
+        if (
+            isinstance(value, (bytes, np.ndarray))
+            and getattr(value, "dtype", np.dtype(np.uint8)).kind in "biuf"
+        ):
+            kind = BYTES if isinstance(value, bytes) else ARRAY
+            key = f"{name}/{len(beside)}"
+            beside[key] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+            return {kind: key}
+        if isinstance(value, (list, tuple)):
+            return [packed(item) for item in value]
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {"of": {key: packed(item) for key, item in value.items()}}
+        raise UserError(
+            f"a snapshot holds {type(value).__name__}: it may hold numbers, text, bytes, None, arrays, lists and "
+            "dictionaries with names"
+        )
+
+    return packed(tree), beside
+
+
+def unpack(document: Any, beside: Mapping[str, np.ndarray]) -> Any:
+    """The inverse of `pack`; tuples have become lists.
+
+    Raises:
+        KeyError, TypeError: it is no document of `pack`.
+    """
+    if isinstance(document, list):
+        return [unpack(item, beside) for item in document]
+    if not isinstance(document, dict):
+        return document
+    ((kind, value),) = document.items()
+    if kind == "of":
+        return {key: unpack(item, beside) for key, item in value.items()}
+    array = beside[value]
+    return array.tobytes() if kind == BYTES else array

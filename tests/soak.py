@@ -1,0 +1,131 @@
+"""A run that is killed at random and resumed each time, beside one that is left alone: both have to end the same.
+
+    python tests/soak.py [--minutes 20] [--env HalfCheetah-v5] [--seed 0] [-- any flag of proximo train]
+
+For so many minutes workers are killed and stopped, and the trainer is killed, interrupted and terminated, at random
+moments; `proximo resume` goes on each time. Then an undisturbed run of as many steps is made, and the parameters of
+both, the normalisers and every metric but those of time are compared. Exit status 0 says that they are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from proximo import checkpoint
+from proximo.record import read_metrics
+
+PROXIMO = [sys.executable, "-m", "proximo"]
+FAULTS = ("kill a worker", "stop a worker", "kill the trainer", "interrupt", "terminate")
+EXPECTED = {
+    "interrupt": {130},
+    "terminate": {143},
+    "kill the trainer": {-9},
+    "kill a worker": {1},
+    "stop a worker": {-9},
+}
+STEPS = 100_000_000
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has begun."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return []
+
+
+def disturb(process: subprocess.Popen[bytes], fault: str, rng: random.Random) -> None:
+    """Do something to a run, from which it ends."""
+    workers = children(process.pid)
+    if "worker" in fault and not workers:
+        fault = "kill the trainer"
+    if fault == "kill a worker":
+        os.kill(rng.choice(workers), signal.SIGKILL)
+    elif fault == "stop a worker":  # the trainer waits for it, and is killed; the worker has to end by itself
+        worker = rng.choice(workers)
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(rng.uniform(0, 2))
+        process.kill()
+        os.kill(worker, signal.SIGCONT)
+    else:
+        number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(fault, signal.SIGKILL)
+        process.send_signal(number)
+    process.wait(60)
+
+
+def told(run: Path) -> list[dict]:
+    """Metrics without what a clock says."""
+    return [{k: v for k, v in row.items() if "time/" not in k} for row in read_metrics(run)]
+
+
+def main() -> int:
+    """Run it; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--env", default="HalfCheetah-v5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("flags", nargs="*")
+    options = parser.parse_args()
+    rng, counts = random.Random(options.seed), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        run, alone = Path(folder, "disturbed"), Path(folder, "alone")
+        flags = ["--quiet", "--no-tensorboard", "--checkpoint-interval", "5", "--lr-schedule", "constant",
+                 "--engine", "workers", *options.flags]  # fmt: skip
+        begin = [
+            *PROXIMO,
+            "train",
+            options.env,
+            "--run-dir",
+            str(run),
+            "--total-timesteps",
+            str(STEPS),
+            *flags,
+        ]
+        until = time.monotonic() + 60 * options.minutes
+        while time.monotonic() < until:
+            going_on = run.exists() and checkpoint.steps_of(run)
+            command = [*PROXIMO, "resume", str(run), "--quiet"] if going_on else begin
+            before = len(read_metrics(run)) if going_on else 0
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            time.sleep(rng.uniform(0.5, 25))
+            fault = rng.choice(FAULTS)
+            began = process.poll()
+            if began is not None:
+                print(f"it ended by itself with {began}:\n{process.stderr.read().decode()}")
+                return 1
+            disturb(process, fault, rng)
+            said = process.stderr.read().decode()
+            counts[fault] += 1
+            counts["exactly"] += "exactly where they stood" in said
+            if "new episodes begin" in said or "Traceback" in said:
+                print(f"after '{fault}':\n{said}")
+                return 1
+            after = len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
+            print(f"{fault:<17} status {process.returncode:>4}  iterations {before} to {after}", flush=True)
+        left = int(checkpoint.load(run).progress.global_step)
+        total = str(left + 10 * 2048)
+        subprocess.run([*PROXIMO, "resume", str(run), "--quiet", "--total-timesteps", total], check=True)
+        begin[begin.index(str(run))], begin[begin.index(str(STEPS))] = str(alone), total
+        subprocess.run(begin, check=True)
+        first, second = checkpoint.load(run), checkpoint.load(alone)
+        same = all(first.arrays[name].tobytes() == second.arrays[name].tobytes() for name in second.arrays)
+        alike = told(run) == told(alone)
+        print(f"{sum(counts[fault] for fault in FAULTS)} faults: {dict(counts)}")
+        print(f"{total} steps, {len(told(run))} iterations: arrays {'the same' if same else 'DIFFER'}, "
+              f"metrics {'the same' if alike else 'DIFFER'}")  # fmt: skip
+        return 0 if same and alike else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,533 @@
+"""A run that stopped and went on is the run that never stopped: parameters to the bit, and every metric."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from proximo import PPO, UserError, checkpoint
+from proximo.cli import main
+from proximo.envs import make_envs, spaces_of
+from proximo.record import read_metrics
+from proximo.world import GENERATORS, World, generator_from, pack, same, unpack
+
+PROXIMO = [sys.executable, "-m", "proximo"]
+SMALL = {"preset": None, "num_envs": 3, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
+EVERYTHING = {
+    **SMALL, "normalize_observation": True, "normalize_reward": True, "lr_schedule": "adaptive", "target_kl": 0.5,
+    "clip_schedule": "linear", "ent_coef": 0.01, "ent_schedule": "linear", "seed": 3,
+}  # fmt: skip
+ROWS = 3 * 32
+ITERATIONS, STOP = 6, 3
+
+
+def told(rows):
+    """Metrics without what a clock says."""
+    return [{name: value for name, value in row.items() if "time/" not in name} for row in rows]
+
+
+def equal(first, second):
+    """Two learners' states to the bit."""
+    first, second = first.learner.state(), second.learner.state()
+    return first.keys() == second.keys() and all(first[k].tobytes() == second[k].tobytes() for k in first)
+
+
+def undisturbed_and_resumed(env, folder, *, stop=STOP, loaded_env=None, **settings):
+    """An agent that trained at once, one that was saved, closed and loaded after `stop` iterations, and the metrics of
+    both after that."""
+    rows = settings["num_envs"] * settings["num_steps"]
+    settings["total_timesteps"] = settings.get("total_timesteps", ITERATIONS * rows)
+    with PPO(env, **settings) as whole:
+        expected = told(whole.iterate())
+    with PPO(env, **settings) as first:
+        for row in first.iterate():
+            if row["iteration"] == stop:
+                break
+        first.save(folder)
+    with PPO.load(folder, loaded_env) as second:
+        found = told(second.iterate())
+    return whole, second, expected[stop:], found
+
+
+CASES = [
+    ("CartPole-v1", {"engine": "sync"}),
+    ("CartPole-v1", {"engine": "native"}),
+    ("Acrobot-v1", {"engine": "workers"}),
+    ("Pendulum-v1", {"engine": "sync", "num_steps": 128}),
+    ("LunarLander-v3", {"engine": "workers", "num_steps": 128}),
+    ("HalfCheetah-v5", {"engine": "workers", "num_steps": 400}),
+    ("Hopper-v5", {"engine": "sync", "num_steps": 64}),
+    ("Ant-v5", {"engine": "sync", "num_steps": 64}),
+    ("Humanoid-v5", {"engine": "workers", "num_steps": 64}),
+]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:builtin type:DeprecationWarning"
+)  # importing Box2D, which an error would crash
+@pytest.mark.parametrize(("env", "settings"), CASES, ids=[f"{env}-{s['engine']}" for env, s in CASES])
+def test_resumed_is_undisturbed(env, settings, tmp_path, capsys):
+    """With normalisers, schedules and an adaptive step size, in the middle of episodes, here and in workers."""
+    whole, resumed, expected, found = undisturbed_and_resumed(
+        env, tmp_path / "saved", **{**EVERYTHING, **settings}
+    )
+    assert found == expected
+    assert equal(whole, resumed)
+    assert "environments go on exactly where they stood" in capsys.readouterr().err
+    assert [one["exact"] for one in resumed.progress.resumed] == [True]
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("torch", {}),
+        pytest.param("torch", {"compile": True}, marks=pytest.mark.slow),
+        ("jax", {"std": "predicted"}),
+    ],
+)
+def test_resumed_is_undisturbed_in_both_backends(backend, settings, tmp_path):
+    whole, resumed, expected, found = undisturbed_and_resumed(
+        "Pendulum-v1", tmp_path / "saved", backend=backend, **EVERYTHING, **settings
+    )
+    assert found == expected
+    assert equal(whole, resumed)
+
+
+GAMES = [("ALE/Breakout-v5", "workers", 6), ("BreakoutNoFrameskip-v4", "sync", 6), ("ALE/Pong-v5", "sync", 3)]
+
+
+@pytest.mark.parametrize(("game", "engine", "iterations"), GAMES)
+def test_games_go_on_exactly(game, engine, iterations, tmp_path):
+    """With sticky actions and lives lost: Breakout loses one about every thirty steps, a game of five every 150."""
+    settings = {
+        **SMALL,
+        "num_envs": 2,
+        "num_steps": 64,
+        "engine": engine,
+        "backend": "torch",
+        "update_epochs": 1,
+    }
+    settings["total_timesteps"] = iterations * 128
+    whole, resumed, expected, found = undisturbed_and_resumed(
+        game, tmp_path / "saved", stop=iterations // 2, **settings
+    )
+    assert found == expected
+    assert equal(whole, resumed)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5])
+def test_any_moment_will_do(moment, tmp_path):
+    """Three episodes of Pendulum (200 steps) are crossed at different places."""
+    whole, resumed, expected, found = undisturbed_and_resumed(
+        "Pendulum-v1", tmp_path / "saved", stop=moment, **{**EVERYTHING, "num_steps": 96}
+    )
+    assert found == expected
+    assert equal(whole, resumed)
+
+
+def test_twice_resumed_and_in_another_engine(tmp_path):
+    """Workers go on from where this process's environments stood, and the other way round."""
+    settings = {**EVERYTHING, "total_timesteps": 6 * ROWS}
+    with PPO("Acrobot-v1", engine="sync", **settings) as whole:
+        whole.learn()
+    with PPO("Acrobot-v1", engine="sync", **settings) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "a")
+    with PPO.load(tmp_path / "a", engine="workers") as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "b")
+    with PPO.load(tmp_path / "b", engine="sync") as agent:
+        agent.learn()
+    assert equal(whole, agent)
+    assert [one["global_step"] for one in agent.progress.resumed] == [ROWS, 2 * ROWS]
+
+
+def test_the_other_backend_goes_on_from_the_same_state_and_says_so(tmp_path, capsys):
+    with PPO("Pendulum-v1", backend="jax", total_timesteps=2 * ROWS, **SMALL) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+        obs = agent.progress.world.obs[""]
+    with PPO.load(tmp_path / "saved", backend="torch") as agent:
+        next(agent.iterate())
+        assert np.array_equal(agent._collector._log[0].shape[1:2], [3])
+    assert obs.shape == (3, 3)
+    said = capsys.readouterr().err
+    assert "go on exactly: not to the bit, since backend jax became torch" in said
+    assert agent.progress.resumed[0]["exact"] is False
+
+
+def test_learning_again_in_one_session_goes_on_as_well(tmp_path):
+    """Two calls with a stop between are one call; so is Ctrl-C and another call, in the middle of a rollout."""
+    settings = {**SMALL, "total_timesteps": 6 * ROWS}
+    with PPO("Pendulum-v1", **settings) as whole:
+        whole.learn()
+    with PPO("Pendulum-v1", **settings) as agent:
+        asked = iter([False, True])
+        agent.learn(stop=lambda: next(asked))
+        assert agent.progress.iteration == 2
+        agent.learn()
+    assert equal(whole, agent)
+
+    with PPO(lambda: Interrupting(gym.make("Pendulum-v1")), **settings) as agent:
+        Interrupting.at = 3 * 32 * 2 + 17
+        with pytest.raises(KeyboardInterrupt):
+            agent.learn()
+        assert agent.progress.iteration == 2
+        agent.learn()
+    assert equal(whole, agent)
+
+
+class Interrupting(gym.Wrapper):
+    """Ctrl-C in the step with this number, counted over all environments."""
+
+    at = -1
+
+    def step(self, action):
+        Interrupting.at -= 1
+        if Interrupting.at == 0:
+            raise KeyboardInterrupt
+        return self.env.step(action)
+
+
+# What cannot be brought back
+
+
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
+def test_a_simulator_that_remembers_is_noticed(tmp_path, capsys):
+    """BipedalWalker keeps its physics engine from one episode to the next, and the order of contacts in it."""
+    settings = {**EVERYTHING, "engine": "sync", "num_steps": 128}
+    *_, found = undisturbed_and_resumed("BipedalWalker-v3", tmp_path / "saved", **settings)
+    assert "new episodes begin, since environments could not be brought back" in capsys.readouterr().err
+    assert len(found) == ITERATIONS - STOP
+
+
+class Hidden(gym.Env):
+    """Random numbers of its own decide, which nobody outside can restore; `kept` makes them part of a snapshot."""
+
+    observation_space = gym.spaces.Box(-9, 9, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self):
+        self.own, self.steps = np.random.Generator(np.random.PCG64(7)), 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.own.normal(size=1).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.own.normal(size=1).astype(np.float32), 1.0, False, self.steps == 13, {}
+
+
+class Kept(Hidden):
+    """The same with the two methods."""
+
+    def snapshot(self):
+        return {"own": self.own.bit_generator.state, "note": [1, None, b"x", np.arange(3)]}
+
+    def restore(self, snapshot):
+        assert snapshot["note"][2] == b"x"
+        assert snapshot["note"][3].tolist() == [0, 1, 2]
+        self.own.bit_generator.state = snapshot["own"]
+
+
+def test_what_an_environment_hides_is_noticed_and_said(tmp_path, capsys):
+    settings = {**SMALL, "total_timesteps": 4 * ROWS}
+    *_, found = undisturbed_and_resumed(Hidden, tmp_path / "saved", stop=2, loaded_env=Hidden, **settings)
+    said = capsys.readouterr().err
+    assert re.search(r"new episodes begin.* environment \d's observation came back another", said)
+    assert len(found) == 2
+
+
+def test_an_environments_own_snapshot_brings_it_back(tmp_path):
+    settings = {**SMALL, "total_timesteps": 4 * ROWS}
+    for env in (Kept, lambda: gym.wrappers.TimeLimit(Kept(), 7)):
+        whole, resumed, expected, found = undisturbed_and_resumed(
+            env, tmp_path / "saved", stop=2, loaded_env=env, **settings
+        )
+        assert found == expected
+        assert equal(whole, resumed)
+
+
+def test_a_snapshot_that_no_file_can_hold(tmp_path, capsys):
+    """Saving succeeds all the same, and the checkpoint says what is missing."""
+
+    class Bad(Kept):
+        def snapshot(self):
+            return {"own": object()}
+
+    with PPO(Bad, total_timesteps=4 * ROWS, **SMALL) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", Bad) as agent:
+        agent.learn()
+    assert "new episodes begin" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "saved")]) == 0
+    assert "a snapshot holds object" in capsys.readouterr().out
+
+
+def test_engines_that_cannot_go_back_begin_new_episodes(tmp_path, capsys):
+    """AsyncVectorEnv; and fewer environments than before. Both are said, in the manifest as well."""
+    with PPO("CartPole-v1", engine="async", total_timesteps=4 * ROWS, **SMALL) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    manifest = json.loads((tmp_path / "saved" / checkpoint.MANIFEST).read_text())
+    assert manifest["progress"]["exact"] is False
+    with PPO.load(tmp_path / "saved") as agent:
+        agent.learn()
+    assert "AsyncVectorEnv does not say where its environments stand" in capsys.readouterr().err
+    assert agent.progress.resumed[0]["exact"] is False
+
+    with PPO("CartPole-v1", engine="sync", total_timesteps=4 * ROWS, **SMALL) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", num_envs=4) as agent:
+        agent.learn()
+    assert "there were 3 environments, and now there are 4" in capsys.readouterr().err
+
+
+def test_exact_resume_keeps_to_engines_that_can(tmp_path):
+    settings = {
+        "exact_resume": True,
+        "backend": "torch",
+        "preset": None,
+        "num_steps": 8,
+        "num_minibatches": 1,
+    }
+    with PPO("HalfCheetah-v5", num_envs=64, **settings) as agent:
+        assert agent.config.engine in ("workers", "sync")  # EnvPool otherwise
+    with PPO("ALE/Pong-v5", num_envs=2, **settings) as agent:
+        assert agent.config.engine in ("workers", "sync")
+    with PPO("CartPole-v1", num_envs=16, **settings) as agent:
+        assert agent.config.engine == "native"
+    with pytest.raises(UserError, match="engine async cannot bring"):
+        PPO("CartPole-v1", num_envs=2, engine="async", **settings)
+
+
+def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
+    """An environment that never ends would fill memory with its actions."""
+    monkeypatch.setattr("proximo.rollout.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
+
+    class Endless(Hidden):
+        def step(self, action):
+            return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **SMALL) as agent:
+        agent.learn()
+        assert len(agent._collector._log) <= 10
+        assert "too long" in agent.progress.world.why
+
+
+# Parts
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators_survive_a_file(name):
+    generator = np.random.Generator(getattr(np.random, name)(5))
+    generator.random(3, np.float32)
+    document, beside = pack(generator.bit_generator.state, "x")
+    again = generator_from(unpack(json.loads(json.dumps(document)), beside))
+    assert np.array_equal(generator.random(5), again.random(5))
+
+
+def test_only_known_generators_are_made():
+    with pytest.raises(UserError, match="one of NumPy's generators"):
+        generator_from({"bit_generator": "RandomState"})
+
+
+def test_a_snapshot_survives_a_file():
+    tree = {
+        "a": [1, 2.5, "x", None, True, b"\x00\xff"],
+        "b": {"of": np.eye(2), "array": np.float32(3)},
+        "c": (1, 2),
+    }
+    document, beside = pack(tree, "x")
+    back = unpack(json.loads(json.dumps(document)), beside)
+    assert back["a"] == tree["a"]
+    assert back["c"] == [1, 2]
+    assert np.array_equal(back["b"]["of"], np.eye(2))
+    assert same(tree, back)
+    assert not same(tree, {**tree, "c": (1, 3)})
+    assert not same(tree, {**tree, "b": {"of": np.eye(2) * 2, "array": np.float32(3)}})
+
+
+@pytest.mark.parametrize("bad", [object(), {1: 2}, {"x": {3}}, np.array([None])])
+def test_a_snapshot_of_something_else_is_refused(bad):
+    with pytest.raises(UserError, match="a snapshot holds"):
+        pack(bad, "x")
+
+
+def test_actions_since_an_origin_cross_rollouts():
+    """Two pieces of 3 steps; environment 0 has taken 4 steps since its origin, environment 1 one."""
+    log = [np.arange(6).reshape(3, 2), np.arange(6, 12).reshape(3, 2)]
+    nothing = np.zeros(2)
+    world = World({}, nothing, nothing, nothing, nothing, [b"", b""], np.array([4, 1]), log)
+    first, second = world.actions()
+    assert first.tolist() == [4, 6, 8, 10]
+    assert second.tolist() == [11]
+
+
+@pytest.mark.parametrize("engine", ["sync", "workers"])
+def test_bringing_back_repeats_every_step(engine):
+    """To where 37 random steps of Pendulum, cut at 10, have led; from there both give the same numbers."""
+    env = lambda: gym.make("Pendulum-v1", max_episode_steps=10)
+    envs, others = make_envs(env, 3, engine), make_envs(env, 3, engine)
+    rng = np.random.default_rng(0)
+    envs.reset(seed=[1, 2, 3])
+    actions = rng.uniform(-2, 2, (37, 3, 1)).astype(np.float32)
+    for action in actions:
+        expected, *_ = envs.step(action)
+    origins, since = envs.origins()
+    assert since.tolist() == [7, 7, 7]
+    observation, returns = others.replay(origins, [actions[-7:, n] for n in range(3)])
+    assert observation.tobytes() == np.asarray(expected).tobytes()
+    assert (returns < 0).all()
+    for action in rng.uniform(-2, 2, (25, 3, 1)).astype(np.float32):
+        for one, other in zip(envs.step(action)[:4], others.step(action)[:4], strict=True):
+            assert one.tobytes() == other.tobytes()
+    envs.close()
+    others.close()
+    assert spaces_of(envs).observation[0].shape == (3,)
+
+
+# The command
+
+
+def train(run, *flags):
+    return [*PROXIMO, "train", "Pendulum-v1", "--run-dir", str(run), "--preset", "none", "--num-envs", "3",
+            "--num-steps", "32", "--num-minibatches", "4", "--engine", "workers", *flags]  # fmt: skip
+
+
+def wait_for_rows(run, rows, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= rows:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} never had {rows} rows")
+
+
+def test_a_killed_run_is_resumed_by_command(tmp_path):
+    """SIGKILL somewhere after the 30th of 60 iterations, with a checkpoint every 7; then `proximo resume`: the same
+    parameters and metrics as the run that was left alone, in the same folder, with no iteration twice."""
+    flags = ["--total-timesteps", str(60 * ROWS), "--checkpoint-interval", "7"]
+    subprocess.run(train(tmp_path / "whole", *flags), check=True, capture_output=True, timeout=300)
+    killed = tmp_path / "killed"
+    with subprocess.Popen(
+        train(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_for_rows(killed, 30, process)
+        process.kill()
+    assert not (killed / "learning_curve.png").exists()
+    done = subprocess.run([*PROXIMO, "resume", str(killed)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "going on at step" in done.stdout
+    assert "go on exactly where they stood" in done.stderr
+    whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "killed"))
+    assert all(whole.arrays[name].tobytes() == resumed.arrays[name].tobytes() for name in whole.arrays)
+    assert told(read_metrics(killed)) == told(read_metrics(tmp_path / "whole"))
+    assert not list(killed.glob("checkpoints/.*"))
+    again = subprocess.run([*PROXIMO, "resume", str(killed)], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert "name a larger --total-timesteps" in again.stderr
+
+
+def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
+    """SIGTERM gives 143; the command it prints goes on, to a larger total too, and says that schedules end later."""
+    run = tmp_path / "a run"
+    with subprocess.Popen(
+        train(run, "--total-timesteps", "100_000_000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for_rows(run, 2, process)
+        process.terminate()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    (command,) = re.findall(r"go on with: (proximo resume .*)", output)
+    assert command == f"proximo resume '{run}'"
+    step = checkpoint.load(run).progress.global_step
+    total = step + 2 * ROWS
+    done = subprocess.run(
+        [*PROXIMO, "resume", str(run), "--total-timesteps", str(total)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(run).progress.global_step == total
+    assert [row["global_step"] for row in read_metrics(run)] == list(range(ROWS, total + 1, ROWS))
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """In the middle of an iteration that would take minutes."""
+    command = train(tmp_path / "run", "--total-timesteps", "100_000_000", "--num-steps", "1_000_000")
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        for line in process.stdout:
+            if "run folder" in line:
+                break
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 5
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
+    """A canary module that writes a file when it is imported; named by the user it is."""
+    (tmp_path / "canary.py").write_text(
+        "import pathlib, gymnasium\n"
+        f"pathlib.Path({str(tmp_path / 'sang')!r}).touch()\n"
+        "gymnasium.register('Canary-v0', 'gymnasium.envs.classic_control.cartpole:CartPoleEnv')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    with PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, **SMALL) as agent:
+        asked = iter([True])
+        agent.learn(stop=lambda: next(asked))
+    (path,) = checkpoint.steps_of(run)
+    arrays, manifest = checkpoint.read(path)
+    checkpoint.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("CartPole-v1", "canary:Canary-v0")
+    )
+    for command in (["resume", str(run)], ["evaluate", str(run)], ["inspect", str(run)],
+                    ["train", "--config", str(run / "config.yaml"), "--run-dir", str(tmp_path / "new")]):  # fmt: skip
+        assert main([*command]) == (0 if command[0] == "inspect" else 2)
+        assert not (tmp_path / "sang").exists()
+    assert "what a file names is not imported" in capsys.readouterr().err
+    assert main(["resume", str(run), "--env", "canary:Canary-v0", "--quiet"]) == 0
+    assert (tmp_path / "sang").exists()
+
+
+def test_an_older_checkpoint_goes_on_in_another_folder(tmp_path, capsys):
+    run = tmp_path / "run"
+    PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, checkpoint_interval=1, **SMALL).learn().close()
+    first = checkpoint.steps_of(run)[0]
+    with PPO.load(first) as agent, pytest.raises(UserError, match="not empty"):
+        agent.learn(run_dir=run)
+    new = Path(tmp_path / "new")
+    assert main(["resume", str(first), "--run-dir", str(new), "--quiet"]) == 0
+    assert equal(PPO.load(run), PPO.load(new))
+    capsys.readouterr()
