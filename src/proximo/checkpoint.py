@@ -111,10 +111,14 @@ def spaces_in(saved: Saved, config: Config) -> Spaces:
         for name, array in saved.arrays.items()
         if name.startswith("params/") and not name.endswith("log_std")
     )
-    if expected not in (None, held):  # before memory is taken for it
+    environments = saved.manifest["config"].get("num_envs")
+    # Before memory is taken for them.
+    if expected not in (None, held):
         raise Damaged(
             f"checkpoint {saved.path} is damaged: it holds {held:,} parameters, and its settings make {expected:,}"
         )
+    if saved.arrays.get("running_return", np.zeros(0)).shape != (environments,):
+        raise Damaged(f"checkpoint {saved.path} is damaged: it is not of {environments} environments")
     return spaces
 
 
@@ -203,7 +207,7 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         raise Damaged(f"{folder / MANIFEST} is no manifest of a {kind.replace('proximo-', '')} of Proximo's")
     schema = manifest.get("schema")
-    if schema != SCHEMA and schema not in MIGRATIONS:
+    if schema not in (SCHEMA, *MIGRATIONS):
         raise UserError(
             f"checkpoint {folder} has schema {schema} (written by Proximo {manifest.get('proximo')}); this Proximo "
             f"{__version__} reads schema {min(MIGRATIONS)} to {SCHEMA}"
@@ -214,8 +218,13 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
         arrays = decode(payload)
     except Exception as error:  # whatever bytes that are no arrays lead to
         raise Damaged(f"checkpoint {folder} is damaged: {error}") from error
-    while manifest["schema"] != SCHEMA:
-        manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
+    try:
+        while manifest["schema"] != SCHEMA:
+            manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise Damaged(
+            f"checkpoint {folder} is damaged: its manifest is none of schema {schema} ({error!r})"
+        ) from error
     return arrays, manifest
 
 

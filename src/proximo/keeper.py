@@ -38,6 +38,8 @@ class Keeper:
         """Remove what a process that was killed left half done, and put aside what could not be loaded."""
         folder = self.run_dir / "checkpoints"
         for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+            if left.is_symlink():
+                left.unlink()
             shutil.rmtree(left, ignore_errors=True)
         for later in steps_of(self.run_dir):
             if later.name > step_folder(self.run_dir, self.progress.global_step).name:

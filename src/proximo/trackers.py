@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,7 +22,7 @@ WANDB_RUN = ".wandb_run"  # its id
 
 
 class TensorBoard:
-    """Event files, written by TensorBoard's own writer: neither PyTorch nor TensorFlow is needed.
+    """An event file in TensorBoard's own format: neither PyTorch nor TensorFlow is needed.
 
     Only metrics that have a value are written; `global_step` is the step of everything.
 
@@ -31,14 +33,22 @@ class TensorBoard:
     def __init__(self, folder: str | Path, after: int | None = None) -> None:
         # Imported here: a fifth of a second.
         from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._events: Any = event_pb2
         self._proto: Any = summary_pb2
-        self._writer = EventFileWriter(str(folder))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        # Written at once: the writer that TensorBoard has for programs is a thread, which fails unseen.
+        self._writer = RecordWriter((Path(folder) / name).open("wb", buffering=0))
+        self._add(file_version="brain.Event:2")
         if after is not None:
             began = self._events.SessionLog(status=self._events.SessionLog.START)
-            self._writer.add_event(self._events.Event(step=after + 1, session_log=began))
+            self._add(step=after + 1, session_log=began)
+
+    def _add(self, **what: Any) -> None:
+        event = self._events.Event(wall_time=time.time(), **what)
+        self._writer.write(event.SerializeToString())
 
     def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Write scalars, and a histogram of each of the samples."""
@@ -54,9 +64,7 @@ class TensorBoard:
             if x.size
         ]
         step = int(metrics["global_step"] or 0)
-        self._writer.add_event(
-            self._events.Event(wall_time=time.time(), step=step, summary=proto.Summary(value=values))
-        )
+        self._add(step=step, summary=proto.Summary(value=values))
 
     def _histogram(self, x: np.ndarray) -> Any:
         x = np.asarray(x, np.float64).ravel()
@@ -67,7 +75,7 @@ class TensorBoard:
         )  # fmt: skip
 
     def close(self, failed: bool = False) -> None:
-        """Write out what is pending."""
+        """Close the file; everything is written."""
         self._writer.close()
 
 
