@@ -227,7 +227,8 @@ class Agent:
             rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length
         )
         began = time.perf_counter()
-        metrics = self.learner.update(rollout, order, hyper_at(config, progress.global_step))
+        learned = self.learner.update(rollout, order, hyper_at(config, progress.global_step))
+        metrics = {**learned, "update/skipped": 0.0}  # one that diverges is the caller's to leave out
         update_seconds = time.perf_counter() - began
         if not self.full and self._carry.shape[1]:
             # The update went on to remember rows that never were.
