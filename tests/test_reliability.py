@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -21,12 +22,15 @@ from safetensors.numpy import save as encode
 
 from proximo import PPO, RunError, UserError, bundle, checkpoint
 from proximo.cli import main
-from proximo.config import from_mapping, plain_yaml, read_file
-from proximo.keeper import BEST
+from proximo.config import Config, from_mapping, plain_yaml, read_file
+from proximo.keeper import BEST, Keeper
+from proximo.progress import Progress
 from proximo.record import METRICS, read_metrics
 
 PROXIMO = [sys.executable, "-m", "proximo"]
-SMALL = {"preset": None, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
+SMALL = {
+    "preset": None, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "backend": "torch",
+}  # fmt: skip
 ROWS = 32
 UNREADABLE = r"damaged|cannot be read|no manifest"
 OLD = Path(__file__).with_name("fixtures") / "schema-1"
@@ -58,7 +62,7 @@ def run(tmp_path):
 
 
 def test_the_last_and_the_best_are_kept(run):
-    """Six iterations: the last three checkpoints. No best one without a full window of episodes or an evaluation."""
+    """Six iterations and the beginning: the last three. No best one without 100 episodes or an evaluation."""
     assert steps(run) == [f"step_{4 * ROWS:012d}", f"step_{5 * ROWS:012d}", f"step_{6 * ROWS:012d}"]
     assert not (run / "checkpoints" / BEST).exists()
 
@@ -67,7 +71,7 @@ def test_the_best_by_training_return(tmp_path):
     """CartPole with a policy that does not learn (rate 0): the highest window of 100 episodes at a checkpoint."""
     run, kept = tmp_path / "run", {}
     with PPO("CartPole-v1", total_timesteps=80 * 512, run_dir=run, checkpoint_interval=5, keep_checkpoints=1,
-             preset=None, num_envs=8, num_steps=64, minibatch_size=512, update_epochs=1,
+             backend="torch", preset=None, num_envs=8, num_steps=64, minibatch_size=512, update_epochs=1,
              learning_rate=0.0) as agent:  # fmt: skip
         agent.learn()
     for row in read_metrics(run):
@@ -83,8 +87,8 @@ def test_the_best_by_evaluation(tmp_path):
     """Each evaluation that is higher than all before is saved, between checkpoints too, and stands in the metrics."""
     run = tmp_path / "run"
     with PPO("CartPole-v1", total_timesteps=12 * 256, run_dir=run, checkpoint_interval=0, evaluation_interval=3,
-             evaluation_episodes=3, preset=None, num_envs=4, num_steps=64, minibatch_size=64, keep_checkpoints=1,
-             learning_rate=3e-3) as agent:  # fmt: skip
+             backend="torch", evaluation_episodes=3, preset=None, num_envs=4, num_steps=64, minibatch_size=64,
+             keep_checkpoints=1, learning_rate=3e-3) as agent:  # fmt: skip
         agent.learn()
     found = {row["global_step"]: row["evaluation/return_mean"] for row in read_metrics(run)}
     assert [step for step, value in found.items() if value is not None] == [768, 1536, 2304, 3072]
@@ -99,7 +103,7 @@ def test_by_time(tmp_path):
     with PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, checkpoint_interval=0, checkpoint_minutes=1e-9,
              keep_checkpoints=9, **SMALL) as agent:  # fmt: skip
         agent.learn()
-    assert len(steps(run)) == 4
+    assert len(steps(run)) == 5  # and the beginning
 
 
 # Full disks
@@ -122,7 +126,7 @@ def test_a_full_disk_harms_nothing_that_is_whole(tmp_path, capsys):
         if iteration == 2:
             limited(4096)
         if iteration == 4:
-            assert steps(run) == [f"step_{ROWS:012d}", f"step_{2 * ROWS:012d}"]
+            assert steps(run) == [f"step_{number * ROWS:012d}" for number in (0, 1, 2)]
             assert checkpoint.load(run).progress.iteration == 2
             assert not list(run.glob("checkpoints/.*"))
             limited(resource.RLIM_INFINITY)
@@ -135,7 +139,7 @@ def test_a_full_disk_harms_nothing_that_is_whole(tmp_path, capsys):
     finally:
         limited(resource.RLIM_INFINITY)
     assert capsys.readouterr().err.count("could not be saved") == 2
-    assert len(steps(run)) == 4
+    assert len(steps(run)) == 5
     assert [row["iteration"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -143,7 +147,18 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path):
     """A process that may not write more than 8 kB into a file: metrics and TensorBoard's events stop growing, and after
     the third checkpoint that fails the run ends with status 1; what was saved before loads."""
     run = tmp_path / "run"
-    flags = ["--preset", "none", "--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2"]
+    flags = [
+        "--preset",
+        "none",
+        "--backend",
+        "torch",
+        "--num-envs",
+        "2",
+        "--num-steps",
+        "16",
+        "--num-minibatches",
+        "2",
+    ]
     command = [
         *PROXIMO,
         "train",
@@ -187,7 +202,7 @@ arrays, manifest = checkpoint.read(fixture)
 def save(progress):
     return lambda path: checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
 
-killed = 0
+killed = reached = 0
 for at in range(1, 1000):
     folder = run / str(at)
     child = os.fork()
@@ -211,16 +226,17 @@ for at in range(1, 1000):
         os._exit(7)
     _, status = os.waitpid(child, 0)
     saved = checkpoint.load(folder)
-    assert saved.progress.global_step >= 0
+    assert saved.progress.global_step >= reached  # never less than with an earlier kill
+    reached = saved.progress.global_step
     best = folder / "checkpoints" / "best"
     assert checkpoint.load(best).progress.global_step in (0, 2)
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) == 7
-        assert saved.progress.global_step == 3
+        assert (reached, checkpoint.load(best).progress.global_step) == (3, 2)
         break
     killed += 1
-    reached = saved.progress.global_step
-    Keeper(folder, Config(), Progress(reached, 0), save(Progress()))
+    Keeper(folder, Config(), saved.progress, save(Progress()))
+    assert checkpoint.load(best).progress.global_step == saved.progress.best_step
     assert not list((folder / "checkpoints").glob(".*"))
     assert checkpoint.load(folder).progress.global_step == reached
 print(killed)
@@ -255,7 +271,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     expected = PPO.load(run).learner.state()
     latest, before = checkpoint.steps_of(run)[-1], checkpoint.steps_of(run)[-2]
     rng = random.Random(0)
-    for damage in [*[lambda: flip(latest / name, rng)] * 8, lambda: os.truncate(latest / name, 100)]:
+    flips = [lambda: flip(latest / name, rng)] * 8
+    for damage in [*flips, lambda: os.truncate(latest / name, 100), lambda: (latest / name).unlink()]:
         damage()
         assert checkpoint.load(run).path == before
         assert re.search(r"step_0+192 (is damaged|cannot be read).*; going back", capsys.readouterr().err)
@@ -266,6 +283,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     assert main(["resume", str(run), "--quiet"]) == 0
     assert all(np.array_equal(expected[key], value) for key, value in PPO.load(run).learner.state().items())
     assert (run / "checkpoints" / f"damaged-{latest.name}").is_dir()
+    flip(latest / name, rng)  # the same again
+    assert main(["resume", str(run), "--quiet"]) == 0
+    assert all(np.array_equal(expected[key], value) for key, value in PPO.load(run).learner.state().items())
     for path in checkpoint.steps_of(run):
         os.truncate(path / name, 10)
     with pytest.raises(UserError, match=UNREADABLE):
@@ -307,6 +327,40 @@ def test_two_runs_in_one_folder(run):
         agent.learn(run_dir=run, stop=other)
 
 
+def test_a_run_that_went_on_meanwhile_is_not_undone(run):
+    """An agent that was loaded before another process went on does not take that back: it is told to load again."""
+    with PPO.load(run, total_timesteps=8 * ROWS) as first, PPO.load(run, total_timesteps=8 * ROWS) as second:
+        first.learn(run_dir=run)
+        with pytest.raises(UserError, match="the run went on meanwhile"):
+            second.learn(run_dir=run)
+    assert checkpoint.load(run).progress.global_step == 8 * ROWS
+    assert len(read_metrics(run)) == 8
+
+
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(run, capsys):
+    """Half a line and one that is none are left out, and said."""
+    lines = (run / METRICS).read_bytes().splitlines()
+    (run / METRICS).write_bytes(b"\n".join([*lines[:2], b"{\xff", *lines[3:], lines[0][:9]]))
+    assert main(["resume", str(run), "--total-timesteps", str(7 * ROWS), "--quiet"]) == 0
+    assert "holds 5 of the 6 iterations" in capsys.readouterr().err
+    assert [row["iteration"] for row in read_metrics(run)] == [1, 2, 4, 5, 6, 7]
+
+
+def test_a_best_one_that_is_no_link_any_more(tmp_path):
+    """A copy that follows links makes a folder of it, which does not stand in the way of a better one."""
+    progress, config = Progress(1, 1), Config(evaluation_interval=1)
+    arrays, manifest = checkpoint.read(OLD)
+    save = lambda path: checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
+    keeper = Keeper(tmp_path, config, progress, save)
+    keeper.save(1.0)
+    (tmp_path / "checkpoints" / BEST).unlink()
+    shutil.copytree(checkpoint.steps_of(tmp_path)[0], tmp_path / "checkpoints" / BEST)
+    progress.global_step = 2
+    keeper.save(2.0)
+    assert not keeper.failures
+    assert (tmp_path / "checkpoints" / BEST).readlink().name == checkpoint.step_folder("", 2).name
+
+
 # Numbers
 
 
@@ -333,7 +387,9 @@ def test_an_update_that_diverges_is_left_out_and_the_third_ends_the_run(backend,
     """A reward of 1e30 (whose square is infinite in float32) in the third rollout of 16 steps: that update is left
     out, parameters unchanged, and the run goes on. In the third to fifth: the run stops, explained."""
     once = lambda: Paying(1e30, {40})
-    with PPO(once, backend=backend, total_timesteps=6 * ROWS, run_dir=tmp_path / "once", **SMALL) as agent:
+    with PPO(
+        once, total_timesteps=6 * ROWS, run_dir=tmp_path / "once", **{**SMALL, "backend": backend}
+    ) as agent:
         before = None
         for row in agent.iterate():
             if row["iteration"] == 3:
@@ -347,7 +403,7 @@ def test_an_update_that_diverges_is_left_out_and_the_third_ends_the_run(backend,
 
     always = lambda: Paying(1e30, {40, 50, 70})
     run = tmp_path / "always"
-    agent = PPO(always, backend=backend, total_timesteps=9 * ROWS, run_dir=run, **SMALL)
+    agent = PPO(always, total_timesteps=9 * ROWS, run_dir=run, **{**SMALL, "backend": backend})
     with agent, pytest.raises(RunError, match="diverged"):
         agent.learn()
     said = capsys.readouterr().err
@@ -360,6 +416,24 @@ def test_an_update_that_diverges_is_left_out_and_the_third_ends_the_run(backend,
     assert "likely cause: a reward of 1e+30 (step 5 of environment 0)" in text
     assert "rollout/reward" in text
     assert "losses/total" in text
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_normalisers_are_not_spoilt_either(backend):
+    """An observation of 1e25 is clipped before the network sees it, so that the loss is finite, but the square of it is
+    infinite in float32: the variance would be, and every later observation 0."""
+
+    class Far(Paying):
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+
+        def step(self, action):
+            _, *rest = super().step(action)
+            return np.full(1, 1e25 if self.steps == 43 else self.steps % 3, np.float32), *rest
+
+    settings = {**SMALL, "backend": backend, "normalize_observation": True}
+    with PPO(lambda: Far(1.0, ()), total_timesteps=5 * ROWS, **settings) as agent:
+        assert [row["update/skipped"] for row in agent.iterate()] == [0, 0, 1, 0, 0]
+        assert all(np.isfinite(array).all() for array in agent.learner.state().values())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -462,12 +536,13 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("command", [["evaluate", "--episodes", "1"], ["resume", "--total-timesteps", "99"]])
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_manifests_are_refused_within_bounded_memory(what, tmp_path):
+def test_hostile_manifests_are_refused_within_bounded_memory(what, command, tmp_path):
     """In a process that may take 6 GiB of addresses, much of which libraries take that use none of it."""
     folder = rewritten(tmp_path / "hostile", **HOSTILE[what])
     done = subprocess.run(
-        [*LIMITED, "AS", str(6 << 30), *PROXIMO, "evaluate", str(folder), "--episodes", "1"],
+        [*LIMITED, "AS", str(6 << 30), *PROXIMO, *command, str(folder)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -482,7 +557,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
         checkpoint.load(rewritten(tmp_path / "header", (1 << 63).to_bytes(8, "little") + b"{}"))
     folder = rewritten(tmp_path / "large")
     os.truncate(folder / checkpoint.MANIFEST, 1 << 30)
-    with pytest.raises(UserError, match="more than any manifest"):
+    with pytest.raises(UserError, match="more than any such file"):
         checkpoint.load(folder)
     (folder / checkpoint.MANIFEST).write_text("[" * 10**6)
     with pytest.raises(UserError, match="cannot be read"):
@@ -595,15 +670,15 @@ def test_what_is_fuzzed_loads_as_it_is(valid, tmp_path):
 @example(text="hidden_sizes: [.inf, .nan]")
 def test_any_file_of_settings_is_read_or_refused(text, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(text, "utf-8", "surrogatepass")
+    path.write_text(text, "utf-8")
     with suppress(UserError):
         from_mapping(read_file(path)[2])
 
 
 @FUZZ
-@given(lines=st.lists(st.text(max_size=30) | plain.map(json.dumps), max_size=4))
-def test_any_metrics_are_read_or_refused(lines, tmp_path):
-    (tmp_path / METRICS).write_text("\n".join(lines), "utf-8", "surrogatepass")
+@given(lines=st.lists(st.text(max_size=30) | plain.map(json.dumps), max_size=4), tail=st.binary(max_size=9))
+def test_any_metrics_are_read_or_refused(lines, tail, tmp_path):
+    (tmp_path / METRICS).write_bytes("\n".join(lines).encode() + tail)
     with suppress(UserError):
         read_metrics(tmp_path)
 

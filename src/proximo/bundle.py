@@ -15,7 +15,7 @@ from proximo.learner import Learner
 from proximo.progress import Progress
 
 FOLDER = "faults"
-HUGE = 1e6  # of what networks are fed with, and rewards are made of
+HUGE, BEYOND = 1e6, 1e15  # for networks, and for normalisers too
 BEFORE = 3  # steps that are shown
 
 
@@ -59,7 +59,7 @@ def explain(path: Path) -> Iterator[str]:
     yield f"what happened: {manifest.get('message')}"
     yield f"likely cause: {likely_cause(arrays, manifest)}"
     yield ""
-    if "environment" in manifest:
+    if "environment" in manifest and "rollout/action" in arrays:
         yield from _before(arrays, int(manifest["environment"]), int(manifest["step"]))
     metrics = manifest.get("metrics") or {}
     if metrics:
@@ -81,21 +81,18 @@ def likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> str
             "infinite; nothing was learned from it"
         )
     reward = arrays.get("rollout/reward", np.zeros(1))
-    if largest(reward) > HUGE and not config.get("normalize_reward"):
+    if largest(reward) > (BEYOND if config.get("normalize_reward") else HUGE):
         t, n = np.unravel_index(int(np.argmax(np.abs(reward))), reward.shape)
         return (
             f"a reward of {reward[t, n]:.3g} (step {t} of environment {n}), whose square overflows the value loss: "
-            "use normalize_reward, or scale rewards in the environment"
+            "scale rewards in the environment, or up to 1e15 use normalize_reward"
         )
+    limit = BEYOND if config.get("normalize_observation") else HUGE
     for name, array in arrays.items():
-        if (
-            name.startswith("rollout/obs/")
-            and largest(array) > HUGE
-            and not config.get("normalize_observation")
-        ):
+        if name.startswith("rollout/obs/") and array.dtype.kind == "f" and largest(array) > limit:
             return (
-                f"an observation of {largest(array):.3g} ({name}): use normalize_observation, or scale it in the "
-                "environment"
+                f"an observation of {largest(array):.3g} ({name}): scale it in the environment, or up to 1e15 use "
+                "normalize_observation"
             )
     params = {name: largest(array) for name, array in arrays.items() if name.startswith("state/params/")}
     name = max(params, key=lambda key: params[key], default="")

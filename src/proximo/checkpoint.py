@@ -37,7 +37,7 @@ NETWORK = frozenset(
 )
 OPEN = ("auto", None)  # leaves it as it was
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
-MANIFEST_BYTES = 1 << 26  # more than any has
+MANIFEST_BYTES, ARRAYS_BYTES = 1 << 26, 1 << 33  # more than any has
 NEEDED = {"config": dict, "spaces": dict, "network": str, "backend": str, "progress": dict}
 
 
@@ -78,7 +78,7 @@ def describe(
 
 
 def config_of(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
-    """The settings to go on with: the checkpoint's with these changes, on whatever device there is here.
+    """The settings to go on with: the checkpoint's with these changes. Into which folder is not the file's to say.
 
     Raises:
         UserError: the network that was trained is the user's own, and is not given; or a change makes it another.
@@ -92,7 +92,7 @@ def config_of(path: str | Path, manifest: dict[str, Any], network: Any, changes:
         raise UserError(
             f"{path} was trained with a network of its user's: load it from Python, with network=…"
         )
-    return from_mapping(override({**manifest["config"], "device": "auto"}, dict(changes)))
+    return from_mapping(override({**manifest["config"], "run_dir": None}, dict(changes)))
 
 
 def spaces_in(saved: Saved, config: Config) -> Spaces:
@@ -195,9 +195,10 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
         UserError: it is of a later version.
     """
     try:
-        size = (folder / MANIFEST).stat().st_size
-        if size > MANIFEST_BYTES:
-            raise Damaged(f"{folder / MANIFEST} has {size:,} bytes, more than any manifest")
+        for name, most in ((MANIFEST, MANIFEST_BYTES), (ARRAYS, ARRAYS_BYTES)):
+            length = (folder / name).stat().st_size
+            if length > most:
+                raise Damaged(f"{folder / name} has {length:,} bytes, more than any such file: {most:,}")
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         payload = (folder / ARRAYS).read_bytes()
     except (OSError, ValueError, RecursionError) as error:
@@ -243,11 +244,13 @@ MIGRATIONS: dict[
 ] = {1: _with_progress}
 
 
-def inexact(saved: Saved, backend: str) -> list[str]:
+def inexact(saved: Saved, config: Config) -> list[str]:
     """What is not as it was, so that a run goes on from the same state, but not to the bit."""
     found = []
-    if saved.manifest["backend"] != backend:
-        found.append(f"backend {saved.manifest['backend']} became {backend}")
+    for name in ("backend", "device", "threads"):
+        was, is_now = saved.manifest["config"].get(name), getattr(config, name)
+        if was != is_now:
+            found.append(f"{name} {was} became {is_now}")
     before, now = saved.manifest.get("versions") or {}, versions()
     for name in sorted(set(before) & set(now) - {"proximo", "platform", "cores"}):
         if before[name] != now[name]:
@@ -258,7 +261,9 @@ def inexact(saved: Saved, backend: str) -> list[str]:
 def checksum(payload: bytes, manifest: dict[str, Any]) -> str:
     """SHA-256 over the arrays and everything else that the manifest says."""
     said = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(payload + json.dumps(said, sort_keys=True).encode()).hexdigest()
+    found = hashlib.sha256(payload)
+    found.update(json.dumps(said, sort_keys=True).encode())
+    return found.hexdigest()
 
 
 def candidates(path: str | Path) -> list[Path]:
@@ -284,8 +289,8 @@ def candidates(path: str | Path) -> list[Path]:
 
 
 def steps_of(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, the earliest first."""
-    return sorted(manifest.parent for manifest in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}"))
+    """The checkpoints of a run, whole or not, the earliest first."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
 
 
 def home_of(path: str | Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 from collections.abc import Iterable
@@ -35,4 +36,5 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def note(text: str) -> None:
     """Say something that a run goes on after, on the terminal's error stream."""
-    print(f"proximo: note: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens, which is no reason to end a run
+        print(f"proximo: note: {text}", file=sys.stderr)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from proximo.checkpoint import step_folder, steps_of
+from proximo.checkpoint import MANIFEST, Damaged, read, step_folder, steps_of
 from proximo.config import Config
-from proximo.errors import RunError, note
+from proximo.errors import RunError, UserError, note
 from proximo.progress import WINDOW, Progress
 
 PATIENCE = 3  # saves in a row that may fail
-BEST = "best"  # a link to the best checkpoint
+BEST = "best"  # points to the best checkpoint
 
 
 class Keeper:
@@ -41,9 +42,15 @@ class Keeper:
             if left.is_symlink():
                 left.unlink()
             shutil.rmtree(left, ignore_errors=True)
-        for later in steps_of(self.run_dir):
-            if later.name > step_folder(self.run_dir, self.progress.global_step).name:
-                later.rename(later.with_name(f"damaged-{later.name}"))
+        for later in later_than(self.progress.global_step, self.run_dir):
+            names = (f"damaged-{later.name}{suffix}" for suffix in ("", *map(".{}".format, range(1, 100))))
+            later.rename(next(path for name in names if not (path := later.with_name(name)).exists()))
+        self._point()
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether saving has failed too often."""
+        return self.failures >= PATIENCE
 
     def after_iteration(self, evaluated: float | None) -> None:
         """Save where it is time for it, or where an evaluation was the best so far.
@@ -64,24 +71,23 @@ class Keeper:
         Raises:
             RunError: it has failed too often.
         """
-        path = step_folder(self.run_dir, self.progress.global_step)
+        progress = self.progress
+        path = step_folder(self.run_dir, progress.global_step)
         self._saved_at = time.monotonic()
         score = evaluated if self.config.evaluation_interval else self._training_return()
-        best_before = self.progress.best
-        best = score is not None and (best_before is None or score > best_before)
-        if best:
-            self.progress.best = score
-        elif path.exists():
+        before = progress.best, progress.best_step
+        if score is not None and (progress.best is None or score > progress.best):
+            progress.best, progress.best_step = score, progress.global_step
+        elif (path / MANIFEST).is_file():
             return
         try:
             self._save(path)
-            if best:
-                point(path.parent / BEST, path.name)
         except OSError as error:
-            self.progress.best = best_before
+            progress.best, progress.best_step = before
             self._failed(path, error)
             return
         self.failures = 0
+        self._point()
         self._prune()
 
     def _is_best(self, evaluated: float | None) -> bool:
@@ -94,29 +100,52 @@ class Keeper:
     def _failed(self, path: Path, error: OSError) -> None:
         self.failures += 1
         why = error.strerror or str(error)
-        if self.failures == PATIENCE:
+        if self.gave_up:
             raise RunError(f"{path} could not be saved, for the {PATIENCE}rd time in a row: {why}") from error
         note(f"{path} could not be saved: {why}; the run goes on, and the checkpoint before it is whole")
 
+    def _best(self) -> Path | None:
+        step = self.progress.best_step
+        return None if step is None else step_folder(self.run_dir, step)
+
+    def _point(self) -> None:
+        """Have `best` point to the best checkpoint; where there are no links it is kept all the same."""
+        best = self._best()
+        if best is None or not best.is_dir():
+            return
+        link = best.parent / BEST
+        temporary = link.with_name(f".{BEST}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError, NotImplementedError):
+            temporary.unlink(missing_ok=True)
+            if link.is_dir() and not link.is_symlink():  # copied by something that follows links
+                shutil.rmtree(link)
+            temporary.symlink_to(best.name)
+            temporary.replace(link)  # from one moment to the next
+
     def _prune(self) -> None:
-        best = (self.run_dir / "checkpoints" / BEST).resolve()
         for folder in steps_of(self.run_dir)[: -self.config.keep_checkpoints]:
-            if folder.resolve() == best:
+            if folder == self._best():
                 continue
             aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")  # half of one would look damaged
-            try:
+            with contextlib.suppress(OSError):
                 folder.rename(aside)
-            except OSError:
-                continue
-            shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True)
 
 
-def point(link: Path, target: str) -> None:
-    """Make a link, or have one point elsewhere from one moment to the next; where there are none, leave it."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(target)
-    except (OSError, NotImplementedError):
-        return
-    temporary.replace(link)
+def later_than(step: int, run_dir: Path) -> list[Path]:
+    """Checkpoints of later steps."""
+    return [path for path in steps_of(run_dir) if path.name > step_folder(run_dir, step).name]
+
+
+def require_latest(step: int, run_dir: Path) -> None:
+    """Refuse to go on from a step that a run is past, as another process may have brought it there meanwhile.
+
+    Raises:
+        UserError: there is a later checkpoint, and it is whole.
+    """
+    for later in later_than(step, run_dir):
+        with contextlib.suppress(Damaged):
+            read(later)
+            raise UserError(
+                f"{later} is later than what was loaded: the run went on meanwhile, so load it again"
+            )

@@ -83,6 +83,14 @@ class Learner(Protocol):
         """
         ...
 
+    def kept(self) -> Any:
+        """Everything learned as it is now, to `take_back` in this process. Nothing is copied."""
+        ...
+
+    def take_back(self, kept: Any) -> None:
+        """Forget what was learned since."""
+        ...
+
     def state(self) -> dict[str, np.ndarray]:
         """Everything learned: names and shapes are the same in both backends."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from proximo.config import FIELDS, Config, check, checked, from_mapping, overrid
 from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
 from proximo.errors import NotFinite, RunError, UserError, note
 from proximo.evaluate import Evaluation, evaluate, random, trained
-from proximo.keeper import PATIENCE, Keeper
+from proximo.keeper import Keeper, require_latest
 from proximo.learner import Learner, choose_backend, make_learner
 from proximo.parameters import architecture
 from proximo.plot import plot, plot_run
 from proximo.progress import Progress
 from proximo.randomness import Purpose, environment_seeds, generator
 from proximo.record import Metrics, RunFolder
-from proximo.rollout import Collector, can_go_back
+from proximo.rollout import Collector, ways_back
 from proximo.spaces import Spaces
 from proximo.trackers import import_wandb, recording, tell
 from proximo.train import iterations
@@ -148,18 +149,23 @@ class PPO:
         if progress and self.progress.global_step and config.total_timesteps != total:
             note(f"schedules now end at step {config.total_timesteps:,}")
         after = self.progress if goes_on else None
-        with recording(run_dir, self.env_id, config, progress, after) as (folder, sinks):
+        check = partial(require_latest, self.progress.global_step)
+        with recording(run_dir, self.env_id, config, progress, after, check) as (folder, sinks):
             self._home = folder.path.resolve() if folder else self._home
             collector = self._stage()
             # Whether to compile is decided for each call anew.
             self.config = config.replace(run_dir=None, compile=self.config.compile, engine=self.config.engine)
-            keeper = Keeper(folder.path, config, self.progress, self.save) if folder else None
+            keeper = Keeper(folder.path, config, self.progress, self._saver(folder)) if folder else None
             try:
+                if keeper:
+                    keeper.save()  # from which a run that dies early goes on
                 for metrics, samples in iterations(
                     self.config, collector, self.learner, self.progress, examine=folder is not None
                 ):
-                    evaluated = self._evaluate_now(config, metrics)
-                    tell(sinks, metrics, samples)
+                    try:
+                        evaluated = self._evaluate_now(config, metrics)
+                    finally:
+                        tell(sinks, metrics, samples)
                     if folder and keeper:
                         keeper.after_iteration(evaluated)
                         self._film_into(folder, config.video_interval)
@@ -180,26 +186,37 @@ class PPO:
             self._finish(folder)
         return self
 
+    def _saver(self, folder: RunFolder) -> Callable[[Path], None]:
+        """Saves a checkpoint, when the metrics up to it are on the disk."""
+
+        def save(path: Path) -> None:
+            folder.sync()
+            self.save(path)
+
+        return save
+
     def _stage(self) -> Collector:
         """The environments, where they stood when this agent last learned, if they can be brought back."""
         envs, saved = self._open_envs(), self._saved
         made_here = envs is not self._env
         if made_here and self._collector and self._collector.envs is envs and self._collector.stands:
             return self._collector
-        self._saved = None
-        collector, world = Collector(envs, self.spaces, self.config), self.progress.world
+        world = self.progress.world
+        if made_here and self._collector:
+            self.close()  # repeating begins with new ones
+        collector = Collector(self._open_envs(), self.spaces, self.config, resumable=True)
         why = "the checkpoint does not say where they stood" if world is None else collector.go_back(world)
         if why:
-            if saved and self.progress.global_step:
+            if self.progress.global_step and made_here:
                 note(f"new episodes begin, since environments could not be brought back: {why}")
             if made_here and world and not world.why:
                 self.close()  # an attempt may have broken them
-                collector = Collector(self._open_envs(), self.spaces, self.config)
+                collector = Collector(self._open_envs(), self.spaces, self.config, resumable=True)
             count, begun = self.config.num_envs, self.progress.iteration
             collector.reset(environment_seeds(self.config.seed, count, iteration=begun))
             self.progress.episodes.clear()
         if saved and self.progress.global_step:
-            changed = checkpoint.inexact(saved, self.learner.backend)
+            changed = checkpoint.inexact(saved, self.config)
             if not why:
                 how = (
                     f"exactly: not to the bit, since {'; '.join(changed)}"
@@ -214,7 +231,7 @@ class PPO:
                     "why": why or "; ".join(changed),
                 }
             )
-        self._collector = collector
+        self._collector, self._saved = collector, None
         return collector
 
     def _evaluate_now(self, config: Config, metrics: Metrics) -> float | None:
@@ -223,6 +240,7 @@ class PPO:
             return None
         names = ("return_mean", "return_std", "length_mean")
         found: dict[str, Any] = dict.fromkeys(names)
+        metrics |= {f"evaluation/{name}": None for name in names}
         if self.progress.iteration % config.evaluation_interval == 0:
             found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
         metrics |= {f"evaluation/{name}": found[name] for name in names}
@@ -231,7 +249,7 @@ class PPO:
     def _rescue(self, folder: RunFolder, keeper: Keeper, error: BaseException) -> None:
         """Save what was learned before an error, and what led to it where numbers did."""
         try:
-            if keeper.failures < PATIENCE:
+            if not keeper.gave_up:
                 keeper.save()
             if isinstance(error, NotFinite):
                 path = bundle.save(folder.path, error, self.learner, self.config, self.env_id, self.progress)
@@ -405,7 +423,7 @@ class PPO:
         saved = checkpoint.load(path)
         manifest = saved.manifest
         given = given_for(env, changes)
-        if env is not None or given.get("isolate_envs"):
+        if env not in (None, manifest.get("env")) or given.get("isolate_envs"):
             given.setdefault(
                 "engine", "auto"
             )  # what was chosen may not run another environment, or isolate it
@@ -415,7 +433,12 @@ class PPO:
         config = checkpoint.config_of(path, manifest, network, given)
         spaces = checkpoint.spaces_in(saved, config)
         agent = cls.__new__(cls)
-        agent._bind(env, config, spaces, network, None)
+        try:
+            agent._bind(env, config, spaces, network, None)
+        except UserError as error:
+            if "device" in given or "is not available" not in str(error):
+                raise
+            agent._bind(env, config.replace(device="auto"), spaces, network, None)  # there is none as before
         agent.learner.load(saved.arrays)
         agent.progress, agent._saved = saved.progress, saved
         agent._home, agent._unnamed = checkpoint.home_of(path), known if imports else None
@@ -479,8 +502,9 @@ def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
         env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume
     )
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
-    if config.exact_resume and not can_go_back(envs):
-        envs.close() if envs is not env else None
+    if config.exact_resume and not any(ways_back(envs)):
+        if envs is not env:
+            envs.close()
         raise UserError(
             f"exact_resume: engine {engine} cannot bring its environments back to where they stood; use engine auto, "
             "workers or sync"

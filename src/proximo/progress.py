@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,19 @@ class Progress:
     episodes: deque[Episode] = field(default_factory=window)  # the last that ended
     skipped: int = 0  # updates in a row that diverged
     best: float | None = None  # mean return of the best checkpoint
+    best_step: int | None = None  # when that was
     world: World | None = None  # where the environments stand; None where they have not begun
     resumed: list[dict[str, Any]] = field(
         default_factory=list
     )  # how each session went on from the one before
+
+    def copy(self) -> Progress:
+        """As it is now."""
+        return replace(self, episodes=self.episodes.copy(), resumed=list(self.resumed))
+
+    def take_back(self, before: Progress) -> None:
+        """Be as it was then."""
+        vars(self).update(vars(before))
 
     @property
     def return_mean(self) -> float | None:
@@ -57,6 +66,7 @@ class Progress:
             "iteration": self.iteration,
             "skipped": self.skipped,
             "best": self.best,
+            "best_step": self.best_step,
             "resumed": self.resumed,
             "exact": self.world is not None and not self.world.why,
             "why": self.world.why if self.world else "no episode has begun",
@@ -86,6 +96,7 @@ class Progress:
             episodes=window(episodes),
             skipped=int(document["skipped"]),
             best=None if document["best"] is None else float(document["best"]),
+            best_step=None if document["best_step"] is None else int(document["best_step"]),
             world=None if world is None else World.from_document(world, arrays),
             resumed=list(document["resumed"]),
         )

@@ -10,8 +10,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -52,13 +52,19 @@ class RunFolder:
 
     Args:
         after: an iteration; the folder is that run's, which goes on from there. Later metrics are removed.
+        check: refuses to go on there, before anything is removed.
 
     Raises:
         UserError: the folder holds something already, is in use, or cannot be written.
     """
 
     def __init__(
-        self, path: str | Path, env_id: str | None, config: Config, after: int | None = None
+        self,
+        path: str | Path,
+        env_id: str | None,
+        config: Config,
+        after: int | None = None,
+        check: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.path, self.rows, self.continued = Path(path), 0, after is not None
         self._lock: int | None = None
@@ -76,16 +82,18 @@ class RunFolder:
                 ) as file:  # claims the folder for this run
                     file.write(text)
             else:
+                check(self.path)
                 replace_text(self.path / CONFIG, text)
                 cut_metrics(self.path, after)
             replace_text(self.path / VERSIONS, json.dumps(versions(), indent=2))
             self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except FileExistsError as error:
+        except BaseException as error:
             self._unlock()
-            raise UserError(f"run folder {self.path} is another run's: choose another run_dir") from error
-        except OSError as error:
-            self._unlock()
-            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            if isinstance(error, FileExistsError):
+                raise UserError(f"run folder {self.path} is another run's: choose another run_dir") from error
+            if isinstance(error, OSError):
+                raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            raise
 
     def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
         """Append one iteration's metrics as a JSON object; where that fails, with a later one."""
@@ -108,6 +116,11 @@ class RunFolder:
                 )
             return
         self._waiting.clear()
+
+    def sync(self) -> None:
+        """Have the metrics on the disk before a checkpoint that follows them."""
+        if self._metrics is not None:
+            os.fsync(self._metrics)
 
     def close(self, failed: bool = False) -> None:
         """Close the metrics; the folder is complete."""
@@ -166,11 +179,18 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def cut_metrics(run_dir: Path, after: int) -> None:
-    """Remove the metrics of later iterations, and half a line at the end."""
+    """Remove the metrics of later iterations, and lines that are none."""
     path = run_dir / METRICS
-    if path.exists():
-        rows = [json.dumps(row) for row in read_metrics(run_dir) if (row["iteration"] or 0) <= after]
-        replace_text(path, "".join(f"{row}\n" for row in rows))
+    if not path.exists():
+        return
+    kept, lines = [], path.read_bytes().splitlines()
+    for line in lines:
+        with suppress(ValueError, TypeError, AttributeError):
+            if json.loads(line).get("iteration", 0) <= after:
+                kept.append(line.decode() + "\n")
+    if len(kept) < after:
+        note(f"{path} holds {len(kept)} of the {after} iterations that were done")
+    replace_text(path, "".join(kept))
 
 
 def require_empty(run_dir: Path) -> None:
@@ -208,17 +228,20 @@ def read_metrics(run_dir: str | Path) -> list[Metrics]:
     """
     path = Path(run_dir) / METRICS
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; expected a run folder") from error
     rows: list[Metrics] = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # a run that goes on, or was killed, while writing it
                 break
             raise UserError(f"{path}, line {number} is no JSON object: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is no JSON object: {line[:40]!r}")
+        rows.append(row)
     return rows
 
 
@@ -252,7 +275,10 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """What a result depends on besides its settings."""
-    packages = ("numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco", "envpool")
+    packages = (
+        "numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco", "envpool", "ale-py", "opencv-python-headless",
+        "box2d",
+    )  # fmt: skip
     found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version()}
     for name in packages:
         try:

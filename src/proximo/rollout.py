@@ -6,9 +6,10 @@ facts of the world only: nothing that a network said about them.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from proximo.config import Config
 from proximo.errors import NotFinite, RunError, UserError
 from proximo.spaces import Obs, Spaces
-from proximo.world import World, same
+from proximo.world import Replays, Snapshots, World, same
 
-REPLAY, SNAPSHOT = "replay", "snapshot"  # methods of vector environments that can be brought back
 LOG_BYTES = 1 << 28  # of actions, kept for episodes that are under way
+PIECES = 256  # that the log is kept in
 
 Actor = Callable[[Obs, np.ndarray], np.ndarray]
 """(observation [N, ...], start [N] bool) -> raw samples [N, ...]."""
@@ -146,9 +147,19 @@ class Rollout:
             )
 
 
-def can_go_back(envs: VectorEnv) -> bool:
-    """Whether a vector environment can be brought back to where it stood."""
-    return hasattr(envs.unwrapped, REPLAY) or hasattr(envs.unwrapped, SNAPSHOT)
+def ways_back(envs: VectorEnv) -> tuple[Any, Any]:
+    """What can repeat episodes, and what can restore a snapshot of its own; None where a vector environment cannot."""
+    inner = envs.unwrapped
+    replays = inner if isinstance(inner, Replays) else None
+    # A wrapper around it may keep something that its snapshot does not hold.
+    says = (
+        envs
+        if isinstance(envs, Snapshots)
+        else inner
+        if inner is envs and isinstance(inner, Snapshots)
+        else None
+    )
+    return replays, says
 
 
 class Collected(NamedTuple):
@@ -169,11 +180,14 @@ class Collector:
     form of Gymnasium's RecordEpisodeStatistics: `info["episode"]`, with `r` (undiscounted sum of raw rewards) and `l`
     (steps), where an episode ended, and in a vector environment [N] each, where `info["_episode"]` [N] is True.
 
+    Args:
+        resumable: whether `stand` and `go_back` are going to be called.
+
     Raises:
         UserError: the vector environment does not say how it resets, or does not do as it says.
     """
 
-    def __init__(self, envs: VectorEnv, spaces: Spaces, config: Config) -> None:
+    def __init__(self, envs: VectorEnv, spaces: Spaces, config: Config, resumable: bool = False) -> None:
         mode = envs.metadata.get("autoreset_mode")
         if mode is None:
             raise UserError(
@@ -183,9 +197,11 @@ class Collector:
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
-        self.stands = False  # between two rollouts, from where `collect` can go on
-        self._log: deque[np.ndarray] = deque()  # actions that the environments were given
-        self._replays, self._says = hasattr(inner, REPLAY), hasattr(inner, SNAPSHOT)
+        self.stands = False  # since `stand`, nothing has moved
+        self._replays: Any
+        self._says: Any
+        self._replays, self._says = ways_back(envs) if resumable else (None, None)
+        self._forget()
         self.reported = bool(getattr(inner, "reports_episodes", False))
         if (
             isinstance(inner, AsyncVectorEnv)
@@ -211,11 +227,10 @@ class Collector:
         self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
         self.episode_return = np.zeros(count, np.float64)
         self.episode_length = np.zeros(count, np.int64)
-        self._log.clear()
-        self._stand()
+        self._forget()
 
-    def world(self) -> World:
-        """Where the environments stand, between two rollouts."""
+    def stand(self) -> World:
+        """Where the environments stand, from where `collect` goes on, and `go_back` in another process."""
         world = World(
             {path: value.copy() for path, value in self.obs.items()},
             self.start.copy(),
@@ -224,30 +239,32 @@ class Collector:
             self.episode_length.copy(),
         )
         if self._says:
-            inner: Any = self.envs.unwrapped
-            return replace(world, snapshot=inner.snapshot())
-        if not self._replays:
+            world = replace(world, snapshot=copy.deepcopy(self._says.snapshot()))
+        elif self._replays:
+            world = self._repeatable(world, *self._replays.origins())
+        else:
             name = type(self.envs.unwrapped).__name__
-            return replace(world, why=f"{name} does not say where its environments stand")
-        known = (self._since <= sum(map(len, self._log))) & [bool(origin) for origin in self._origins]
+            world = replace(world, why=f"{name} does not say where its environments stand")
+        self.stands = True
+        return world
+
+    def _repeatable(self, world: World, origins: Sequence[bytes], since: np.ndarray) -> World:
+        """With what repeats the episodes; forgets actions that nothing needs any more."""
+        while self._log and (self._steps - len(self._log[0]) >= since.max() or self._bytes > LOG_BYTES):
+            oldest = self._log.popleft()
+            self._steps, self._bytes = self._steps - len(oldest), self._bytes - oldest.nbytes
+        if len(self._log) > PIECES:
+            self._log = deque([np.concatenate(self._log)])
+        known = (since <= self._steps) & [bool(origin) for origin in origins]
         if not known.all():
             n = int(np.argmin(known))
-            return replace(
-                world, why=f"environment {n} does not say from where its episode began, or it is too long"
+            what = (
+                "its episode is too long to be repeated"
+                if origins[n]
+                else "how its episode began is not known"
             )
-        return replace(world, origins=self._origins, since=self._since, log=tuple(self._log))
-
-    def _stand(self) -> None:
-        """Note from where the environments came, and forget actions that are not needed to repeat that."""
-        self.stands = True
-        if not self._replays:
-            return
-        inner: Any = self.envs.unwrapped
-        self._origins, self._since = inner.origins()
-        steps, size = sum(map(len, self._log)), sum(taken.nbytes for taken in self._log)
-        while self._log and (steps - len(self._log[0]) >= self._since.max() or size > LOG_BYTES):
-            oldest = self._log.popleft()
-            steps, size = steps - len(oldest), size - oldest.nbytes
+            return replace(world, why=f"environment {n}: {what}")
+        return replace(world, origins=origins, since=since, log=tuple(self._log))
 
     def go_back(self, world: World) -> str:
         """Bring the environments to where they stood.
@@ -260,15 +277,16 @@ class Collector:
             return world.why
         if len(world.start) != self.envs.num_envs:
             return f"there were {len(world.start)} environments, and now there are {self.envs.num_envs}"
-        inner: Any = self.envs.unwrapped
-        if not (self._says and world.snapshot is not None) and not (self._replays and world.origins):
-            return f"{type(inner).__name__} cannot bring environments back that another engine ran"
+        known = world.snapshot is not None if self._says else bool(self._replays and world.origins)
+        if not known:
+            name = type(self.envs.unwrapped).__name__
+            return f"{name} cannot bring environments back that another engine ran"
         try:
-            if self._says:
-                inner.restore(world.snapshot)
-                where = "" if same(inner.snapshot(), world.snapshot) else "their snapshot"
+            if self._says is not None:
+                self._says.restore(world.snapshot)
+                where = "" if same(self._says.snapshot(), world.snapshot) else "their snapshot"
             else:
-                where = self._differing(world, *inner.replay(world.origins, world.actions()))
+                where = self._differing(world, *self._replays.replay(world.origins, world.actions()))
         except Exception as error:
             return f"bringing the environments back failed: {error}"
         if where:
@@ -276,11 +294,15 @@ class Collector:
                 f"{where} came back another: something decides that is neither np_random nor an action, see snapshot "
                 "and restore in proximo.world"
             )
-        self._log = deque(world.log)
+        self._forget(world.log)
         self.obs, self.start, self.resetting = world.obs, world.start.copy(), world.resetting.copy()
         self.episode_return, self.episode_length = world.episode_return.copy(), world.episode_length.copy()
-        self._stand()
         return ""
+
+    def _forget(self, log: Sequence[np.ndarray] = ()) -> None:
+        """Forget actions, but for these."""
+        self._log = deque(log)
+        self._steps, self._bytes = sum(map(len, log)), sum(taken.nbytes for taken in log)
 
     def _differing(self, world: World, observation: Any, returns: np.ndarray) -> str:
         """What is not to the bit as it was."""
@@ -304,7 +326,7 @@ class Collector:
         env_seconds = act_seconds = 0.0
         rollout.clear()
         self.stands = False
-        taken: list[np.ndarray] = []
+        taken: list[np.ndarray] = []  # actions
         self._store_observation(rollout, 0)
         for t in range(rollout.num_steps):
             began = time.perf_counter()
@@ -330,8 +352,8 @@ class Collector:
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
             self._log.append(np.stack(taken))
+            self._steps, self._bytes = self._steps + len(taken), self._bytes + self._log[-1].nbytes
         rollout.check_finite()
-        self._stand()
         return Collected(episodes, env_seconds, act_seconds)
 
     def _store_observation(self, rollout: Rollout, t: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,13 @@ def recording(
     config: Config,
     console: bool,
     after: Progress | None = None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[tuple[RunFolder | None, list[Sink]]]:
     """The run folder, where there is one, and everything that metrics go to; closed at the end.
 
     Args:
         after: where the run in this folder stands, which goes on; None where it begins.
+        check: refuses to go on there, before anything is changed.
 
     Raises:
         UserError: the folder is in use or cannot be written, or a logger does not begin.
@@ -161,7 +163,7 @@ def recording(
             stack.push(lambda kind, *_: close(sink, failed=kind is not None))
 
         iteration, step = (after.iteration, after.global_step) if after else (None, None)
-        folder = None if run_dir is None else RunFolder(run_dir, env_id, config, iteration)
+        folder = None if run_dir is None else RunFolder(run_dir, env_id, config, iteration, check)
         if folder:
             opened(folder)
         if folder and config.wandb:

@@ -50,15 +50,20 @@ def iterations(
         NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
     """
     rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
-    progress.world = collector.world()
+    progress.world = collector.stand()
     while progress.global_step < config.total_timesteps and not solved(config, progress):
         due = examine and config.histogram_interval and progress.iteration % config.histogram_interval == 0
+        learned, before = learner.kept(), progress.copy()
         try:
             done = iterate(config, collector, learner, progress, rollout, bool(due))
-        except NotFinite as error:
-            error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
+            progress.world = collector.stand()
+        except BaseException as error:  # Ctrl-C as well
+            collector.stands = False
+            learner.take_back(learned)
+            progress.take_back(before)
+            if isinstance(error, NotFinite):
+                error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
             raise
-        progress.world = collector.world()
         yield done
 
 
@@ -70,7 +75,7 @@ def iterate(
     rollout: Rollout,
     examine: bool,
 ) -> Iteration:
-    """Collect one rollout and learn from it; `progress` is as before where that fails.
+    """Collect one rollout and learn from it.
 
     Raises:
         NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
@@ -117,7 +122,6 @@ def updated(
     except NotFinite as error:
         progress.skipped += 1
         if progress.skipped == PATIENCE:
-            progress.skipped = 0
             error.evidence |= {"order": order, "hyper": hyper._asdict()}
             raise
         note(f"iteration {progress.iteration}: {error} ({progress.skipped} in a row; {PATIENCE} end the run)")

@@ -13,11 +13,14 @@ from proximo.errors import NotFinite, UserError, suggest
 PER_ENVIRONMENT = ("running_return", "carry")  # begin at zero when the number of environments changes
 
 
-def require_finite(metrics: Mapping[str, float]) -> None:
-    """Look at an update's metrics before its result is taken over.
+def require_finite(metrics: Mapping[str, float], sound: bool = True) -> None:
+    """Look at an update before its result is taken over.
+
+    Args:
+        sound: whether all of what it learned is finite.
 
     Raises:
-        NotFinite: the loss or the gradient is NaN or infinite.
+        NotFinite: the loss, the gradient or what was learned is NaN or infinite.
     """
     for name in ("losses/total", "update/gradient_norm"):
         if not math.isfinite(metrics[name]):
@@ -26,6 +29,12 @@ def require_finite(metrics: Mapping[str, float]) -> None:
                 "set max_grad_norm, or normalise observations and rewards",
                 metrics=dict(metrics),
             )
+    if not sound:
+        raise NotFinite(
+            "parameters or normalisers became NaN or infinite, so the update is not taken over: look for huge rewards "
+            "or observations",
+            metrics=dict(metrics),
+        )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:

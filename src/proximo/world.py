@@ -22,14 +22,42 @@ import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from proximo.errors import UserError
 
+# Keep their physics engine, which remembers, from one episode to the next.
+REMEMBERING = ("gymnasium.envs.box2d.bipedal_walker", "gymnasium.envs.box2d.car_racing")
 GENERATORS = ("PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937")  # of NumPy
 ARRAY, BYTES = "array", "bytes"  # stand for what lies beside a document
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """An environment, or a vector environment, that says what it carries on; see above."""
+
+    def snapshot(self) -> Any:
+        """Everything that is to come depends on."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """The inverse."""
+        ...
+
+
+@runtime_checkable
+class Replays(Protocol):
+    """A vector environment that repeats episodes from their origins."""
+
+    def origins(self) -> tuple[list[bytes], np.ndarray]:
+        """N pickled origins, empty where one is not known, and the steps since [N]."""
+        ...
+
+    def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """Observations [N, ...] to which actions lead, and the returns of the episodes so far [N]."""
+        ...
 
 
 class Origin(NamedTuple):

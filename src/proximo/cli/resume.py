@@ -31,6 +31,9 @@ def add_to(commands: Any) -> None:
         type=whole,
         help="steps of the whole run, if other than before; schedules then end there",
     )
+    parser.add_argument(
+        "--stop-at-return", type=float, help="the mean training return to stop at, if other than before"
+    )
     parser.add_argument("--backend", help="jax or torch, if other than before")
     parser.add_argument("--engine", help="how environments are run, if other than before")
     parser.add_argument("--run-dir", help="go on in this new folder instead")
@@ -44,8 +47,9 @@ def run(options: argparse.Namespace) -> int:
     with prepared(options) as interrupt:
         from proximo.ppo import PPO
         from proximo.record import default_run_dir, require_empty
+        from proximo.train import solved
 
-        names = ("total_timesteps", "backend", "engine")
+        names = ("total_timesteps", "stop_at_return", "backend", "engine")
         changes = {name: value for name in names if (value := getattr(options, name)) is not None}
         if options.run_dir:
             require_empty(Path(options.run_dir))
@@ -56,6 +60,11 @@ def run(options: argparse.Namespace) -> int:
         if progress.global_step >= config.total_timesteps:
             raise UserError(
                 f"{options.path} has done its {config.total_timesteps:,} steps: name a larger --total-timesteps"
+            )
+        if solved(config, progress):
+            raise UserError(
+                f"{options.path} has reached its stop_at_return {config.stop_at_return:g}: name a larger one, with "
+                "--stop-at-return"
             )
         folder = options.run_dir or agent.home
         run_dir = Path(folder or default_run_dir(agent.env_id, agent.learner.backend, config.seed))

@@ -200,3 +200,5 @@ def _summary(jobs: Sequence[Job], folder: Path, stopped: bool) -> Iterator[str]:
     folders = [job.folder for job in jobs if job.seed in known]
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
     yield f"evaluate one with: proximo evaluate {folders[0]}"
+    if stopped:
+        yield f"go on with each: proximo resume {folders[0]}"

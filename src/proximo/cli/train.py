@@ -130,8 +130,13 @@ def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], 
 
 def resumes(agent: PPO, run_dir: Path) -> str:
     """The command that goes on with a run."""
-    named = f" --env {agent.env_id}" if ":" in str(agent.env_id) else ""
-    return f"proximo resume {shlex.quote(str(run_dir))}{named}"
+    return f"proximo resume {named(agent, run_dir)}"
+
+
+def named(agent: PPO, run_dir: Path) -> str:
+    """A run as a command names it, with its environment where that has to be named again."""
+    imported = f" --env {agent.env_id}" if ":" in str(agent.env_id) else ""
+    return shlex.quote(str(run_dir)) + imported
 
 
 def run_seeds(
@@ -241,8 +246,7 @@ def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     lines.append(f"learning curve: {', '.join(shown) or 'none'}")
     if not run_dir.exists():
         return ["interrupted before anything was learned"]
-    named = f" --env {agent.env_id}" if ":" in str(agent.env_id) else ""
-    lines.append(f"evaluate with: proximo evaluate {shlex.quote(str(run_dir))}{named}")
+    lines.append(f"evaluate with: proximo evaluate {named(agent, run_dir)}")
     if interrupted:
         lines.append(f"go on with: {resumes(agent, run_dir)}")
     if goal is not None and not interrupted and (-math.inf if reached is None else reached) < goal:
@@ -296,4 +300,5 @@ class Interrupt:
             raise KeyboardInterrupt(number)
         self.signal = number
         if self._say:
-            print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):
+                print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)

@@ -234,6 +234,7 @@ class AtariGame(gym.Wrapper):
 
         game: Any = self.env.unwrapped
         game.restore_state(ALEState(snapshot))
+        self._goes_on = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Begin a new game, or go on with one after a life was lost."""

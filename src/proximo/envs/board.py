@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.world import Origin, generator_from, generator_of
+from proximo.world import REMEMBERING, Origin, generator_from, generator_of
 
 LINE = 64  # bytes of a cache line
 NOWHERE = -1  # in none of the environments
@@ -203,7 +203,7 @@ class Share:
             dict(first.metadata),
             first.render_mode,
             reports_episodes(first),
-            SNAPSHOT_BYTES if first.has_wrapper_attr("snapshot") else GENERATOR_BYTES,
+            SNAPSHOT_BYTES if snapshot_of(first) else GENERATOR_BYTES,
         )
 
     def attach(self, board: Board, index: int) -> None:
@@ -215,10 +215,8 @@ class Share:
         self.final = list(leaves(first.observation_space, board.final))
         self.reports = len(board.episode) > 0
         self.since = board.since[self.environments.start : self.environments.stop]
-        name = "snapshot"
-        self.snapshots = [
-            env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None for env in self.envs
-        ]
+        self.snapshots = [snapshot_of(env) for env in self.envs]
+        self.fresh = set(self.environments)  # which have not been reset yet
 
     def reset(
         self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
@@ -238,15 +236,20 @@ class Share:
     def _remember(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
         """Keep from where the episode begins that the coming reset begins."""
         board, snapshot = self.board, None
+        if n not in self.fresh and type(env.unwrapped).__module__ in REMEMBERING:
+            replayable = False
+        self.fresh.discard(n)
         take = self.snapshots[n - self.environments.start]
         if take is not None:
             snapshot = take()
             if snapshot is None and seed is None and board.since[n]:
                 return  # it goes on from what was before
-        origin = Origin(seed, generator_of(env) if seed is None else None, snapshot)
-        packed = np.frombuffer(origin.pickled(), np.uint8) if replayable else ()
+        packed = b""
+        if replayable:
+            with contextlib.suppress(Exception):  # a snapshot that no process can be told
+                packed = Origin(seed, generator_of(env) if seed is None else None, snapshot).pickled()
         size = len(packed) if len(packed) <= board.origin.shape[1] else 0
-        board.origin[n, :size] = packed[:size]
+        board.origin[n, :size] = np.frombuffer(packed[:size], np.uint8)
         board.origin_size[n], board.since[n] = size, 0
 
     def replay(self, part: Sequence[tuple[bytes, np.ndarray]]) -> None:
@@ -352,6 +355,12 @@ def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int
 def seen(board: Board, copy: bool) -> Any:
     """The observations, copied where asked; otherwise the next step overwrites them."""
     return mapped(np.copy, board.observation) if copy else board.observation
+
+
+def snapshot_of(env: gym.Env) -> Callable[[], Any] | None:
+    """The method by which an environment says what it carries from one episode into the next, if it takes it back."""
+    names = ("snapshot", "restore")
+    return env.get_wrapper_attr(names[0]) if all(map(env.has_wrapper_attr, names)) else None
 
 
 def origins(board: Board) -> tuple[list[bytes], np.ndarray]:

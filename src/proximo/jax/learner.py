@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from proximo import trees
 from proximo.acting import mlp_actor
 from proximo.config import Config
+from proximo.errors import NotFinite
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, built_in
 from proximo.jax.normalization import Reduce
@@ -63,6 +65,14 @@ def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[s
     }  # fmt: skip
 
 
+def learn(
+    spec: Spec, state: State, data: Transitions, order: Array, hyper: Hyper
+) -> tuple[State, dict[str, Array], Array]:
+    """An update, its metrics, and whether all of what it learned is finite."""
+    state, metrics = update(spec, state, data, order, hyper)
+    return state, metrics, jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]))
+
+
 class Learner:
     """Keeps the state and speaks NumPy to the world; see `proximo.learner.Learner`.
 
@@ -99,7 +109,7 @@ class Learner:
         self._score = jax.jit(partial(score, self.spec))
         self._carries = jax.jit(partial(carries, self.spec))
         self._examine = jax.jit(partial(examine, self.spec))
-        self._update = jax.jit(partial(update, self.spec))
+        self._update = jax.jit(partial(learn, self.spec))
 
     def expect(self, minibatches: int, as_before: bool | None = None) -> bool | None:
         """Nothing to decide."""
@@ -127,11 +137,21 @@ class Learner:
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
         """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
-        state, metrics = self._update(self._state, self.transitions(rollout), order, hyper)
+        state, metrics, sound = self._update(self._state, self.transitions(rollout), order, hyper)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        trees.require_finite(metrics)
+        try:
+            trees.require_finite(metrics, bool(sound))
+        except NotFinite:
+            self._remember(rollout)
+            raise
         self._state = state
         return metrics
+
+    def _remember(self, rollout: Rollout) -> None:
+        """Go on in a recurrent network from where a rollout ends that nothing is learned from."""
+        if self.spec.network.carry_size:
+            after = self._carries(self._state, rollout.obs, rollout.start)[-1]
+            self._state = self._state._replace(carry=after)
 
     def examine(
         self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
@@ -195,6 +215,14 @@ class Learner:
         # Not in chunks as _value: who acts has the same rows every time, and waits for each.
         log_prob, value, after = map(np.asarray, self._score(self._state, obs, action, start, carry))
         return log_prob, value, after
+
+    def kept(self) -> State:
+        """Everything learned as it is now: a state never changes."""
+        return self._state
+
+    def take_back(self, kept: State) -> None:
+        """Forget what was learned since."""
+        self._state = kept
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything learned, under names that both backends share."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from proximo import trees
 from proximo.acting import mlp_actor
 from proximo.config import Config
-from proximo.errors import note
+from proximo.errors import NotFinite, note
 from proximo.machine import choose_device, learner_threads
 from proximo.parameters import architecture, is_critic, limits, size
 from proximo.rollout import Actor, Rollout
@@ -189,9 +189,23 @@ class Learner:
                 self.compiled = self._may_choose = False
                 state, metrics = learn(minibatch)
         metrics = {name: value.item() for name, value in metrics.items()}
-        trees.require_finite(metrics)
+        sound: list[bool] = []
+        each(lambda x: sound.append(bool(torch.isfinite(x).all())), state)
+        try:
+            trees.require_finite(metrics, all(sound))
+        except NotFinite:
+            self._remember(rollout)
+            raise
         self._state = state
         return metrics
+
+    def _remember(self, rollout: Rollout) -> None:
+        """Go on in a recurrent network from where a rollout ends that nothing is learned from."""
+        if self.spec.network.carry_size:
+            obs, start = each(self._there, (rollout.obs, rollout.start))
+            with made_on(self.device):
+                after = carries(self.spec, self._state, obs, start)[-1]
+            self._state = self._state._replace(carry=after)
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
         if not self.compiled:
@@ -274,6 +288,14 @@ class Learner:
             found = score(self.spec, self._state, seen, taken, begins, before.to(self._dtype))
         log_prob, value, after = map(home, found)
         return log_prob, value, after
+
+    def kept(self) -> State:
+        """Everything learned as it is now: a state never changes."""
+        return self._state
+
+    def take_back(self, kept: State) -> None:
+        """Forget what was learned since."""
+        self._state = kept
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything learned, under names that both backends share."""
