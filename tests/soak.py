@@ -14,6 +14,7 @@ import collections
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,13 @@ from proximo import checkpoint
 from proximo.record import read_metrics
 
 PROXIMO = [sys.executable, "-m", "proximo"]
-FAULTS = ("kill a worker", "stop a worker", "kill the trainer", "interrupt", "terminate")
-EXPECTED = {
-    "interrupt": {130},
-    "terminate": {143},
-    "kill the trainer": {-9},
-    "kill a worker": {1},
-    "stop a worker": {-9},
+# What is done, and how the run may end by it; signals before Python begins to handle them end it themselves.
+FAULTS = {
+    "kill a worker": (1,),
+    "stop a worker": (-signal.SIGKILL,),
+    "kill the trainer": (-signal.SIGKILL,),
+    "interrupt": (130, -signal.SIGINT),
+    "terminate": (143, -signal.SIGTERM),
 }
 STEPS = 100_000_000
 
@@ -43,11 +44,8 @@ def children(process: int) -> list[int]:
     return []
 
 
-def disturb(process: subprocess.Popen[bytes], fault: str, rng: random.Random) -> None:
+def disturb(process: subprocess.Popen[bytes], fault: str, workers: list[int], rng: random.Random) -> None:
     """Do something to a run, from which it ends."""
-    workers = children(process.pid)
-    if "worker" in fault and not workers:
-        fault = "kill the trainer"
     if fault == "kill a worker":
         os.kill(rng.choice(workers), signal.SIGKILL)
     elif fault == "stop a worker":  # the trainer waits for it, and is killed; the worker has to end by itself
@@ -60,6 +58,15 @@ def disturb(process: subprocess.Popen[bytes], fault: str, rng: random.Random) ->
         number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(fault, signal.SIGKILL)
         process.send_signal(number)
     process.wait(60)
+
+
+def alive(processes: list[int]) -> list[int]:
+    """Those of these processes that have not ended some seconds later."""
+    until = time.monotonic() + 10
+    while processes and time.monotonic() < until:
+        processes = [process for process in processes if Path(f"/proc/{process}").exists()]
+        time.sleep(0.1)
+    return processes
 
 
 def told(run: Path) -> list[dict]:
@@ -78,6 +85,7 @@ def main() -> int:
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     rng, counts = random.Random(options.seed), collections.Counter()
+    shared = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory() as folder:
         run, alone = Path(folder, "disturbed"), Path(folder, "alone")
         flags = ["--quiet", "--no-tensorboard", "--checkpoint-interval", "5", "--lr-schedule", "constant",
@@ -94,27 +102,30 @@ def main() -> int:
         ]
         until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
-            going_on = run.exists() and checkpoint.steps_of(run)
+            if run.exists() and not checkpoint.steps_of(run):
+                shutil.rmtree(run)  # it was killed before it began
+            going_on = run.exists()
             command = [*PROXIMO, "resume", str(run), "--quiet"] if going_on else begin
             before = len(read_metrics(run)) if going_on else 0
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             time.sleep(rng.uniform(0.5, 25))
-            fault = rng.choice(FAULTS)
-            began = process.poll()
-            if began is not None:
-                print(f"it ended by itself with {began}:\n{process.stderr.read().decode()}")
+            if process.poll() is not None:
+                print(f"it ended by itself with {process.returncode}:\n{process.stderr.read().decode()}")
                 return 1
-            disturb(process, fault, rng)
+            fault, workers = rng.choice(list(FAULTS)), children(process.pid)
+            fault = fault if workers or "worker" not in fault else "kill the trainer"
+            disturb(process, fault, workers, rng)
             said = process.stderr.read().decode()
             counts[fault] += 1
             counts["exactly"] += "exactly where they stood" in said
-            if "new episodes begin" in said or "Traceback" in said:
-                print(f"after '{fault}':\n{said}")
+            left = [alive(workers), sorted(set(os.listdir("/dev/shm")) - shared)]
+            unexpected = process.returncode not in FAULTS[fault] or any(left)
+            if unexpected or "new episodes begin" in said or "Traceback" in said:
+                print(f"after '{fault}': status {process.returncode}, left {left}\n{said}")
                 return 1
             after = len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
             print(f"{fault:<17} status {process.returncode:>4}  iterations {before} to {after}", flush=True)
-        left = int(checkpoint.load(run).progress.global_step)
-        total = str(left + 10 * 2048)
+        total = str(checkpoint.load(run).progress.global_step + 10 * 2048)
         subprocess.run([*PROXIMO, "resume", str(run), "--quiet", "--total-timesteps", total], check=True)
         begin[begin.index(str(run))], begin[begin.index(str(STEPS))] = str(alone), total
         subprocess.run(begin, check=True)

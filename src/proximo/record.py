@@ -202,7 +202,9 @@ def require_empty(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} is a file: choose another run_dir")
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        goes_on = f", or go on with it: proximo resume {run_dir}" if (run_dir / CONFIG).exists() else ""
+        goes_on = (
+            f", or go on with it: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else ""
+        )
         raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it{goes_on}")
 
 

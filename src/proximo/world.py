@@ -14,6 +14,10 @@ A vector environment may have the same two methods, which then are about all of 
 steps.
 
 Whether it worked is seen: the observations, and the returns of the episodes so far, have to be the same to the bit.
+
+Who does what: the environments' process notes an Origin before each reset (`envs.board.Share`) and repeats episodes
+when asked; the collector keeps the actions, says where all stand as a World (`rollout.Collector.stand`) and brings them
+back (`go_back`); `ppo` decides whether episodes go on or begin anew, and says so.
 """
 
 from __future__ import annotations
