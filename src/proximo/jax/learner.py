@@ -65,12 +65,10 @@ def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[s
     }  # fmt: skip
 
 
-def learn(
-    spec: Spec, state: State, data: Transitions, order: Array, hyper: Hyper
-) -> tuple[State, dict[str, Array], Array]:
-    """An update, its metrics, and whether all of what it learned is finite."""
-    state, metrics = update(spec, state, data, order, hyper)
-    return state, metrics, jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]))
+@jax.jit
+def sound(state: State) -> Array:
+    """Whether all of what was learned is finite."""
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]))
 
 
 class Learner:
@@ -109,7 +107,7 @@ class Learner:
         self._score = jax.jit(partial(score, self.spec))
         self._carries = jax.jit(partial(carries, self.spec))
         self._examine = jax.jit(partial(examine, self.spec))
-        self._update = jax.jit(partial(learn, self.spec))
+        self._update = jax.jit(partial(update, self.spec))
 
     def expect(self, minibatches: int, as_before: bool | None = None) -> bool | None:
         """Nothing to decide."""
@@ -137,10 +135,10 @@ class Learner:
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
         """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
-        state, metrics, sound = self._update(self._state, self.transitions(rollout), order, hyper)
+        state, metrics = self._update(self._state, self.transitions(rollout), order, hyper)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         try:
-            trees.require_finite(metrics, bool(sound))
+            trees.require_finite(metrics, bool(sound(state)))
         except NotFinite:
             self._remember(rollout)
             raise
