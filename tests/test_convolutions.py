@@ -105,7 +105,13 @@ def test_the_first_ratio_is_one(backend, monkeypatch):
 @both_backends
 def test_the_built_in_network_learns_from_pictures(backend):
     """Which half is bright: 4 of 4. The config that a run keeps says which network it was."""
-    settings = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "learning_rate": 1e-3}
+    settings = {
+        "num_envs": 8,
+        "num_steps": 16,
+        "num_minibatches": 2,
+        "update_epochs": 4,
+        "learning_rate": 1e-3,
+    }
     with PPO(BrightHalf, backend=backend, hidden_sizes=(32,), lr_schedule="constant", **settings) as agent:
         assert (agent.config.architecture, agent.config.shared_trunk) == ("impala", True)
         agent.learn(8 * 16 * 80)

@@ -31,6 +31,7 @@ NEEDS_A_WINDOW = "--render"
 # Put behind what a page says; of two equal flags the last one wins.
 CUT = {
     "train": ["--total-timesteps", "512", "--update-epochs", "1", "--histogram-interval", "0"],
+    "resume": ["--total-timesteps", "4096"],
     "evaluate": ["--episodes", "2"],
     "plot": [],
     "presets": [],

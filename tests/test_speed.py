@@ -149,15 +149,18 @@ def test_the_engine_that_was_taken_is_kept_and_does_not_bind_another_environment
     assert PPO.load(tmp_path / "sync").learn(64).config.engine == "sync"
 
 
-def test_small_networks_learn_on_one_thread():
+def test_small_networks_learn_on_one_thread(monkeypatch):
     """CartPole, two networks of 64 64: 2 (4·64 + 64 + 64·64 + 64) + 65·2 + 65 = 9155 parameters. Minibatches of 64
     cost 585,920 multiplications; of 1024, 9,374,720, which is above 5 million."""
     agent = PPO("CartPole-v1", num_envs=2, **SMALL)
     parameters = initial_parameters(agent.config, agent.spaces)
     assert size(agent.config, agent.spaces) == sum(value.size for value in parameters.values()) == 9155
     assert learner_threads(None, 64, 9155) == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert learner_threads(None, 1024, 9155) == cores()
     assert learner_threads(None, 64, None) == cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert learner_threads(None, 1024, 9155) == 1
     assert learner_threads(3, 64, 9155) == 3
     assert agent.learner.threads == 1
     assert PPO("CartPole-v1", backend="torch", threads=2, num_envs=2, **SMALL).learner.threads == 2

@@ -46,13 +46,18 @@ def stay_on_core(process: int, number: int) -> None:
 def learner_threads(asked_for: int | None, rows: int, parameters: int | None) -> int:
     """Threads that learn: as many as asked for, or one where a minibatch is small, or one for each core.
 
+    OMP_NUM_THREADS, where it is set, is the most that nobody asked for.
+
     Args:
         rows: transitions in a minibatch.
         parameters: of the network; None where nobody knows.
     """
     if asked_for is not None:
         return asked_for
-    return 1 if parameters is not None and rows * parameters < SMALL else cores()
+    if parameters is not None and rows * parameters < SMALL:
+        return 1
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores(), int(most)) if most.isdigit() and int(most) else cores()
 
 
 class Device(NamedTuple):
