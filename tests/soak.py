@@ -39,9 +39,12 @@ STEPS = 100_000_000
 
 def children(process: int) -> list[int]:
     """Processes that a process has begun."""
-    with contextlib.suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return []
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == process:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def disturb(process: subprocess.Popen[bytes], fault: str, workers: list[int], rng: random.Random) -> None:
@@ -89,7 +92,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run, alone = Path(folder, "disturbed"), Path(folder, "alone")
         flags = ["--quiet", "--no-tensorboard", "--checkpoint-interval", "5", "--lr-schedule", "constant",
-                 "--engine", "workers", *options.flags]  # fmt: skip
+                 "--engine", "workers", "--num-envs", "4", "--num-steps", "512", *options.flags]  # fmt: skip
         begin = [
             *PROXIMO,
             "train",

@@ -66,8 +66,11 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.path} has reached its stop_at_return {config.stop_at_return:g}: name a larger one, with "
                 "--stop-at-return"
             )
-        folder = options.run_dir or agent.home
-        run_dir = Path(folder or default_run_dir(agent.env_id, agent.learner.backend, config.seed))
+        own = Path(options.path) if agent.home == Path(options.path).resolve() else agent.home
+        new = default_run_dir(agent.env_id, agent.learner.backend, config.seed)
+        run_dir = Path(options.run_dir or own or new)
         say = (lambda line: None) if options.quiet else said
         say(f"{agent.env_id}: going on at step {progress.global_step:,} of {config.total_timesteps:,}")
+        if options.total_timesteps is not None:
+            say(f"note: schedules end at step {config.total_timesteps:,}")
         return learn(agent, run_dir, interrupt, say, progress=not options.quiet)
