@@ -106,11 +106,7 @@ def likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> str
 
 def largest(array: np.ndarray) -> float:
     """The largest finite magnitude in an array; 0 of none."""
-    values = (
-        np.abs(array[np.isfinite(array)], dtype=np.float64)
-        if array.dtype.kind == "f"
-        else np.abs(array.astype(float))
-    )
+    values = np.abs(array[np.isfinite(array)].astype(np.float64))
     return float(values.max(initial=0.0))
 
 

@@ -24,7 +24,7 @@ from proximo.config import Config, from_mapping, override
 from proximo.errors import UserError, note
 from proximo.learner import Learner
 from proximo.parameters import size
-from proximo.progress import Progress
+from proximo.progress import NAME, Progress
 from proximo.record import versions
 from proximo.spaces import Spaces
 from proximo.version import __version__
@@ -183,7 +183,7 @@ def _opened(folder: Path) -> Saved:
         progress = Progress.from_document(manifest["progress"], arrays)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Damaged(f"checkpoint {folder} is damaged: its progress is none ({error!r})") from error
-    learned = {name: array for name, array in arrays.items() if not name.startswith("run/")}
+    learned = {name: array for name, array in arrays.items() if not name.startswith(f"{NAME}/")}
     return Saved(folder, learned, manifest, progress)
 
 

@@ -239,10 +239,10 @@ class PPO:
         if not config.evaluation_interval:
             return None
         names = ("return_mean", "return_std", "length_mean")
-        found: dict[str, Any] = dict.fromkeys(names)
         metrics |= {f"evaluation/{name}": None for name in names}
-        if self.progress.iteration % config.evaluation_interval == 0:
-            found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        if self.progress.iteration % config.evaluation_interval:
+            return None
+        found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
         metrics |= {f"evaluation/{name}": found[name] for name in names}
         return found["return_mean"]
 

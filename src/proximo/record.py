@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -66,7 +67,7 @@ class RunFolder:
         after: int | None = None,
         check: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        self.path, self.rows, self.continued = Path(path), 0, after is not None
+        self.path, self.rows = Path(path), 0
         self._lock: int | None = None
         self._metrics: int | None = None
         self._waiting: list[bytes] = []  # rows that could not be written yet
@@ -275,6 +276,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     return values
 
 
+@cache
 def versions() -> dict[str, Any]:
     """What a result depends on besides its settings."""
     packages = (

@@ -151,14 +151,8 @@ def ways_back(envs: VectorEnv) -> tuple[Any, Any]:
     """What can repeat episodes, and what can restore a snapshot of its own; None where a vector environment cannot."""
     inner = envs.unwrapped
     replays = inner if isinstance(inner, Replays) else None
-    # A wrapper around it may keep something that its snapshot does not hold.
-    says = (
-        envs
-        if isinstance(envs, Snapshots)
-        else inner
-        if inner is envs and isinstance(inner, Snapshots)
-        else None
-    )
+    # Of what is inside a wrapper it is not asked: the wrapper may keep something itself.
+    says = envs if isinstance(envs, Snapshots) else None
     return replays, says
 
 
@@ -232,7 +226,7 @@ class Collector:
     def stand(self) -> World:
         """Where the environments stand, from where `collect` goes on, and `go_back` in another process."""
         world = World(
-            {path: value.copy() for path, value in self.obs.items()},
+            self.obs,
             self.start.copy(),
             self.resetting.copy(),
             self.episode_return.copy(),

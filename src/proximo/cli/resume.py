@@ -38,8 +38,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--engine", help="how environments are run, if other than before")
     parser.add_argument("--run-dir", help="go on in this new folder instead")
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
-    parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, until_input_ends=False)
 
 
 def run(options: argparse.Namespace) -> int:

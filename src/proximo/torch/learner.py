@@ -202,10 +202,13 @@ class Learner:
     def _remember(self, rollout: Rollout) -> None:
         """Go on in a recurrent network from where a rollout ends that nothing is learned from."""
         if self.spec.network.carry_size:
-            obs, start = each(self._there, (rollout.obs, rollout.start))
-            with made_on(self.device):
-                after = carries(self.spec, self._state, obs, start)[-1]
-            self._state = self._state._replace(carry=after)
+            self._state = self._state._replace(carry=self._carries(rollout)[-1])
+
+    def _carries(self, rollout: Rollout) -> Tensor:
+        """Carries [T + 1, N, H] after each step of a rollout."""
+        obs, start = each(self._there, (rollout.obs, rollout.start))
+        with made_on(self.device):
+            return carries(self.spec, self._state, obs, start)
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
         if not self.compiled:
@@ -255,9 +258,7 @@ class Learner:
     def _final_values(self, rollout: Rollout, index: np.ndarray) -> Tensor:
         carry = np.zeros((len(index), 0))
         if self.spec.network.carry_size:
-            obs, start = each(self._there, (rollout.obs, rollout.start))
-            with made_on(self.device):
-                after = home(carries(self.spec, self._state, obs, start))[:-1]
+            after = home(self._carries(rollout))[:-1]
             carry = after.reshape(-1, self.spec.network.carry_size)[index]
         return self._value(rollout.final_obs, carry)
 
