@@ -116,15 +116,14 @@ def engine_for(
     if spec is None:
         return "sync"
     kwargs = dict(env_kwargs or {})
-    if atari.is_atari(spec, kwargs) and atari.has_vector(spec, kwargs) and not exact:
+    if atari.plays(spec, kwargs) and not exact:
         return "native"
     return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs, exact)
 
 
 def plays_games(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
     """Whether it is an Atari game that ALE's vector environment plays."""
-    spec = _spec(env) if isinstance(env, str) else None
-    return spec is not None and atari.is_atari(spec, env_kwargs) and atari.has_vector(spec, env_kwargs)
+    return isinstance(env, str) and atari.plays(_spec(env), env_kwargs)
 
 
 def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:

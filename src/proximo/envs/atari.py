@@ -58,6 +58,11 @@ def has_vector(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> bool:
     return isinstance(settings["frameskip"], int) and not any(name in settings for name in ONE_BY_ONE)
 
 
+def plays(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is a game that ALE's vector environment plays."""
+    return spec is not None and is_atari(spec, env_kwargs) and has_vector(spec, env_kwargs)
+
+
 def _settings(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides how a game is played.
 
