@@ -184,14 +184,15 @@ def cut_metrics(run_dir: Path, after: int) -> None:
     path = run_dir / METRICS
     if not path.exists():
         return
-    kept, lines = [], path.read_bytes().splitlines()
-    for line in lines:
+    kept, held = [], path.read_bytes()
+    for line in held.splitlines():
         with suppress(ValueError, TypeError, AttributeError):
             if json.loads(line).get("iteration", 0) <= after:
                 kept.append(line.decode() + "\n")
     if len(kept) < after:
         note(f"{path} holds {len(kept)} of the {after} iterations that were done")
-    replace_text(path, "".join(kept))
+    if (text := "".join(kept)).encode() != held:  # what needs no room works on a full disk
+        replace_text(path, text)
 
 
 def require_empty(run_dir: Path) -> None:
