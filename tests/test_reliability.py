@@ -144,7 +144,7 @@ def test_a_full_disk_harms_nothing_that_is_whole(tmp_path, capsys):
 
 
 def test_a_disk_that_stays_full_ends_the_run(tmp_path):
-    """A process that may not write more than 32 kB into a file: metrics and TensorBoard's events stop growing, and after
+    """A process that may not write more than 32 kB into a file: metrics and TensorBoard's events stop growing. After
     the third checkpoint that fails the run ends with status 1; what was saved before loads."""
     run = tmp_path / "run"
     flags = [

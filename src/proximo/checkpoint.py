@@ -187,6 +187,32 @@ def _opened(folder: Path) -> Saved:
     return Saved(folder, learned, manifest, progress)
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says, of whatever format and schema, unchecked.
+
+    Raises:
+        Damaged: it cannot be read.
+    """
+    text = _bounded(folder / MANIFEST, MANIFEST_BYTES)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"checkpoint {folder} cannot be read: {error}") from error
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{folder / MANIFEST} is no manifest of Proximo's")
+    return manifest
+
+
+def _bounded(path: Path, most: int) -> bytes:
+    """A file's bytes, unless it has more of them than any such file."""
+    try:
+        if (length := path.stat().st_size) > most:
+            raise Damaged(f"{path} has {length:,} bytes, more than any such file: {most:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"checkpoint {path.parent} cannot be read: {error}") from error
+
+
 def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and manifest of a folder, brought to the present schema.
 
@@ -194,18 +220,9 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
         Damaged: it cannot be read, or does not match its checksum.
         UserError: it is of a later version.
     """
-    try:
-        for name, most in ((MANIFEST, MANIFEST_BYTES), (ARRAYS, ARRAYS_BYTES)):
-            length = (folder / name).stat().st_size
-            if length > most:
-                raise Damaged(f"{folder / name} has {length:,} bytes, more than any such file: {most:,}")
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        payload = (folder / ARRAYS).read_bytes()
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, Damaged):
-            raise
-        raise Damaged(f"checkpoint {folder} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+    manifest = manifest_of(folder)
+    payload = _bounded(folder / ARRAYS, ARRAYS_BYTES)
+    if manifest.get("format") != kind:
         raise Damaged(f"{folder / MANIFEST} is no manifest of a {kind.replace('proximo-', '')} of Proximo's")
     schema = manifest.get("schema")
     if schema not in (SCHEMA, *MIGRATIONS):

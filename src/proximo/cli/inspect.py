@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,17 +38,11 @@ def run(options: Namespace) -> int:
 def described(path: Path) -> Iterator[str]:
     """A checkpoint or a bundle in words, line by line."""
     from proximo import bundle
-    from proximo.checkpoint import BUNDLE, MANIFEST, MANIFEST_BYTES, load
+    from proximo.checkpoint import BUNDLE, MANIFEST, load, manifest_of
 
-    manifest = path / MANIFEST
-    if manifest.is_file() and manifest.stat().st_size <= MANIFEST_BYTES:
-        try:
-            values = json.loads(manifest.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{manifest} is no JSON: {error}") from error
-        if isinstance(values, dict) and values.get("format") == BUNDLE:
-            yield from bundle.explain(path)
-            return
+    if (path / MANIFEST).is_file() and manifest_of(path).get("format") == BUNDLE:
+        yield from bundle.explain(path)
+        return
     saved = load(path)
     said, progress = saved.manifest, saved.progress
     mean = progress.return_mean
