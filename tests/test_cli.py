@@ -168,13 +168,21 @@ def test_help_lists_every_setting(capsys):
     assert all("--" + name.replace("_", "-") in text for name in FIELDS)
 
 
-@pytest.mark.parametrize("engine", ["sync", "workers", "async"])
-def test_a_run_can_be_stopped(engine, tmp_path):
-    """Ctrl-C (SIGINT to the whole process group, workers too) ends the run after the iteration, saved: status 130,
-    and the checkpoint evaluates."""
+@pytest.mark.parametrize(
+    ("engine", "asked"),
+    [
+        ("async", signal.SIGINT),
+        ("workers", signal.SIGINT),
+        ("workers", signal.SIGTERM),
+        ("sync", signal.SIGHUP),
+    ],
+)
+def test_a_run_can_be_stopped(engine, asked, tmp_path):
+    """Ctrl-C, SIGTERM or a terminal that goes away (a signal to the whole process group, workers too) ends the run
+    after the iteration, saved: status 130, 143 or 129, and the checkpoint evaluates."""
     run = tmp_path / "run"
     command = [*PROXIMO, "train", "CartPole-v1", "--run-dir", str(run), "--total-timesteps", "100_000_000"]
-    command += ["--engine", engine, "--num-envs", "2"]
+    command += ["--engine", engine, "--num-envs", "2", "--backend", "torch"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -182,9 +190,9 @@ def test_a_run_can_be_stopped(engine, tmp_path):
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, asked)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + asked, errors
     assert "interrupted after" in output
     assert "stopping after this iteration" in errors
     assert "Traceback" not in errors

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo import PPO, RunError, UserError, bundle, checkpoint
@@ -263,6 +264,82 @@ def flip(path, rng):
     path.write_bytes(content)
 
 
+def test_a_save_that_fails_in_any_way_does_not_end_a_healthy_run(tmp_path, capsys):
+    """Memory runs out once, and is there again the next time."""
+    progress, config, left = Progress(1, 1), Config(checkpoint_interval=1), [MemoryError()]
+    arrays, manifest = checkpoint.read(OLD)
+
+    def save(path):
+        if left:
+            raise left.pop()
+        checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
+
+    keeper = Keeper(tmp_path, config, progress, save)
+    for step in (1, 2):
+        progress.global_step = step
+        keeper.after_iteration(None)
+    assert "could not be saved: MemoryError; the run goes on" in capsys.readouterr().err
+    assert steps(tmp_path) == [checkpoint.step_folder("", 2).name]
+    assert not keeper.failures
+
+
+def test_an_environment_that_exits_ends_the_run_with_an_error(tmp_path):
+    """`sys.exit` in the third iteration: said where, and two iterations are saved."""
+
+    class Leaving(Paying):
+        def step(self, action):
+            if self.steps == 2 * 16:
+                sys.exit(0)
+            return super().step(action)
+
+    with (
+        PPO(lambda: Leaving(0, ()), total_timesteps=6 * ROWS, run_dir=tmp_path / "run", **SMALL) as agent,
+        pytest.raises(RunError, match=r"environment 0 called sys\.exit\(0\) while stepping"),
+    ):
+        agent.learn()
+    assert checkpoint.load(tmp_path / "run").progress.iteration == 2
+
+
+def test_what_is_beside_checkpoints_is_none(run):
+    """Copies under names of one's own, one of which sorts behind all: neither taken, nor counted, nor removed."""
+    latest = checkpoint.steps_of(run)[-1]
+    copies = [latest.with_name(name) for name in (f"{latest.name}.bak", "step_before_change")]
+    for copy in copies:
+        shutil.copytree(latest, copy)
+    assert checkpoint.load(run).path == latest
+    assert main(["resume", str(run), "--total-timesteps", str(8 * ROWS), "--quiet"]) == 0
+    assert len(steps(run)) == 3
+    assert all(copy.is_dir() for copy in copies)
+
+
+def test_the_best_of_a_run_that_goes_on_elsewhere(run, tmp_path):
+    """Its first checkpoint there is its best, whatever the best elsewhere was."""
+    with PPO.load(run, total_timesteps=7 * ROWS, evaluation_interval=1, evaluation_episodes=1) as agent:
+        agent.progress.best, agent.progress.best_step = 1e9, 32
+        agent.learn(run_dir=tmp_path / "new")
+    assert (tmp_path / "new" / "checkpoints" / BEST / checkpoint.MANIFEST).is_file()
+
+
+def test_ctrl_c_in_an_evaluation_loses_no_evaluation(tmp_path, monkeypatch):
+    """What goes on repeats the iteration whose evaluation was broken off: metrics as of a run that was left alone."""
+    settings = {"total_timesteps": 4 * ROWS, "evaluation_interval": 2, "evaluation_episodes": 1, **SMALL}
+    with PPO("CartPole-v1", run_dir=tmp_path / "whole", **settings) as agent:
+        agent.learn()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with PPO("CartPole-v1", run_dir=tmp_path / "run", **settings) as agent:
+        monkeypatch.setattr(agent, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            agent.learn()
+    assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+    name = "evaluation/return_mean"
+    rows = [[row[name] for row in read_metrics(tmp_path / which)] for which in ("whole", "run")]
+    assert rows[0] == rows[1]
+    assert rows[0][3] is not None
+
+
 @pytest.mark.parametrize("name", [checkpoint.ARRAYS, checkpoint.MANIFEST])
 def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     """A flipped bit, a truncated file, a missing one: the checkpoint before is taken, with a warning that names both;
@@ -272,6 +349,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     latest, before = checkpoint.steps_of(run)[-1], checkpoint.steps_of(run)[-2]
     rng = random.Random(0)
     flips = [lambda: flip(latest / name, rng)] * 8
+    if name == checkpoint.MANIFEST:
+        flips.append(lambda: (latest / name).write_bytes(whole[name].replace(b'"schema": 2', b'"schema": 3')))
     for damage in [*flips, lambda: os.truncate(latest / name, 100), lambda: (latest / name).unlink()]:
         damage()
         assert checkpoint.load(run).path == before
@@ -302,7 +381,9 @@ def test_an_older_schema_is_migrated_and_a_later_one_refused(tmp_path):
         agent.save(tmp_path / "new")
     manifest = json.loads((tmp_path / "new" / checkpoint.MANIFEST).read_text())
     assert manifest["schema"] == checkpoint.SCHEMA == 2
-    (tmp_path / "new" / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "schema": 99}))
+    manifest["schema"] = 99
+    manifest["sha256"] = checkpoint.checksum((tmp_path / "new" / checkpoint.ARRAYS).read_bytes(), manifest)
+    (tmp_path / "new" / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(
         UserError, match=r"schema 99 .written by Proximo .*; this Proximo .* reads schema 1 to 2"
     ):
@@ -325,6 +406,9 @@ def test_two_runs_in_one_folder(run):
             return True
 
         agent.learn(run_dir=run, stop=other)
+        (run / "file").touch()
+        with pytest.raises(UserError, match="cannot be written: Not a directory"):
+            agent.learn(run_dir=run / "file" / "run")
 
 
 def test_a_run_that_went_on_meanwhile_is_not_undone(run):
@@ -510,7 +594,7 @@ def test_nothing_that_is_loaded_runs(tmp_path):
     assert canary.exists()
 
 
-HOSTILE = {
+FILLING = {
     "a network that fills memory": {"config": {"hidden_sizes": [10**6, 10**6]}},
     "a space that fills memory": {
         "spaces": {
@@ -528,6 +612,8 @@ HOSTILE = {
         }
     },
     "environments that fill memory": {"config": {"num_envs": 10**12}},
+}
+HOSTILE = {
     "an unknown setting": {"config": {"__class__": "os.system"}},
     "no spaces": {"spaces": 3},
     "no config": {"config": [1]},
@@ -536,11 +622,21 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("command", [["evaluate", "--episodes", "1"], ["resume", "--total-timesteps", "99"]])
+COMMANDS = [["evaluate", "--episodes", "1"], ["resume", "--total-timesteps", "99"]]
+
+
 @pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_manifests_are_refused(what, tmp_path, capsys):
+    folder = rewritten(tmp_path / "hostile", **HOSTILE[what])
+    for command in COMMANDS:
+        assert main([*command, str(folder)]) == 2
+        assert capsys.readouterr().err.startswith("proximo: error: ")
+
+
+@pytest.mark.parametrize(("what", "command"), list(zip(FILLING, [*COMMANDS, COMMANDS[0]], strict=True)))
 def test_hostile_manifests_are_refused_within_bounded_memory(what, command, tmp_path):
     """In a process that may take 6 GiB of addresses, much of which libraries take that use none of it."""
-    folder = rewritten(tmp_path / "hostile", **HOSTILE[what])
+    folder = rewritten(tmp_path / "hostile", **FILLING[what])
     done = subprocess.run(
         [*LIMITED, "AS", str(6 << 30), *PROXIMO, *command, str(folder)],
         capture_output=True, text=True, timeout=120,
@@ -555,6 +651,11 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
     would unfold to 10**9 words."""
     with pytest.raises(UserError, match="damaged"):
         checkpoint.load(rewritten(tmp_path / "header", (1 << 63).to_bytes(8, "little") + b"{}"))
+    folder = rewritten(tmp_path / "endless")
+    (folder / checkpoint.ARRAYS).unlink()
+    (folder / checkpoint.ARRAYS).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is no file"):
+        checkpoint.load(folder)
     folder = rewritten(tmp_path / "large")
     os.truncate(folder / checkpoint.MANIFEST, 1 << 30)
     with pytest.raises(UserError, match="more than any such file"):
@@ -620,17 +721,60 @@ def valid(tmp_path_factory):
 
 
 def loads_or_refuses(folder, manifest, payload):
-    """Everything that is decided by the files, up to where a network is built."""
+    """Everything that the files decide, up to an iteration after it."""
     folder.mkdir(exist_ok=True)
     (folder / checkpoint.ARRAYS).write_bytes(payload)
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert main(["inspect", str(folder)]) in (0, 2)
     try:
-        saved = checkpoint.load(folder)
-        config = checkpoint.config_of(folder, saved.manifest, None, {})
-        checkpoint.spaces_in(saved, config)
-    except UserError:
+        with PPO.load(folder, "CartPole-v1", num_steps=16, num_minibatches=1, update_epochs=1) as agent:
+            next(agent.iterate(ROWS))
+    except (UserError, RunError):
         return False
     return True
+
+
+def changed(manifest, payload, where):
+    """The same checkpoint with something else said of its environments."""
+    arrays = decode(payload)
+    name = manifest["progress"]["world"]
+    world = json.loads(arrays[name].tobytes())
+    where(world["of"])
+    payload = encode({**arrays, name: np.frombuffer(json.dumps(world).encode(), np.uint8)})
+    manifest = {**manifest, "sha256": None}
+    return {**manifest, "sha256": checkpoint.checksum(payload, manifest)}, payload
+
+
+def nested(depth):
+    return json.loads("[" * depth + "]" * depth)
+
+
+WORLDS = {
+    "a number for an array": lambda world: world.update(start=3),
+    "nothing for an array": lambda world: world.update(resetting=None),
+    "another type": lambda world: world.update(resetting=world["episode_return"]),
+    "another field": lambda world: world.update(more=1),
+    "a field less": lambda world: world.pop("since"),
+    "origins that are none": lambda world: world.update(origins=[[1, 2, 3], [1, 2, 3]]),
+    "fewer origins": lambda world: world["origins"].pop(),
+    "a log of another length": lambda world: world.update(log=[]),
+    "deep": lambda world: world.update(snapshot=nested(900)),
+    "why": lambda world: world.update(why=3),
+}
+
+
+@pytest.mark.parametrize("what", WORLDS)
+def test_where_environments_stand_is_checked(what, valid, tmp_path):
+    """Refused, or new episodes begin: no error that is not the user's to see."""
+    loads_or_refuses(tmp_path / "hostile", *changed(*valid, WORLDS[what]))
+
+
+def test_observations_that_no_space_has(valid, tmp_path, capsys):
+    def more(world):
+        world["obs"]["of"]["x"] = world["start"]
+
+    assert loads_or_refuses(tmp_path / "hostile", *changed(*valid, more))
+    assert "new episodes begin" in capsys.readouterr().err
 
 
 @FUZZ

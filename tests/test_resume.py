@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,9 +17,10 @@ import pytest
 from proximo import PPO, UserError, checkpoint
 from proximo.cli import main
 from proximo.envs import make_envs, spaces_of
+from proximo.progress import Progress
 from proximo.record import read_metrics
 from proximo.rollout import Collector
-from proximo.world import GENERATORS, World, generator_from, pack, same, unpack
+from proximo.world import GENERATORS, World, generator_from, pack, remembers, same, unpack
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = {"preset": None, "num_envs": 3, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
@@ -171,7 +173,7 @@ def test_the_other_backend_goes_on_from_the_same_state_and_says_so(tmp_path, cap
         next(other.iterate())
     first = np.array(seen[-ROWS:][:3])  # after what was repeated; the three environments step in turn
     assert np.array_equal(first, agent.progress.world.obs[""])
-    assert "go on exactly: not to the bit, since backend jax became torch" in capsys.readouterr().err
+    assert "not the same to the bit, since backend jax became torch" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
 
 
@@ -382,9 +384,88 @@ def test_generators_survive_a_file(name):
     assert np.array_equal(generator.random(5), again.random(5))
 
 
+@pytest.mark.parametrize(
+    ("name", "place"), [("MT19937", "pos"), ("Philox", "buffer_pos"), ("PCG64", "has_uint32")]
+)
+@pytest.mark.parametrize("value", [-(10**9), 10**9, "0", None])
+def test_a_generator_that_would_read_other_memory_is_refused(name, place, value):
+    """Where in its block of numbers it stands, NumPy believes."""
+    state = dict(getattr(np.random, name)(5).state)
+    if place in state:
+        state[place] = value
+    else:
+        state["state"] = {**state["state"], place: value}
+    with pytest.raises(UserError, match=place):
+        generator_from(state)
+
+
 def test_only_known_generators_are_made():
     with pytest.raises(UserError, match="one of NumPy's generators"):
         generator_from({"bit_generator": "RandomState"})
+
+
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
+def test_families_that_remember_are_known_by_their_base():
+    from gymnasium.envs.box2d.bipedal_walker import BipedalWalker
+
+    class Own(BipedalWalker):
+        pass
+
+    assert remembers(Own())
+    assert not remembers(gym.make("CartPole-v1"))
+
+
+def test_what_no_file_can_hold_is_left_out(monkeypatch):
+    """Numbers of more than 64 bits, or a snapshot that would take more text than is read again: new episodes begin."""
+    none = np.zeros(1)
+    world = World({}, none > 0, none > 0, none, none.astype(np.int64), snapshot={"x": np.longdouble(1)})
+    document, _ = Progress(world=world).to_document()
+    assert (document["exact"], document["world"]) == (False, None)
+    assert "float128" in document["why"] or "longdouble" in document["why"]
+    monkeypatch.setattr("proximo.progress.WORLD_BYTES", 1000)
+    document, _ = Progress(world=replace(world, snapshot=[10**6] * 200)).to_document()
+    assert (document["exact"], document["world"]) == (False, None)
+    assert "keep numbers in arrays" in document["why"]
+
+
+def test_what_changes_learning_is_said(tmp_path, capsys):
+    """Another gamma or total of a linear schedule is not the run to the bit; how it is recorded makes no difference."""
+    settings = {**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS, "lr_schedule": "constant"}
+    with PPO("CartPole-v1", **settings) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+
+    def gone_on(**changes):
+        with PPO.load(tmp_path / "saved", **changes) as again:
+            next(again.iterate())
+            return again.progress.resumed[-1]
+
+    assert gone_on(keep_checkpoints=7, tensorboard=False, total_timesteps=6 * ROWS)["exact"]
+    assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma 0.99 became 0.5"}
+    assert "not the same to the bit, since gamma 0.99 became 0.5" in capsys.readouterr().err
+    assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
+
+
+def test_one_plan_is_compiled_or_not_as_a_whole():
+    """50 iterations of 320 minibatches, 16,000, are not worth compiling for; nor, after a stop, are the 15,680 that are
+    left, though both together are more than 20,000."""
+    settings = {**QUICK, "num_minibatches": 32, "update_epochs": 10, "total_timesteps": 50 * ROWS}
+    with PPO("CartPole-v1", **settings) as agent:
+        for _ in range(2):
+            for _ in agent.iterate():
+                break
+            assert not agent.learner.compiled
+
+
+def test_new_episodes_in_ones_own_environments_are_said(tmp_path, capsys):
+    envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 3)
+    settings = {name: value for name, value in QUICK.items() if name != "num_envs"}
+    with PPO(envs, total_timesteps=2 * ROWS, **settings) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", envs) as agent:
+        next(agent.iterate())
+    assert "new episodes begin" in capsys.readouterr().err
 
 
 def test_a_snapshot_survives_a_file():

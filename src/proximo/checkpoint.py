@@ -6,11 +6,14 @@ of an environment, a network or a folder is data: nothing is imported, and no ot
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +23,7 @@ import numpy as np
 from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
-from proximo.config import Config, from_mapping, override
+from proximo.config import FIELDS, Config, from_mapping, override
 from proximo.errors import UserError, note
 from proximo.learner import Learner
 from proximo.parameters import size
@@ -36,9 +39,15 @@ NETWORK = frozenset(
     ("architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash")
 )
 OPEN = ("auto", None)  # leaves it as it was
+# What is learned does not depend on these, nor on how a run is recorded.
+BESIDE = {
+    "run_dir", "stop_at_return", "exact_resume", "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints",
+    "evaluation_interval", "evaluation_episodes", "engine", "isolate_envs", "env_timeout",
+}  # fmt: skip
+SCHEDULES = ("lr_schedule", "clip_schedule", "ent_schedule")
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
 MANIFEST_BYTES, ARRAYS_BYTES = 1 << 26, 1 << 33  # more than any has
-NEEDED = {"config": dict, "spaces": dict, "network": str, "backend": str, "progress": dict}
+NEEDED = {"config": dict, "spaces": dict, "network": str, "backend": str, "progress": dict, "versions": dict}
 
 
 class Damaged(UserError):
@@ -166,7 +175,7 @@ def load(path: str | Path) -> Saved:
     found = candidates(path)
     for folder in found:
         try:
-            return _opened(folder)
+            return opened(folder)
         except Damaged as error:
             if folder == found[-1]:
                 raise
@@ -174,14 +183,19 @@ def load(path: str | Path) -> Saved:
     raise AssertionError("candidates() gives one at least")
 
 
-def _opened(folder: Path) -> Saved:
+def opened(folder: Path) -> Saved:
+    """Read one checkpoint folder.
+
+    Raises:
+        UserError: as `read`, and Damaged too where something of a checkpoint is missing in it.
+    """
     arrays, manifest = read(folder)
     for name, kind in NEEDED.items():
         if not isinstance(manifest.get(name), kind):
             raise Damaged(f"checkpoint {folder} is damaged: its manifest has no {name}")
     try:
         progress = Progress.from_document(manifest["progress"], arrays)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(f"checkpoint {folder} is damaged: its progress is none ({error!r})") from error
     learned = {name: array for name, array in arrays.items() if not name.startswith(f"{NAME}/")}
     return Saved(folder, learned, manifest, progress)
@@ -204,11 +218,16 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def _bounded(path: Path, most: int) -> bytes:
-    """A file's bytes, unless it has more of them than any such file."""
+    """A file's bytes, unless it has more of them than any such file, or is a device or a pipe."""
     try:
-        if (length := path.stat().st_size) > most:
-            raise Damaged(f"{path} has {length:,} bytes, more than any such file: {most:,}")
-        return path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise Damaged(f"checkpoint {path.parent} cannot be read: {path} is no file")
+            if found.st_size > most:
+                raise Damaged(f"{path} has {found.st_size:,} bytes, more than any such file: {most:,}")
+            return file.read(found.st_size)
     except OSError as error:
         raise Damaged(f"checkpoint {path.parent} cannot be read: {error}") from error
 
@@ -224,14 +243,14 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
     payload = _bounded(folder / ARRAYS, ARRAYS_BYTES)
     if manifest.get("format") != kind:
         raise Damaged(f"{folder / MANIFEST} is no manifest of a {kind.replace('proximo-', '')} of Proximo's")
+    if checksum(payload, manifest) != manifest.get("sha256"):
+        raise Damaged(f"checkpoint {folder} is damaged: its files do not match their checksum")
     schema = manifest.get("schema")
     if schema not in (SCHEMA, *MIGRATIONS):
         raise UserError(
             f"checkpoint {folder} has schema {schema} (written by Proximo {manifest.get('proximo')}); this Proximo "
             f"{__version__} reads schema {min(MIGRATIONS)} to {SCHEMA}"
         )
-    if checksum(payload, manifest) != manifest.get("sha256"):
-        raise Damaged(f"checkpoint {folder} is damaged: its files do not match their checksum")
     try:
         arrays = decode(payload)
     except Exception as error:  # whatever bytes that are no arrays lead to
@@ -263,13 +282,15 @@ MIGRATIONS: dict[
 
 def inexact(saved: Saved, config: Config) -> list[str]:
     """What is not as it was, so that a run goes on from the same state, but not to the bit."""
-    found = []
-    for name in ("backend", "device", "threads"):
-        was, is_now = saved.manifest["config"].get(name), getattr(config, name)
-        if was != is_now:
-            found.append(f"{name} {was} became {is_now}")
-    before, now = saved.manifest.get("versions") or {}, versions()
-    for name in sorted(set(before) & set(now) - {"proximo", "platform", "cores"}):
+    found, was, now = [], saved.manifest["config"], json.loads(json.dumps(config.to_dict()))
+    matters = {name for name, field in FIELDS.items() if field.metadata["group"] != "records"} - BESIDE
+    if all(now[name] in ("constant", "adaptive") for name in SCHEDULES):
+        matters.discard("total_timesteps")
+    for name in sorted(matters & set(was)):
+        if was[name] != now[name]:
+            found.append(f"{name} {was[name]} became {now[name]}")
+    before, now = saved.manifest["versions"], versions()
+    for name in sorted(set(before) & set(now) - {"platform", "cores"}):
         if before[name] != now[name]:
             found.append(f"{name} {before[name]} became {now[name]}")
     return found
@@ -290,11 +311,13 @@ def candidates(path: str | Path) -> list[Path]:
         UserError: there is none.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
-        return [path]
-    found = steps_of(path) or sorted(
-        path.parent.glob(f".{glob.escape(path.name)}.*.old")
-    )  # was being replaced
+    try:
+        if (path / MANIFEST).is_file():
+            return [path]
+        replaced = f".{glob.escape(path.name)}.*.old"  # was about to be
+        found = steps_of(path) or sorted(path.parent.glob(replaced))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not found:
         what = "holds no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         seeds = sorted(path.glob("seed-*/checkpoints"))
@@ -306,8 +329,9 @@ def candidates(path: str | Path) -> list[Path]:
 
 
 def steps_of(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, the earliest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    """The checkpoints of a run, whole or not, the earliest first; copies under names of one's own are none."""
+    folders = (path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    return sorted(path for path in folders if re.fullmatch(r"step_\d{12}", path.name))
 
 
 def home_of(path: str | Path) -> Path | None:
@@ -352,5 +376,8 @@ def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync files alone
+            raise
     finally:
         os.close(descriptor)

@@ -453,7 +453,7 @@ AMBIGUOUS = {
     "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
     "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
     "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
-    "resume": "resume is no setting but a command: proximo resume RUN, or PPO.load(RUN).learn()",
+    "resume": "resume is no setting but a command: proximo resume RUN, or PPO.load(RUN).learn(run_dir=RUN)",
     "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
 }
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from proximo.checkpoint import MANIFEST, Damaged, read, step_folder, steps_of
+from proximo.checkpoint import MANIFEST, Damaged, opened, step_folder, steps_of
 from proximo.config import Config
 from proximo.errors import RunError, UserError, note
 from proximo.progress import WINDOW, Progress
@@ -45,6 +45,10 @@ class Keeper:
         for later in later_than(self.progress.global_step, self.run_dir):
             names = (f"damaged-{later.name}{suffix}" for suffix in ("", *map(".{}".format, range(1, 100))))
             later.rename(next(path for name in names if not (path := later.with_name(name)).exists()))
+        best = self._best()
+        if best is None or not best.is_dir():  # it is in another folder, or was removed
+            progress = self.progress
+            progress.best = progress.best_step = None
         self._point()
 
     @property
@@ -82,7 +86,7 @@ class Keeper:
             return
         try:
             self._save(path)
-        except OSError as error:
+        except Exception as error:  # whatever it is, a healthy run goes on
             progress.best, progress.best_step = before
             self._failed(path, error)
             return
@@ -97,9 +101,9 @@ class Keeper:
     def _training_return(self) -> float | None:
         return self.progress.return_mean if len(self.progress.episodes) == WINDOW else None
 
-    def _failed(self, path: Path, error: OSError) -> None:
+    def _failed(self, path: Path, error: Exception) -> None:
         self.failures += 1
-        why = error.strerror or str(error)
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if self.gave_up:
             raise RunError(f"{path} could not be saved, for the {PATIENCE}rd time in a row: {why}") from error
         note(f"{path} could not be saved: {why}; the run goes on, and the checkpoint before it is whole")
@@ -145,7 +149,7 @@ def require_latest(step: int, run_dir: Path) -> None:
     """
     for later in later_than(step, run_dir):
         with contextlib.suppress(Damaged):
-            read(later)
+            opened(later)
             raise UserError(
                 f"{later} is later than what was loaded: the run went on meanwhile, so load it again"
             )

@@ -35,6 +35,10 @@ CAPTURED_FRAMES = (
 )
 
 
+class EvaluationStopped(KeyboardInterrupt):
+    """Ctrl-C in an evaluation: who goes on repeats the iteration before it, whose metrics it belongs to."""
+
+
 class PPO:
     """PPO on an environment.
 
@@ -99,6 +103,11 @@ class PPO:
     def home(self) -> Path | None:
         """The run folder in which a loaded agent may go on: that of its checkpoint, if it is the latest there."""
         return self._home
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the environments' engine can bring them back to where they stood, in another process too."""
+        return any(ways_back(self._open_envs()))
 
     def no_environment(self) -> str:
         """What to say where an environment is needed and none is known."""
@@ -171,7 +180,7 @@ class PPO:
                         self._film_into(folder, config.video_interval)
                     if stop():
                         break
-            except (Exception, KeyboardInterrupt) as error:
+            except BaseException as error:
                 # Everything is as it was after the last complete iteration.
                 if folder and keeper:
                     self._rescue(folder, keeper, error)
@@ -207,7 +216,7 @@ class PPO:
         collector = Collector(self._open_envs(), self.spaces, self.config, resumable=True)
         why = "the checkpoint does not say where they stood" if world is None else collector.go_back(world)
         if why:
-            if self.progress.global_step and made_here:
+            if self.progress.global_step:
                 note(f"new episodes begin, since environments could not be brought back: {why}")
             if made_here and world and not world.why:
                 self.close()  # an attempt may have broken them
@@ -218,12 +227,10 @@ class PPO:
         if saved and self.progress.global_step:
             changed = checkpoint.inexact(saved, self.config)
             if not why:
-                how = (
-                    f"exactly: not to the bit, since {'; '.join(changed)}"
-                    if changed
-                    else "exactly where they stood"
+                but = f"; what is learned is not the same to the bit, since {'; '.join(changed)}"
+                note(
+                    f"{self.config.num_envs} environments go on exactly where they stood{but if changed else ''}"
                 )
-                note(f"{self.config.num_envs} environments go on " + how)
             self.progress.resumed.append(
                 {
                     "global_step": self.progress.global_step,
@@ -242,14 +249,17 @@ class PPO:
         metrics |= {f"evaluation/{name}": None for name in names}
         if self.progress.iteration % config.evaluation_interval:
             return None
-        found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        try:
+            found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        except KeyboardInterrupt as error:
+            raise EvaluationStopped(*error.args) from error
         metrics |= {f"evaluation/{name}": found[name] for name in names}
         return found["return_mean"]
 
     def _rescue(self, folder: RunFolder, keeper: Keeper, error: BaseException) -> None:
         """Save what was learned before an error, and what led to it where numbers did."""
         try:
-            if not keeper.gave_up:
+            if not keeper.gave_up and not isinstance(error, EvaluationStopped):
                 keeper.save()
             if isinstance(error, NotFinite):
                 path = bundle.save(folder.path, error, self.learner, self.config, self.env_id, self.progress)
@@ -310,9 +320,13 @@ class PPO:
         if total_timesteps is not None:
             steps = check(FIELDS["total_timesteps"], total_timesteps)
             config = config.replace(total_timesteps=done + steps)
-        compiled = None
-        if self._saved and self._saved.manifest["config"].get("total_timesteps") == config.total_timesteps:
+        # A run that goes on to its end as planned is one run, whatever is left of it.
+        compiled, planned = self.learner.compiled if done else None, self.config.total_timesteps
+        if self._saved:
             compiled = self._saved.manifest.get("compiled")
+            planned = self._saved.manifest["config"].get("total_timesteps")
+        if planned != config.total_timesteps:
+            compiled = None
         minibatches = config.minibatches_of(config.total_timesteps - done)
         return config.replace(compile=self.learner.expect(minibatches, compiled))
 

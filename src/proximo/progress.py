@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from proximo.world import World
 
 WINDOW = 100  # episodes that training returns are averaged over
 NAME = "run"  # begins the names of its arrays in a checkpoint
+WORLD_BYTES = 1 << 26  # of text, in which numbers take ten times the memory that they take in arrays
 
 
 def window(episodes: Iterable[Episode] = ()) -> deque[Episode]:
@@ -76,10 +78,15 @@ class Progress:
         if self.world is None:
             return document, arrays
         try:
-            document["world"], beside = self.world.to_document(f"{NAME}/world")
+            world, beside = self.world.to_document(f"{NAME}/world")
         except UserError as error:  # only a snapshot is missing then
             return {**document, "exact": False, "why": str(error)}, arrays
-        return document, arrays | beside
+        text = json.dumps(world).encode()
+        if len(text) > WORLD_BYTES:
+            why = f"where environments stand takes {len(text):,} bytes of text: keep numbers in arrays"
+            return {**document, "exact": False, "why": why}, arrays
+        document["world"] = f"{NAME}/world"
+        return document, arrays | beside | {f"{NAME}/world": np.frombuffer(text, np.uint8)}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Progress:
@@ -89,14 +96,17 @@ class Progress:
             KeyError, TypeError, ValueError: it is none.
         """
         episodes = [Episode(float(one), int(length), int(n)) for one, length, n in arrays[f"{NAME}/episodes"]]
-        world = document["world"]
+        text = None if document["world"] is None else arrays[document["world"]].tobytes()
+        if text is not None and len(text) > WORLD_BYTES:
+            raise ValueError(f"where environments stand takes {len(text):,} bytes, more than {WORLD_BYTES:,}")
+        counts = {name: int(document[name]) for name in ("global_step", "iteration", "skipped")}
+        if min(counts.values()) < 0:
+            raise ValueError(f"a count is below 0: {counts}")
         return cls(
-            global_step=int(document["global_step"]),
-            iteration=int(document["iteration"]),
+            **counts,
             episodes=window(episodes),
-            skipped=int(document["skipped"]),
             best=None if document["best"] is None else float(document["best"]),
             best_step=None if document["best_step"] is None else int(document["best_step"]),
-            world=None if world is None else World.from_document(world, arrays),
+            world=None if text is None else World.from_document(json.loads(text), arrays),
             resumed=list(document["resumed"]),
         )

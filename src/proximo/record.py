@@ -186,7 +186,7 @@ def cut_metrics(run_dir: Path, after: int) -> None:
         return
     kept, held = [], path.read_bytes()
     for line in held.splitlines():
-        with suppress(ValueError, TypeError, AttributeError):
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
             if json.loads(line).get("iteration", 0) <= after:
                 kept.append(line.decode() + "\n")
     if len(kept) < after:

@@ -271,6 +271,10 @@ class Collector:
             return world.why
         if len(world.start) != self.envs.num_envs:
             return f"there were {len(world.start)} environments, and now there are {self.envs.num_envs}"
+        were = {path: value.shape for path, value in world.obs.items()}
+        now = {leaf.path: (self.envs.num_envs, *leaf.shape) for leaf in self.spaces.observation}
+        if were != now:
+            return f"observations had shapes {were}, and now they have {now}"
         known = world.snapshot is not None if self._says else bool(self._replays and world.origins)
         if not known:
             name = type(self.envs.unwrapped).__name__

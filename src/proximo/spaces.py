@@ -202,6 +202,8 @@ class Spaces:
             return Spaces(leaves, Discrete(**action))
         low = tuple(-np.inf if value is None else value for value in action["low"])
         high = tuple(np.inf if value is None else value for value in action["high"])
+        for dtype in [action["dtype"], *(leaf.dtype for leaf in leaves)]:
+            np.dtype(dtype)
         return Spaces(leaves, Box(tuple(action["shape"]), low, high, action["dtype"]))
 
     @staticmethod

@@ -35,6 +35,8 @@ from proximo.errors import UserError
 # Keep their physics engine, which remembers, from one episode to the next.
 REMEMBERING = ("gymnasium.envs.box2d.bipedal_walker", "gymnasium.envs.box2d.car_racing")
 GENERATORS = ("PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937")  # of NumPy
+# Where in its block of numbers a generator may stand: beyond, NumPy reads other memory.
+BLOCKS = {"MT19937": ("pos", 624), "Philox": ("buffer_pos", 4)}
 ARRAY, BYTES = "array", "bytes"  # stand for what lies beside a document
 
 
@@ -139,7 +141,33 @@ class World:
             KeyError, TypeError, ValueError: it is none.
         """
         tree = unpack(document, beside)
-        return cls(**{**tree, "origins": [Origin(*origin).pickled() for origin in tree["origins"]]})
+        origins = [Origin(*origin).pickled() for origin in tree["origins"]]
+        world = cls(**{**tree, "origins": origins})
+        world._check()
+        return world
+
+    def _check(self) -> None:
+        """Refuse, with a ValueError, what are not N environments."""
+        count = len(self.start)
+        per_environment = {
+            "start": (self.start, "bool"),
+            "resetting": (self.resetting, "bool"),
+            "episode_return": (self.episode_return, "float64"),
+            "episode_length": (self.episode_length, "int64"),
+        }
+        if self.since is not None:
+            per_environment["since"] = (self.since, "int64")
+        for name, (array, dtype) in per_environment.items():
+            if array.shape != (count,) or array.dtype != dtype:
+                raise ValueError(f"{name} is not {dtype} [{count}]")
+        if any(array.shape[:1] != (count,) for array in self.obs.values()):
+            raise ValueError(f"observations are not of {count} environments")
+        if any(piece.shape[1:2] != (count,) for piece in self.log):
+            raise ValueError(f"actions are not of {count} environments")
+        if not isinstance(self.why, str) or bool(self.origins) != (self.since is not None):
+            raise ValueError("origins, the steps since, or why there are none are missing")
+        if self.since is not None and (len(self.origins) != count or self.since.min() < 0):
+            raise ValueError(f"there are not {count} origins")
 
 
 def generator_of(env: Any) -> dict[str, Any] | None:
@@ -148,17 +176,31 @@ def generator_of(env: Any) -> dict[str, Any] | None:
     return dict(generator.bit_generator.state) if isinstance(generator, np.random.Generator) else None
 
 
+def remembers(env: Any) -> bool:
+    """Whether an environment is known to carry more from one episode into the next than it says."""
+    return any(base.__module__ in REMEMBERING for base in type(env.unwrapped).__mro__)
+
+
 def generator_from(state: Mapping[str, Any]) -> np.random.Generator:
     """A generator in this state.
 
     Raises:
-        UserError: it is none of NumPy's.
+        UserError: it is none of NumPy's, or of none that can be.
     """
     name = state.get("bit_generator")
     if name not in GENERATORS:
         raise UserError(
             f"expected the state of one of NumPy's generators, {', '.join(GENERATORS)}, got {name!r}"
         )
+    held = state.get("state")
+    key, most = BLOCKS.get(name, ("has_uint32", 1))
+    at = {**(held if isinstance(held, Mapping) else {}), **state}.get(key)
+    if (
+        not isinstance(at, (int, np.integer))
+        or not 0 <= at <= most
+        or state.get("has_uint32", 0) not in (0, 1)
+    ):
+        raise UserError(f"expected {key} from 0 to {most} in the state of a {name}, got {at!r}")
     bits = getattr(np.random, name)()
     bits.state = dict(state)
     return np.random.Generator(bits)
@@ -189,10 +231,7 @@ def pack(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
             return value
         if isinstance(value, np.generic):
             value = np.asarray(value)
-        if (
-            isinstance(value, (bytes, np.ndarray))
-            and getattr(value, "dtype", np.dtype(np.uint8)).kind in "biuf"
-        ):
+        if isinstance(value, bytes) or (isinstance(value, np.ndarray) and storable(value.dtype)):
             kind = BYTES if isinstance(value, bytes) else ARRAY
             key = f"{name}/{len(beside)}"
             beside[key] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
@@ -201,12 +240,18 @@ def pack(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
             return [packed(item) for item in value]
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {"of": {key: packed(item) for key, item in value.items()}}
+        kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise UserError(
-            f"a snapshot holds {type(value).__name__}: it may hold numbers, text, bytes, None, arrays, lists and "
+            f"a snapshot holds {kind}: it may hold numbers, text, bytes, None, arrays, lists and "
             "dictionaries with names"
         )
 
     return packed(tree), beside
+
+
+def storable(dtype: np.dtype) -> bool:
+    """Whether a file can hold numbers of this type."""
+    return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
 
 
 def unpack(document: Any, beside: Mapping[str, np.ndarray]) -> Any:

@@ -30,7 +30,9 @@ def run(options: Namespace) -> int:
     try:
         for line in described(path):
             print(line)
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
     return 0
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 GRACE_S = 10.0  # after a second signal
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_to(commands: Any) -> None:
@@ -107,25 +108,38 @@ def prepared(options: argparse.Namespace) -> Iterator[Interrupt]:
 def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], None], progress: bool) -> int:
     """Train into a run folder, up to the agent's total, saying how; return the exit status."""
     config, learner = agent.config, agent.learner
-    threads, where = learner.threads, learner.device
+    threads, where, began = learner.threads, learner.device, agent.progress.iteration
     say(
         f"backend {learner.backend} on {threads} thread{'s' * (threads > 1)}, device {where.name} ({where.why}), "
         f"engine {config.engine}"
     )
     say(f"run folder: {run_dir}")
-    for line in remarks(config):
+    for line in [*remarks(config), *anew(agent)]:
         say(f"note: {line}")
     try:
         if interrupt.signal is None:
             agent.learn(run_dir=run_dir, progress=progress, stop=lambda: interrupt.signal is not None)
-    except RunError as error:
+    except (RunError, UserError) as error:
+        if agent.progress.iteration == began:
+            raise
         goes_on = f"go on from there with: {resumes(agent, run_dir)}"
-        raise RunError(f"{error}\n  what was learned up to then is in {run_dir}; {goes_on}") from error
+        kind = UserError if isinstance(error, UserError) else RunError
+        raise kind(f"{error}\n  what was learned up to then is in {run_dir}; {goes_on}") from error
     finally:
         agent.close()
     for line in summary(agent, run_dir, interrupt.signal is not None):
         say(line)
     return 128 + interrupt.signal if interrupt.signal else 0
+
+
+def anew(agent: PPO) -> list[str]:
+    """What a run says at its beginning where it cannot be resumed exactly."""
+    if agent.repeatable:
+        return []
+    return [
+        f"engine {agent.config.engine} does not tell where its environments stand: after a resume new episodes begin, "
+        "unless --exact-resume has another one chosen"
+    ]
 
 
 def resumes(agent: PPO, run_dir: Path) -> str:
@@ -262,15 +276,16 @@ def end_when_asked_twice(signals: socket.socket) -> None:
             arrived = signals.recv(1)
             if not arrived:
                 return
-            asked += [number for number in arrived if number in (signal.SIGINT, signal.SIGTERM)]
+            asked += [number for number in arrived if number in ASKING]
     time.sleep(GRACE_S)
     os._exit(128 + asked[-1])
 
 
 class Interrupt:
-    """The first SIGINT or SIGTERM asks for a stop after the iteration; a second one stops at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration; a second one stops at once.
 
-    Where the second one meets C code that does not return, the process is ended some seconds later all the same.
+    SIGHUP, from a terminal that went away, is ignored where it was before, as under nohup. Where the second one meets C
+    code that does not return, the process is ended some seconds later all the same.
     """
 
     def __init__(self, say: bool = True) -> None:
@@ -279,7 +294,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._ask)
+            for number in ASKING
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         # Written to when a signal arrives, and not only when Python gets to handle it.
         self._read, self._written = socket.socketpair()

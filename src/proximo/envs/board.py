@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.world import REMEMBERING, Origin, generator_from, generator_of
+from proximo.world import Origin, generator_from, generator_of, remembers
 
 LINE = 64  # bytes of a cache line
 NOWHERE = -1  # in none of the environments
@@ -236,7 +236,7 @@ class Share:
     def _remember(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
         """Keep from where the episode begins that the coming reset begins."""
         board, snapshot = self.board, None
-        if n not in self.fresh and type(env.unwrapped).__module__ in REMEMBERING:
+        if n not in self.fresh and remembers(env):
             replayable = False
         self.fresh.discard(n)
         take = self.snapshots[n - self.environments.start]

@@ -142,6 +142,10 @@ class LocalVectorEnv(VectorEnv):
             raise
         except UserError as error:
             raise UserError(f"environment {share.at}: {error}") from error
+        except SystemExit as error:
+            raise RunError(
+                f"environment {share.at} called sys.exit({error.code!r}) while {share.doing}"
+            ) from error
         except Exception as error:
             error.add_note(f"environment {share.at} raised it while {share.doing}")
             raise

@@ -32,6 +32,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -552,13 +553,21 @@ def _work(
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so are these, where a whole group of processes is told
+        signal.signal(number, partial(_leave_to_trainer, os.getpid()))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     process = multiprocessing.current_process()
     process.name = f"proximo-worker-{index}"
     process.daemon = False  # environments may start processes of their own
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     _Host(connection, index, environments).run(factory)
+
+
+def _leave_to_trainer(worker: int, number: int, frame: Any) -> None:
+    """Do nothing in a worker; a process that an environment forked ends as it would have."""
+    if os.getpid() != worker:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _watch_parent(parent: int) -> None:
