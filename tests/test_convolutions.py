@@ -102,6 +102,7 @@ def test_the_first_ratio_is_one(backend, monkeypatch):
     np.testing.assert_allclose(found["value"].reshape(-1), value, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @both_backends
 def test_the_built_in_network_learns_from_pictures(backend):
     """Which half is bright: 4 of 4. The config that a run keeps says which network it was."""

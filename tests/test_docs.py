@@ -131,12 +131,11 @@ def run_command(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def quick_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiling is most of what short runs wait for: compile quickly, and the same thing once."""
+    """Compiling is most of what short runs wait for: compile the same thing once."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     quickly = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,

@@ -12,6 +12,7 @@ RESULT = ("trained", "last 20 training episodes")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_beats_the_random_agent(name, tmp_path):
     """Its last line says both returns, after an assertion on their difference."""

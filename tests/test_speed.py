@@ -139,13 +139,13 @@ def test_workers_run_what_only_the_program_registered():
 
 
 def test_the_engine_that_was_taken_is_kept_and_does_not_bind_another_environment(tmp_path):
-    run = tmp_path / "run"
-    PPO("CartPole-v1", num_envs=16, **SMALL).learn(64, run_dir=run)
+    run, settings = tmp_path / "run", {**SMALL, "num_envs": 16, "backend": "torch"}
+    PPO("CartPole-v1", **settings).learn(64, run_dir=run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["engine"], config["threads"]) == ("native", 1)
     other = PPO.load(run, env=lambda: gym.make("CartPole-v1")).learn(64)
     assert other.config.engine == "sync"
-    PPO("CartPole-v1", num_envs=16, engine="sync", **SMALL).learn(64, run_dir=tmp_path / "sync")
+    PPO("CartPole-v1", engine="sync", **settings).learn(64, run_dir=tmp_path / "sync")
     assert PPO.load(tmp_path / "sync").learn(64).config.engine == "sync"
 
 
@@ -273,7 +273,17 @@ def test_several_seeds_are_the_runs_that_each_seed_gives_alone(tmp_path, capsys)
 @contextmanager
 def training(folder):
     """Two seeds that train for ever, both past their first iteration; ended by force in the end."""
-    command = [*PROXIMO, *TRAIN, "--total-timesteps", "100_000_000", "--seeds", "0-1", "--quiet"]
+    command = [
+        *PROXIMO,
+        *TRAIN,
+        "--total-timesteps",
+        "100_000_000",
+        "--seeds",
+        "0-1",
+        "--quiet",
+        "--backend",
+        "torch",
+    ]
     with subprocess.Popen([*command, "--run-dir", str(folder)], stderr=subprocess.PIPE, text=True) as process:
         try:
             until = time.monotonic() + 90
