@@ -141,8 +141,9 @@ def test_checkpoint_refusals(tmp_path):
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
     (path / checkpoint.MANIFEST).write_text(said)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "schema": 99}))
+    manifest = {**json.loads((path / checkpoint.MANIFEST).read_text()), "schema": 99}
+    manifest["sha256"] = checkpoint.checksum(whole, manifest)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="schema 99"):
         PPO.load(path)
     precious = tmp_path / "precious"

@@ -36,6 +36,7 @@ from functools import partial
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, NoReturn
 
 import cloudpickle
@@ -160,8 +161,11 @@ class WorkerVectorEnv(VectorEnv):
                 if context == "spawn"
                 else contexts.Process(target=_work, args=task, daemon=True)
             )
-            self._peers.append(_Peer(index, process, ours, environments))
+            peer = _Peer(index, process, ours, environments)
+            self._peers.append(peer)
             process.start()
+            # At the end of a program that closes nothing, where SIGTERM would be left to the trainer.
+            Finalize(peer, process.kill, exitpriority=0)
             if len(shares) == cores():
                 stay_on_core(process.pid, index)
             theirs.close()
