@@ -555,11 +555,11 @@ def test_refusals_say_what_to_do(env, env_kwargs, words):
 
 
 def test_envpool_is_taken_where_it_saves_python():
-    """Sixteen of what Gymnasium writes in Python; of MuJoCo's, which is C in any case, 64."""
+    """Sixteen of what Gymnasium writes in Python; of MuJoCo's, which is C in any case, 32."""
     assert engine_for("Acrobot-v1", 15) != "envpool"
     assert engine_for("Acrobot-v1", 16) == "envpool"
-    assert engine_for("HalfCheetah-v5", 63) != "envpool"
-    assert engine_for("HalfCheetah-v5", 64) == "envpool"
+    assert engine_for("HalfCheetah-v5", 31) != "envpool"
+    assert engine_for("HalfCheetah-v5", 32) == "envpool"
 
 
 def test_without_envpool_the_message_says_what_to_install(monkeypatch):

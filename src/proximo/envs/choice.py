@@ -22,7 +22,7 @@ from proximo.machine import cores
 
 CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
 MANY = 16  # environments, below which what steps them all in one call saves little
-MANY_MUJOCO = 64  # where EnvPool saves no Python: MuJoCo is in C in any case
+MANY_MUJOCO = 32  # where EnvPool saves no Python, MuJoCo being in C in any case, but shares out the work as it comes
 
 # What a step of one environment, and of all of them, costs besides the environment's own work.
 SYNC_S, WORKER_S, MEETING_S = 2e-6, 3e-6, 20e-6
@@ -42,7 +42,7 @@ def choose_engine(
     """The engine that is expected to be quickest for a registered environment; the first of these that applies:
 
     1. native: sixteen environments or more, and the environment has a vectorised version of its own;
-    2. envpool: sixteen environments or more, 64 of MuJoCo's, and EnvPool is installed and its version is known to be
+    2. envpool: sixteen environments or more, 32 of MuJoCo's, and EnvPool is installed and its version is known to be
        Gymnasium's;
     3. workers: more than one core, the environment comes from an installed package, and a trial of it says that worker
        processes save a sixth of its time and more over the run than they take to begin;
