@@ -50,7 +50,8 @@ VARIED = {
 
 def read(folder: Path) -> list[Result]:
     """Every result, ratios first."""
-    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    results = [result for result in found if "asked" in result]  # of compare.py
     order = ["pairs", "solve", "engines", "seeds", "profile", "growth"]
     return sorted(results, key=lambda result: order.index(result["asked"]["case"]["kind"]))
 

@@ -22,7 +22,7 @@ from proximo.machine import cores
 
 CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
 MANY = 16  # environments, below which what steps them all in one call saves little
-MANY_MUJOCO = 32  # where EnvPool saves no Python, MuJoCo being in C in any case, but shares out the work as it comes
+MANY_MUJOCO = 32  # which is in C in any case: EnvPool saves no Python, but shares out the work as it comes
 
 # What a step of one environment, and of all of them, costs besides the environment's own work.
 SYNC_S, WORKER_S, MEETING_S = 2e-6, 3e-6, 20e-6
