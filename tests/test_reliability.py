@@ -679,6 +679,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
 EXAMPLES = int(os.environ.get("PROXIMO_FUZZ", 150))
 FUZZ = settings(
     max_examples=EXAMPLES,
+    derandomize="PROXIMO_FUZZ" not in os.environ,  # the same ones each time; `make fuzz` goes looking
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
