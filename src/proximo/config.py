@@ -109,7 +109,7 @@ class Config:
     threads: int | None = option(
         None,
         "threads that learn on the CPU; 1 for small networks and one for each core for others, unless given",
-        group="run", kind="int", optional=True, low=1,
+        group="run", kind="int", optional=True, low=1, high=1024,
     )  # fmt: skip
     compile: bool | None = option(
         None,
