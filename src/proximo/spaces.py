@@ -198,12 +198,12 @@ class Spaces:
         """The inverse of `to_dict`."""
         leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in values["observation"])
         action = dict(values["action"])
+        for dtype in [action.get("dtype"), *(leaf.dtype for leaf in leaves)]:
+            np.dtype(dtype)  # a TypeError where there is no such one
         if action.pop("kind") == "Discrete":
             return Spaces(leaves, Discrete(**action))
         low = tuple(-np.inf if value is None else value for value in action["low"])
         high = tuple(np.inf if value is None else value for value in action["high"])
-        for dtype in [action["dtype"], *(leaf.dtype for leaf in leaves)]:
-            np.dtype(dtype)
         return Spaces(leaves, Box(tuple(action["shape"]), low, high, action["dtype"]))
 
     @staticmethod

@@ -29,7 +29,6 @@ import tempfile
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -165,7 +164,7 @@ class WorkerVectorEnv(VectorEnv):
             self._peers.append(peer)
             process.start()
             # At the end of a program that closes nothing, where SIGTERM would be left to the trainer.
-            Finalize(peer, process.kill, exitpriority=0)
+            Finalize(peer, _kill, (process,), exitpriority=0)
             if len(shares) == cores():
                 stay_on_core(process.pid, index)
             theirs.close()
@@ -482,7 +481,6 @@ class _Spawned:
             task.write(self._task)
             task.seek(0)
             self._popen = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=[descriptor])
-        weakref.finalize(self, _kill, self._popen)
 
     @property
     def pid(self) -> int | None:
@@ -505,9 +503,9 @@ class _Spawned:
                 self._popen.wait(timeout)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: BaseProcess | _Spawned) -> None:
     process.kill()
-    process.wait()
+    process.join()
 
 
 class _Report(NamedTuple):
