@@ -53,5 +53,6 @@ def to_sequences(length: int, x: Tensor) -> Tensor:
 def take(batch: Batch, indices: Tensor) -> Batch:
     """The minibatch of these sequences [S]; an index beyond the last takes something of weight 0."""
     last = batch.weight.shape[1] - 1
-    taken = each(lambda x: torch.index_select(x, 1, torch.clip(indices, max=last)), batch)
+    known = torch.clip(indices, max=last)
+    taken = each(lambda x: torch.index_select(x, 1, known), batch)
     return taken._replace(weight=taken.weight * (indices <= last))
