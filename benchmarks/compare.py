@@ -51,9 +51,13 @@ ZOO = (
 CASES: dict[str, dict[str, Any]] = {
     "halfcheetah-8x256": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 8 --num-steps 256 {CHEETAH}",
-        "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"],
-        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl", "torchrl", "sample_factory"],
+        "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"], "peers": ["sb3", "sbx"],
         "floors": {"jax": {"sb3": 5.5, "sbx": 3.3}, "torch-compile": {"sb3": 3.5}, "torch": {"sb3": 1.5}},
+    },
+    "halfcheetah-8x256-all": {  # apart, since a round of so many sides takes minutes in which a machine changes
+        "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 8 --num-steps 256 {CHEETAH}",
+        "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"],
+        "peers": ["sb3", "sbx", "cleanrl", "tianshou", "skrl", "torchrl", "sample_factory"], "floors": {},
     },
     "halfcheetah-32x64": {
         "kind": "pairs", "env": "HalfCheetah-v5", "flags": f"--num-envs 32 --num-steps 64 {CHEETAH}",

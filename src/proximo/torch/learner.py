@@ -20,7 +20,7 @@ from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
-from proximo.torch.networks import Network, Obs, built_in
+from proximo.torch.networks import Network, Obs, Params, built_in
 from proximo.torch.normalization import Reduce
 from proximo.torch.runtime import HINT, devices, made_on, pays_to_compile, running_on
 from proximo.torch.state import Spec, State, initial_state, observe
@@ -32,11 +32,11 @@ FLAT = ("params", "moment_1", "moment_2")  # what a State holds as flat vectors
 
 @torch.no_grad()
 def act(
-    spec: Spec, state: State, obs: Obs, start: Tensor, carry: Tensor, noise: Tensor
+    spec: Spec, state: State, params: Params, obs: Obs, start: Tensor, carry: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of N environments: raw samples [N, ...] and the next carry [N, H]."""
     obs = each(lambda x: x[None], observe(spec, state, obs))
-    policy, _, carries = spec.network.apply(unflatten(spec.shapes, state.params), obs, start[None], carry)
+    policy, _, carries = spec.network.apply(params, obs, start[None], carry)
     return policy.sample(noise[None])[0], carries[0]
 
 
@@ -156,6 +156,7 @@ class Learner:
             known = {path: (home(of.mean), home(of.variance)) for path, of in self._state.obs_moments.items()}
             return mlp_actor(self.spec.config, self.spec.spaces, params, known, noise)
         state, carry, calls = self._state, self._state.carry, iter(()) if noise is None else iter(noise)
+        params = self.spec.network.lower(unflatten(self.spec.shapes, state.params))
         still = np.zeros(self.spec.spaces.action.head_size, np.float32)
 
         def actor(obs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray:
@@ -166,7 +167,7 @@ class Learner:
                 if len(carry) != len(start):
                     carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
                 seen, begins, drawn = each(self._there, (obs, start, drawn))
-                action, carry = act(self.spec, state, seen, begins, carry, drawn)
+                action, carry = act(self.spec, state, params, seen, begins, carry, drawn)
             return home(action)
 
         return actor

@@ -28,6 +28,7 @@ from proximo.torch.distributions import Categorical, Gaussian, Policy, SquashedG
 Params = dict[str, Tensor]
 Obs = dict[str, Tensor]  # path -> [T, N, ...]
 
+HEADS = ("actor.head.weight", "actor.head.bias", "actor.log_std", "critic.head.weight", "critic.head.bias")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": functional.relu,
@@ -51,26 +52,32 @@ class Network(NamedTuple):
     apply: Callable[[Params, Obs, Tensor, Tensor], tuple[Policy, Tensor, Tensor]]
     carry_size: int = 0
     pictures: bool = False  # whether it wants images as [height, width, channels], however they come
+    lower: Callable[[Params], Params] = lambda params: params  # what `apply` begins with; twice is as once
 
 
 def built_in(config: Config, spaces: Spaces) -> Network:
     """The built-in networks: separate actor and critic, or a shared trunk with two heads."""
     made = architecture(config, spaces)
-    lower = None if config.precision == "float32" else getattr(torch, config.precision)
+    low = None if config.precision == "float32" else getattr(torch, config.precision)
+
+    def lower(params: Params) -> Params:
+        """All but the heads in the precision of the rest."""
+        return {name: x if low is None or name in HEADS else x.to(low) for name, x in params.items()}
 
     def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
         actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
-        low = {name: x.to(lower) for name, x in params.items()} if lower else params
-        hidden = body(made, spaces, low, actor, obs).to(dtype_of(params))
+        params = lower(params)
+        exact = params["critic.head.weight"].dtype
+        hidden = body(made, spaces, params, actor, obs).to(exact)
         critic_hidden = hidden
         if not made.shared_trunk:
-            critic_hidden = body(made, spaces, low, critic, obs).to(dtype_of(params))
+            critic_hidden = body(made, spaces, params, critic, obs).to(exact)
         output = linear(params, "actor.head", hidden)
         value = linear(params, "critic.head", critic_hidden)[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
         return policy, value, value.new_zeros((*value.shape, 0))
 
-    return Network(lambda: initial_parameters(config, spaces), apply, pictures=True)
+    return Network(lambda: initial_parameters(config, spaces), apply, pictures=True, lower=lower)
 
 
 def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:
@@ -82,7 +89,7 @@ def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs
 
 
 def dtype_of(params: Params) -> torch.dtype:
-    """The type of the parameters, in which everything is computed."""
+    """The type of a body's parameters, in which it computes."""
     return next(iter(params.values())).dtype
 
 
