@@ -13,6 +13,11 @@ import yaml
 from proximo.cli import main
 
 PROXIMO = [sys.executable, "-m", "proximo"]
+HEARD = [  # SIGHUP also where these tests run under nohup
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+]
 SMALL = [
     "--preset",
     "none",
@@ -181,9 +186,16 @@ def test_a_run_can_be_stopped(engine, asked, tmp_path):
     """Ctrl-C, SIGTERM or a terminal that goes away (a signal to the whole process group, workers too) ends the run
     after the iteration, saved: status 130, 143 or 129, and the checkpoint evaluates."""
     run = tmp_path / "run"
-    heard = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    command = [sys.executable, "-c", heard]  # also where these tests run under nohup
-    command += [*PROXIMO, "train", "CartPole-v1", "--run-dir", str(run), "--total-timesteps", "100_000_000"]
+    command = [
+        *HEARD,
+        *PROXIMO,
+        "train",
+        "CartPole-v1",
+        "--run-dir",
+        str(run),
+        "--total-timesteps",
+        "100_000_000",
+    ]
     command += ["--engine", engine, "--num-envs", "2", "--backend", "torch"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -193,6 +205,9 @@ def test_a_run_can_be_stopped(engine, asked, tmp_path):
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(process.pid, asked)
+        if asked == signal.SIGHUP:  # from the shell, and from the system when the shell has ended
+            time.sleep(0.01)
+            os.killpg(process.pid, asked)
         try:
             output, errors = process.communicate(timeout=60)
         finally:

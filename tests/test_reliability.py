@@ -300,6 +300,12 @@ def test_an_environment_that_exits_ends_the_run_with_an_error(tmp_path):
     assert checkpoint.load(tmp_path / "run").progress.iteration == 2
 
 
+@pytest.mark.parametrize("engine", ["sync", "workers"])
+def test_an_environment_that_exits_while_it_is_made_is_an_error(engine):
+    with pytest.raises(UserError, match=r"environment \d called sys\.exit\(0\) while it was made"):
+        PPO(lambda: sys.exit(0), engine=engine, **SMALL)
+
+
 def test_what_is_beside_checkpoints_is_none(run):
     """Copies under names of one's own, one of which sorts behind all: neither taken, nor counted, nor removed."""
     latest = checkpoint.steps_of(run)[-1]
@@ -320,8 +326,8 @@ def test_the_best_of_a_run_that_goes_on_elsewhere(run, tmp_path):
     assert (tmp_path / "new" / "checkpoints" / BEST / checkpoint.MANIFEST).is_file()
 
 
-def test_ctrl_c_in_an_evaluation_loses_no_evaluation(tmp_path, monkeypatch):
-    """What goes on repeats the iteration whose evaluation was broken off: metrics as of a run that was left alone."""
+def test_ctrl_c_in_an_evaluation_takes_its_iteration_back(tmp_path, monkeypatch):
+    """The iterations before it are saved, and who goes on repeats it: metrics as of a run that was left alone."""
     settings = {"total_timesteps": 4 * ROWS, "evaluation_interval": 2, "evaluation_episodes": 1, **SMALL}
     with PPO("CartPole-v1", run_dir=tmp_path / "whole", **settings) as agent:
         agent.learn()
@@ -333,11 +339,49 @@ def test_ctrl_c_in_an_evaluation_loses_no_evaluation(tmp_path, monkeypatch):
         monkeypatch.setattr(agent, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             agent.learn()
+        assert (agent.progress.iteration, checkpoint.load(tmp_path / "run").progress.iteration) == (1, 1)
     assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
     name = "evaluation/return_mean"
     rows = [[row[name] for row in read_metrics(tmp_path / which)] for which in ("whole", "run")]
     assert rows[0] == rows[1]
     assert rows[0][3] is not None
+
+
+def test_an_evaluation_that_fails_is_repeated_by_the_same_agent(tmp_path, monkeypatch):
+    """Metrics of a second `learn` after it are those of a run whose evaluation did not fail."""
+    settings = {"total_timesteps": 4 * ROWS, "evaluation_interval": 2, "evaluation_episodes": 1, **SMALL}
+    for name in ("whole", "run"):
+        with PPO("CartPole-v1", **settings) as agent:
+            if name == "run":
+                monkeypatch.setattr(agent, "evaluate", lambda *_, **__: 1 // 0)
+                with pytest.raises(ZeroDivisionError):
+                    agent.learn(run_dir=tmp_path / name)
+                assert agent.progress.iteration == 1
+                monkeypatch.undo()
+            agent.learn(run_dir=tmp_path / name)
+    whole, run = (
+        [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+        for rows in (read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run"))
+    )
+    assert whole == run
+
+
+def test_ctrl_c_in_the_last_save_is_no_loss(tmp_path, monkeypatch):
+    """It strikes while the last of four iterations is saved: all four are saved all the same."""
+    folder = tmp_path / "run"
+    with PPO("CartPole-v1", total_timesteps=4 * ROWS, checkpoint_interval=0, **SMALL) as agent:
+        save, calls = agent.save, []
+
+        def interrupted(path):
+            calls.append(path)
+            if len(calls) == 2:  # the first is before training
+                raise KeyboardInterrupt
+            return save(path)
+
+        monkeypatch.setattr(agent, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            agent.learn(run_dir=folder)
+    assert checkpoint.load(folder).progress.iteration == 4
 
 
 @pytest.mark.parametrize("name", [checkpoint.ARRAYS, checkpoint.MANIFEST])
@@ -544,6 +588,7 @@ def test_a_bundle_is_no_checkpoint_and_a_checkpoint_no_bundle(run, tmp_path, cap
     assert f"step {6 * ROWS} of {6 * ROWS}, iteration 6" in text
     assert "environments can be brought back exactly" in text
     assert main(["inspect", str(tmp_path)]) == 2
+    assert main(["inspect", "x" * 300]) == 2  # longer than a name may be
 
 
 # Hostile files
@@ -764,12 +809,13 @@ WORLDS = {
     "deep": lambda world: world.update(snapshot=nested(900)),
     "why": lambda world: world.update(why=3),
 }
+REFUSED = set(WORLDS) - {"origins that are none", "a log of another length"}
 
 
 @pytest.mark.parametrize("what", WORLDS)
 def test_where_environments_stand_is_checked(what, valid, tmp_path):
-    """Refused, or new episodes begin: no error that is not the user's to see."""
-    loads_or_refuses(tmp_path / "hostile", *changed(*valid, WORLDS[what]))
+    """Refused; or, where it is a world but none of these environments', new episodes begin."""
+    assert loads_or_refuses(tmp_path / "hostile", *changed(*valid, WORLDS[what])) == (what not in REFUSED)
 
 
 def test_observations_that_no_space_has(valid, tmp_path, capsys):

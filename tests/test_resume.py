@@ -397,6 +397,9 @@ def test_a_generator_that_would_read_other_memory_is_refused(name, place, value)
         state["state"] = {**state["state"], place: value}
     with pytest.raises(UserError, match=place):
         generator_from(state)
+    if place not in state:  # a second one beside it, which NumPy does not read
+        with pytest.raises(UserError, match=place):
+            generator_from({**state, place: 0})
 
 
 def test_only_known_generators_are_made():
@@ -444,6 +447,31 @@ def test_what_changes_learning_is_said(tmp_path, capsys):
     assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma 0.99 became 0.5"}
     assert "not the same to the bit, since gamma 0.99 became 0.5" in capsys.readouterr().err
     assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
+
+
+@pytest.mark.parametrize("method", ["learn", "iterate"])
+def test_steps_named_in_the_call_change_a_linear_schedule_too(method, tmp_path):
+    with PPO("CartPole-v1", **{**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS}) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    for steps, exact in ((3 * ROWS, True), (5 * ROWS, False)):
+        with PPO.load(tmp_path / "saved") as again:
+            list(getattr(again, method)(steps) if method == "iterate" else [again.learn(steps)])
+            assert again.progress.resumed[-1]["exact"] == exact
+
+
+def test_another_environment_or_another_way_to_compute_is_said(tmp_path):
+    """CartPole-v0 has the same spaces and moves the same, and ends after 200 steps rather than 500."""
+    settings = {**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS, "lr_schedule": "constant"}
+    with PPO("CartPole-v1", **settings) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    saved = checkpoint.load(tmp_path / "saved")
+    config = agent.config
+    assert not checkpoint.inexact(saved, config, "CartPole-v1", agent.learner.compiled)
+    assert checkpoint.inexact(saved, config, "CartPole-v0", None) == ["env CartPole-v1 became CartPole-v0"]
+    saved.manifest["compiled"] = False
+    assert checkpoint.inexact(saved, config, "CartPole-v1", True) == ["compiled False became True"]
 
 
 def test_one_plan_is_compiled_or_not_as_a_whole():

@@ -273,7 +273,11 @@ def test_several_seeds_are_the_runs_that_each_seed_gives_alone(tmp_path, capsys)
 @contextmanager
 def training(folder):
     """Two seeds that train for ever, both past their first iteration; ended by force in the end."""
+    heard = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     command = [
+        sys.executable,
+        "-c",
+        heard,  # also where these tests run under nohup
         *PROXIMO,
         *TRAIN,
         "--total-timesteps",
@@ -306,7 +310,7 @@ def runs_in(folder):
 
 
 @several_cores
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_runs_of_seeds_end_with_the_command(number, tmp_path):
     """Asked to stop, both runs are saved and the command ends as one that was interrupted; killed, it takes both runs
     along, and they are saved all the same."""

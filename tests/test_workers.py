@@ -740,6 +740,36 @@ def test_every_way_to_begin_a_process_gives_the_same_and_ends_quietly(tmp_path):
         assert (output, complaints, process.returncode) == ("done\n", "", 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_workers_that_begin_leave_signals_to_the_trainer(number, monkeypatch):
+    """A signal to the whole group, before a worker is so far as to look: its environments are made all the same."""
+    begun = []
+
+    def struck(peer, kill, arguments, exitpriority):
+        begun.append(arguments[0].pid)
+        os.kill(begun[-1], number)
+
+    monkeypatch.setattr("proximo.envs.workers.Finalize", struck)
+    with closing(WorkerVectorEnv(Everything, 2, workers=2)) as envs:
+        envs.reset(seed=0)
+    assert len(begun) == 1
+
+
+def test_what_is_ignored_stays_ignored_in_workers():
+    """Under nohup a terminal that goes away ends nothing that an environment begins either."""
+
+    def make():
+        if os.getpid() != trainer_process and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            raise ValueError("SIGHUP is not ignored")
+        return Everything()
+
+    trainer_process, before = os.getpid(), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        WorkerVectorEnv(make, 2, workers=2).close()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 INTERRUPTED = """
 import os, signal, threading, time
 import numpy as np

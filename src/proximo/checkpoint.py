@@ -280,9 +280,17 @@ MIGRATIONS: dict[
 ] = {1: _with_progress}
 
 
-def inexact(saved: Saved, config: Config) -> list[str]:
-    """What is not as it was, so that a run goes on from the same state, but not to the bit."""
+def inexact(saved: Saved, config: Config, env_id: str | None, compiled: bool | None) -> list[str]:
+    """What is not as it was, so that a run goes on from the same state, but not to the bit.
+
+    Args:
+        compiled: whether PyTorch's minibatches are.
+    """
     found, was, now = [], saved.manifest["config"], json.loads(json.dumps(config.to_dict()))
+    for name, is_now in (("env", env_id), ("compiled", compiled)):
+        before = saved.manifest.get(name)
+        if None not in (before, is_now) and before != is_now:
+            found.append(f"{name} {before} became {is_now}")
     matters = {name for name, field in FIELDS.items() if field.metadata["group"] != "records"} - BESIDE
     if all(now[name] in ("constant", "adaptive") for name in SCHEDULES):
         matters.discard("total_timesteps")

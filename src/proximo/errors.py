@@ -20,6 +20,10 @@ class RunError(RuntimeError):
     """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
 
 
+class NotSaved(RunError):
+    """What was learned last could not be saved."""
+
+
 class NotFinite(RunError):
     """Numbers became NaN or infinite. `evidence` are the arrays to look at afterwards, by name."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from proximo import bundle, checkpoint, presets
 from proximo.checkpoint import Saved
 from proximo.config import FIELDS, Config, check, checked, from_mapping, override
 from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
-from proximo.errors import NotFinite, RunError, UserError, note
+from proximo.errors import NotFinite, NotSaved, UserError, note
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.keeper import Keeper, require_latest
 from proximo.learner import Learner, choose_backend, make_learner
@@ -22,21 +22,17 @@ from proximo.parameters import architecture
 from proximo.plot import plot, plot_run
 from proximo.progress import Progress
 from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.record import Metrics, RunFolder
+from proximo.record import Metrics, RunFolder, Samples
 from proximo.rollout import Collector, ways_back
 from proximo.spaces import Spaces
 from proximo.trackers import import_wandb, recording, tell
-from proximo.train import iterations
+from proximo.train import Iteration, iterations
 from proximo.video import MAX_FRAMES, Video, require_video
 from proximo.video import record as record_video
 
 CAPTURED_FRAMES = (
     1_000  # of a video while training; MuJoCo takes about a tenth of a second a frame without a GPU
 )
-
-
-class EvaluationStopped(KeyboardInterrupt):
-    """Ctrl-C in an evaluation: who goes on repeats the iteration before it, whose metrics it belongs to."""
 
 
 class PPO:
@@ -161,36 +157,32 @@ class PPO:
         check = partial(require_latest, self.progress.global_step)
         with recording(run_dir, self.env_id, config, progress, after, check) as (folder, sinks):
             self._home = folder.path.resolve() if folder else self._home
-            collector = self._stage()
             # Whether to compile is decided for each call anew.
             self.config = config.replace(run_dir=None, compile=self.config.compile, engine=self.config.engine)
+            collector = self._stage()
             keeper = Keeper(folder.path, config, self.progress, self._saver(folder)) if folder else None
             try:
                 if keeper:
                     keeper.save()  # from which a run that dies early goes on
-                for metrics, samples in iterations(
-                    self.config, collector, self.learner, self.progress, examine=folder is not None
-                ):
-                    try:
-                        evaluated = self._evaluate_now(config, metrics)
-                    finally:
-                        tell(sinks, metrics, samples)
+                run = iterations(self.config, collector, self.learner, self.progress, folder is not None)
+                for metrics, samples, evaluated in self._evaluated(run):
+                    tell(sinks, metrics, samples)
                     if folder and keeper:
                         keeper.after_iteration(evaluated)
                         self._film_into(folder, config.video_interval)
                     if stop():
                         break
+                if keeper:
+                    keeper.save()
             except BaseException as error:
                 # Everything is as it was after the last complete iteration.
                 if folder and keeper:
                     self._rescue(folder, keeper, error)
                 raise
-            if keeper:
-                keeper.save()
-                if keeper.failures:
-                    raise RunError(
-                        f"the last checkpoint could not be saved in {run_dir}: make room, and save again"
-                    )
+            if keeper and keeper.failures:
+                raise NotSaved(
+                    f"the last checkpoint could not be saved in {run_dir}: make room, and save again"
+                )
         if folder:
             self._finish(folder)
         return self
@@ -225,7 +217,7 @@ class PPO:
             collector.reset(environment_seeds(self.config.seed, count, iteration=begun))
             self.progress.episodes.clear()
         if saved and self.progress.global_step:
-            changed = checkpoint.inexact(saved, self.config)
+            changed = checkpoint.inexact(saved, self.config, self.env_id, self.learner.compiled)
             if not why:
                 but = f"; what is learned is not the same to the bit, since {'; '.join(changed)}"
                 note(
@@ -241,25 +233,38 @@ class PPO:
         self._collector, self._saved = collector, None
         return collector
 
-    def _evaluate_now(self, config: Config, metrics: Metrics) -> float | None:
+    def _evaluated(
+        self, run: Generator[Iteration, None, None]
+    ) -> Iterator[tuple[Metrics, Samples | None, float | None]]:
+        """Iterations, and the mean return of the evaluation where it is time for one.
+
+        An iteration whose evaluation is broken off, or fails, is taken back: its metrics would lack it for ever.
+        """
+        for metrics, samples in run:
+            try:
+                found = self._evaluate_now(metrics)
+            except BaseException as error:
+                run.throw(error)
+                raise
+            yield metrics, samples, found
+
+    def _evaluate_now(self, metrics: Metrics) -> float | None:
         """Evaluate where it is time for it: the mean return, which metrics then have as well."""
+        config = self.config
         if not config.evaluation_interval:
             return None
         names = ("return_mean", "return_std", "length_mean")
         metrics |= {f"evaluation/{name}": None for name in names}
         if self.progress.iteration % config.evaluation_interval:
             return None
-        try:
-            found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
-        except KeyboardInterrupt as error:
-            raise EvaluationStopped(*error.args) from error
+        found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
         metrics |= {f"evaluation/{name}": found[name] for name in names}
         return found["return_mean"]
 
     def _rescue(self, folder: RunFolder, keeper: Keeper, error: BaseException) -> None:
         """Save what was learned before an error, and what led to it where numbers did."""
         try:
-            if not keeper.gave_up and not isinstance(error, EvaluationStopped):
+            if not keeper.gave_up:
                 keeper.save()
             if isinstance(error, NotFinite):
                 path = bundle.save(folder.path, error, self.learner, self.config, self.env_id, self.progress)
@@ -308,10 +313,9 @@ class PPO:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
         self._open_envs()
         config = self._until(total_timesteps)
-        collector = self._stage()
         self.config = config.replace(compile=self.config.compile, engine=self.config.engine)
-        for metrics, _ in iterations(self.config, collector, self.learner, self.progress):
-            self._evaluate_now(self.config, metrics)
+        run = iterations(self.config, self._stage(), self.learner, self.progress)
+        for metrics, _, _ in self._evaluated(run):
             yield metrics
 
     def _until(self, total_timesteps: int | None) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +36,11 @@ class Iteration(NamedTuple):
 
 def iterations(
     config: Config, collector: Collector, learner: Learner, progress: Progress, examine: bool = False
-) -> Iterator[Iteration]:
+) -> Generator[Iteration, None, None]:
     """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
 
     Between two reports `learner` and `progress` are consistent: that is where to save or stop. Where an error ends an
-    iteration, they are as they were before it.
+    iteration, or is thrown in after it, they are as they were before it.
 
     Args:
         collector: of environments that have been reset, or brought back to where they stood.
@@ -57,6 +57,9 @@ def iterations(
         try:
             done = iterate(config, collector, learner, progress, rollout, bool(due))
             progress.world = collector.stand()
+            yield done
+        except GeneratorExit:
+            raise
         except BaseException as error:  # Ctrl-C as well
             collector.stands = False
             learner.take_back(learned)
@@ -64,7 +67,6 @@ def iterations(
             if isinstance(error, NotFinite):
                 error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
             raise
-        yield done
 
 
 def iterate(

@@ -194,7 +194,7 @@ def generator_from(state: Mapping[str, Any]) -> np.random.Generator:
         )
     held = state.get("state")
     key, most = BLOCKS.get(name, ("has_uint32", 1))
-    at = {**(held if isinstance(held, Mapping) else {}), **state}.get(key)
+    at = state.get(key) if name != "MT19937" else held.get(key) if isinstance(held, Mapping) else None
     if (
         not isinstance(at, (int, np.integer))
         or not 0 <= at <= most

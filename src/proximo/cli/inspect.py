@@ -32,6 +32,8 @@ def run(options: Namespace) -> int:
             print(line)
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
     return 0

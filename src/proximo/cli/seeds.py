@@ -24,6 +24,7 @@ from proximo.record import CONFIG, Console, Metrics, last_metrics, require_empty
 if TYPE_CHECKING:
     from proximo.config import Config
 
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # for a stop
 LOOK_S = 0.5  # between looks at how far the runs are
 
 
@@ -159,7 +160,7 @@ def _begin(job: Job, env_id: str, config: Path, core: int) -> None:
 
 
 def _require_success(job: Job, status: int) -> None:
-    stopped = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+    stopped = {sign for number in ASKING for sign in (128 + number, -number)}
     if status == 0 or (job.asked and status in stopped):
         return
     if status == 2:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from proximo import presets
 from proximo.cli.flags import add_settings, given_settings
-from proximo.cli.seeds import seeds, train_all
+from proximo.cli.seeds import ASKING, seeds, train_all
 from proximo.config import override, read_file
-from proximo.errors import RunError, UserError
+from proximo.errors import NotSaved, RunError, UserError, note
 from proximo.machine import cache_folder
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 GRACE_S = 10.0  # after a second signal
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_to(commands: Any) -> None:
@@ -114,17 +113,19 @@ def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], 
         f"engine {config.engine}"
     )
     say(f"run folder: {run_dir}")
-    for line in [*remarks(config), *anew(agent)]:
-        say(f"note: {line}")
+    for line in [*remarks(config), *anew(agent)] if progress else []:
+        note(line)
     try:
         if interrupt.signal is None:
             agent.learn(run_dir=run_dir, progress=progress, stop=lambda: interrupt.signal is not None)
     except (RunError, UserError) as error:
         if agent.progress.iteration == began:
             raise
-        goes_on = f"go on from there with: {resumes(agent, run_dir)}"
+        kept = "checkpoints" if isinstance(error, NotSaved) else "what was learned up to then"
         kind = UserError if isinstance(error, UserError) else RunError
-        raise kind(f"{error}\n  what was learned up to then is in {run_dir}; {goes_on}") from error
+        raise kind(
+            f"{error}\n  {kept}: {run_dir}; go on from there with: {resumes(agent, run_dir)}"
+        ) from error
     finally:
         agent.close()
     for line in summary(agent, run_dir, interrupt.signal is not None):
@@ -276,9 +277,14 @@ def end_when_asked_twice(signals: socket.socket) -> None:
             arrived = signals.recv(1)
             if not arrived:
                 return
-            asked += [number for number in arrived if number in ASKING]
+            asked += [number for number in arrived if asks(number, bool(asked))]
     time.sleep(GRACE_S)
     os._exit(128 + asked[-1])
+
+
+def asks(number: int, again: bool) -> bool:
+    """Whether a signal asks for a stop, or once more: a terminal that goes away may send SIGHUP twice."""
+    return number in ASKING and not (again and number == signal.SIGHUP)
 
 
 class Interrupt:
@@ -313,6 +319,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        if not asks(number, self.signal is not None):
+            return
         if self.signal is not None:
             raise KeyboardInterrupt(number)
         self.signal = number

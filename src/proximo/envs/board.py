@@ -183,10 +183,19 @@ class Share:
         return self.current[0], self.calls
 
     def make(self, factory: Callable[[], gym.Env], made: Callable[[], None] = lambda: None) -> None:
-        """Make them all; `made` is called after each."""
+        """Make them all; `made` is called after each.
+
+        Raises:
+            UserError: one would end the program.
+        """
         for n in self.environments:
             self.at = n
-            self.envs.append(factory())
+            try:
+                self.envs.append(factory())
+            except SystemExit as error:
+                raise UserError(
+                    f"environment {n} called sys.exit({error.code!r}) while it was made"
+                ) from error
             made()
         self.at = None
 

@@ -104,7 +104,7 @@ def step_seconds(make: Callable[[], gym.Env]) -> float | None:
                 return _timed(env)
             finally:
                 env.close()
-    except Exception:  # which making the environments will report
+    except (Exception, SystemExit):  # which making the environments will report
         return None
     finally:
         random.setstate(python)

@@ -68,6 +68,8 @@ from proximo.spaces import Spaces
 STEP, RESET, REPLAY, ATTACH, CLOSE = b"s", b"r", b"p", b"a", b"c"  # to a worker
 DONE, MADE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # from a worker
 
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of which the trainer decides what they mean
+
 GRACE_S = 3.0  # for workers to close their environments; after that they are killed
 FAULT_GRACE_S = 0.5  # the same after a fault, which is to be reported soon
 KILLED_S = 1.0  # for a killed process to be gone
@@ -556,8 +558,11 @@ def _work(
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends the workers
     for number in (signal.SIGTERM, signal.SIGHUP):  # so are these, where a whole group of processes is told
-        signal.signal(number, partial(_leave_to_trainer, os.getpid()))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if (
+            signal.getsignal(number) is not signal.SIG_IGN
+        ):  # as under nohup: so it stays for what environments begin
+            signal.signal(number, partial(_leave_to_trainer, os.getpid()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
     process = multiprocessing.current_process()
     process.name = f"proximo-worker-{index}"
     process.daemon = False  # environments may start processes of their own
@@ -735,8 +740,8 @@ def _join(peers: Sequence[_Peer], seconds: float) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Keep Ctrl-C waiting here, and from a process that begins meanwhile until it ignores it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Keep signals waiting here, and from a process that begins meanwhile until it leaves them to the trainer."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         yield
     finally:
