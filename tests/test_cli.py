@@ -263,6 +263,6 @@ def test_what_settings_mean_is_said(tmp_path, capsys):
     """A run shorter than a rollout, and a compiler that JAX does not need."""
     run = ["--run-dir", str(tmp_path / "run"), "--total-timesteps", "10", "--compile"]
     assert main(["train", "CartPole-v1", *SMALL, *run]) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "2 × 16 = 32 steps, so the run takes 32 rather than 10" in said
     assert "JAX always compiles" in said

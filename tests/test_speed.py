@@ -310,7 +310,7 @@ def runs_in(folder):
 
 
 @several_cores
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_runs_of_seeds_end_with_the_command(number, tmp_path):
     """Asked to stop, both runs are saved and the command ends as one that was interrupted; killed, it takes both runs
     along, and they are saved all the same."""

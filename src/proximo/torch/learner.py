@@ -32,9 +32,21 @@ FLAT = ("params", "moment_1", "moment_2")  # what a State holds as flat vectors
 
 @torch.no_grad()
 def act(
-    spec: Spec, state: State, params: Params, obs: Obs, start: Tensor, carry: Tensor, noise: Tensor
+    spec: Spec,
+    state: State,
+    obs: Obs,
+    start: Tensor,
+    carry: Tensor,
+    noise: Tensor,
+    params: Params | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of N environments: raw samples [N, ...] and the next carry [N, H]."""
+    """One step of N environments: raw samples [N, ...] and the next carry [N, H].
+
+    Args:
+        params: the state's, where they were taken from it before.
+    """
+    if params is None:
+        params = unflatten(spec.shapes, state.params)
     obs = each(lambda x: x[None], observe(spec, state, obs))
     policy, _, carries = spec.network.apply(params, obs, start[None], carry)
     return policy.sample(noise[None])[0], carries[0]
@@ -167,7 +179,7 @@ class Learner:
                 if len(carry) != len(start):
                     carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
                 seen, begins, drawn = each(self._there, (obs, start, drawn))
-                action, carry = act(self.spec, state, params, seen, begins, carry, drawn)
+                action, carry = act(self.spec, state, seen, begins, carry, drawn, params)
             return home(action)
 
         return actor
