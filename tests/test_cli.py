@@ -9,15 +9,11 @@ import time
 
 import pytest
 import yaml
+from commands import HEARD
 
 from proximo.cli import main
 
 PROXIMO = [sys.executable, "-m", "proximo"]
-HEARD = [  # SIGHUP also where these tests run under nohup
-    sys.executable,
-    "-c",
-    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
-]
 SMALL = [
     "--preset",
     "none",
@@ -186,16 +182,8 @@ def test_a_run_can_be_stopped(engine, asked, tmp_path):
     """Ctrl-C, SIGTERM or a terminal that goes away (a signal to the whole process group, workers too) ends the run
     after the iteration, saved: status 130, 143 or 129, and the checkpoint evaluates."""
     run = tmp_path / "run"
-    command = [
-        *HEARD,
-        *PROXIMO,
-        "train",
-        "CartPole-v1",
-        "--run-dir",
-        str(run),
-        "--total-timesteps",
-        "100_000_000",
-    ]
+    command = [*HEARD, *PROXIMO, "train", "CartPole-v1"]
+    command += ["--run-dir", str(run), "--total-timesteps", "100_000_000"]
     command += ["--engine", engine, "--num-envs", "2", "--backend", "torch"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

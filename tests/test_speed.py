@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from commands import HEARD
 from rollouts import CONTINUOUS, act_rollout
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -273,11 +274,8 @@ def test_several_seeds_are_the_runs_that_each_seed_gives_alone(tmp_path, capsys)
 @contextmanager
 def training(folder):
     """Two seeds that train for ever, both past their first iteration; ended by force in the end."""
-    heard = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     command = [
-        sys.executable,
-        "-c",
-        heard,  # also where these tests run under nohup
+        *HEARD,
         *PROXIMO,
         *TRAIN,
         "--total-timesteps",

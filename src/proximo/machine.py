@@ -7,6 +7,7 @@ more than it saves. So small networks learn on one thread, and what acts in NumP
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -18,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 from proximo.errors import UserError
 
 SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one thread is quicker than two
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # ask for a stop
 
 
 def cores() -> int:

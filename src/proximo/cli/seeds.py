@@ -17,14 +17,13 @@ from typing import IO, TYPE_CHECKING, cast
 import numpy as np
 
 from proximo.errors import RunError, UserError
-from proximo.machine import can_stay_on_cores, cores, stay_on_core
+from proximo.machine import STOPS, can_stay_on_cores, cores, stay_on_core
 from proximo.plot import RETURN, plot
 from proximo.record import CONFIG, Console, Metrics, last_metrics, require_empty, resolved
 
 if TYPE_CHECKING:
     from proximo.config import Config
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # for a stop
 LOOK_S = 0.5  # between looks at how far the runs are
 
 
@@ -160,7 +159,7 @@ def _begin(job: Job, env_id: str, config: Path, core: int) -> None:
 
 
 def _require_success(job: Job, status: int) -> None:
-    stopped = {sign for number in ASKING for sign in (128 + number, -number)}
+    stopped = {sign for number in STOPS for sign in (128 + number, -number)}
     if status == 0 or (job.asked and status in stopped):
         return
     if status == 2:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from proximo import presets
 from proximo.cli.flags import add_settings, given_settings
-from proximo.cli.seeds import ASKING, seeds, train_all
+from proximo.cli.seeds import seeds, train_all
 from proximo.config import override, read_file
 from proximo.errors import NotSaved, RunError, UserError, note
-from proximo.machine import cache_folder
+from proximo.machine import STOPS, cache_folder
 
 if TYPE_CHECKING:
     from proximo.config import Config
@@ -284,7 +284,7 @@ def end_when_asked_twice(signals: socket.socket) -> None:
 
 def asks(number: int, again: bool) -> bool:
     """Whether a signal asks for a stop, or once more: a terminal that goes away may send SIGHUP twice."""
-    return number in ASKING and not (again and number == signal.SIGHUP)
+    return number in STOPS and not (again and number == signal.SIGHUP)
 
 
 class Interrupt:
@@ -301,7 +301,7 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self._before = {
             number: signal.signal(number, self._ask)
-            for number in ASKING
+            for number in STOPS
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         # Written to when a signal arrives, and not only when Python gets to handle it.

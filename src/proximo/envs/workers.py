@@ -62,13 +62,11 @@ from proximo.envs.board import (
 )
 from proximo.envs.watch import watch
 from proximo.errors import RunError, UserError
-from proximo.machine import cores, stay_on_core
+from proximo.machine import STOPS, cores, stay_on_core
 from proximo.spaces import Spaces
 
 STEP, RESET, REPLAY, ATTACH, CLOSE = b"s", b"r", b"p", b"a", b"c"  # to a worker
 DONE, MADE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # from a worker
-
-HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of which the trainer decides what they mean
 
 GRACE_S = 3.0  # for workers to close their environments; after that they are killed
 FAULT_GRACE_S = 0.5  # the same after a fault, which is to be reported soon
@@ -558,11 +556,10 @@ def _work(
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends the workers
     for number in (signal.SIGTERM, signal.SIGHUP):  # so are these, where a whole group of processes is told
-        if (
-            signal.getsignal(number) is not signal.SIG_IGN
-        ):  # as under nohup: so it stays for what environments begin
+        # What is ignored, as under nohup, stays so for what environments begin.
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_leave_to_trainer, os.getpid()))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     process = multiprocessing.current_process()
     process.name = f"proximo-worker-{index}"
     process.daemon = False  # environments may start processes of their own
@@ -741,7 +738,7 @@ def _join(peers: Sequence[_Peer], seconds: float) -> None:
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Keep signals waiting here, and from a process that begins meanwhile until it leaves them to the trainer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:

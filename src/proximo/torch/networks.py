@@ -62,7 +62,9 @@ def built_in(config: Config, spaces: Spaces) -> Network:
 
     def lower(params: Params) -> Params:
         """All but the heads in the precision of the rest."""
-        return {name: x if low is None or name in HEADS else x.to(low) for name, x in params.items()}
+        if low is None:
+            return params
+        return {name: x if name in HEADS else x.to(low) for name, x in params.items()}
 
     def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
         actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
