@@ -50,11 +50,13 @@ def act_rollout(
     ends: float = 0.2,
     noise: np.ndarray | None = None,
     begins: np.ndarray | bool = True,
+    said: list[Any] | None = None,
 ) -> Rollout:
     """A random rollout of the learner's size, in which its own actor acts.
 
     `resets` says what follows the end of an episode: "next_step" a row that is no transition, "same_step"
-    the next episode at once. `begins` [N] says where the first row starts an episode.
+    the next episode at once. `begins` [N] says where the first row starts an episode. `said` gets what
+    the actor keeps for the update.
     """
     spaces, config = learner.spec.spaces, learner.spec.config
     rng = np.random.default_rng(seed)
@@ -62,7 +64,7 @@ def act_rollout(
     rollout = Rollout(spaces, *rows)
     if noise is None:
         noise = spaces.action.noise(rng, rows)
-    actor = learner.actor(noise)
+    actor = learner.actor(noise, said)
     for path, value in random_obs(spaces, rng, (rows[0] + 1, rows[1])).items():
         rollout.obs[path][:] = value
     rollout.reward[:] = 1.0 + 5.0 * rng.standard_normal(rows)

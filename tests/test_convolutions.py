@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from rollouts import act_rollout, small
 from worlds import BrightHalf
 
@@ -18,6 +19,7 @@ from proximo.parameters import architecture, flat_size, initial_parameters
 from proximo.rollout import minibatch_order
 from proximo.schedules import hyper_at
 from proximo.spaces import Spaces
+from proximo.torch.networks import Network, built_in
 
 ACTIONS = gym.spaces.Discrete(3)
 BACKENDS = ("jax", "torch")
@@ -100,6 +102,44 @@ def test_the_first_ratio_is_one(backend, monkeypatch):
     found = learner.examine(rollout, hyper_at(learner.spec.config, 0))
     np.testing.assert_allclose(found["log_prob"].reshape(-1), log_prob, atol=1e-5)
     np.testing.assert_allclose(found["value"].reshape(-1), value, atol=1e-5)
+
+
+@both_backends
+def test_what_the_network_said_while_acting_is_not_asked_again(backend):
+    """Of eight steps all, five or none known: the same update but for rounding. Told values that are 1 too high, it has
+    another loss: they are what it reads."""
+    learner = make_learner(small(hidden_sizes=(8,), backend=backend), picture(36, 36, 1))
+    said: list = []
+    rollout = act_rollout(learner, seed=1, said=said)
+    assert len(said) == rollout.num_steps == 8
+    order = minibatch_order(rollout.valid, 2, 2, np.random.default_rng(0))
+    before, found = learner.kept(), []
+    higher = [(policy, value + 1.0, carries) for policy, value, carries in said]
+    for known in (said, said[:5], [], higher):
+        learner.take_back(before)
+        metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0), known)
+        found.append([metrics[name] for name in ("losses/total", "update/approx_kl", "update/gradient_norm")])
+    np.testing.assert_allclose(found[1:3], found[:1] * 2, rtol=1e-4, atol=1e-6)
+    assert abs(found[3][0] - found[0][0]) > 1e-2
+
+
+def test_images_go_through_the_network_once_to_act_and_once_an_epoch():
+    """8 steps of 4 environments, and what follows the last step: 9 · 4 pictures. Then 3 epochs of 8 · 4."""
+    rows = {"acting": 0, "learning": 0}
+
+    def counting(config: Config, spaces: Spaces) -> Network:
+        network = built_in(config, spaces)
+
+        def apply(params, obs, start, carry):
+            rows["learning" if torch.is_grad_enabled() else "acting"] += start.numel()
+            return network.apply(params, obs, start, carry)
+
+        return network._replace(apply=apply)
+
+    settings = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 3}
+    with PPO(BrightHalf, network=counting, backend="torch", compile=False, engine="sync", **settings) as agent:
+        agent.learn(4 * 8)
+    assert rows == {"acting": 9 * 4, "learning": 3 * 8 * 4}
 
 
 @pytest.mark.usefixtures("optimized")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -52,12 +52,22 @@ class Learner(Protocol):
         """
         ...
 
-    def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
-        """A frozen snapshot of policy and normaliser that acts T times with noise [T, N, K]; None is the mode."""
+    def actor(self, noise: Iterable[np.ndarray] | None, said: list[Any] | None = None) -> Actor:
+        """A frozen snapshot of policy and normaliser that acts T times with noise [T, N, K]; None is the mode.
+
+        Args:
+            said: gets what the network says to each step, where `update` would do well to know it: to images.
+        """
         ...
 
-    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
-        """Learn from a rollout in the given minibatch order, int32 [epochs, minibatches, S]; return metrics."""
+    def update(
+        self, rollout: Rollout, order: np.ndarray, hyper: Hyper, said: Sequence[Any] = ()
+    ) -> dict[str, float]:
+        """Learn from a rollout in the given minibatch order, int32 [epochs, minibatches, S]; return metrics.
+
+        Args:
+            said: what the actor of this rollout put there; the network is asked to the rest.
+        """
         ...
 
     def examine(

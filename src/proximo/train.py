@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Mapping
-from typing import NamedTuple
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,8 +87,9 @@ def iterate(
     order_rng = generator(config.seed, Purpose.ORDER, progress.iteration)
 
     noise = collector.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
+    said: list[Any] = []  # by the network, while acting
     with one_blas_thread():
-        collected = collector.collect(learner.actor(noise), rollout)
+        collected = collector.collect(learner.actor(noise, said), rollout)
 
     order = minibatch_order(
         rollout.valid, config.update_epochs, config.minibatch_count, order_rng, config.sequence_length
@@ -96,7 +97,7 @@ def iterate(
     hyper = hyper_at(config, progress.global_step)
     before = learner.examine(rollout, hyper) if examine and rollout.valid.any() else None
     update_began = time.perf_counter()
-    metrics: Metrics = {**updated(learner, rollout, order, hyper, progress)}
+    metrics: Metrics = {**updated(learner, rollout, order, hyper, said, progress)}
     update_seconds = time.perf_counter() - update_began
     samples = None
     if before:
@@ -112,7 +113,12 @@ def iterate(
 
 
 def updated(
-    learner: Learner, rollout: Rollout, order: np.ndarray, hyper: Hyper, progress: Progress
+    learner: Learner,
+    rollout: Rollout,
+    order: np.ndarray,
+    hyper: Hyper,
+    said: Sequence[Any],
+    progress: Progress,
 ) -> dict[str, float]:
     """Learn from a rollout, and give the metrics. An update that diverges changes nothing, and is left out.
 
@@ -120,7 +126,7 @@ def updated(
         NotFinite: it is the third one in a row.
     """
     try:
-        metrics = learner.update(rollout, order, hyper)
+        metrics = learner.update(rollout, order, hyper, said)
     except NotFinite as error:
         progress.skipped += 1
         if progress.skipped == PATIENCE:

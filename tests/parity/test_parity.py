@@ -130,9 +130,9 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
         start, carry = np.zeros(steps * envs, bool), np.zeros((steps * envs, 0), dtype)
         drawn = spaces.action.noise(pair.rng, (steps * envs,))
         for noise in (drawn, np.zeros_like(drawn)):
-            jax_raw, _ = jax_act(pair.jax.spec, pair.jax._state, rows, start, carry, noise)
+            jax_raw, *_ = jax_act(pair.jax.spec, pair.jax._state, rows, start, carry, noise)
             tensors = [each(tensor, x) for x in (rows, start, carry, noise)]
-            torch_raw, _ = torch_act(pair.torch.spec, pair.torch._state, *tensors)
+            torch_raw, *_ = torch_act(pair.torch.spec, pair.torch._state, *tensors)
             largest = max(1.0, np.abs(jax_raw).max())
             if dtype == "float64":
                 np.testing.assert_allclose(torch_raw, jax_raw, rtol=0, atol=tolerance * largest)

@@ -63,7 +63,7 @@ def iteration(
     def step(carried, noise):
         world, carry = carried
         obs = {"": world.physics}
-        action, carry = act(spec, state, obs, world.start, carry, noise)
+        action, carry, _ = act(spec, state, obs, world.start, carry, noise)
         after, following, terminated, truncated = world_step(world, action)
         next_value = values(spec, state, {"": following}, jnp.zeros(N, bool), carry)
         row = (obs, action, jnp.ones(N), terminated, truncated, world.start, next_value)

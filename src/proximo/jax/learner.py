@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import jax
@@ -15,11 +15,11 @@ from proximo.acting import mlp_actor
 from proximo.config import Config
 from proximo.errors import NotFinite
 from proximo.jax.minibatches import Transitions
-from proximo.jax.networks import Network, Obs, built_in
+from proximo.jax.networks import Network, Obs, Output, built_in
 from proximo.jax.normalization import Reduce
 from proximo.jax.runtime import HINT, devices, start
 from proximo.jax.state import Spec, State, initial_state, observe
-from proximo.jax.update import prepare, update
+from proximo.jax.update import in_parts, prepare, update
 from proximo.machine import choose_device, learner_threads
 from proximo.parameters import architecture, size
 from proximo.rollout import Actor, Rollout
@@ -29,11 +29,13 @@ from proximo.spaces import Spaces
 CHUNK = 64  # rows of one call that evaluates final observations
 
 
-def act(spec: Spec, state: State, obs: Obs, start: Array, carry: Array, noise: Array) -> tuple[Array, Array]:
-    """One step of N environments: raw samples [N, ...] and the next carry [N, H]."""
+def act(
+    spec: Spec, state: State, obs: Obs, start: Array, carry: Array, noise: Array
+) -> tuple[Array, Array, Output]:
+    """One step of N environments: raw samples [N, ...], the next carry [N, H], and all that the network said, [1, N]."""
     obs = jax.tree.map(lambda x: x[None], observe(spec, state, obs))
-    policy, _, carries = spec.network.apply(state.params, obs, start[None], carry)
-    return policy.sample(noise[None])[0], carries[0]
+    output = spec.network.apply(state.params, obs, start[None], carry)
+    return output[0].sample(noise[None])[0], output[2][0], output
 
 
 def values(spec: Spec, state: State, obs: Obs, start: Array, carry: Array) -> Array:
@@ -113,29 +115,34 @@ class Learner:
         """Nothing to decide."""
         return self.spec.config.compile
 
-    def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
-        """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
+    def actor(self, noise: Iterable[np.ndarray] | None, said: list[Output] | None = None) -> Actor:
+        """A frozen snapshot of policy and normaliser; see `proximo.learner.Learner.actor`."""
         if self._acts_in_numpy:
             params, moments = jax.device_get((self._state.params, self._state.obs_moments))
             known = {path: (of.mean, of.variance) for path, of in moments.items()}
             return mlp_actor(self.spec.config, self.spec.spaces, params, known, noise)
         state, carry, calls = self._state, self._state.carry, iter(()) if noise is None else iter(noise)
         still = np.zeros(self.spec.spaces.action.head_size, self._dtype)
+        keep = said.append if said is not None and in_parts(self.spec) else lambda output: None
 
         def actor(obs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray:
             nonlocal carry
             if len(carry) != len(start):
                 carry = np.zeros((len(start), self.spec.network.carry_size), self._dtype)
             drawn = np.broadcast_to(still, (len(start), *still.shape)) if noise is None else next(calls)
-            action, carry = self._act(state, obs, start, carry, drawn)
+            action, carry, output = self._act(state, obs, start, carry, drawn)
+            keep(output)
             return np.asarray(action)
 
         return actor
 
-    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
-        """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
+    def update(
+        self, rollout: Rollout, order: np.ndarray, hyper: Hyper, said: Sequence[Output] = ()
+    ) -> dict[str, float]:
+        """Learn from a rollout; see `proximo.learner.Learner.update`."""
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
-        state, metrics = self._update(self._state, self.transitions(rollout), order, hyper)
+        known = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(said)) if said else None
+        state, metrics = self._update(self._state, self.transitions(rollout), order, hyper, known)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         try:
             trees.require_finite(metrics, bool(sound(state)))

@@ -27,6 +27,7 @@ from proximo.spaces import Discrete, Leaf, Spaces
 
 Params = dict[str, Array]
 Obs = dict[str, Array]  # path -> [T, N, ...]
+Output = tuple[Policy, Array, Array]  # of a network: policy, values and carries, each [T, N, ...]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -48,7 +49,7 @@ class Network(NamedTuple):
     """
 
     init: Callable[[], dict[str, np.ndarray]]
-    apply: Callable[[Params, Obs, Array, Array], tuple[Policy, Array, Array]]
+    apply: Callable[[Params, Obs, Array, Array], Output]
     carry_size: int = 0
     pictures: bool = False  # whether it wants images as [height, width, channels], however they come
 
@@ -58,7 +59,7 @@ def built_in(config: Config, spaces: Spaces) -> Network:
     made = architecture(config, spaces)
     lower = None if config.precision == "float32" else jnp.dtype(config.precision)
 
-    def apply(params: Params, obs: Obs, start: Array, carry: Array) -> tuple[Policy, Array, Array]:
+    def apply(params: Params, obs: Obs, start: Array, carry: Array) -> Output:
         actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
         low = jax.tree.map(lambda x: x.astype(lower), params) if lower else params
         hidden = body(made, spaces, low, actor, obs).astype(dtype_of(params))

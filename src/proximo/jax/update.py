@@ -23,7 +23,7 @@ from proximo.jax.losses import (
     standardize,
 )
 from proximo.jax.minibatches import Batch, Transitions, take, to_sequences
-from proximo.jax.networks import Obs, Params
+from proximo.jax.networks import Obs, Output, Params
 from proximo.jax.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.jax.optimizer import adam, adapt
 from proximo.jax.state import Spec, State, observe
@@ -44,16 +44,20 @@ class Metrics(NamedTuple):
 
 
 def prepare(
-    spec: Spec, state: State, data: Transitions, hyper: Hyper
+    spec: Spec, state: State, data: Transitions, hyper: Hyper, said: Output | None = None
 ) -> tuple[State, Batch, Policy, dict[str, Array]]:
-    """Recompute what the policy that acted thought of the rollout, and estimate advantages."""
+    """What the policy that acted thought of the rollout, and estimates of advantages.
+
+    Args:
+        said: what the network said to the first steps, where that is known.
+    """
     config, reduce = spec.config, spec.reduce
     weight = data.valid.astype(data.final_value.dtype)
     reward = jnp.where(data.valid, data.reward, 0.0).astype(weight.dtype)
     action = jnp.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
 
     obs = observe(spec, state, data.obs)
-    policy, value, carry = over_rollout(spec, state, obs, data.start)
+    policy, value, carry = over_rollout(spec, state, obs, data.start, said)
     policy = jax.tree.map(lambda x: x[:-1], policy)
     carry = jnp.concatenate([state.carry[None], carry[:-1]])  # before each step
     next_value = jnp.where(data.final, data.final_value, value[1:])
@@ -87,17 +91,24 @@ def prepare(
     return state, batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
-def over_rollout(spec: Spec, state: State, obs: Obs, start: Array) -> tuple[Policy, Array, Array]:
-    """The network on all of a rollout [T + 1, N]. Images go through step by step: what convolutions make of them on the
-    way is many times their size."""
-    if spec.network.carry_size or all(leaf.kind != "image" for leaf in spec.spaces.observation):
+def in_parts(spec: Spec) -> bool:
+    """Whether a rollout goes through the network step by step, as images do: what convolutions make of them on the way
+    is many times their size."""
+    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)
+
+
+def over_rollout(spec: Spec, state: State, obs: Obs, start: Array, said: Output | None) -> Output:
+    """The network on all of a rollout [T + 1, N], after the steps to which it said something already."""
+    if not in_parts(spec):
         return spec.network.apply(state.params, obs, start, state.carry)
 
-    def step(row: tuple[Obs, Array]) -> tuple[Policy, Array, Array]:
+    def step(row: tuple[Obs, Array]) -> Output:
         obs, start = jax.tree.map(lambda x: x[None], row)
         return jax.tree.map(lambda x: x[0], spec.network.apply(state.params, obs, start, state.carry))
 
-    return lax.map(step, (obs, start))
+    known = 0 if said is None else len(said[1])
+    rest = lax.map(step, jax.tree.map(lambda x: x[known:], (obs, start)))
+    return rest if said is None else jax.tree.map(lambda *x: jnp.concatenate(x), said, rest)
 
 
 def explained_variance(value: Array, target: Array, weight: Array, reduce: Reduce) -> Array:
@@ -147,12 +158,12 @@ def step(spec: Spec, state: State, batch: Batch, hyper: Hyper) -> tuple[State, M
 
 
 def update(
-    spec: Spec, state: State, data: Transitions, order: Array, hyper: Hyper
+    spec: Spec, state: State, data: Transitions, order: Array, hyper: Hyper, said: Output | None = None
 ) -> tuple[State, dict[str, Array]]:
     """One iteration's learning: order [epochs, minibatches, S] indexes the rollout's sequences."""
     config = spec.config
     before = state.obs_moments
-    state, batch, _, statistics = prepare(spec, state, data, hyper)
+    state, batch, _, statistics = prepare(spec, state, data, hyper, said)
 
     def minibatch(carried: tuple[State, Array], indices: Array) -> tuple[tuple[State, Array], tuple]:
         state, stopped = carried

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,12 @@ from proximo.rollout import Actor, Rollout
 from proximo.schedules import Hyper
 from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
-from proximo.torch.networks import Network, Obs, Params, built_in
+from proximo.torch.networks import Network, Obs, Output, Params, built_in
 from proximo.torch.normalization import Reduce
 from proximo.torch.runtime import HINT, devices, made_on, pays_to_compile, running_on
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
-from proximo.torch.update import Metrics, minibatch, prepare, update
+from proximo.torch.update import Metrics, in_parts, minibatch, prepare, update
 
 FLAT = ("params", "moment_1", "moment_2")  # what a State holds as flat vectors
 
@@ -39,8 +39,8 @@ def act(
     carry: Tensor,
     noise: Tensor,
     params: Params | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of N environments: raw samples [N, ...] and the next carry [N, H].
+) -> tuple[Tensor, Tensor, Output]:
+    """One step of N environments: raw samples [N, ...], the next carry [N, H], and all that the network said, [1, N].
 
     Args:
         params: the state's, where they were taken from it before.
@@ -48,8 +48,8 @@ def act(
     if params is None:
         params = unflatten(spec.shapes, state.params)
     obs = each(lambda x: x[None], observe(spec, state, obs))
-    policy, _, carries = spec.network.apply(params, obs, start[None], carry)
-    return policy.sample(noise[None])[0], carries[0]
+    output = spec.network.apply(params, obs, start[None], carry)
+    return output[0].sample(noise[None])[0], output[2][0], output
 
 
 @torch.no_grad()
@@ -123,6 +123,8 @@ class Learner:
         self.device = choose_device(config.device, devices(), convolutional, HINT)
         parameters = size(config, spaces) if self._built_in else None
         self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
+        # Others than the first spin after each step, on cores that environments in processes of their own want.
+        self._acting_threads = self.threads if config.engine == "native" else 1
         self._dtype: torch.dtype = getattr(torch, dtype)
         network = network or built_in(config, spaces)
         initial = network.init()
@@ -161,8 +163,8 @@ class Learner:
             self.compiled = pays_to_compile(self._expected) if as_before is None else as_before
         return self.compiled
 
-    def actor(self, noise: Iterable[np.ndarray] | None) -> Actor:
-        """A frozen snapshot of policy and normaliser; noise [T, N, K] for T calls, None for the mode."""
+    def actor(self, noise: Iterable[np.ndarray] | None, said: list[Output] | None = None) -> Actor:
+        """A frozen snapshot of policy and normaliser; see `proximo.learner.Learner.actor`."""
         if self._acts_in_numpy:
             params = each(home, unflatten(self.spec.shapes, self._state.params.clone()))
             known = {path: (home(of.mean), home(of.variance)) for path, of in self._state.obs_moments.items()}
@@ -170,25 +172,28 @@ class Learner:
         state, carry, calls = self._state, self._state.carry, iter(()) if noise is None else iter(noise)
         params = self.spec.network.lower(unflatten(self.spec.shapes, state.params))
         still = np.zeros(self.spec.spaces.action.head_size, np.float32)
+        keep = said.append if said is not None and in_parts(self.spec) else lambda output: None
 
         def actor(obs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray:
             nonlocal carry
             drawn = np.broadcast_to(still, (len(start), *still.shape)) if noise is None else next(calls)
-            # One thread: others would spin after each step, on cores that environments want.
-            with running_on(1), made_on(self.device):
+            with running_on(self._acting_threads), made_on(self.device):
                 if len(carry) != len(start):
                     carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
                 seen, begins, drawn = each(self._there, (obs, start, drawn))
-                action, carry = act(self.spec, state, seen, begins, carry, drawn, params)
+                action, carry, output = act(self.spec, state, seen, begins, carry, drawn, params)
+            keep(output)
             return home(action)
 
         return actor
 
-    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> dict[str, float]:
-        """Learn from a rollout; order int32 [epochs, minibatches, S] as `minibatch_order` gives it."""
+    def update(
+        self, rollout: Rollout, order: np.ndarray, hyper: Hyper, said: Sequence[Output] = ()
+    ) -> dict[str, float]:
+        """Learn from a rollout; see `proximo.learner.Learner.update`."""
         hyper = each(self._number, hyper)
         indices = self._there(order)
-        learn = partial(update, self.spec, self._state, self.transitions(rollout), indices, hyper)
+        learn = partial(update, self.spec, self._state, self.transitions(rollout), indices, hyper, said=said)
         shapes = (rollout.reward.shape, order.shape)
         tried = shapes in self._compiled
         step = self._minibatch(*shapes)

@@ -27,6 +27,7 @@ from proximo.torch.distributions import Categorical, Gaussian, Policy, SquashedG
 
 Params = dict[str, Tensor]
 Obs = dict[str, Tensor]  # path -> [T, N, ...]
+Output = tuple[Policy, Tensor, Tensor]  # of a network: policy, values and carries, each [T, N, ...]
 
 HEADS = ("actor.head.weight", "actor.head.bias", "actor.log_std", "critic.head.weight", "critic.head.bias")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,7 +50,7 @@ class Network(NamedTuple):
     """
 
     init: Callable[[], dict[str, np.ndarray]]
-    apply: Callable[[Params, Obs, Tensor, Tensor], tuple[Policy, Tensor, Tensor]]
+    apply: Callable[[Params, Obs, Tensor, Tensor], Output]
     carry_size: int = 0
     pictures: bool = False  # whether it wants images as [height, width, channels], however they come
     lower: Callable[[Params], Params] = lambda params: params  # what `apply` begins with; twice is as once
@@ -66,7 +67,7 @@ def built_in(config: Config, spaces: Spaces) -> Network:
             return params
         return {name: x if name in HEADS else x.to(low) for name, x in params.items()}
 
-    def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
+    def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> Output:
         actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
         params = lower(params)
         exact = params["critic.head.weight"].dtype

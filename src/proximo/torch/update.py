@@ -6,7 +6,7 @@ over processes (`reduce`). Parameters and Adam's moments are flat vectors, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from proximo.torch.losses import (
     standardize,
 )
 from proximo.torch.minibatches import Batch, Transitions, take, to_sequences
-from proximo.torch.networks import Obs, Params
+from proximo.torch.networks import Obs, Output, Params
 from proximo.torch.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.torch.optimizer import adam, adapt
 from proximo.torch.state import Spec, State, observe
@@ -48,16 +48,20 @@ class Metrics(NamedTuple):
 
 @torch.no_grad()
 def prepare(
-    spec: Spec, state: State, data: Transitions, hyper: Hyper
+    spec: Spec, state: State, data: Transitions, hyper: Hyper, said: Sequence[Output] = ()
 ) -> tuple[State, Batch, Policy, dict[str, Tensor]]:
-    """Recompute what the policy that acted thought of the rollout, and estimate advantages."""
+    """What the policy that acted thought of the rollout, and estimates of advantages.
+
+    Args:
+        said: what the network said to the first steps, [1, N] each, where that is known.
+    """
     config, reduce = spec.config, spec.reduce
     weight = data.valid.to(data.final_value.dtype)
     reward = torch.where(data.valid, data.reward, 0.0).to(weight.dtype)
     action = torch.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
 
     obs = observe(spec, state, data.obs)
-    policy, value, carry = over_rollout(spec, state, obs, data.start)
+    policy, value, carry = over_rollout(spec, state, obs, data.start, said)
     policy = each(lambda x: x[:-1], policy)
     carry = torch.cat([state.carry[None], carry[:-1]])  # before each step
     next_value = torch.where(data.final, data.final_value, value[1:])
@@ -91,19 +95,24 @@ def prepare(
     return state, batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
-def over_rollout(spec: Spec, state: State, obs: Obs, start: Tensor) -> tuple[Policy, Tensor, Tensor]:
-    """The network on all of a rollout [T + 1, N]. Images go through a few steps at a time: what convolutions make of
-    them on the way is many times their size."""
+def in_parts(spec: Spec) -> bool:
+    """Whether a rollout goes through the network a few steps at a time, as images do: what convolutions make of them on
+    the way is many times their size."""
+    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)
+
+
+def over_rollout(spec: Spec, state: State, obs: Obs, start: Tensor, said: Sequence[Output]) -> Output:
+    """The network on all of a rollout [T + 1, N], after the steps to which it said something already."""
     params = unflatten(spec.shapes, state.params)
-    if spec.network.carry_size or all(leaf.kind != "image" for leaf in spec.spaces.observation):
+    if not in_parts(spec):
         return spec.network.apply(params, obs, start, state.carry)
     steps = max(IMAGES // start.shape[1], 1)
 
-    def part(t: int) -> tuple[Policy, Tensor, Tensor]:
+    def part(t: int) -> Output:
         seen = {path: x[t : t + steps] for path, x in obs.items()}
         return spec.network.apply(params, seen, start[t : t + steps], state.carry)
 
-    return joined([part(t) for t in range(0, len(start), steps)])
+    return joined([*said, *(part(t) for t in range(len(said), len(start), steps))])
 
 
 def explained_variance(value: Tensor, target: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
@@ -168,11 +177,12 @@ def update(
     order: Tensor,
     hyper: Hyper,
     minibatch: Callable[..., tuple[State, Metrics]] = minibatch,
+    said: Sequence[Output] = (),
 ) -> tuple[State, dict[str, Tensor]]:
     """One iteration's learning: order [epochs, minibatches, S] indexes the rollout's sequences."""
     config = spec.config
     before = state.obs_moments
-    state, batch, _, statistics = prepare(spec, state, data, hyper)
+    state, batch, _, statistics = prepare(spec, state, data, hyper, said)
 
     minibatches, applied = order.shape[1], []
     for indices in order.flatten(0, 1):
