@@ -106,7 +106,7 @@ def test_the_first_ratio_is_one(backend, monkeypatch):
 
 @both_backends
 def test_what_the_network_said_while_acting_is_not_asked_again(backend):
-    """Of eight steps all, five or none known: the same update but for rounding. Told values that are 1 too high, it has
+    """All eight steps known, or none: the same update but for rounding. Told values that are 10 too high, it has
     another loss: they are what it reads."""
     learner = make_learner(small(hidden_sizes=(8,), backend=backend), picture(36, 36, 1))
     said: list = []
@@ -114,17 +114,18 @@ def test_what_the_network_said_while_acting_is_not_asked_again(backend):
     assert len(said) == rollout.num_steps == 8
     order = minibatch_order(rollout.valid, 2, 2, np.random.default_rng(0))
     before, found = learner.kept(), []
-    higher = [(policy, value + 1.0, carries) for policy, value, carries in said]
-    for known in (said, said[:5], [], higher):
+    higher = [(policy, value + 10.0, carries) for policy, value, carries in said]
+    for known in (said, [], higher):
         learner.take_back(before)
         metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0), known)
         found.append([metrics[name] for name in ("losses/total", "update/approx_kl", "update/gradient_norm")])
-    np.testing.assert_allclose(found[1:3], found[:1] * 2, rtol=1e-4, atol=1e-6)
-    assert abs(found[3][0] - found[0][0]) > 1e-2
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert abs(found[2][0] - found[0][0]) > 0.1
 
 
 def test_images_go_through_the_network_once_to_act_and_once_an_epoch():
-    """8 steps of 4 environments, and what follows the last step: 9 · 4 pictures. Then 3 epochs of 8 · 4."""
+    """8 steps of 4 environments, what follows the last one, and the last pictures of 8 episodes of four steps: 9 · 4 + 8
+    in all. Then 3 epochs of 8 · 4."""
     rows = {"acting": 0, "learning": 0}
 
     def counting(config: Config, spaces: Spaces) -> Network:
@@ -137,9 +138,11 @@ def test_images_go_through_the_network_once_to_act_and_once_an_epoch():
         return network._replace(apply=apply)
 
     settings = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 3}
-    with PPO(BrightHalf, network=counting, backend="torch", compile=False, engine="sync", **settings) as agent:
+    with PPO(
+        BrightHalf, network=counting, backend="torch", compile=False, engine="sync", **settings
+    ) as agent:
         agent.learn(4 * 8)
-    assert rows == {"acting": 9 * 4, "learning": 3 * 8 * 4}
+    assert rows == {"acting": 9 * 4 + 8, "learning": 3 * 8 * 4}
 
 
 @pytest.mark.usefixtures("optimized")

@@ -26,6 +26,7 @@ from proximo.cli import main
 from proximo.config import Config, from_mapping, plain_yaml, read_file
 from proximo.keeper import BEST, Keeper
 from proximo.progress import Progress
+from proximo.randomness import Purpose, environment_seeds
 from proximo.record import METRICS, read_metrics
 
 PROXIMO = [sys.executable, "-m", "proximo"]
@@ -179,6 +180,7 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("could not be saved") == 3
     assert "for the 3rd time in a row" in done.stderr
+    assert f"\n  checkpoints: {run}; go on" in done.stderr
     assert "metrics cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     after = checkpoint.load(run)
@@ -278,7 +280,7 @@ def test_a_save_that_fails_in_any_way_does_not_end_a_healthy_run(tmp_path, capsy
     for step in (1, 2):
         progress.global_step = step
         keeper.after_iteration(None)
-    assert "could not be saved: MemoryError; the run goes on" in capsys.readouterr().err
+    assert "could not be saved: MemoryError; the checkpoint before it is whole" in capsys.readouterr().err
     assert steps(tmp_path) == [checkpoint.step_folder("", 2).name]
     assert not keeper.failures
 
@@ -347,23 +349,50 @@ def test_ctrl_c_in_an_evaluation_takes_its_iteration_back(tmp_path, monkeypatch)
     assert rows[0][3] is not None
 
 
-def test_an_evaluation_that_fails_is_repeated_by_the_same_agent(tmp_path, monkeypatch):
-    """Metrics of a second `learn` after it are those of a run whose evaluation did not fail."""
+class OnlyTraining(gym.Wrapper):
+    """CartPole where it is trained in. Where it is evaluated in, a step does something else."""
+
+    def __init__(self, instead):
+        super().__init__(gym.make("CartPole-v1"))
+        self.instead, self.evaluated = instead, False
+
+    def reset(self, *, seed=None, options=None):
+        self.evaluated |= seed in environment_seeds(0, 1, Purpose.EVALUATION)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        return self.instead() if self.evaluated else self.env.step(action)
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"),
+    [
+        (lambda: (np.full(4, np.nan), 0.0, False, False, {}), "environment 0: observation is not finite at step 1"),
+        (lambda: sys.exit(0), "environment 0 called sys.exit(0) while stepping"),
+        (lambda: 1 // 0, "ZeroDivisionError: integer division or modulo by zero"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_fails_is_left_out(instead, message, tmp_path, capsys):
+    """Two of four iterations are evaluated: both fail, are said with the reason, and all four are trained and kept."""
     settings = {"total_timesteps": 4 * ROWS, "evaluation_interval": 2, "evaluation_episodes": 1, **SMALL}
-    for name in ("whole", "run"):
-        with PPO("CartPole-v1", **settings) as agent:
-            if name == "run":
-                monkeypatch.setattr(agent, "evaluate", lambda *_, **__: 1 // 0)
-                with pytest.raises(ZeroDivisionError):
-                    agent.learn(run_dir=tmp_path / name)
-                assert agent.progress.iteration == 1
-                monkeypatch.undo()
-            agent.learn(run_dir=tmp_path / name)
-    whole, run = (
-        [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
-        for rows in (read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "run"))
-    )
-    assert whole == run
+    with PPO(lambda: OnlyTraining(instead), run_dir=tmp_path / "run", engine="sync", **settings) as agent:
+        agent.learn()
+    said = capsys.readouterr().err
+    assert [f"the evaluation at step {step} failed: {message}" in said for step in (64, 128)] == [True, True]
+    rows = read_metrics(tmp_path / "run")
+    assert [row["evaluation/return_mean"] for row in rows] == [None] * 4
+    assert checkpoint.load(tmp_path / "run").progress.iteration == 4
+    assert not list((tmp_path / "run").glob("faults/*"))
+
+
+def test_what_cannot_be_evaluated_is_not_trained():
+    """A vector environment of one's own, of which there is no other to evaluate in."""
+    envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
+    settings = {name: value for name, value in SMALL.items() if name != "num_envs"}
+    with PPO(envs, evaluation_interval=2, **settings) as agent:
+        with pytest.raises(UserError, match="an evaluation runs episodes in environments of its own"):
+            next(agent.iterate())
+        assert agent.progress.iteration == 0
 
 
 def test_ctrl_c_in_the_last_save_is_no_loss(tmp_path, monkeypatch):
@@ -508,6 +537,62 @@ class Paying(gym.Env):
         self.steps += 1
         reward = self.huge if self.steps in self.when else 1.0
         return np.zeros(1, np.float32), reward, self.steps % 10 == 0, False, {}
+
+
+class Dying(Paying):
+    """Fails in the third rollout of 16 steps; the disk is full by then, or not."""
+
+    def __init__(self, full):
+        super().__init__(0, ())
+        self.full = full
+
+    def step(self, action):
+        if self.steps == 2 * 16:
+            limited(4096 if self.full else resource.RLIM_INFINITY)
+            raise RunError("it died")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_error_does_not_say_that_more_is_saved_than_is(full, tmp_path, capsys):
+    """Two iterations are saved, and are what was learned. With a full disk the checkpoint before them is left."""
+    gym.register("Dying-v0", lambda: Dying(full))
+    run, flags = (
+        tmp_path / "run",
+        [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if value],
+    )
+    try:
+        assert main(["train", "Dying-v0", "--engine", "sync", "--run-dir", str(run), *flags]) == 1
+    finally:
+        limited(resource.RLIM_INFINITY)
+        del gym.registry["Dying-v0"]
+    said = capsys.readouterr().err
+    what, kept = ("checkpoints", 0) if full else ("what was learned up to then", 2)
+    assert f"it died\n  {what}: {run}; go on from there with: proximo resume {run}" in said
+    assert checkpoint.load(run).progress.iteration == kept
+
+
+class Unclosable(Paying):
+    """Ends the program where it is shown or closed, as a window does that was."""
+
+    render_mode = "rgb_array"
+
+    def render(self):
+        sys.exit(3)
+
+    def close(self):
+        sys.exit(4)
+
+
+def test_an_environment_that_exits_when_it_is_shown_or_closed_ends_no_run(tmp_path, capsys):
+    """Each of two iterations is evaluated in an environment of its own, which is closed then."""
+    settings = {"total_timesteps": 2 * ROWS, "evaluation_interval": 1, "evaluation_episodes": 1, **SMALL}
+    with PPO(lambda: Unclosable(0, ()), run_dir=tmp_path / "run", engine="sync", **settings) as agent:
+        agent.learn()
+        with pytest.raises(RunError, match=r"the environment called sys\.exit"):
+            agent.record(tmp_path / "film.mp4")
+    assert [row["evaluation/return_mean"] for row in read_metrics(tmp_path / "run")] == [10.0, 10.0]
+    assert "failed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -675,7 +760,7 @@ def test_hostile_manifests_are_refused(what, tmp_path, capsys):
     folder = rewritten(tmp_path / "hostile", **HOSTILE[what])
     for command in COMMANDS:
         assert main([*command, str(folder)]) == 2
-        assert capsys.readouterr().err.startswith("proximo: error: ")
+        assert capsys.readouterr().err.splitlines()[-1].startswith("proximo: error: ")
 
 
 @pytest.mark.parametrize(("what", "command"), list(zip(FILLING, [*COMMANDS, COMMANDS[0]], strict=True)))

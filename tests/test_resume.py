@@ -460,7 +460,7 @@ def test_steps_named_in_the_call_change_a_linear_schedule_too(method, tmp_path):
             assert again.progress.resumed[-1]["exact"] == exact
 
 
-def test_another_environment_or_another_way_to_compute_is_said(tmp_path):
+def test_another_environment_or_another_way_to_compute_is_said(tmp_path, capsys):
     """CartPole-v0 has the same spaces and moves the same, and ends after 200 steps rather than 500."""
     settings = {**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS, "lr_schedule": "constant"}
     with PPO("CartPole-v1", **settings) as agent:
@@ -468,10 +468,20 @@ def test_another_environment_or_another_way_to_compute_is_said(tmp_path):
         agent.save(tmp_path / "saved")
     saved = checkpoint.load(tmp_path / "saved")
     config = agent.config
-    assert not checkpoint.inexact(saved, config, "CartPole-v1", agent.learner.compiled)
-    assert checkpoint.inexact(saved, config, "CartPole-v0", None) == ["env CartPole-v1 became CartPole-v0"]
-    saved.manifest["compiled"] = False
-    assert checkpoint.inexact(saved, config, "CartPole-v1", True) == ["compiled False became True"]
+    compiled = agent.learner.compiled
+    assert not checkpoint.inexact(saved, config, "CartPole-v1", compiled)
+    saved.manifest["compiled"] = not compiled
+    became = f"compiled {not compiled} became {compiled}"
+    assert checkpoint.inexact(saved, config, "CartPole-v1", compiled) == [became]
+    for env, changed in [
+        ("CartPole", ""),
+        ("CartPole-v0", "env CartPole-v1 became CartPole-v0"),
+        (lambda: gym.make("CartPole-v1"), "env CartPole-v1 became one without a name"),
+    ]:
+        with PPO.load(tmp_path / "saved", env, engine="sync") as again:
+            next(again.iterate())
+        assert again.progress.resumed[-1] == {"global_step": ROWS, "exact": not changed, "why": changed}
+        assert f"not the same to the bit, since {changed}" in capsys.readouterr().err or not changed
 
 
 def test_one_plan_is_compiled_or_not_as_a_whole():

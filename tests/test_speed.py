@@ -370,11 +370,12 @@ def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
     assert learner_of(compile=True).expect(0) is True
     monkeypatch.setenv("CXX", "no compiler of this name")
     assert learner_of().expect(20_480) is False
+    assert learner_of().expect(20_480, as_before=True) is False
 
 
 def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
     """Only where nobody asked for it; the update is that without compiling."""
-    monkeypatch.setattr("proximo.torch.runtime.MANY", 0)
+    monkeypatch.setattr("proximo.torch.learner.MANY", 0)
     monkeypatch.setattr("proximo.torch.learner.compiled", lambda *_, **__: broken)
     learner, plain, asked = learner_of(), learner_of(compile=False), learner_of(compile=True)
     rollout = act_rollout(plain, seed=0)

@@ -284,13 +284,16 @@ def inexact(saved: Saved, config: Config, env_id: str | None, compiled: bool | N
     """What is not as it was, so that a run goes on from the same state, but not to the bit.
 
     Args:
-        compiled: whether PyTorch's minibatches are.
+        saved: the checkpoint that it goes on from.
+        config: with which it goes on.
+        env_id: in which, None for an environment without an id.
+        compiled: whether PyTorch's minibatches are; None in JAX.
     """
     found, was, now = [], saved.manifest["config"], json.loads(json.dumps(config.to_dict()))
     for name, is_now in (("env", env_id), ("compiled", compiled)):
         before = saved.manifest.get(name)
-        if None not in (before, is_now) and before != is_now:
-            found.append(f"{name} {before} became {is_now}")
+        if before != is_now:
+            found.append(f"{name} {before} became {is_now}".replace("None", "one without a name"))
     matters = {name for name, field in FIELDS.items() if field.metadata["group"] != "records"} - BESIDE
     if all(now[name] in ("constant", "adaptive") for name in SCHEDULES):
         matters.discard("total_timesteps")

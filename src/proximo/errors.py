@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -20,10 +20,6 @@ class RunError(RuntimeError):
     """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
 
 
-class NotSaved(RunError):
-    """What was learned last could not be saved."""
-
-
 class NotFinite(RunError):
     """Numbers became NaN or infinite. `evidence` are the arrays to look at afterwards, by name."""
 
@@ -36,6 +32,25 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def told(error: BaseException) -> str:
+    """Our own message as it is, another's with the name of the error."""
+    own = isinstance(error, (UserError, RunError))
+    return str(error) if own else f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+@contextlib.contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Have `what` not end the program.
+
+    Raises:
+        RunError: it called `sys.exit`.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise RunError(f"{what} called sys.exit({error.code!r})") from error
 
 
 def note(text: str) -> None:

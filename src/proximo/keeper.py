@@ -11,7 +11,7 @@ from pathlib import Path
 
 from proximo.checkpoint import MANIFEST, Damaged, opened, step_folder, steps_of
 from proximo.config import Config
-from proximo.errors import NotSaved, UserError, note
+from proximo.errors import RunError, UserError, note
 from proximo.progress import WINDOW, Progress
 
 PATIENCE = 3  # saves in a row that may fail
@@ -60,7 +60,7 @@ class Keeper:
         """Save where it is time for it, or where an evaluation was the best so far.
 
         Raises:
-            NotSaved: saving has failed too often.
+            RunError: saving has failed too often.
         """
         config, progress = self.config, self.progress
         by_count = config.checkpoint_interval and progress.iteration % config.checkpoint_interval == 0
@@ -73,7 +73,7 @@ class Keeper:
         """Save now.
 
         Raises:
-            NotSaved: it has failed too often.
+            RunError: it has failed too often.
         """
         progress = self.progress
         path = step_folder(self.run_dir, progress.global_step)
@@ -105,8 +105,8 @@ class Keeper:
         self.failures += 1
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if self.gave_up:
-            raise NotSaved(f"{path} could not be saved, for the {PATIENCE}rd time in a row: {why}") from error
-        note(f"{path} could not be saved: {why}; the run goes on, and the checkpoint before it is whole")
+            raise RunError(f"{path} could not be saved, for the {PATIENCE}rd time in a row: {why}") from error
+        note(f"{path} could not be saved: {why}; the checkpoint before it is whole")
 
     def _best(self) -> Path | None:
         step = self.progress.best_step

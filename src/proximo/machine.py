@@ -19,7 +19,8 @@ from threadpoolctl import ThreadpoolController
 from proximo.errors import UserError
 
 SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one thread is quicker than two
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # ask for a stop
+HANGUP = getattr(signal, "SIGHUP", None)  # from a terminal that goes away; not on every system
+STOPS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number)  # ask for a stop
 
 
 def cores() -> int:

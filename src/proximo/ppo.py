@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from proximo import bundle, checkpoint, presets
 from proximo.checkpoint import Saved
 from proximo.config import FIELDS, Config, check, checked, from_mapping, override
 from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
-from proximo.errors import NotFinite, NotSaved, UserError, note
+from proximo.errors import NotFinite, RunError, UserError, note, told
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.keeper import Keeper, require_latest
 from proximo.learner import Learner, choose_backend, make_learner
@@ -22,7 +22,7 @@ from proximo.parameters import architecture
 from proximo.plot import plot, plot_run
 from proximo.progress import Progress
 from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.record import Metrics, RunFolder, Samples
+from proximo.record import Metrics, RunFolder
 from proximo.rollout import Collector, ways_back
 from proximo.spaces import Spaces
 from proximo.trackers import import_wandb, recording, tell
@@ -158,17 +158,16 @@ class PPO:
         with recording(run_dir, self.env_id, config, progress, after, check) as (folder, sinks):
             self._home = folder.path.resolve() if folder else self._home
             # Whether to compile is decided for each call anew.
-            self.config = config.replace(run_dir=None, compile=self.config.compile, engine=self.config.engine)
-            collector = self._stage()
+            kept = config.replace(run_dir=None, compile=self.config.compile)
+            collector, self.config = self._stage(kept), kept
             keeper = Keeper(folder.path, config, self.progress, self._saver(folder)) if folder else None
             try:
                 if keeper:
                     keeper.save()  # from which a run that dies early goes on
-                run = iterations(self.config, collector, self.learner, self.progress, folder is not None)
-                for metrics, samples, evaluated in self._evaluated(run):
-                    tell(sinks, metrics, samples)
+                for done in self._iterations(collector, examine=folder is not None):
+                    tell(sinks, done.metrics, done.samples)
                     if folder and keeper:
-                        keeper.after_iteration(evaluated)
+                        keeper.after_iteration(done.evaluated)
                         self._film_into(folder, config.video_interval)
                     if stop():
                         break
@@ -180,7 +179,7 @@ class PPO:
                     self._rescue(folder, keeper, error)
                 raise
             if keeper and keeper.failures:
-                raise NotSaved(
+                raise RunError(
                     f"the last checkpoint could not be saved in {run_dir}: make room, and save again"
                 )
         if folder:
@@ -196,8 +195,12 @@ class PPO:
 
         return save
 
-    def _stage(self) -> Collector:
-        """The environments, where they stood when this agent last learned, if they can be brought back."""
+    def _stage(self, config: Config) -> Collector:
+        """The environments, where they stood when this agent last learned, if they can be brought back.
+
+        Args:
+            config: of the call that is beginning.
+        """
         envs, saved = self._open_envs(), self._saved
         made_here = envs is not self._env
         if made_here and self._collector and self._collector.envs is envs and self._collector.stands:
@@ -205,24 +208,22 @@ class PPO:
         world = self.progress.world
         if made_here and self._collector:
             self.close()  # repeating begins with new ones
-        collector = Collector(self._open_envs(), self.spaces, self.config, resumable=True)
+        collector = Collector(self._open_envs(), self.spaces, config, resumable=True)
         why = "the checkpoint does not say where they stood" if world is None else collector.go_back(world)
         if why:
             if self.progress.global_step:
                 note(f"new episodes begin, since environments could not be brought back: {why}")
             if made_here and world and not world.why:
                 self.close()  # an attempt may have broken them
-                collector = Collector(self._open_envs(), self.spaces, self.config, resumable=True)
-            count, begun = self.config.num_envs, self.progress.iteration
-            collector.reset(environment_seeds(self.config.seed, count, iteration=begun))
+                collector = Collector(self._open_envs(), self.spaces, config, resumable=True)
+            count, begun = config.num_envs, self.progress.iteration
+            collector.reset(environment_seeds(config.seed, count, iteration=begun))
             self.progress.episodes.clear()
         if saved and self.progress.global_step:
-            changed = checkpoint.inexact(saved, self.config, self.env_id, self.learner.compiled)
+            changed = checkpoint.inexact(saved, config, self.env_id, self.learner.compiled)
             if not why:
                 but = f"; what is learned is not the same to the bit, since {'; '.join(changed)}"
-                note(
-                    f"{self.config.num_envs} environments go on exactly where they stood{but if changed else ''}"
-                )
+                note(f"{config.num_envs} environments go on exactly where they stood{but if changed else ''}")
             self.progress.resumed.append(
                 {
                     "global_step": self.progress.global_step,
@@ -233,23 +234,14 @@ class PPO:
         self._collector, self._saved = collector, None
         return collector
 
-    def _evaluated(
-        self, run: Generator[Iteration, None, None]
-    ) -> Iterator[tuple[Metrics, Samples | None, float | None]]:
-        """Iterations, and the mean return of the evaluation where it is time for one.
-
-        An iteration whose evaluation is broken off, or fails, is taken back: its metrics would lack it for ever.
-        """
-        for metrics, samples in run:
-            try:
-                found = self._evaluate_now(metrics)
-            except BaseException as error:
-                run.throw(error)
-                raise
-            yield metrics, samples, found
+    def _iterations(self, collector: Collector, examine: bool = False) -> Iterator[Iteration]:
+        return iterations(self.config, collector, self.learner, self.progress, self._evaluate_now, examine)
 
     def _evaluate_now(self, metrics: Metrics) -> float | None:
-        """Evaluate where it is time for it: the mean return, which metrics then have as well."""
+        """Evaluate where it is time for it: the mean return, which metrics then have as well.
+
+        One that fails is no reason to end a run: a note says why, and the metrics lack it.
+        """
         config = self.config
         if not config.evaluation_interval:
             return None
@@ -257,7 +249,11 @@ class PPO:
         metrics |= {f"evaluation/{name}": None for name in names}
         if self.progress.iteration % config.evaluation_interval:
             return None
-        found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        try:
+            found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        except Exception as error:
+            note(f"the evaluation at step {self.progress.global_step:,} failed: {told(error)}")
+            return None
         metrics |= {f"evaluation/{name}": found[name] for name in names}
         return found["return_mean"]
 
@@ -307,16 +303,17 @@ class PPO:
         try:
             self.record(path, max_frames=CAPTURED_FRAMES)
         except Exception as error:  # a picture less is no reason to lose a run
-            note(f"{path} was not recorded: {error}")
+            note(f"{path} was not recorded: {told(error)}")
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
         self._open_envs()
-        config = self._until(total_timesteps)
-        self.config = config.replace(compile=self.config.compile, engine=self.config.engine)
-        run = iterations(self.config, self._stage(), self.learner, self.progress)
-        for metrics, _, _ in self._evaluated(run):
-            yield metrics
+        if self.config.evaluation_interval:
+            self._require_records(self.config)
+        config = self._until(total_timesteps).replace(compile=self.config.compile)
+        collector, self.config = self._stage(config), config
+        for done in self._iterations(collector):
+            yield done.metrics
 
     def _until(self, total_timesteps: int | None) -> Config:
         """The config of a call that trains for so many more steps, which the learner is told."""
@@ -441,6 +438,7 @@ class PPO:
         saved = checkpoint.load(path)
         manifest = saved.manifest
         given = given_for(env, changes)
+        env = with_version(env) if isinstance(env, str) else env
         if env not in (None, manifest.get("env")) or given.get("isolate_envs"):
             given.setdefault(
                 "engine", "auto"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,22 +28,29 @@ PATIENCE = 3  # updates in a row that may diverge
 
 
 class Iteration(NamedTuple):
-    """What one iteration reports: metrics, and samples for histograms where they were due."""
+    """What one iteration reports: metrics, samples for histograms where they were due, and an evaluation's return."""
 
     metrics: Metrics
-    samples: Samples | None
+    samples: Samples | None = None
+    evaluated: float | None = None
 
 
 def iterations(
-    config: Config, collector: Collector, learner: Learner, progress: Progress, examine: bool = False
-) -> Generator[Iteration, None, None]:
+    config: Config,
+    collector: Collector,
+    learner: Learner,
+    progress: Progress,
+    evaluate: Callable[[Metrics], float | None],
+    examine: bool = False,
+) -> Iterator[Iteration]:
     """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
 
     Between two reports `learner` and `progress` are consistent: that is where to save or stop. Where an error ends an
-    iteration, or is thrown in after it, they are as they were before it.
+    iteration, or Ctrl-C its evaluation, they are as they were before it.
 
     Args:
         collector: of environments that have been reset, or brought back to where they stood.
+        evaluate: the last part of an iteration: adds to its metrics, and gives the mean return where it is time for it.
         examine: every `config.histogram_interval` iterations, report samples and action statistics as well.
 
     Raises:
@@ -56,10 +63,8 @@ def iterations(
         learned, before = learner.kept(), progress.copy()
         try:
             done = iterate(config, collector, learner, progress, rollout, bool(due))
+            done = done._replace(evaluated=evaluate(done.metrics))
             progress.world = collector.stand()
-            yield done
-        except GeneratorExit:
-            raise
         except BaseException as error:  # Ctrl-C as well
             collector.stands = False
             learner.take_back(learned)
@@ -67,6 +72,7 @@ def iterations(
             if isinstance(error, NotFinite):
                 error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
             raise
+        yield done
 
 
 def iterate(

@@ -24,7 +24,7 @@ from gymnasium.vector import VectorEnv
 from proximo.config import Config
 from proximo.envs import EnvLike, explain, make_one, require_same
 from proximo.envs.board import reports_episodes
-from proximo.errors import UserError
+from proximo.errors import UserError, no_exit
 from proximo.randomness import Purpose, environment_seeds
 from proximo.rollout import Actor
 from proximo.spaces import Spaces
@@ -101,6 +101,7 @@ def record(
     if max_frames < 2:
         raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
     with (
+        no_exit("the environment"),
         without_display(),
         closing(make_rendering_env(env, {**config.env_kwargs, **(env_kwargs or {})})) as world,
     ):

@@ -28,14 +28,15 @@ def run(options: Namespace) -> int:
     """Print the description; return the exit status."""
     path = Path(options.path)
     try:
-        for line in described(path):
-            print(line)
+        lines = list(described(path))
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from proximo.cli.flags import whole
 from proximo.cli.train import learn, prepared, said
-from proximo.errors import UserError
+from proximo.errors import UserError, note
 
 
 def add_to(commands: Any) -> None:
@@ -37,7 +37,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--backend", help="jax or torch, if other than before")
     parser.add_argument("--engine", help="how environments are run, if other than before")
     parser.add_argument("--run-dir", help="go on in this new folder instead")
-    parser.add_argument("--quiet", action="store_true", help="print nothing while training")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors, and notes of what went wrong"
+    )
     parser.set_defaults(run=run, until_input_ends=False)
 
 
@@ -70,6 +72,6 @@ def run(options: argparse.Namespace) -> int:
         run_dir = Path(options.run_dir or own or new)
         say = (lambda line: None) if options.quiet else said
         say(f"{agent.env_id}: going on at step {progress.global_step:,} of {config.total_timesteps:,}")
-        if options.total_timesteps is not None:
-            say(f"note: schedules end at step {config.total_timesteps:,}")
+        if options.total_timesteps is not None and not options.quiet:
+            note(f"schedules end at step {config.total_timesteps:,}")
         return learn(agent, run_dir, interrupt, say, progress=not options.quiet)

@@ -22,8 +22,8 @@ from proximo import presets
 from proximo.cli.flags import add_settings, given_settings
 from proximo.cli.seeds import seeds, train_all
 from proximo.config import override, read_file
-from proximo.errors import NotSaved, RunError, UserError, note
-from proximo.machine import STOPS, cache_folder
+from proximo.errors import RunError, UserError, note
+from proximo.machine import HANGUP, STOPS, cache_folder
 
 if TYPE_CHECKING:
     from proximo.config import Config
@@ -64,7 +64,9 @@ def add_to(commands: Any) -> None:
         help="train several seeds at once, each on a core of its own: 0-3 or 0,2,7",
     )
     parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--quiet", action="store_true", help="print nothing while training")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors, and notes of what went wrong"
+    )
     add_settings(parser)
     parser.set_defaults(run=run)
 
@@ -106,6 +108,8 @@ def prepared(options: argparse.Namespace) -> Iterator[Interrupt]:
 
 def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], None], progress: bool) -> int:
     """Train into a run folder, up to the agent's total, saying how; return the exit status."""
+    from proximo.checkpoint import MANIFEST, step_folder
+
     config, learner = agent.config, agent.learner
     threads, where, began = learner.threads, learner.device, agent.progress.iteration
     say(
@@ -121,7 +125,8 @@ def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], 
     except (RunError, UserError) as error:
         if agent.progress.iteration == began:
             raise
-        kept = "checkpoints" if isinstance(error, NotSaved) else "what was learned up to then"
+        saved = (step_folder(run_dir, agent.progress.global_step) / MANIFEST).is_file()
+        kept = "what was learned up to then" if saved else "checkpoints"
         kind = UserError if isinstance(error, UserError) else RunError
         raise kind(
             f"{error}\n  {kept}: {run_dir}; go on from there with: {resumes(agent, run_dir)}"
@@ -284,11 +289,11 @@ def end_when_asked_twice(signals: socket.socket) -> None:
 
 def asks(number: int, again: bool) -> bool:
     """Whether a signal asks for a stop, or once more: a terminal that goes away may send SIGHUP twice."""
-    return number in STOPS and not (again and number == signal.SIGHUP)
+    return number in STOPS and not (again and number == HANGUP)
 
 
 class Interrupt:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration; a second one stops at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration, a second SIGINT or SIGTERM stops at once.
 
     SIGHUP, from a terminal that went away, is ignored where it was before, as under nohup. Where the second one meets C
     code that does not return, the process is ended some seconds later all the same.
@@ -302,7 +307,7 @@ class Interrupt:
         self._before = {
             number: signal.signal(number, self._ask)
             for number in STOPS
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+            if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         # Written to when a signal arrives, and not only when Python gets to handle it.
         self._read, self._written = socket.socketpair()

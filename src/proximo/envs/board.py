@@ -316,7 +316,7 @@ class Share:
         """Close them all."""
         self.closed = True
         for env in self.envs:
-            with contextlib.suppress(Exception):  # nobody is left to hear of it
+            with contextlib.suppress(Exception, SystemExit):  # nobody is left to hear of it
                 env.close()
 
 

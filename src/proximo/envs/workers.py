@@ -477,7 +477,7 @@ class _Spawned:
         program = (
             f"import sys; sys.path[:] = {path!r}; import proximo.envs.workers as w; w.begin({descriptor})"
         )
-        with tempfile.TemporaryFile() as task, _interrupts_held():
+        with tempfile.TemporaryFile() as task, _stops_held():
             task.write(self._task)
             task.seek(0)
             self._popen = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=[descriptor])
@@ -736,7 +736,7 @@ def _join(peers: Sequence[_Peer], seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _stops_held() -> Iterator[None]:
     """Keep signals waiting here, and from a process that begins meanwhile until it leaves them to the trainer."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:

@@ -32,7 +32,7 @@ CHUNK = 64  # rows of one call that evaluates final observations
 def act(
     spec: Spec, state: State, obs: Obs, start: Array, carry: Array, noise: Array
 ) -> tuple[Array, Array, Output]:
-    """One step of N environments: raw samples [N, ...], the next carry [N, H], and all that the network said, [1, N]."""
+    """One step of N environments: raw samples [N, ...], the next carry [N, H], all that the network said, [1, N]."""
     obs = jax.tree.map(lambda x: x[None], observe(spec, state, obs))
     output = spec.network.apply(state.params, obs, start[None], carry)
     return output[0].sample(noise[None])[0], output[2][0], output

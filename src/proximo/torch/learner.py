@@ -22,7 +22,7 @@ from proximo.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, Output, Params, built_in
 from proximo.torch.normalization import Reduce
-from proximo.torch.runtime import HINT, devices, made_on, pays_to_compile, running_on
+from proximo.torch.runtime import HINT, MANY, can_compile, devices, made_on, running_on
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
 from proximo.torch.update import Metrics, in_parts, minibatch, prepare, update
@@ -160,7 +160,8 @@ class Learner:
         """Compile for many minibatches, those of all calls together, where settings leave it open."""
         self._expected += minibatches
         if self._may_choose:
-            self.compiled = pays_to_compile(self._expected) if as_before is None else as_before
+            pays = self._expected >= MANY if as_before is None else as_before
+            self.compiled = pays and can_compile()
         return self.compiled
 
     def actor(self, noise: Iterable[np.ndarray] | None, said: list[Output] | None = None) -> Actor:

@@ -45,8 +45,8 @@ def made_on(device: Device) -> Iterator[None]:
             yield
 
 
-def pays_to_compile(minibatches: int) -> bool:
-    """Whether minibatches are enough to win back the time, and PyTorch finds what it compiles with."""
+def can_compile() -> bool:
+    """Whether PyTorch finds what it compiles with."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return minibatches >= MANY and shutil.which(compiler) is not None and headers.exists()
+    return shutil.which(compiler) is not None and headers.exists()
