@@ -124,7 +124,7 @@ def test_what_the_network_said_while_acting_is_not_asked_again(backend):
 
 
 def test_images_go_through_the_network_once_to_act_and_once_an_epoch():
-    """8 steps of 4 environments, what follows the last one, and the last pictures of 8 episodes of four steps: 9 · 4 + 8
+    """8 steps of 4 environments, what follows them, and the last pictures of 8 episodes of four steps: 9 · 4 + 8
     in all. Then 3 epochs of 8 · 4."""
     rows = {"acting": 0, "learning": 0}
 

@@ -293,7 +293,7 @@ def asks(number: int, again: bool) -> bool:
 
 
 class Interrupt:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration, a second SIGINT or SIGTERM stops at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration, a second SIGINT or SIGTERM ends it.
 
     SIGHUP, from a terminal that went away, is ignored where it was before, as under nohup. Where the second one meets C
     code that does not return, the process is ended some seconds later all the same.
