@@ -129,31 +129,10 @@ def run_command(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
         Path(output).write_text(captured.out, "utf-8")
 
 
-@pytest.fixture(scope="module")
-def quick_jax(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiling is most of what short runs wait for: compile the same thing once."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    quickly = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: jax.config.values[name] for name in quickly}
-    for settings in (quickly, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is quickly:
-            yield
-
-
 RUN = [page for page in PAGES if {block.language for block in blocks(page)} & {"sh", "console", "python"}]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_jax")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_what_a_page_shows_runs(page, tmp_path, monkeypatch, capsys):
     """Files, commands and snippets of a page, from top to bottom in one folder, with training cut short."""

@@ -368,12 +368,12 @@ class OnlyTraining(gym.Wrapper):
     ("instead", "message"),
     [
         (lambda: (np.full(4, np.nan), 0.0, False, False, {}), "environment 0: observation is not finite at step 1"),
-        (lambda: sys.exit(0), "environment 0 called sys.exit(0) while stepping"),
         (lambda: 1 // 0, "ZeroDivisionError: integer division or modulo by zero"),
     ],
 )  # fmt: skip
-def test_an_evaluation_that_fails_is_left_out(instead, message, tmp_path, capsys):
-    """Two of four iterations are evaluated: both fail, are said with the reason, and all four are trained and kept."""
+def test_an_evaluation_that_fails_is_left_out_and_the_third_ends_the_run(instead, message, tmp_path, capsys):
+    """Two of four iterations are evaluated: both fail, are said, and all four are trained and kept. With
+    two more the third evaluation fails: the run ends, and five iterations are kept."""
     settings = {"total_timesteps": 4 * ROWS, "evaluation_interval": 2, "evaluation_episodes": 1, **SMALL}
     with PPO(lambda: OnlyTraining(instead), run_dir=tmp_path / "run", engine="sync", **settings) as agent:
         agent.learn()
@@ -383,6 +383,14 @@ def test_an_evaluation_that_fails_is_left_out(instead, message, tmp_path, capsys
     assert [row["evaluation/return_mean"] for row in rows] == [None] * 4
     assert checkpoint.load(tmp_path / "run").progress.iteration == 4
     assert not list((tmp_path / "run").glob("faults/*"))
+    settings["total_timesteps"] = 6 * ROWS
+    with (
+        PPO(lambda: OnlyTraining(instead), run_dir=tmp_path / "longer", engine="sync", **settings) as agent,
+        pytest.raises(RunError, match=re.escape(f"at step 192 failed: {message}")),
+    ):
+        agent.learn()
+    assert checkpoint.load(tmp_path / "longer").progress.iteration == 5
+    assert not list((tmp_path / "longer").glob("faults/*"))
 
 
 def test_what_cannot_be_evaluated_is_not_trained():
@@ -573,26 +581,42 @@ def test_an_error_does_not_say_that_more_is_saved_than_is(full, tmp_path, capsys
 
 
 class Unclosable(Paying):
-    """Ends the program where it is shown or closed, as a window does that was."""
+    """Ends the program where it is closed, as a window may."""
 
     render_mode = "rgb_array"
 
     def render(self):
-        sys.exit(3)
+        return np.zeros((16, 16, 3), np.uint8)
 
     def close(self):
+        sys.exit(3)
+
+
+class Unshowable(Unclosable):
+    """Ends it where it is shown, too."""
+
+    def render(self):
         sys.exit(4)
 
 
-def test_an_environment_that_exits_when_it_is_shown_or_closed_ends_no_run(tmp_path, capsys):
-    """Each of two iterations is evaluated in an environment of its own, which is closed then."""
+def test_an_environment_that_exits_when_it_is_closed_ends_no_run(tmp_path, capsys):
+    """Each of two iterations is evaluated in an environment of its own, closed then, and the last is filmed."""
     settings = {"total_timesteps": 2 * ROWS, "evaluation_interval": 1, "evaluation_episodes": 1, **SMALL}
-    with PPO(lambda: Unclosable(0, ()), run_dir=tmp_path / "run", engine="sync", **settings) as agent:
+    run = tmp_path / "run"
+    with PPO(lambda: Unclosable(0, ()), run_dir=run, engine="sync", capture_video=True, **settings) as agent:
         agent.learn()
-        with pytest.raises(RunError, match=r"the environment called sys\.exit"):
-            agent.record(tmp_path / "film.mp4")
-    assert [row["evaluation/return_mean"] for row in read_metrics(tmp_path / "run")] == [10.0, 10.0]
-    assert "failed" not in capsys.readouterr().err
+    assert [row["evaluation/return_mean"] for row in read_metrics(run)] == [10.0, 10.0]
+    assert len(list(run.glob("videos/*.mp4"))) == 1
+    assert not re.search("failed|not recorded", capsys.readouterr().err)
+
+
+def test_an_environment_that_exits_when_it_is_shown_is_said(tmp_path):
+    """Before the run begins, where it is to be filmed."""
+    with (
+        PPO(lambda: Unshowable(0, ()), engine="sync", capture_video=True, **SMALL) as agent,
+        pytest.raises(RunError, match=r"the environment called sys\.exit\(4\) while it was filmed"),
+    ):
+        agent.learn(run_dir=tmp_path / "run")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

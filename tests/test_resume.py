@@ -173,7 +173,8 @@ def test_the_other_backend_goes_on_from_the_same_state_and_says_so(tmp_path, cap
         next(other.iterate())
     first = np.array(seen[-ROWS:][:3])  # after what was repeated; the three environments step in turn
     assert np.array_equal(first, agent.progress.world.obs[""])
-    assert "not the same to the bit, since backend jax became torch" in capsys.readouterr().err
+    changed = "env Pendulum-v1 became one without a name; backend jax became torch"
+    assert f"not the same to the bit, since {changed}" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
 
 

@@ -287,13 +287,14 @@ def inexact(saved: Saved, config: Config, env_id: str | None, compiled: bool | N
         saved: the checkpoint that it goes on from.
         config: with which it goes on.
         env_id: in which, None for an environment without an id.
-        compiled: whether PyTorch's minibatches are; None in JAX.
+        compiled: whether PyTorch's minibatches are, None in JAX.
     """
     found, was, now = [], saved.manifest["config"], json.loads(json.dumps(config.to_dict()))
-    for name, is_now in (("env", env_id), ("compiled", compiled)):
-        before = saved.manifest.get(name)
-        if before != is_now:
-            found.append(f"{name} {before} became {is_now}".replace("None", "one without a name"))
+    known, ran_compiled = saved.manifest["env"], saved.manifest["compiled"]
+    if known != env_id:
+        found.append(f"env {known or 'without a name'} became {env_id or 'one without a name'}")
+    if None not in (compiled, ran_compiled) and compiled != ran_compiled:
+        found.append(f"compiled {ran_compiled} became {compiled}")
     matters = {name for name, field in FIELDS.items() if field.metadata["group"] != "records"} - BESIDE
     if all(now[name] in ("constant", "adaptive") for name in SCHEDULES):
         matters.discard("total_timesteps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -18,6 +18,10 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
+
+
+class Exited(RunError):
+    """An environment called `sys.exit`, or a signal's handler did while it was at work."""
 
 
 class NotFinite(RunError):
@@ -38,19 +42,6 @@ def told(error: BaseException) -> str:
     """Our own message as it is, another's with the name of the error."""
     own = isinstance(error, (UserError, RunError))
     return str(error) if own else f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
-@contextlib.contextmanager
-def no_exit(what: str) -> Iterator[None]:
-    """Have `what` not end the program.
-
-    Raises:
-        RunError: it called `sys.exit`.
-    """
-    try:
-        yield
-    except SystemExit as error:
-        raise RunError(f"{what} called sys.exit({error.code!r})") from error
 
 
 def note(text: str) -> None:

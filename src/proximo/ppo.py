@@ -14,7 +14,7 @@ from proximo import bundle, checkpoint, presets
 from proximo.checkpoint import Saved
 from proximo.config import FIELDS, Config, check, checked, from_mapping, override
 from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
-from proximo.errors import NotFinite, RunError, UserError, note, told
+from proximo.errors import Exited, NotFinite, RunError, UserError, note, told
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.keeper import Keeper, require_latest
 from proximo.learner import Learner, choose_backend, make_learner
@@ -26,7 +26,7 @@ from proximo.record import Metrics, RunFolder
 from proximo.rollout import Collector, ways_back
 from proximo.spaces import Spaces
 from proximo.trackers import import_wandb, recording, tell
-from proximo.train import Iteration, iterations
+from proximo.train import PATIENCE, Iteration, iterations
 from proximo.video import MAX_FRAMES, Video, require_video
 from proximo.video import record as record_video
 
@@ -235,13 +235,32 @@ class PPO:
         return collector
 
     def _iterations(self, collector: Collector, examine: bool = False) -> Iterator[Iteration]:
-        return iterations(self.config, collector, self.learner, self.progress, self._evaluate_now, examine)
+        return iterations(self.config, collector, self.learner, self.progress, self._evaluating(), examine)
+
+    def _evaluating(self) -> Callable[[Metrics], float | None]:
+        """Evaluates where it is time for it. One that fails is left out and said; the third in a row ends the run."""
+        failures = 0
+
+        def evaluated(metrics: Metrics) -> float | None:
+            nonlocal failures
+            try:
+                found = self._evaluate_now(metrics)
+            except Exited:
+                raise
+            except Exception as error:
+                failures += 1
+                said = f"the evaluation at step {self.progress.global_step:,} failed: {told(error)}"
+                if failures == PATIENCE:
+                    raise RunError(f"{said} ({failures} in a row)") from error
+                note(f"{said} ({failures} in a row; {PATIENCE} end the run)")
+                return None
+            failures = 0 if found is not None else failures
+            return found
+
+        return evaluated
 
     def _evaluate_now(self, metrics: Metrics) -> float | None:
-        """Evaluate where it is time for it: the mean return, which metrics then have as well.
-
-        One that fails is no reason to end a run: a note says why, and the metrics lack it.
-        """
+        """Evaluate where it is time for it: the mean return, which metrics then have as well."""
         config = self.config
         if not config.evaluation_interval:
             return None
@@ -249,11 +268,7 @@ class PPO:
         metrics |= {f"evaluation/{name}": None for name in names}
         if self.progress.iteration % config.evaluation_interval:
             return None
-        try:
-            found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
-        except Exception as error:
-            note(f"the evaluation at step {self.progress.global_step:,} failed: {told(error)}")
-            return None
+        found = self.evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
         metrics |= {f"evaluation/{name}": found[name] for name in names}
         return found["return_mean"]
 
@@ -286,7 +301,10 @@ class PPO:
             import_wandb()
         if config.capture_video:
             require_video(self._recordable(), config.env_kwargs)
-        if config.evaluation_interval:
+        self._require_evaluations()
+
+    def _require_evaluations(self) -> None:
+        if self.config.evaluation_interval:
             self._recordable("an evaluation runs episodes in environments of its own")
 
     def _recordable(self, why: str = "a video is made in an environment of its own") -> EnvLike:
@@ -302,14 +320,15 @@ class PPO:
             return
         try:
             self.record(path, max_frames=CAPTURED_FRAMES)
+        except Exited:
+            raise
         except Exception as error:  # a picture less is no reason to lose a run
             note(f"{path} was not recorded: {told(error)}")
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
         self._open_envs()
-        if self.config.evaluation_interval:
-            self._require_records(self.config)
+        self._require_evaluations()
         config = self._until(total_timesteps).replace(compile=self.config.compile)
         collector, self.config = self._stage(config), config
         for done in self._iterations(collector):

@@ -24,7 +24,7 @@ from proximo.rollout import Collected, Collector, Rollout, minibatch_order
 from proximo.samples import action_metrics, histograms_of
 from proximo.schedules import Hyper, hyper_at
 
-PATIENCE = 3  # updates in a row that may diverge
+PATIENCE = 3  # updates in a row that diverge, or evaluations that fail, and end a run
 
 
 class Iteration(NamedTuple):

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from gymnasium.vector import VectorEnv
 from proximo.config import Config
 from proximo.envs import EnvLike, explain, make_one, require_same
 from proximo.envs.board import reports_episodes
-from proximo.errors import UserError, no_exit
+from proximo.errors import Exited, UserError
 from proximo.randomness import Purpose, environment_seeds
 from proximo.rollout import Actor
 from proximo.spaces import Spaces
@@ -60,7 +60,7 @@ def require_video(env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> 
         UserError: as `record`.
     """
     import_av()
-    with without_display(), closing(make_rendering_env(env, env_kwargs or {})) as world:
+    with rendering(env, env_kwargs or {}) as world:
         world.reset(seed=0)
         rendered(world)
 
@@ -100,11 +100,7 @@ def record(
     paths = file_names(Path(path), episodes)
     if max_frames < 2:
         raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
-    with (
-        no_exit("the environment"),
-        without_display(),
-        closing(make_rendering_env(env, {**config.env_kwargs, **(env_kwargs or {})})) as world,
-    ):
+    with rendering(env, {**config.env_kwargs, **(env_kwargs or {})}) as world:
         require_same(Spaces.of(world.observation_space, world.action_space), spaces)
         fps = Fraction((world.metadata or {}).get("render_fps") or DEFAULT_FPS).limit_denominator(1001)
         seeds = [*environment_seeds(seed, 1, Purpose.EVALUATION), *[None] * (episodes - 1)]
@@ -186,6 +182,26 @@ def without_display() -> Iterator[None]:
         # Left behind, MUJOCO_GL would fail every import of mujoco, also to train, where EGL is not installed.
         for name in chosen:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def rendering(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[gym.Env]:
+    """One environment that renders to arrays, with a display or without, closed afterwards.
+
+    Raises:
+        UserError: it cannot be made, or renders in another mode or not at all.
+        Exited: it called `sys.exit`.
+    """
+    with without_display():
+        try:
+            world = make_rendering_env(env, env_kwargs)
+            try:
+                yield world
+            finally:
+                with suppress(Exception, SystemExit):  # nobody is left to hear of it
+                    world.close()
+        except SystemExit as error:
+            raise Exited(f"the environment called sys.exit({error.code!r}) while it was filmed") from error
 
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:

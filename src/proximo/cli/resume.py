@@ -38,7 +38,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--engine", help="how environments are run, if other than before")
     parser.add_argument("--run-dir", help="go on in this new folder instead")
     parser.add_argument(
-        "--quiet", action="store_true", help="print nothing but errors, and notes of what went wrong"
+        "--quiet",
+        action="store_true",
+        help="no progress and no summary: errors, and notes of what happens, alone",
     )
     parser.set_defaults(run=run, until_input_ends=False)
 

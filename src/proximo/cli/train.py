@@ -65,7 +65,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--quiet", action="store_true", help="print nothing but errors, and notes of what went wrong"
+        "--quiet",
+        action="store_true",
+        help="no progress and no summary: errors, and notes of what happens, alone",
     )
     add_settings(parser)
     parser.set_defaults(run=run)

@@ -24,7 +24,7 @@ from proximo.envs.board import (
     write_actions,
 )
 from proximo.envs.watch import watch
-from proximo.errors import RunError, UserError
+from proximo.errors import Exited, RunError, UserError
 from proximo.spaces import Spaces
 
 
@@ -143,7 +143,7 @@ class LocalVectorEnv(VectorEnv):
         except UserError as error:
             raise UserError(f"environment {share.at}: {error}") from error
         except SystemExit as error:
-            raise RunError(
+            raise Exited(
                 f"environment {share.at} called sys.exit({error.code!r}) while {share.doing}"
             ) from error
         except Exception as error:
