@@ -184,7 +184,7 @@ def test_a_run_can_be_stopped(engine, asked, tmp_path):
     run = tmp_path / "run"
     command = [*HEARD, *PROXIMO, "train", "CartPole-v1"]
     command += ["--run-dir", str(run), "--total-timesteps", "100_000_000"]
-    command += ["--engine", engine, "--num-envs", "2", "--backend", "torch"]
+    command += ["--engine", engine, "--num-envs", "2", "--backend", "torch", "--no-compile"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

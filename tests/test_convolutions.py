@@ -148,8 +148,9 @@ def test_images_go_through_the_network_once_to_act_and_once_an_epoch():
 @pytest.mark.usefixtures("optimized")
 @both_backends
 def test_the_built_in_network_learns_from_pictures(backend):
-    """Which half is bright: 4 of 4. The config that a run keeps says which network it was."""
+    """Which half is bright: 4 of 4 within 80 iterations. The config that a run keeps says which network it was."""
     settings = {
+        "stop_at_return": 3.8,
         "num_envs": 8,
         "num_steps": 16,
         "num_minibatches": 2,
@@ -160,7 +161,7 @@ def test_the_built_in_network_learns_from_pictures(backend):
         assert (agent.config.architecture, agent.config.shared_trunk) == ("impala", True)
         agent.learn(8 * 16 * 80)
         assert agent.progress.return_mean is not None
-        assert agent.progress.return_mean > 3.8
+        assert agent.progress.return_mean >= 3.8
 
 
 @pytest.mark.parametrize(("width", "step", "size"), [(8, 4, 41), (4, 2, 10), (3, 1, 7), (3, 1, 3)])

@@ -473,7 +473,7 @@ def test_an_older_schema_is_migrated_and_a_later_one_refused(tmp_path):
 
 def test_two_runs_in_one_folder(run):
     """One that trains holds its folder, which another process is told; a folder that cannot be written is refused."""
-    with PPO.load(run, total_timesteps=100_000_000) as agent:
+    with PPO.load(run, total_timesteps=100_000_000, compile=False) as agent:
 
         def other():
             done = subprocess.run(
@@ -570,7 +570,9 @@ def test_an_error_does_not_say_that_more_is_saved_than_is(full, tmp_path, capsys
         [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if value],
     )
     try:
-        assert main(["train", "Dying-v0", "--engine", "sync", "--run-dir", str(run), *flags]) == 1
+        assert (
+            main(["train", "Dying-v0", "--engine=sync", "--no-compile", "--run-dir", str(run), *flags]) == 1
+        )
     finally:
         limited(resource.RLIM_INFINITY)
         del gym.registry["Dying-v0"]

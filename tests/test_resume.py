@@ -608,7 +608,7 @@ def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
     """SIGTERM gives 143; the command it prints goes on, to a larger total too, and says that schedules end later."""
     run = tmp_path / "a run"
     with subprocess.Popen(
-        train(run, "--total-timesteps", "100_000_000"),
+        train(run, "--total-timesteps", "100_000_000", "--no-compile"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -634,7 +634,9 @@ def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
 
 def test_a_second_signal_ends_at_once(tmp_path):
     """In the middle of an iteration that would take minutes."""
-    command = train(tmp_path / "run", "--total-timesteps", "100_000_000", "--num-steps", "1_000_000")
+    command = train(
+        tmp_path / "run", "--total-timesteps", "100_000_000", "--num-steps", "1_000_000", "--no-compile"
+    )
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

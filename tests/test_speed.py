@@ -287,6 +287,7 @@ def training(folder):
         "--quiet",
         "--backend",
         "torch",
+        "--no-compile",
     ]
     with subprocess.Popen([*command, "--run-dir", str(folder)], stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -310,7 +311,7 @@ def runs_in(folder):
 
 
 @several_cores
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_runs_of_seeds_end_with_the_command(number, tmp_path):
     """Asked to stop, both runs are saved and the command ends as one that was interrupted; killed, it takes both runs
     along, and they are saved all the same."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from pairs import LEARNERS, PICTURES, Pair, cases, name_of, quick_jit
+from pairs import LEARNERS, PICTURES, Pair, cases, name_of, quick_jit, setting
 
 import proximo.jax.distributions as jax_distributions
 import proximo.jax.minibatches as jax_minibatches
@@ -27,6 +27,7 @@ import proximo.torch.update as torch_update
 from proximo import trees
 from proximo.config import Config
 from proximo.jax.learner import act as jax_act
+from proximo.parameters import architecture
 from proximo.rollout import Rollout
 from proximo.schedules import Hyper, hyper_at
 from proximo.spaces import Box, Leaf, Spaces
@@ -34,8 +35,12 @@ from proximo.torch.learner import act as torch_act
 from proximo.torch.tensors import each, flatten, tensor
 
 CASES = list(enumerate(cases()))
-every_case = pytest.mark.parametrize(
-    ("seed", "case"), CASES, ids=[f"{seed}-{name_of(case)}" for seed, case in CASES]
+NUMPY = [(seed, case) for seed, case in CASES if architecture(*setting(case, seed)).architecture == "mlp"]
+every_case, every_case_in_numpy = (
+    pytest.mark.parametrize(
+        ("seed", "case"), chosen, ids=[f"{seed}-{name_of(case)}" for seed, case in chosen]
+    )
+    for chosen in (CASES, NUMPY)
 )
 
 
@@ -118,7 +123,7 @@ def test_ten_steps_agree(seed, case):
     assert np.any(after["params/actor.head.weight"] != before["params/actor.head.weight"])
 
 
-@every_case
+@every_case_in_numpy
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, tolerance):
     """The same raw samples, and the same modes, as the learner's own networks give."""
