@@ -49,7 +49,18 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         shutil.rmtree(run_dir, ignore_errors=True)
         subprocess.run(module, check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
-    evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--episodes", "20", "--json"]
+    evaluate = [
+        sys.executable,
+        "-m",
+        "proximo",
+        "evaluate",
+        str(run_dir),
+        "--env",
+        env,
+        "--episodes",
+        "20",
+        "--json",
+    ]
     said = subprocess.run(evaluate, check=True, capture_output=True, text=True, env=ONE_THREAD).stdout
     best = max(rows, key=lambda row: row[RETURN])
     print(f"{backend} seed {seed}: {rows[-1][RETURN]:.1f}", flush=True)

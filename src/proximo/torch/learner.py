@@ -123,8 +123,6 @@ class Learner:
         self.device = choose_device(config.device, devices(), convolutional, HINT)
         parameters = size(config, spaces) if self._built_in else None
         self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
-        # Others than the first spin after each step, on cores that environments in processes of their own want.
-        self._acting_threads = self.threads if config.engine == "native" else 1
         self._dtype: torch.dtype = getattr(torch, dtype)
         network = network or built_in(config, spaces)
         initial = network.init()
@@ -178,7 +176,8 @@ class Learner:
         def actor(obs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray:
             nonlocal carry
             drawn = np.broadcast_to(still, (len(start), *still.shape)) if noise is None else next(calls)
-            with running_on(self._acting_threads), made_on(self.device):
+            # One thread: others would spin after each step, on cores that environments or other programs want.
+            with running_on(1), made_on(self.device):
                 if len(carry) != len(start):
                     carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
                 seen, begins, drawn = each(self._there, (obs, start, drawn))
