@@ -29,8 +29,6 @@ LABELS = {
 }
 NAMED = 3  # settings that a legend tells runs apart by
 POINTS = 400  # at which curves of several runs are averaged
-# Inches around the panels and between them. Left to a layout engine, drawing a run's end takes three times as long.
-LEFT, RIGHT, TOP, BOTTOM, BETWEEN, LINE = 0.65, 0.2, 0.6, 0.55, 0.7, 0.18
 
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values, [B] each
@@ -97,8 +95,8 @@ def plot(
 
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
+    figure, panels = _panels(len(drawn))
     groups = grouped(runs)
-    figure, panels = _panels(len(drawn), len(groups) if len(groups) > 1 else 0)
     for axes, metric in zip(panels, drawn, strict=True):
         for label, members in groups.items():
             _draw(axes, metric, label, members)
@@ -111,9 +109,9 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower left", fontsize=8, frameon=False)
+        figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
     else:
-        figure.suptitle(next(iter(groups)), fontsize=10, y=1.0 - 0.08 / figure.get_figheight(), va="top")
+        figure.suptitle(next(iter(groups)), fontsize=10)
     path = Path(output or (Path(run_dirs[0]) / "curves.png" if len(runs) == 1 else "curves.png"))
     try:
         figure.savefig(path, dpi=150)
@@ -155,28 +153,17 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
     return grid, values.mean(axis=0), values.std(axis=0)
 
 
-def _panels(count: int, legend: int) -> tuple[Any, list[Any]]:
-    """A figure with panels, and room for a legend of so many lines below them."""
+def _panels(count: int) -> tuple[Any, list[Any]]:
     # Figure without pyplot: no display, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(count, 3)
     rows = -(-count // columns)
-    width, height = (7.0, 4.0) if count == 1 else (4.2 * columns, 2.8 * rows)
-    bottom, top = BOTTOM + LINE * legend, TOP - 0.25 if legend else TOP  # with a legend there is no title
-    height += LINE * legend
-    figure = Figure(figsize=(width, height))
+    size = (7.0, 4.0) if count == 1 else (4.2 * columns, 2.8 * rows)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    margins = {
-        "left": LEFT / width,
-        "right": 1.0 - RIGHT / width,
-        "bottom": bottom / height,
-        "top": 1.0 - top / height,
-        "wspace": BETWEEN * columns / (width - LEFT - RIGHT - BETWEEN * (columns - 1)),
-        "hspace": BETWEEN * rows / (height - bottom - top - BETWEEN * (rows - 1)),
-    }
-    panels = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=margins).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in panels[count:]:
         unused.remove()
     return figure, panels[:count]
