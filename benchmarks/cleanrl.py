@@ -29,8 +29,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from proximo.plot import mean_curve
-from proximo.record import read_metrics, versions
+from proximo.report.plot import mean_curve
+from proximo.run.metrics import read_metrics
+from proximo.run.versions import versions
 
 HERE = Path(__file__).parent
 RETURN = "rollout/episode_return_mean"

@@ -33,7 +33,8 @@ from typing import Any
 from synthetic import loops_in
 
 from proximo.machine import cores
-from proximo.record import read_metrics, versions
+from proximo.run.metrics import read_metrics
+from proximo.run.versions import versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from proximo.evaluate import bootstrap_interval
-from proximo.record import read_metrics, versions
+from proximo.run.metrics import read_metrics
+from proximo.run.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 RETURN = "rollout/episode_return_mean"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from learning import RESULTS, difference_interval, run
 
-from proximo.record import versions
+from proximo.run.versions import versions
 
 ENV = "synthetic:Catch-v0"
 PRECISIONS = ("float32", "bfloat16")

@@ -45,7 +45,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine(options: argparse.Namespace) -> str:
     """What a run of a million steps would choose: the measured ones are only so short to be measured."""
-    from proximo.envs import engine_for
+    from proximo.envs.make import engine_for
 
     return engine_for(options.env, options.num_envs, options.engine, options.env_kwargs, 1_000_000)
 
@@ -54,7 +54,7 @@ def train(options: argparse.Namespace) -> None:
     """Train, and print what was measured."""
     stages = {"Python": time.monotonic() - common.BEGAN}
     importlib.import_module(options.backend)  # which PPO would import in the end
-    from proximo import PPO
+    from proximo.ppo import PPO
 
     stages["imports"] = time.monotonic() - common.BEGAN
     options.engine = engine(options)
@@ -90,7 +90,7 @@ def step_only(options: argparse.Namespace) -> None:
     import numpy as np
     from gymnasium.vector import AutoresetMode
 
-    from proximo.envs import make_envs
+    from proximo.envs.make import make_envs
 
     options.engine = engine(options)
     envs = make_envs(options.env, options.num_envs, options.engine, options.env_kwargs)

@@ -33,21 +33,25 @@ SIDES = ("plain", "checkpoints", "unchecked")
 
 def one(side: str, iterations: int) -> dict[str, float]:
     """Steps per second of a run in this process, less its first iterations, and what share of it being safe takes."""
-    from proximo import PPO, keeper, rollout, trees
-    from proximo.envs import board
+    from proximo.envs.env_slice import Share
+    from proximo.learner import arrays as trees
+    from proximo.ppo import PPO
+    from proximo.rollout import collector
+    from proximo.rollout.rollout import Rollout
+    from proximo.run.retention import Keeper
 
     spent = dict.fromkeys(SHARES, 0.0)
     if side == "checkpoints":
-        keeper.Keeper.after_iteration = timed(keeper.Keeper.after_iteration, spent, SHARES[0])
-        rollout.Rollout.check_finite = timed(rollout.Rollout.check_finite, spent, SHARES[1])
-        rollout.Collector.stand = timed(rollout.Collector.stand, spent, SHARES[1])
+        Keeper.after_iteration = timed(Keeper.after_iteration, spent, SHARES[0])
+        Rollout.check_finite = timed(Rollout.check_finite, spent, SHARES[1])
+        collector.Collector.stand = timed(collector.Collector.stand, spent, SHARES[1])
         trees.require_finite = timed(trees.require_finite, spent, SHARES[1])
 
     if side == "unchecked":
-        rollout.Rollout.check_finite = lambda self: None
-        rollout.Collector.stand = lambda self: None
-        rollout.ways_back = lambda envs: (None, None)
-        board.Share._remember = lambda self, *what, **how: None
+        Rollout.check_finite = lambda self: None
+        collector.Collector.stand = lambda self: None
+        collector.ways_back = lambda envs: (None, None)
+        Share._remember = lambda self, *what, **how: None
         trees.require_finite = lambda metrics, sound: None
     moments, before = {}, {}
     with tempfile.TemporaryDirectory() as folder, PPO(

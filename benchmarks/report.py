@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PRESETS = ROOT / "src" / "proximo" / "presets"
+PRESETS = ROOT / "src" / "proximo" / "config" / "presets"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BEGIN, END = "<!-- results: benchmarks/report.py -->", "<!-- end of results -->"
 NAMES = {"jax": "JAX", "torch": "PyTorch"}

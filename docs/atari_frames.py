@@ -11,7 +11,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from proximo.envs import make_envs
+from proximo.envs.make import make_envs
 
 matplotlib.use("Agg")
 env_id, path, *_ = [*sys.argv[1:], *["PongNoFrameskip-v4", "atari_frames.png"][len(sys.argv) - 1 :]]

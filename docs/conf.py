@@ -4,7 +4,9 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from proximo.config import ALIASES, FIELDS, expected
+from proximo.config.names import ALIASES
+from proximo.config.settings import FIELDS
+from proximo.config.values import expected
 from proximo.version import __version__
 
 project = "Proximo"

@@ -7,7 +7,7 @@ Needs `pip install 'proximo[video]'`. Leaves runs/cartpole-video with curves, ch
 
 import sys
 
-from proximo import PPO, evaluate_random
+from proximo.ppo import PPO, evaluate_random
 
 run_dir = sys.argv[1] if len(sys.argv) > 1 else "runs/cartpole-video"
 

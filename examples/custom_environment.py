@@ -6,7 +6,7 @@ python examples/custom_environment.py
 import gymnasium as gym
 import numpy as np
 
-from proximo import PPO, evaluate_random
+from proximo.ppo import PPO, evaluate_random
 
 
 class Line(gym.Env):

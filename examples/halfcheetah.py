@@ -7,7 +7,7 @@ Needs `pip install 'proximo[mujoco]'`. 100,000 steps make it run forwards; the p
 
 import sys
 
-from proximo import PPO, evaluate_random
+from proximo.ppo import PPO, evaluate_random
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 

@@ -5,7 +5,8 @@ python examples/own_loop.py
 
 import gymnasium as gym
 
-from proximo import Agent, evaluate_random
+from proximo.agent import Agent
+from proximo.ppo import evaluate_random
 
 STEPS = 40_000
 

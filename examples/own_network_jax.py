@@ -8,8 +8,8 @@ Flax modules, and Haiku's transformed functions without random numbers, can be p
 import jax
 import jax.numpy as jnp
 
-from proximo import PPO, evaluate_random
-from proximo.jax import own_network
+from proximo.jax.custom import own_network
+from proximo.ppo import PPO, evaluate_random
 
 
 def init(key, features):

@@ -8,8 +8,8 @@ Needs `pip install 'proximo[torch]'`.
 import torch
 from torch import nn
 
-from proximo import PPO, evaluate_random
-from proximo.torch import own_network
+from proximo.ppo import PPO, evaluate_random
+from proximo.torch.custom import own_network
 
 torch.manual_seed(0)  # a module brings its own weights; `seed` does not reach them
 policy = nn.Sequential(nn.Linear(4, 32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32, 2))

@@ -8,7 +8,7 @@ Returns reported while training are those of the shaped reward; the evaluation i
 
 import gymnasium as gym
 
-from proximo import PPO, evaluate_random
+from proximo.ppo import PPO, evaluate_random
 
 GAMMA = 0.99
 

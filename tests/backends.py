@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import proximo
-from proximo.rollout import Rollout
-from proximo.schedules import Hyper
+from proximo.learner.schedules import Hyper
+from proximo.rollout.rollout import Rollout
 
 
 @dataclass(frozen=True)

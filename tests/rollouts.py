@@ -7,9 +7,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from proximo.config import Config
-from proximo.rollout import Rollout
-from proximo.spaces import Obs, Spaces
+from proximo.config.settings import Config
+from proximo.rollout.rollout import Rollout
+from proximo.spaces.spaces import Obs, Spaces
 
 SMALL = {"hidden_sizes": (8,), "num_envs": 3, "num_steps": 8, "minibatch_size": 6, "update_epochs": 2}
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (4,))

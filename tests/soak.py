@@ -22,8 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from proximo import checkpoint
-from proximo.record import read_metrics
+from proximo.run import checkpoint
+from proximo.run.metrics import read_metrics
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 # What is done, and how the run may end by it; signals before Python begins to handle them end it themselves.

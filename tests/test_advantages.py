@@ -14,8 +14,9 @@ from hypothesis.extra.numpy import arrays
 from reference import slow_gae
 from rollouts import CATEGORICAL, CONTINUOUS, act_rollout, assert_same, scramble, small
 
-from proximo.rollout import Rollout, minibatch_order
-from proximo.schedules import hyper_at
+from proximo.learner.schedules import hyper_at
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.rollout import Rollout
 
 
 @cache

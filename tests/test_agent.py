@@ -6,11 +6,13 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rollouts import assert_same, scramble
 
-from proximo import PPO, RunError, UserError
 from proximo.agent import Agent
-from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.rollout import Rollout, minibatch_order
-from proximo.schedules import hyper_at
+from proximo.errors import RunError, UserError
+from proximo.learner.schedules import hyper_at
+from proximo.ppo import PPO
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.randomness import Purpose, environment_seeds, generator
+from proximo.rollout.rollout import Rollout
 
 BACKENDS = ["jax", "torch"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from proximo import PPO, presets
-from proximo.config import Config
-from proximo.envs import engine_for, make_envs, make_one, spaces_of
+from proximo.config import presets
+from proximo.config.settings import Config
 from proximo.envs.atari import AtariGames
+from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
 from proximo.errors import UserError
-from proximo.rollout import Collector, Rollout
+from proximo.ppo import PPO
+from proximo.rollout.collector import Collector
+from proximo.rollout.rollout import Rollout
 
 PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"
 STILL = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.0}

@@ -160,7 +160,7 @@ def test_other_libraries_names_and_spellings_are_understood(tmp_path, capsys):
 
 
 def test_help_lists_every_setting(capsys):
-    from proximo.config import FIELDS
+    from proximo.config.settings import FIELDS
 
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])

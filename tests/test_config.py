@@ -8,7 +8,8 @@ import json
 import pytest
 import yaml
 
-from proximo.config import AMBIGUOUS, FIELDS, Config, canonical_name, from_mapping
+from proximo.config.names import AMBIGUOUS, canonical_name, from_mapping
+from proximo.config.settings import FIELDS, Config
 from proximo.errors import UserError
 
 

@@ -10,15 +10,15 @@ from rollouts import act_rollout, small
 from worlds import BrightHalf
 
 import proximo.jax
-from proximo import PPO
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.jax.networks import convolve_by_product, convolve_by_xla
-from proximo.learner import choose_backend, make_learner
-from proximo.parameters import architecture, flat_size, initial_parameters
-from proximo.rollout import minibatch_order
-from proximo.schedules import hyper_at
-from proximo.spaces import Spaces
+from proximo.learner.architecture import architecture, flat_size, initial_parameters
+from proximo.learner.make import choose_backend, make_learner
+from proximo.learner.schedules import hyper_at
+from proximo.ppo import PPO
+from proximo.rollout.minibatches import minibatch_order
+from proximo.spaces.spaces import Spaces
 from proximo.torch.networks import Network, built_in
 
 ACTIONS = gym.spaces.Discrete(3)

@@ -11,7 +11,7 @@ from backends import Backend, each_backend
 from rollouts import CONTINUOUS, MASKED, small
 from scipy import integrate, stats
 
-from proximo.spaces import Discrete, Spaces
+from proximo.spaces.spaces import Discrete, Spaces
 
 MEAN = np.array([[0.3, -1.2, 2.0], [0.0, 5.0, -0.7]])
 STD = np.array([[0.5, 1.0, 2.0], [0.01, 1.0, 0.1]])

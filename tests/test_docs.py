@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from proximo.cli import main
-from proximo.config import ALIASES, FIELDS
+from proximo.config.names import ALIASES
+from proximo.config.settings import FIELDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from proximo import PPO, UserError
-from proximo.config import Config
-from proximo.envs import engine_for, make_envs, make_one, spaces_of
-from proximo.errors import RunError
-from proximo.rollout import Collector, Rollout
+from proximo.config.settings import Config
+from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
+from proximo.errors import RunError, UserError
+from proximo.ppo import PPO
+from proximo.rollout.collector import Collector
+from proximo.rollout.rollout import Rollout
 
 pytest.importorskip("envpool", reason="EnvPool is not installed: pip install 'proximo[envpool]'")
 
-from proximo.envs.pool import _KEYWORDS, VERIFIED, PoolVectorEnv, supports
+from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, PoolVectorEnv, supports
 
 CLASSIC = ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 MUJOCO = sorted(VERIFIED - set(CLASSIC))

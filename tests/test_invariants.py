@@ -20,8 +20,9 @@ from rollouts import (
 )
 from scipy import stats
 
-from proximo.rollout import Rollout, minibatch_order
-from proximo.schedules import hyper_at, interpolate
+from proximo.learner.schedules import hyper_at, interpolate
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.rollout import Rollout
 
 POLICIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "categorical": (CATEGORICAL, {}),

@@ -9,7 +9,7 @@ import pytest
 from backends import Backend, each_backend
 from rollouts import CONTINUOUS, act_rollout, scramble, small
 
-from proximo.schedules import hyper_at
+from proximo.learner.schedules import hyper_at
 
 
 def function(backend: Backend, name: str) -> Any:

@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from reference import slow_discounted_returns
 from rollouts import CONTINUOUS, act_rollout, assert_same, parameters, scramble, small
 
-from proximo.rollout import minibatch_order
-from proximo.schedules import hyper_at
+from proximo.learner.schedules import hyper_at
+from proximo.rollout.minibatches import minibatch_order
 
 
 @cache

@@ -22,15 +22,16 @@ from torch import nn
 
 import proximo.jax
 import proximo.torch
-from proximo import PPO, UserError
-from proximo.config import Config
+from proximo.config.settings import Config
+from proximo.errors import UserError
 from proximo.jax.learner import Learner as JaxLearner
 from proximo.jax.update import update
-from proximo.learner import make_learner
-from proximo.parameters import initial_parameters
-from proximo.rollout import minibatch_order
-from proximo.schedules import hyper_at
-from proximo.spaces import Spaces
+from proximo.learner.architecture import initial_parameters
+from proximo.learner.make import make_learner
+from proximo.learner.schedules import hyper_at
+from proximo.ppo import PPO
+from proximo.rollout.minibatches import minibatch_order
+from proximo.spaces.spaces import Spaces
 from proximo.torch.learner import Learner as TorchLearner
 
 MIXED = Spaces.of(

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from proximo import PPO, RunError, UserError, checkpoint
+from proximo.errors import RunError, UserError
+from proximo.ppo import PPO
+from proximo.run import checkpoint
 
 SMALL = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "preset": None}
 BACKENDS = ["jax", "torch"]

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from proximo import PPO
+from proximo.ppo import PPO
 
 GAMMA = 0.9
 DISCRETE = gym.spaces.Discrete(2)

@@ -11,13 +11,15 @@ from PIL import Image
 from rollouts import act_rollout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from proximo import PPO, UserError
 from proximo.cli import main
-from proximo.plot import Run, grouped, mean_curve, plot
-from proximo.record import Console, read_metrics
-from proximo.rollout import minibatch_order
-from proximo.samples import histograms_of
-from proximo.schedules import hyper_at
+from proximo.errors import UserError
+from proximo.learner.schedules import hyper_at
+from proximo.ppo import PPO
+from proximo.report.plot import Run, grouped, mean_curve, plot
+from proximo.rollout.minibatches import minibatch_order
+from proximo.run.console import Console
+from proximo.run.diagnostics import histograms_of
+from proximo.run.metrics import read_metrics
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
 TINY = ["--preset", "none", "--num-steps", "16", "--minibatch-size", "16", "--update-epochs", "1", "--quiet"]

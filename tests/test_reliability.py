@@ -21,13 +21,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
-from proximo import PPO, RunError, UserError, bundle, checkpoint
 from proximo.cli import main
-from proximo.config import Config, from_mapping, plain_yaml, read_file
-from proximo.keeper import BEST, Keeper
-from proximo.progress import Progress
-from proximo.randomness import Purpose, environment_seeds
-from proximo.record import METRICS, read_metrics
+from proximo.config.files import plain_yaml, read_file
+from proximo.config.names import from_mapping
+from proximo.config.settings import Config
+from proximo.errors import RunError, UserError
+from proximo.ppo import PPO
+from proximo.rollout.randomness import Purpose, environment_seeds
+from proximo.run import checkpoint
+from proximo.run import debug_bundle as bundle
+from proximo.run.metrics import METRICS, read_metrics
+from proximo.run.progress import Progress
+from proximo.run.retention import BEST, Keeper
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = {
@@ -194,10 +199,10 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path):
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from proximo import checkpoint
-from proximo.config import Config
-from proximo.keeper import Keeper
-from proximo.progress import Progress
+from proximo.run import checkpoint
+from proximo.config.settings import Config
+from proximo.run.retention import Keeper
+from proximo.run.progress import Progress
 
 run, fixture = map(Path, sys.argv[1:])
 arrays, manifest = checkpoint.read(fixture)

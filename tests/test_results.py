@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from proximo import presets
-from proximo.config import from_mapping
+from proximo.config import presets
+from proximo.config.names import from_mapping
 
 ROOT = Path(__file__).parents[1]
 REPORT = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
@@ -41,7 +41,7 @@ def test_every_preset_is_a_valid_config():
 def test_a_stale_figure_is_found():
     """The comparison can fail: a changed mean changes the preset's text."""
     name, result = next(iter(REPORT["results"]().items()))
-    text = (ROOT / f"src/proximo/presets/{name}.yaml").read_text("utf-8")
+    text = (ROOT / f"src/proximo/config/presets/{name}.yaml").read_text("utf-8")
     backend, of = next(iter(result["summary"].items()))
     changed = REPORT["preset"](text, {backend: {**of, "mean": of["mean"] + 1.0}})
     assert yaml.safe_load(changed) != yaml.safe_load(text)

@@ -14,13 +14,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from proximo import PPO, UserError, checkpoint
 from proximo.cli import main
-from proximo.envs import make_envs, spaces_of
-from proximo.progress import Progress
-from proximo.record import read_metrics
-from proximo.rollout import Collector
-from proximo.world import GENERATORS, World, generator_from, pack, remembers, same, unpack
+from proximo.envs.make import make_envs, spaces_of
+from proximo.errors import UserError
+from proximo.ppo import PPO
+from proximo.rollout.collector import Collector
+from proximo.rollout.env_state import GENERATORS, World, generator_from, pack, remembers, same, unpack
+from proximo.run import checkpoint
+from proximo.run.metrics import read_metrics
+from proximo.run.progress import Progress
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = {"preset": None, "num_envs": 3, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
@@ -361,7 +363,7 @@ def test_exact_resume_keeps_to_engines_that_can(tmp_path):
 
 def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
     """An environment that never ends would fill memory with its actions."""
-    monkeypatch.setattr("proximo.rollout.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
+    monkeypatch.setattr("proximo.rollout.rollout.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
 
     class Endless(Hidden):
         def step(self, action):
@@ -426,7 +428,7 @@ def test_what_no_file_can_hold_is_left_out(monkeypatch):
     document, _ = Progress(world=world).to_document()
     assert (document["exact"], document["world"]) == (False, None)
     assert "float128" in document["why"] or "longdouble" in document["why"]
-    monkeypatch.setattr("proximo.progress.WORLD_BYTES", 1000)
+    monkeypatch.setattr("proximo.run.progress.WORLD_BYTES", 1000)
     document, _ = Progress(world=replace(world, snapshot=[10**6] * 200)).to_document()
     assert (document["exact"], document["world"]) == (False, None)
     assert "keep numbers in arrays" in document["why"]

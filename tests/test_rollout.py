@@ -18,11 +18,13 @@ from reference import slow_gae
 from rollouts import MASKED, scramble
 from worlds import BOUND, START, Diary, Script
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.errors import RunError, UserError
-from proximo.rollout import Collector, Episode, Rollout, minibatch_order
-from proximo.schedules import hyper_at
-from proximo.spaces import Obs, Spaces
+from proximo.learner.schedules import hyper_at
+from proximo.rollout.collector import Collector
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.rollout import Episode, Rollout
+from proximo.spaces.spaces import Obs, Spaces
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 each_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.spaces import Leaf, Spaces
+from proximo.spaces.spaces import Leaf, Spaces
 
 VECTOR = Box(-1.0, 1.0, (3,))
 NESTED = Dict(

@@ -18,18 +18,18 @@ from commands import HEARD
 from rollouts import CONTINUOUS, act_rollout
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from proximo import PPO
 from proximo.cli import main
-from proximo.config import Config
-from proximo.envs import engine_for
-from proximo.envs.choice import step_seconds
+from proximo.config.settings import Config
+from proximo.envs.auto_engine import step_seconds
+from proximo.envs.make import engine_for
 from proximo.errors import RunError, UserError
 from proximo.jax import runtime as jax_runtime
+from proximo.learner.architecture import initial_parameters, size
+from proximo.learner.schedules import hyper_at
 from proximo.machine import choose_device, cores, learner_threads
-from proximo.parameters import initial_parameters, size
-from proximo.record import last_metrics, read_metrics
-from proximo.rollout import minibatch_order
-from proximo.schedules import hyper_at
+from proximo.ppo import PPO
+from proximo.rollout.minibatches import minibatch_order
+from proximo.run.metrics import last_metrics, read_metrics
 from proximo.torch import runtime as torch_runtime
 from proximo.torch.learner import Learner as TorchLearner
 from proximo.torch.update import minibatch
@@ -82,10 +82,10 @@ def test_workers_are_taken_where_they_save_more_than_they_cost():
 def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
     """Sixteen on two cores take 16 (s + 2) µs here and 8 (s + 3) 1.1 + 20 apart: 96 and 81.6 at s = 4, of which
     five sixths are 80; 192 and 134.4 at 10. The trial of an environment that takes a millisecond says so."""
-    monkeypatch.setattr("proximo.envs.choice.cores", lambda: 2)
+    monkeypatch.setattr("proximo.envs.auto_engine.cores", lambda: 2)
     for micro, engine in ((4, "sync"), (10, "workers"), (1000, "workers")):
         with monkeypatch.context() as patch:
-            patch.setattr("proximo.envs.choice.step_seconds", lambda make, micro=micro: micro * 1e-6)
+            patch.setattr("proximo.envs.auto_engine.step_seconds", lambda make, micro=micro: micro * 1e-6)
             assert engine_for("Humanoid-v5", 16, total_timesteps=10**9) == engine
     seconds = step_seconds(lambda: Working(1e-3))
     assert seconds is not None

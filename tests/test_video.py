@@ -9,10 +9,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from proximo import PPO, UserError
-from proximo.config import Config
-from proximo.spaces import Spaces
-from proximo.video import OPENGL_PACKAGES, record, require_video, without_display
+from proximo.config.settings import Config
+from proximo.errors import UserError
+from proximo.ppo import PPO
+from proximo.report.video import OPENGL_PACKAGES, record, require_video, without_display
+from proximo.spaces.spaces import Spaces
 
 EGL = [ctypes.util.find_library(name) for name in ("EGL", "GL")]
 needs_egl = pytest.mark.skipif(

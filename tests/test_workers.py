@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.envs.local import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
-from proximo.rollout import Collector, Rollout
-from proximo.spaces import Spaces
+from proximo.rollout.collector import Collector
+from proximo.rollout.rollout import Rollout
+from proximo.spaces.spaces import Spaces
 
 SOON = 2.0  # seconds in which a death or an exception is to be reported
 LONG = 5.0  # seconds that closing may take after anything

@@ -1,6 +1,6 @@
 """Proximo: PPO for Gymnasium environments, in JAX and PyTorch.
 
-    from proximo import PPO
+    from proximo.ppo import PPO
 
     agent = PPO("CartPole-v1", num_envs=8, seed=0).learn(100_000)
     action = agent.predict(observation, deterministic=True)
@@ -17,7 +17,7 @@ from proximo.version import __version__
 
 if TYPE_CHECKING:
     from proximo.agent import Agent
-    from proximo.config import Config
+    from proximo.config.settings import Config
     from proximo.errors import RunError, UserError
     from proximo.ppo import PPO, evaluate_random
 
@@ -26,7 +26,7 @@ __all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "ev
 _HOME = {
     "PPO": "ppo",
     "Agent": "agent",
-    "Config": "config",
+    "Config": "config.settings",
     "RunError": "errors",
     "UserError": "errors",
     "evaluate_random": "ppo",

@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from proximo import checkpoint
-from proximo.config import FIELDS, Config, checked, from_mapping, to_int
+from proximo.config.names import checked, from_mapping
+from proximo.config.settings import FIELDS, Config
+from proximo.config.values import to_int
 from proximo.errors import UserError
-from proximo.learner import Learner, choose_backend, make_learner
-from proximo.progress import Progress
-from proximo.randomness import Purpose, generator
-from proximo.record import Metrics
-from proximo.rollout import Collected, Episode, Rollout, minibatch_order, one
-from proximo.schedules import hyper_at
-from proximo.spaces import Obs, Spaces
+from proximo.learner.make import choose_backend, make_learner
+from proximo.learner.protocol import Learner
+from proximo.learner.schedules import hyper_at
+from proximo.rollout.collector import Collected, one
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.randomness import Purpose, generator
+from proximo.rollout.rollout import Episode, Rollout
+from proximo.run import checkpoint
+from proximo.run.metrics import Metrics
+from proximo.run.progress import Progress
+from proximo.spaces.spaces import Obs, Spaces
 from proximo.train import report
 
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as Config's 8 × 256

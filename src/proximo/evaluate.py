@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from proximo.config import Config
-from proximo.envs import EnvLike, make_envs, plays_games, require_same, spaces_of
+from proximo.config.settings import Config
+from proximo.envs.make import EnvLike, make_envs, plays_games, require_same, spaces_of
 from proximo.errors import RunError, UserError
-from proximo.learner import Learner
+from proximo.learner.protocol import Learner
 from proximo.machine import one_blas_thread
-from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.rollout import Actor, Collector, Episode, Rollout
-from proximo.spaces import Discrete, Obs, Spaces
+from proximo.rollout.collector import Collector
+from proximo.rollout.randomness import Purpose, environment_seeds, generator
+from proximo.rollout.rollout import Actor, Episode, Rollout
+from proximo.spaces.spaces import Discrete, Obs, Spaces
 
 CHUNK = 32  # steps between looks at how many episodes have ended
 RESAMPLES = 10_000

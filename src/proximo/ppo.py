@@ -10,25 +10,31 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from proximo import bundle, checkpoint, presets
-from proximo.checkpoint import Saved
-from proximo.config import FIELDS, Config, check, checked, from_mapping, override
-from proximo.envs import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
+from proximo.config import presets
+from proximo.config.names import checked, from_mapping, override
+from proximo.config.settings import FIELDS, Config
+from proximo.config.values import check
+from proximo.envs.make import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
 from proximo.errors import Exited, NotFinite, RunError, UserError, note, told
 from proximo.evaluate import Evaluation, evaluate, random, trained
-from proximo.keeper import Keeper, require_latest
-from proximo.learner import Learner, choose_backend, make_learner
-from proximo.parameters import architecture
-from proximo.plot import plot, plot_run
-from proximo.progress import Progress
-from proximo.randomness import Purpose, environment_seeds, generator
-from proximo.record import Metrics, RunFolder
-from proximo.rollout import Collector, ways_back
-from proximo.spaces import Spaces
-from proximo.trackers import import_wandb, recording, tell
+from proximo.learner.architecture import architecture
+from proximo.learner.make import choose_backend, make_learner
+from proximo.learner.protocol import Learner
+from proximo.report.plot import plot, plot_run
+from proximo.report.video import MAX_FRAMES, Video, require_video
+from proximo.report.video import record as record_video
+from proximo.rollout.collector import Collector, ways_back
+from proximo.rollout.randomness import Purpose, environment_seeds, generator
+from proximo.run import checkpoint
+from proximo.run import debug_bundle as bundle
+from proximo.run.checkpoint import Saved
+from proximo.run.folder import RunFolder
+from proximo.run.metrics import Metrics
+from proximo.run.progress import Progress
+from proximo.run.retention import Keeper, require_latest
+from proximo.run.trackers import import_wandb, recording, tell
+from proximo.spaces.spaces import Spaces
 from proximo.train import PATIENCE, Iteration, iterations
-from proximo.video import MAX_FRAMES, Video, require_video
-from proximo.video import record as record_video
 
 CAPTURED_FRAMES = (
     1_000  # of a video while training; MuJoCo takes about a tenth of a second a frame without a GPU
@@ -125,7 +131,7 @@ class PPO:
         """Train for `total_timesteps` more steps, or up to `config.total_timesteps`, or until `stop_at_return`.
 
         Schedules run over all the steps this agent will then have taken. Episodes go on where they stood when it last
-        learned, in another process too, if the environments can be brought back (`proximo.world`): up to an unchanged
+        learned, in another process too, if the environments can be brought back: up to an unchanged
         total the result is then that of a run that never stopped, to the bit, with the same backend, versions and
         threads on the same machine. Otherwise new episodes begin, and a note says why; training returns are averaged
         over those alone.
@@ -415,7 +421,7 @@ class PPO:
         env: EnvLike | None = None,
         max_frames: int = MAX_FRAMES,
     ) -> Video:
-        """Record one episode as MP4, in an environment of its own, up to a number of frames; see `proximo.video`.
+        """Record one episode as MP4, in an environment of its own; see `proximo.report.video`.
 
         Raises:
             UserError: something is not installed, or the environment cannot be rendered; the message says what to do.

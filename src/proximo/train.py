@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.errors import NotFinite, note
-from proximo.learner import Learner
+from proximo.learner.protocol import Learner
+from proximo.learner.schedules import Hyper, hyper_at
 from proximo.machine import one_blas_thread
-from proximo.progress import WINDOW, Progress
-from proximo.randomness import Purpose, generator
-from proximo.record import Metrics, Samples
-from proximo.rollout import Collected, Collector, Rollout, minibatch_order
-from proximo.samples import action_metrics, histograms_of
-from proximo.schedules import Hyper, hyper_at
+from proximo.rollout.collector import Collected, Collector
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.randomness import Purpose, generator
+from proximo.rollout.rollout import Rollout
+from proximo.run.diagnostics import action_metrics, histograms_of
+from proximo.run.metrics import Metrics, Samples
+from proximo.run.progress import WINDOW, Progress
 
 PATIENCE = 3  # updates in a row that diverge, or evaluations that fail, and end a run
 

@@ -17,12 +17,13 @@ from rollouts import act_rollout
 
 import proximo.jax.update as jax_update
 import proximo.torch.update as torch_update
-from proximo.config import ACTIVATIONS, Config
+from proximo.config.settings import ACTIVATIONS, Config
 from proximo.jax.learner import Learner as JaxLearner
-from proximo.parameters import MAX_LOG_STD
-from proximo.rollout import Rollout, minibatch_order
-from proximo.schedules import Hyper, hyper_at
-from proximo.spaces import Box, Spaces
+from proximo.learner.architecture import MAX_LOG_STD
+from proximo.learner.schedules import Hyper, hyper_at
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.rollout import Rollout
+from proximo.spaces.spaces import Box, Spaces
 from proximo.torch.learner import Learner as TorchLearner
 
 EPOCHS, MINIBATCHES = 5, 2  # ten steps

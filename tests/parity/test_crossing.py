@@ -19,11 +19,11 @@ import proximo.jax.optimizer as jax_optimizer
 import proximo.torch.distributions
 import proximo.torch.networks
 import proximo.torch.optimizer as torch_optimizer
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.jax.networks import product
-from proximo.parameters import is_critic
-from proximo.schedules import Hyper, hyper_at
-from proximo.spaces import Box, Leaf, Spaces
+from proximo.learner.architecture import is_critic
+from proximo.learner.schedules import Hyper, hyper_at
+from proximo.spaces.spaces import Box, Leaf, Spaces
 from proximo.torch.tensors import compiled as compiled_function
 from proximo.torch.tensors import flatten
 

@@ -24,13 +24,13 @@ import proximo.jax.update as jax_update
 import proximo.torch.distributions as torch_distributions
 import proximo.torch.minibatches as torch_minibatches
 import proximo.torch.update as torch_update
-from proximo import trees
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.jax.learner import act as jax_act
-from proximo.parameters import architecture
-from proximo.rollout import Rollout
-from proximo.schedules import Hyper, hyper_at
-from proximo.spaces import Box, Leaf, Spaces
+from proximo.learner import arrays as trees
+from proximo.learner.architecture import architecture
+from proximo.learner.schedules import Hyper, hyper_at
+from proximo.rollout.rollout import Rollout
+from proximo.spaces.spaces import Box, Leaf, Spaces
 from proximo.torch.learner import act as torch_act
 from proximo.torch.tensors import each, flatten, tensor
 

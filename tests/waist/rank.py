@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from proximo.config import from_mapping
-from proximo.rollout import Rollout
-from proximo.schedules import Hyper, hyper_at
-from proximo.spaces import Spaces
+from proximo.config.names import from_mapping
+from proximo.learner.schedules import Hyper, hyper_at
+from proximo.rollout.rollout import Rollout
+from proximo.spaces.spaces import Spaces
 
 RANKS = 2
 
@@ -58,7 +58,7 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
     from proximo.jax.learner import Learner
     from proximo.jax.state import State
     from proximo.jax.update import update
-    from proximo.trees import flatten
+    from proximo.learner.arrays import flatten
 
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(address, RANKS, rank)

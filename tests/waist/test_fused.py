@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.jax.learner import act, values
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import built_in
 from proximo.jax.state import Spec, State, initial_state
 from proximo.jax.update import update
-from proximo.randomness import Purpose, generator
-from proximo.rollout import minibatch_order
-from proximo.schedules import Hyper, hyper_at
-from proximo.spaces import Spaces
+from proximo.learner.schedules import Hyper, hyper_at
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.randomness import Purpose, generator
+from proximo.spaces.spaces import Spaces
 
 N, T, ITERATIONS = 32, 32, 120
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from worlds import BrightHalf
 
-from proximo import PPO
-from proximo.envs import make_envs, spaces_of
+from proximo.envs.make import make_envs, spaces_of
 from proximo.jax.distributions import Categorical
 from proximo.jax.networks import Network
-from proximo.rollout import Rollout
+from proximo.ppo import PPO
+from proximo.rollout.rollout import Rollout
 from proximo.torch.distributions import Categorical as TorchCategorical
 from proximo.torch.networks import Network as TorchNetwork
 

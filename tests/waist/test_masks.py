@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from proximo import PPO
+from proximo.ppo import PPO
 
 
 class OnlyOneAllowed(gym.Env):

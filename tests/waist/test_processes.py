@@ -11,8 +11,8 @@ import pytest
 from backends import BACKENDS
 from rollouts import CONTINUOUS, act_rollout, small
 
-from proximo.rollout import minibatch_order
-from proximo.schedules import hyper_at
+from proximo.learner.schedules import hyper_at
+from proximo.rollout.minibatches import minibatch_order
 
 RANKS, N, T = 2, 3, 8
 

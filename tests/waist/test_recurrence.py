@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from proximo import PPO
 from proximo.jax.distributions import Categorical
 from proximo.jax.networks import Network
+from proximo.ppo import PPO
 from proximo.torch.distributions import Categorical as TorchCategorical
 from proximo.torch.networks import Network as TorchNetwork
 

@@ -67,7 +67,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of all commands; a flag for every setting comes from the table in `proximo.config`."""
+    """The parser of all commands; a flag for every setting comes from the table in `proximo.config.settings`."""
     parser = Parser(prog="proximo", description="PPO for Gymnasium environments.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"proximo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
 def video_file(options: argparse.Namespace, path: str | None, env: str) -> Path | None:
     """Where `--record` writes; None where it was not asked for."""
-    from proximo.checkpoint import MANIFEST
+    from proximo.run.checkpoint import MANIFEST
 
     if options.record is None:
         return None

@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
-from proximo.config import ALIASES, AMBIGUOUS, FIELDS, expected, plain_yaml, to_int
+from proximo.config.files import plain_yaml
+from proximo.config.names import ALIASES, AMBIGUOUS
+from proximo.config.settings import FIELDS
+from proximo.config.values import expected, to_int
 from proximo.errors import UserError
 
 GROUPS = {

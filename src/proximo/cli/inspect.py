@@ -42,8 +42,8 @@ def run(options: Namespace) -> int:
 
 def described(path: Path) -> Iterator[str]:
     """A checkpoint or a bundle in words, line by line."""
-    from proximo import bundle
-    from proximo.checkpoint import BUNDLE, MANIFEST, load, manifest_of
+    from proximo.run import debug_bundle as bundle
+    from proximo.run.checkpoint import BUNDLE, MANIFEST, load, manifest_of
 
     if (path / MANIFEST).is_file() and manifest_of(path).get("format") == BUNDLE:
         yield from bundle.explain(path)

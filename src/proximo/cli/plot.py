@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw, and say where."""
-    from proximo.plot import plot
+    from proximo.report.plot import plot
 
     print(plot(options.runs, output=options.output, metrics=options.metric))
     return 0

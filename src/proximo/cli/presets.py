@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from proximo import presets
-from proximo.config import FIELDS
+from proximo.config import presets
+from proximo.config.settings import FIELDS
 
 
 def add_to(commands: Any) -> None:

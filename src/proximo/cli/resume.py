@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """Train on, saying where everything is; return the exit status."""
     with prepared(options) as interrupt:
         from proximo.ppo import PPO
-        from proximo.record import default_run_dir, require_empty
+        from proximo.run.folder import default_run_dir, require_empty
         from proximo.train import solved
 
         names = ("total_timesteps", "stop_at_return", "backend", "engine")

@@ -18,11 +18,13 @@ import numpy as np
 
 from proximo.errors import RunError, UserError
 from proximo.machine import STOPS, can_stay_on_cores, cores, stay_on_core
-from proximo.plot import RETURN, plot
-from proximo.record import CONFIG, Console, Metrics, last_metrics, require_empty, resolved
+from proximo.report.plot import RETURN, plot
+from proximo.run.console import Console
+from proximo.run.folder import require_empty, resolved
+from proximo.run.metrics import CONFIG, Metrics, last_metrics
 
 if TYPE_CHECKING:
-    from proximo.config import Config
+    from proximo.config.settings import Config
 
 LOOK_S = 0.5  # between looks at how far the runs are
 

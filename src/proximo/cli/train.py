@@ -8,29 +8,24 @@ import faulthandler
 import math
 import os
 import shlex
-import signal
-import socket
 import sys
 import threading
-import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proximo import presets
 from proximo.cli.flags import add_settings, given_settings
 from proximo.cli.seeds import seeds, train_all
-from proximo.config import override, read_file
+from proximo.cli.signals import Interrupt, stop_when_input_ends
+from proximo.config import presets
+from proximo.config.files import read_file
+from proximo.config.names import override
 from proximo.errors import RunError, UserError, note
-from proximo.machine import HANGUP, STOPS, cache_folder
+from proximo.machine import cache_folder
 
 if TYPE_CHECKING:
-    from proximo.config import Config
+    from proximo.config.settings import Config
     from proximo.ppo import PPO
-
-
-GRACE_S = 10.0  # after a second signal
 
 
 def add_to(commands: Any) -> None:
@@ -78,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     # Before JAX is imported, which an exception from a signal would break.
     with prepared(options) as interrupt:
         from proximo.ppo import PPO
-        from proximo.record import default_run_dir, require_empty
+        from proximo.run.folder import default_run_dir, require_empty
 
         env_id, preset, settings = asked_for(options)
         if options.seeds:
@@ -110,7 +105,7 @@ def prepared(options: argparse.Namespace) -> Iterator[Interrupt]:
 
 def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], None], progress: bool) -> int:
     """Train into a run folder, up to the agent's total, saying how; return the exit status."""
-    from proximo.checkpoint import MANIFEST, step_folder
+    from proximo.run.checkpoint import MANIFEST, step_folder
 
     config, learner = agent.config, agent.learner
     threads, where, began = learner.threads, learner.device, agent.progress.iteration
@@ -165,12 +160,12 @@ def run_seeds(
     options: argparse.Namespace, env_id: str, preset: str, settings: dict[str, Any], interrupt: Interrupt
 ) -> int:
     """Train several seeds; return the exit status."""
-    from proximo.envs import make_envs, spaces_of, with_version
-    from proximo.learner import choose_backend
+    from proximo.envs.make import make_envs, spaces_of, with_version
+    from proximo.learner.make import choose_backend
     from proximo.ppo import resolve
-    from proximo.record import default_run_dir
-    from proximo.trackers import import_wandb
-    from proximo.video import require_video
+    from proximo.report.video import require_video
+    from proximo.run.folder import default_run_dir
+    from proximo.run.trackers import import_wandb
 
     if options.seed is not None:
         raise UserError("--seed and --seeds are both given: give one of them")
@@ -201,13 +196,6 @@ def keep_compiled() -> None:
     if folder is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
-def stop_when_input_ends() -> None:
-    """Ask this process to stop when whoever began it has ended."""
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def said(line: str) -> None:
@@ -274,63 +262,3 @@ def summary(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     if goal is not None and not interrupted and (-math.inf if reached is None else reached) < goal:
         lines.append(f"stop_at_return {goal:g} was not reached")
     return lines
-
-
-def end_when_asked_twice(signals: socket.socket) -> None:
-    """End this process some seconds after its second signal, unless it ends before."""
-    asked: list[int] = []
-    with signals:
-        while len(asked) < 2:
-            arrived = signals.recv(1)
-            if not arrived:
-                return
-            asked += [number for number in arrived if asks(number, bool(asked))]
-    time.sleep(GRACE_S)
-    os._exit(128 + asked[-1])
-
-
-def asks(number: int, again: bool) -> bool:
-    """Whether a signal asks for a stop, or once more: a terminal that goes away may send SIGHUP twice."""
-    return number in STOPS and not (again and number == HANGUP)
-
-
-class Interrupt:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration, a second SIGINT or SIGTERM ends it.
-
-    SIGHUP, from a terminal that went away, is ignored where it was before, as under nohup. Where the second one meets C
-    code that does not return, the process is ended some seconds later all the same.
-    """
-
-    def __init__(self, say: bool = True) -> None:
-        self.signal: int | None = None
-        self._say = say
-
-    def __enter__(self) -> Interrupt:
-        self._before = {
-            number: signal.signal(number, self._ask)
-            for number in STOPS
-            if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
-        }
-        # Written to when a signal arrives, and not only when Python gets to handle it.
-        self._read, self._written = socket.socketpair()
-        for end in (self._read, self._written):
-            end.setblocking(end is self._read)
-        self._woken_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=end_when_asked_twice, args=(self._read,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._woken_before)
-        self._written.close()  # which ends the thread
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: types.FrameType | None) -> None:
-        if not asks(number, self.signal is not None):
-            return
-        if self.signal is not None:
-            raise KeyboardInterrupt(number)
-        self.signal = number
-        if self._say:
-            with contextlib.suppress(OSError, ValueError):
-                print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)

@@ -20,7 +20,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.board import mask_of, seeds_of
+from proximo.envs.shared_memory import mask_of, seeds_of
 from proximo.errors import UserError, suggest
 
 ENTRY_POINT = "ale_py.env:AtariEnv"
@@ -229,7 +229,7 @@ class AtariGame(gym.Wrapper):
         self._lives, self._goes_on = 0, False
 
     def snapshot(self) -> bytes | None:
-        """The machine with its random numbers, before a new game; None where a game goes on (`proximo.world`)."""
+        """The machine with its random numbers, before a new game; None inside a game."""
         game: Any = self.env.unwrapped
         return None if self._goes_on else game.clone_state(include_rng=True).serialize()
 

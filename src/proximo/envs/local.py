@@ -11,9 +11,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.board import (
+from proximo.envs.env_slice import Share
+from proximo.envs.shared_memory import (
     Arena,
-    Share,
     agreed,
     lay_out,
     mask_of,
@@ -23,9 +23,9 @@ from proximo.envs.board import (
     seen,
     write_actions,
 )
-from proximo.envs.watch import watch
+from proximo.envs.timeout import watch
 from proximo.errors import Exited, RunError, UserError
-from proximo.spaces import Spaces
+from proximo.spaces.spaces import Spaces
 
 
 class LocalVectorEnv(VectorEnv):
@@ -34,12 +34,12 @@ class LocalVectorEnv(VectorEnv):
     The numbers are those of SyncVectorEnv with AutoresetMode.SAME_STEP, without its work on what environments say in
     `info`: `step` returns only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool), and
     those only when an episode ended; `reset` returns an empty one. Environments with `reports_episodes` (see
-    `proximo.rollout.Collector`) also have `episode` and `_episode` there.
+    `proximo.rollout.collector.Collector`) also have `episode` and `_episode` there.
 
     Args:
         factory: makes one environment; called N times.
         num_envs: N.
-        timeout_s: seconds that one step or reset of one environment may take (`proximo.envs.watch`).
+        timeout_s: seconds that one step or reset of one environment may take (`proximo.envs.timeout`).
         copy: whether observations are copies; otherwise the next step overwrites them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Vectorised environments of Gymnasium's own that say where they stand; see `proximo.world`."""
+"""Vectorised environments of Gymnasium's own that say where they stand; see `proximo.rollout.env_state`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import EnvSpec
 
-from proximo.envs.choice import CARTPOLE
-from proximo.world import generator_from, generator_of
+from proximo.envs.auto_engine import CARTPOLE
+from proximo.rollout.env_state import generator_from, generator_of
 
 STATE = ("state", "steps", "prev_done", "low", "high")
 

@@ -4,6 +4,6 @@ Read in this order: networks, distributions, normalization, advantages, losses, 
 optimizer, update, learner.
 """
 
-from proximo.jax.own import own_network
+from proximo.jax.custom import own_network
 
 __all__ = ["own_network"]

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from proximo import trees
-from proximo.acting import mlp_actor
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.errors import NotFinite
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, Output, built_in
@@ -20,11 +18,13 @@ from proximo.jax.normalization import Reduce
 from proximo.jax.runtime import HINT, devices, start
 from proximo.jax.state import Spec, State, initial_state, observe
 from proximo.jax.update import in_parts, prepare, update
+from proximo.learner import arrays as trees
+from proximo.learner.architecture import architecture, size
+from proximo.learner.numpy_policy import mlp_actor
+from proximo.learner.schedules import Hyper
 from proximo.machine import choose_device, learner_threads
-from proximo.parameters import architecture, size
-from proximo.rollout import Actor, Rollout
-from proximo.schedules import Hyper
-from proximo.spaces import Spaces
+from proximo.rollout.rollout import Actor, Rollout
+from proximo.spaces.spaces import Spaces
 
 CHUNK = 64  # rows of one call that evaluates final observations
 
@@ -59,7 +59,7 @@ def carries(spec: Spec, state: State, obs: Obs, start: Array) -> Array:
 
 
 def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[str, Array]:
-    """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.Learner.examine`."""
+    """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.protocol.Learner.examine`."""
     _, batch, policy, _ = prepare(spec, state, data, hyper)
     return {
         "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
@@ -74,7 +74,7 @@ def sound(state: State) -> Array:
 
 
 class Learner:
-    """Keeps the state and speaks NumPy to the world; see `proximo.learner.Learner`.
+    """Keeps the state and speaks NumPy to the world; see `proximo.learner.protocol.Learner`.
 
     Args:
         network: the user's own, instead of a built-in one.
@@ -116,7 +116,7 @@ class Learner:
         return self.spec.config.compile
 
     def actor(self, noise: Iterable[np.ndarray] | None, said: list[Output] | None = None) -> Actor:
-        """A frozen snapshot of policy and normaliser; see `proximo.learner.Learner.actor`."""
+        """A frozen snapshot of policy and normaliser; see `proximo.learner.protocol.Learner.actor`."""
         if self._acts_in_numpy:
             params, moments = jax.device_get((self._state.params, self._state.obs_moments))
             known = {path: (of.mean, of.variance) for path, of in moments.items()}
@@ -139,7 +139,7 @@ class Learner:
     def update(
         self, rollout: Rollout, order: np.ndarray, hyper: Hyper, said: Sequence[Output] = ()
     ) -> dict[str, float]:
-        """Learn from a rollout; see `proximo.learner.Learner.update`."""
+        """Learn from a rollout; see `proximo.learner.protocol.Learner.update`."""
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
         known = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(said)) if said else None
         state, metrics = self._update(self._state, self.transitions(rollout), order, hyper, known)
@@ -161,7 +161,7 @@ class Learner:
     def examine(
         self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
+        """What the policy thinks of a rollout's valid transitions; see `proximo.learner.protocol.Learner.examine`."""
         state = self._state if carry is None else self._state._replace(carry=carry)
         hyper = Hyper(*(self._dtype.type(value) for value in hyper))
         found = jax.device_get(self._examine(state, self.transitions(rollout), hyper))
@@ -212,7 +212,7 @@ class Learner:
         start: np.ndarray | None = None,
         carry: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log π [B], V [B] and the next carry [B, H] of raw samples; see `proximo.learner.Learner.score`."""
+        """log π [B], V [B] and the next carry [B, H] of raw samples; see `proximo.learner.protocol.Learner.score`."""
         if start is None:
             start = np.ones(len(action), bool)
         if carry is None:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.jax.distributions import Categorical, Gaussian, Policy, SquashedGaussian
-from proximo.parameters import (
+from proximo.learner.architecture import (
     MASKED,
     MAX_LOG_STD,
     NATURE,
@@ -23,7 +23,7 @@ from proximo.parameters import (
     convolutions,
     initial_parameters,
 )
-from proximo.spaces import Discrete, Leaf, Spaces
+from proximo.spaces.spaces import Discrete, Leaf, Spaces
 
 Params = dict[str, Array]
 Obs = dict[str, Array]  # path -> [T, N, ...]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.parameters import VARIANCE_EPSILON
+from proximo.learner.architecture import VARIANCE_EPSILON
 
 Reduce = Callable[[Array], Array]  # sums over processes; the identity for one
 

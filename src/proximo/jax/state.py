@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.jax.networks import Network, Obs, Params, pictures
 from proximo.jax.normalization import Moments, Reduce, normalize
-from proximo.spaces import Spaces
+from proximo.spaces.spaces import Spaces
 
 
 class Spec(NamedTuple):

@@ -27,8 +27,8 @@ from proximo.jax.networks import Obs, Output, Params
 from proximo.jax.normalization import Moments, Reduce, discounted_returns, merge
 from proximo.jax.optimizer import adam, adapt
 from proximo.jax.state import Spec, State, observe
-from proximo.parameters import VARIANCE_EPSILON
-from proximo.schedules import Hyper
+from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.schedules import Hyper
 
 
 class Metrics(NamedTuple):

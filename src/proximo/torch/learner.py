@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proximo import trees
-from proximo.acting import mlp_actor
-from proximo.config import Config
+from proximo.config.settings import Config
 from proximo.errors import NotFinite, note
+from proximo.learner import arrays as trees
+from proximo.learner.architecture import architecture, is_critic, limits, size
+from proximo.learner.numpy_policy import mlp_actor
+from proximo.learner.schedules import Hyper
 from proximo.machine import choose_device, learner_threads
-from proximo.parameters import architecture, is_critic, limits, size
-from proximo.rollout import Actor, Rollout
-from proximo.schedules import Hyper
-from proximo.spaces import Spaces
+from proximo.rollout.rollout import Actor, Rollout
+from proximo.spaces.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, Output, Params, built_in
 from proximo.torch.normalization import Reduce
@@ -79,7 +79,7 @@ def carries(spec: Spec, state: State, obs: Obs, start: Tensor) -> Tensor:
 
 @torch.no_grad()
 def examine(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> dict[str, Tensor]:
-    """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.Learner.examine`."""
+    """What the policy thinks of a rollout, [L, K, ...]; see `proximo.learner.protocol.Learner.examine`."""
     _, batch, policy, _ = prepare(spec, state, data, hyper)
     return {
         "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
@@ -98,7 +98,7 @@ def alone(x: Tensor) -> Tensor:
 
 
 class Learner:
-    """Keeps the state and speaks NumPy to the world; see `proximo.learner.Learner`.
+    """Keeps the state and speaks NumPy to the world; see `proximo.learner.protocol.Learner`.
 
     Args:
         network: the user's own, instead of a built-in one.
@@ -163,7 +163,7 @@ class Learner:
         return self.compiled
 
     def actor(self, noise: Iterable[np.ndarray] | None, said: list[Output] | None = None) -> Actor:
-        """A frozen snapshot of policy and normaliser; see `proximo.learner.Learner.actor`."""
+        """A frozen snapshot of policy and normaliser; see `proximo.learner.protocol.Learner.actor`."""
         if self._acts_in_numpy:
             params = each(home, unflatten(self.spec.shapes, self._state.params.clone()))
             known = {path: (home(of.mean), home(of.variance)) for path, of in self._state.obs_moments.items()}
@@ -190,7 +190,7 @@ class Learner:
     def update(
         self, rollout: Rollout, order: np.ndarray, hyper: Hyper, said: Sequence[Output] = ()
     ) -> dict[str, float]:
-        """Learn from a rollout; see `proximo.learner.Learner.update`."""
+        """Learn from a rollout; see `proximo.learner.protocol.Learner.update`."""
         hyper = each(self._number, hyper)
         indices = self._there(order)
         learn = partial(update, self.spec, self._state, self.transitions(rollout), indices, hyper, said=said)
@@ -242,7 +242,7 @@ class Learner:
     def examine(
         self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """What the policy thinks of a rollout's valid transitions; see `proximo.learner.Learner.examine`."""
+        """What the policy thinks of a rollout's valid transitions; see `proximo.learner.protocol.Learner.examine`."""
         state = self._state if carry is None else self._state._replace(carry=self._there(carry))
         data = self.transitions(rollout)
         with made_on(self.device):
@@ -297,7 +297,7 @@ class Learner:
         start: np.ndarray | None = None,
         carry: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log π [B], V [B] and the next carry [B, H] of raw samples; see `proximo.learner.Learner.score`."""
+        """log π [B], V [B] and the next carry [B, H] of raw samples; see `proximo.learner.protocol.Learner.score`."""
         if start is None:
             start = np.ones(len(action), bool)
         if carry is None:

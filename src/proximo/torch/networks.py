@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from proximo.config import Config
-from proximo.parameters import (
+from proximo.config.settings import Config
+from proximo.learner.architecture import (
     MASKED,
     MAX_LOG_STD,
     NATURE,
@@ -22,7 +22,7 @@ from proximo.parameters import (
     convolutions,
     initial_parameters,
 )
-from proximo.spaces import Discrete, Leaf, Spaces
+from proximo.spaces.spaces import Discrete, Leaf, Spaces
 from proximo.torch.distributions import Categorical, Gaussian, Policy, SquashedGaussian, softplus
 
 Params = dict[str, Tensor]

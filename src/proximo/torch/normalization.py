@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.parameters import VARIANCE_EPSILON
+from proximo.learner.architecture import VARIANCE_EPSILON
 
 Reduce = Callable[[Tensor], Tensor]  # sums over processes; the identity for one
 

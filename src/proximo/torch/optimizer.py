@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from proximo.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
+from proximo.learner.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
 from proximo.torch.state import Spec, State
 
 BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.config import Config
-from proximo.spaces import Spaces
+from proximo.config.settings import Config
+from proximo.spaces.spaces import Spaces
 from proximo.torch.networks import Network, Obs, pictures
 from proximo.torch.normalization import Moments, Reduce, normalize
 from proximo.torch.tensors import Shapes, flatten, tensor

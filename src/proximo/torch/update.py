@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.parameters import VARIANCE_EPSILON
-from proximo.schedules import Hyper
+from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.schedules import Hyper
 from proximo.torch.advantages import gae
 from proximo.torch.distributions import Policy
 from proximo.torch.losses import (

@@ -1,0 +1,4 @@
+"""Settings of a run: the table of hyperparameters, their names, values, YAML files and presets.
+
+Nothing here depends on an environment or an array framework.
+"""

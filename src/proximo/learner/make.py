@@ -1,0 +1,56 @@
+"""Choose a backend and build its learner."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import FunctionType
+from typing import Any
+
+from proximo.config.settings import Config
+from proximo.errors import UserError
+from proximo.learner.architecture import architecture
+from proximo.learner.protocol import Learner
+from proximo.spaces.spaces import Spaces
+
+
+def choose_backend(config: Config, spaces: Spaces, network: Any = None) -> str:
+    """Resolve "auto", the quicker one on a CPU: PyTorch for convolutions, where it is installed, and otherwise JAX.
+
+    Args:
+        network: the user's own, which may be either's: then JAX.
+
+    Raises:
+        UserError: PyTorch is asked for but not installed.
+    """
+    installed = importlib.util.find_spec("torch") is not None
+    if config.backend == "torch" and not installed:
+        raise UserError("backend torch needs PyTorch: pip install 'proximo[torch]'")
+    if config.backend != "auto":
+        return config.backend
+    convolutional = network is None and architecture(config, spaces).architecture != "mlp"
+    return "torch" if convolutional and installed else "jax"
+
+
+def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:
+    """A learner in the configured backend.
+
+    Args:
+        network: instead of a built-in one, that backend's `Network`, or what its `own_network` gives.
+
+    Raises:
+        UserError: the network is something else, or does not fit the spaces; or a setting that it does not serve.
+    """
+    backend = choose_backend(config, spaces, network)
+    if network is not None and config.precision != "float32":
+        raise UserError(
+            f"precision {config.precision} is for the built-in networks: one of your own decides for itself"
+        )
+    package = importlib.import_module(f"proximo.{backend}.learner")
+    if isinstance(network, FunctionType):
+        network = network(config, spaces)
+    if network is not None and not isinstance(network, package.Network):
+        raise UserError(
+            f"network must be a proximo.{backend}.networks.Network, or made with proximo.{backend}.own_network(…), "
+            f"since the backend is {backend}; got {network!r}"
+        )
+    return package.Learner(config, spaces, network, **options)

@@ -1,0 +1,1 @@
+"""What a user looks at after training: plots and videos."""
