@@ -50,7 +50,7 @@ soak: $(VENV)/dev
 
 # Hostile and broken files, a hundred times as many as the tests try.
 fuzz: $(VENV)/dev
-	PROXIMO_FUZZ=15000 $(BIN)/pytest -q tests/test_reliability.py -k "any_"
+	PROXIMO_FUZZ=15000 $(BIN)/pytest -q tests/run/test_reliability.py -k "any_"
 
 clean:
 	rm -rf $(VENV) .venv-peers build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

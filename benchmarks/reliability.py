@@ -33,25 +33,25 @@ SIDES = ("plain", "checkpoints", "unchecked")
 
 def one(side: str, iterations: int) -> dict[str, float]:
     """Steps per second of a run in this process, less its first iterations, and what share of it being safe takes."""
-    from proximo.envs.env_slice import Share
+    from proximo.envs.env_slice import EnvSlice
     from proximo.learner import arrays as trees
     from proximo.ppo import PPO
     from proximo.rollout import collector
     from proximo.rollout.rollout import Rollout
-    from proximo.run.retention import Keeper
+    from proximo.run.retention import CheckpointManager
 
     spent = dict.fromkeys(SHARES, 0.0)
     if side == "checkpoints":
-        Keeper.after_iteration = timed(Keeper.after_iteration, spent, SHARES[0])
+        CheckpointManager.after_iteration = timed(CheckpointManager.after_iteration, spent, SHARES[0])
         Rollout.check_finite = timed(Rollout.check_finite, spent, SHARES[1])
-        collector.Collector.stand = timed(collector.Collector.stand, spent, SHARES[1])
+        collector.Collector.capture_state = timed(collector.Collector.capture_state, spent, SHARES[1])
         trees.require_finite = timed(trees.require_finite, spent, SHARES[1])
 
     if side == "unchecked":
         Rollout.check_finite = lambda self: None
-        collector.Collector.stand = lambda self: None
-        collector.ways_back = lambda envs: (None, None)
-        Share._remember = lambda self, *what, **how: None
+        collector.Collector.capture_state = lambda self: None
+        collector.state_adapters = lambda envs: (None, None)
+        EnvSlice._remember = lambda self, *what, **how: None
         trees.require_finite = lambda metrics, sound: None
     moments, before = {}, {}
     with tempfile.TemporaryDirectory() as folder, PPO(

@@ -72,7 +72,7 @@ def alive(processes: list[int]) -> list[int]:
     return processes
 
 
-def told(run: Path) -> list[dict]:
+def without_time(run: Path) -> list[dict]:
     """Metrics without what a clock says."""
     return [{k: v for k, v in row.items() if "time/" not in k} for row in read_metrics(run)]
 
@@ -134,9 +134,9 @@ def main() -> int:
         subprocess.run(begin, check=True)
         first, second = checkpoint.load(run), checkpoint.load(alone)
         same = all(first.arrays[name].tobytes() == second.arrays[name].tobytes() for name in second.arrays)
-        alike = told(run) == told(alone)
+        alike = without_time(run) == without_time(alone)
         print(f"{sum(counts[fault] for fault in FAULTS)} faults: {dict(counts)}")
-        print(f"{total} steps, {len(told(run))} iterations: arrays {'the same' if same else 'DIFFER'}, "
+        print(f"{total} steps, {len(without_time(run))} iterations: arrays {'the same' if same else 'DIFFER'}, "
               f"metrics {'the same' if alike else 'DIFFER'}")  # fmt: skip
         return 0 if same and alike else 1
 

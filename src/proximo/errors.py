@@ -38,13 +38,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Our own message as it is, another's with the name of the error."""
     own = isinstance(error, (UserError, RunError))
     return str(error) if own else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def note(text: str) -> None:
+def notify_user(text: str) -> None:
     """Say something that a run goes on after, on the terminal's error stream."""
     with contextlib.suppress(OSError, ValueError):  # nobody listens, which is no reason to end a run
         print(f"proximo: note: {text}", file=sys.stderr)

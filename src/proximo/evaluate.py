@@ -14,7 +14,7 @@ from proximo.config.settings import Config
 from proximo.envs.make import EnvLike, make_envs, plays_games, require_same, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.learner.protocol import Learner
-from proximo.machine import one_blas_thread
+from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collector
 from proximo.rollout.randomness import Purpose, environment_seeds, generator
 from proximo.rollout.rollout import Actor, Episode, Rollout
@@ -137,7 +137,7 @@ def evaluate(
                     f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps: give the environment a time "
                     "limit, with max_episode_steps or gymnasium.wrappers.TimeLimit"
                 )
-            with one_blas_thread():
+            with single_blas_thread():
                 collected = collector.collect(actor, rollout)
             for episode in collected.episodes:
                 if quota[episode.env_index]:

@@ -20,7 +20,7 @@ from proximo.errors import UserError
 
 SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one thread is quicker than two
 HANGUP = getattr(signal, "SIGHUP", None)  # from a terminal that goes away; not on every system
-STOPS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number)  # ask for a stop
+STOP_SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number)  # ask for a stop
 
 
 def cores() -> int:
@@ -33,20 +33,20 @@ def cores() -> int:
         return here
 
 
-def can_stay_on_cores() -> bool:
+def can_pin_to_cores() -> bool:
     """Whether processes can be kept on cores. Not where a container has a share of many: others would take the same."""
     return hasattr(os, "sched_setaffinity") and cores() == len(os.sched_getaffinity(0))
 
 
-def stay_on_core(process: int, number: int) -> None:
-    """Keep a process on the number-th of the cores that this one may run on, where `can_stay_on_cores`."""
-    if can_stay_on_cores():
+def pin_to_core(process: int, number: int) -> None:
+    """Keep a process on the number-th of the cores that this one may run on, where `can_pin_to_cores`."""
+    if can_pin_to_cores():
         own = sorted(os.sched_getaffinity(0))
         with suppress(OSError):  # it has ended, which its parent will notice
             os.sched_setaffinity(process, {own[number % len(own)]})
 
 
-def learner_threads(asked_for: int | None, rows: int, parameters: int | None) -> int:
+def choose_num_threads(asked_for: int | None, rows: int, parameters: int | None) -> int:
     """Threads that learn: as many as asked for, or one where a minibatch is small, or one for each core.
 
     OMP_NUM_THREADS, where it is set, is the most that nobody asked for.
@@ -92,7 +92,7 @@ def choose_device(asked_for: str, available: Sequence[str], convolutional: bool,
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
+def single_blas_thread() -> Iterator[None]:
     """Let NumPy multiply matrices on one thread within this block."""
     with _pools().limit(limits=1, user_api="blas"):
         yield
@@ -103,7 +103,7 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def cache_folder() -> Path | None:
+def cache_dir() -> Path | None:
     """Where compiled programs are kept: PROXIMO_CACHE_DIR, or `proximo` among the user's caches.
 
     None where that variable is empty, or the folder cannot be written.

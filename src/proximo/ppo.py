@@ -15,7 +15,7 @@ from proximo.config.names import checked, from_mapping, override
 from proximo.config.settings import FIELDS, Config
 from proximo.config.values import check
 from proximo.envs.make import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
-from proximo.errors import Exited, NotFinite, RunError, UserError, note, told
+from proximo.errors import Exited, NotFinite, RunError, UserError, describe_error, notify_user
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner.architecture import architecture
 from proximo.learner.make import choose_backend, make_learner
@@ -23,7 +23,7 @@ from proximo.learner.protocol import Learner
 from proximo.report.plot import plot, plot_run
 from proximo.report.video import MAX_FRAMES, Video, require_video
 from proximo.report.video import record as record_video
-from proximo.rollout.collector import Collector, ways_back
+from proximo.rollout.collector import Collector, state_adapters
 from proximo.rollout.randomness import Purpose, environment_seeds, generator
 from proximo.run import checkpoint
 from proximo.run import debug_bundle as bundle
@@ -31,7 +31,7 @@ from proximo.run.checkpoint import Saved
 from proximo.run.folder import RunFolder
 from proximo.run.metrics import Metrics
 from proximo.run.progress import Progress
-from proximo.run.retention import Keeper, require_latest
+from proximo.run.retention import CheckpointManager, require_latest
 from proximo.run.trackers import import_wandb, recording, tell
 from proximo.spaces.spaces import Spaces
 from proximo.train import PATIENCE, Iteration, iterations
@@ -109,7 +109,7 @@ class PPO:
     @property
     def repeatable(self) -> bool:
         """Whether the environments' engine can bring them back to where they stood, in another process too."""
-        return any(ways_back(self._open_envs()))
+        return any(state_adapters(self._open_envs()))
 
     def no_environment(self) -> str:
         """What to say where an environment is needed and none is known."""
@@ -158,7 +158,7 @@ class PPO:
         total = self.config.total_timesteps
         config = self._until(total_timesteps)
         if progress and self.progress.global_step and config.total_timesteps != total:
-            note(f"schedules now end at step {config.total_timesteps:,}")
+            notify_user(f"schedules now end at step {config.total_timesteps:,}")
         after = self.progress if goes_on else None
         check = partial(require_latest, self.progress.global_step)
         with recording(run_dir, self.env_id, config, progress, after, check) as (folder, sinks):
@@ -166,7 +166,9 @@ class PPO:
             # Whether to compile is decided for each call anew.
             kept = config.replace(run_dir=None, compile=self.config.compile)
             collector, self.config = self._stage(kept), kept
-            keeper = Keeper(folder.path, config, self.progress, self._saver(folder)) if folder else None
+            keeper = (
+                CheckpointManager(folder.path, config, self.progress, self._saver(folder)) if folder else None
+            )
             try:
                 if keeper:
                     keeper.save()  # from which a run that dies early goes on
@@ -209,16 +211,25 @@ class PPO:
         """
         envs, saved = self._open_envs(), self._saved
         made_here = envs is not self._env
-        if made_here and self._collector and self._collector.envs is envs and self._collector.stands:
+        if (
+            made_here
+            and self._collector
+            and self._collector.envs is envs
+            and self._collector.state_is_current
+        ):
             return self._collector
-        world = self.progress.world
+        world = self.progress.env_state
         if made_here and self._collector:
             self.close()  # repeating begins with new ones
         collector = Collector(self._open_envs(), self.spaces, config, resumable=True)
-        why = "the checkpoint does not say where they stood" if world is None else collector.go_back(world)
+        why = (
+            "the checkpoint does not say where they stood"
+            if world is None
+            else collector.restore_state(world)
+        )
         if why:
             if self.progress.global_step:
-                note(f"new episodes begin, since environments could not be brought back: {why}")
+                notify_user(f"new episodes begin, since environments could not be brought back: {why}")
             if made_here and world and not world.why:
                 self.close()  # an attempt may have broken them
                 collector = Collector(self._open_envs(), self.spaces, config, resumable=True)
@@ -229,7 +240,9 @@ class PPO:
             changed = checkpoint.inexact(saved, config, self.env_id, self.learner.compiled)
             if not why:
                 but = f"; what is learned is not the same to the bit, since {'; '.join(changed)}"
-                note(f"{config.num_envs} environments go on exactly where they stood{but if changed else ''}")
+                notify_user(
+                    f"{config.num_envs} environments go on exactly where they stood{but if changed else ''}"
+                )
             self.progress.resumed.append(
                 {
                     "global_step": self.progress.global_step,
@@ -255,10 +268,10 @@ class PPO:
                 raise
             except Exception as error:
                 failures += 1
-                said = f"the evaluation at step {self.progress.global_step:,} failed: {told(error)}"
+                said = f"the evaluation at step {self.progress.global_step:,} failed: {describe_error(error)}"
                 if failures == PATIENCE:
                     raise RunError(f"{said} ({failures} in a row)") from error
-                note(f"{said} ({failures} in a row; {PATIENCE} end the run)")
+                notify_user(f"{said} ({failures} in a row; {PATIENCE} end the run)")
                 return None
             failures = 0 if found is not None else failures
             return found
@@ -278,16 +291,16 @@ class PPO:
         metrics |= {f"evaluation/{name}": found[name] for name in names}
         return found["return_mean"]
 
-    def _rescue(self, folder: RunFolder, keeper: Keeper, error: BaseException) -> None:
+    def _rescue(self, folder: RunFolder, keeper: CheckpointManager, error: BaseException) -> None:
         """Save what was learned before an error, and what led to it where numbers did."""
         try:
             if not keeper.gave_up:
                 keeper.save()
             if isinstance(error, NotFinite):
                 path = bundle.save(folder.path, error, self.learner, self.config, self.env_id, self.progress)
-                note(f"what led to it is kept: proximo inspect {path}")
+                notify_user(f"what led to it is kept: proximo inspect {path}")
         except Exception as another:
-            note(f"not everything could be saved: {another}")
+            notify_user(f"not everything could be saved: {another}")
 
     def _finish(self, folder: RunFolder) -> None:
         """What a run leaves at its end besides a checkpoint: a video, curves."""
@@ -299,7 +312,7 @@ class PPO:
             if self.progress.episodes:
                 plot_run(folder.path)
         except Exception as error:
-            note(f"curves of {folder.path} were not drawn: {error}")
+            notify_user(f"curves of {folder.path} were not drawn: {error}")
 
     def _require_records(self, config: Config) -> None:
         """Refuse what cannot be recorded before anything is written."""
@@ -329,7 +342,7 @@ class PPO:
         except Exited:
             raise
         except Exception as error:  # a picture less is no reason to lose a run
-            note(f"{path} was not recorded: {told(error)}")
+            notify_user(f"{path} was not recorded: {describe_error(error)}")
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """As `learn`, but hands over the metrics of each iteration; stop, save or evaluate in between."""
@@ -543,7 +556,7 @@ def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
         env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume
     )
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
-    if config.exact_resume and not any(ways_back(envs)):
+    if config.exact_resume and not any(state_adapters(envs)):
         if envs is not env:
             envs.close()
         raise UserError(

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.errors import NotFinite, note
+from proximo.errors import NotFinite, notify_user
 from proximo.learner.protocol import Learner
 from proximo.learner.schedules import Hyper, hyper_at
-from proximo.machine import one_blas_thread
+from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collected, Collector
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator
@@ -59,18 +59,18 @@ def iterations(
         NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
     """
     rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
-    progress.world = collector.stand()
+    progress.env_state = collector.capture_state()
     while progress.global_step < config.total_timesteps and not solved(config, progress):
         due = examine and config.histogram_interval and progress.iteration % config.histogram_interval == 0
-        learned, before = learner.kept(), progress.copy()
+        learned, before = learner.snapshot(), progress.copy()
         try:
             done = iterate(config, collector, learner, progress, rollout, bool(due))
             done = done._replace(evaluated=evaluate(done.metrics))
-            progress.world = collector.stand()
+            progress.env_state = collector.capture_state()
         except BaseException as error:  # Ctrl-C as well
-            collector.stands = False
-            learner.take_back(learned)
-            progress.take_back(before)
+            collector.state_is_current = False
+            learner.restore(learned)
+            progress.restore(before)
             if isinstance(error, NotFinite):
                 error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
             raise
@@ -96,7 +96,7 @@ def iterate(
 
     noise = collector.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
     said: list[Any] = []  # by the network, while acting
-    with one_blas_thread():
+    with single_blas_thread():
         collected = collector.collect(learner.actor(noise, said), rollout)
 
     order = minibatch_order(
@@ -140,7 +140,9 @@ def updated(
         if progress.skipped == PATIENCE:
             error.evidence |= {"order": order, "hyper": hyper._asdict()}
             raise
-        note(f"iteration {progress.iteration}: {error} ({progress.skipped} in a row; {PATIENCE} end the run)")
+        notify_user(
+            f"iteration {progress.iteration}: {error} ({progress.skipped} in a row; {PATIENCE} end the run)"
+        )
         return {**error.evidence["metrics"], "update/skipped": 1.0}
     progress.skipped = 0
     return {**metrics, "update/skipped": 0.0}

@@ -8,7 +8,7 @@ from typing import Any
 
 from proximo.cli.flags import whole
 from proximo.cli.train import learn, prepared, said
-from proximo.errors import UserError, note
+from proximo.errors import UserError, notify_user
 
 
 def add_to(commands: Any) -> None:
@@ -75,5 +75,5 @@ def run(options: argparse.Namespace) -> int:
         say = (lambda line: None) if options.quiet else said
         say(f"{agent.env_id}: going on at step {progress.global_step:,} of {config.total_timesteps:,}")
         if options.total_timesteps is not None and not options.quiet:
-            note(f"schedules end at step {config.total_timesteps:,}")
+            notify_user(f"schedules end at step {config.total_timesteps:,}")
         return learn(agent, run_dir, interrupt, say, progress=not options.quiet)

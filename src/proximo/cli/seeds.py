@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, cast
 import numpy as np
 
 from proximo.errors import RunError, UserError
-from proximo.machine import STOPS, can_stay_on_cores, cores, stay_on_core
+from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.report.plot import RETURN, plot
 from proximo.run.console import Console
 from proximo.run.folder import require_empty, resolved
@@ -148,7 +148,7 @@ def _begin(job: Job, env_id: str, config: Path, core: int) -> None:
         "--seed",
         str(job.seed),
     ]
-    if not can_stay_on_cores():
+    if not can_pin_to_cores():
         command += ["--threads", "1", "--engine", "sync"]
     job.process = subprocess.Popen(
         [*command, "--run-dir", str(job.folder), "--quiet", "--until-input-ends"],
@@ -157,11 +157,11 @@ def _begin(job: Job, env_id: str, config: Path, core: int) -> None:
         start_new_session=True,
     )
     job.core = core
-    stay_on_core(job.process.pid, core)
+    pin_to_core(job.process.pid, core)
 
 
 def _require_success(job: Job, status: int) -> None:
-    stopped = {sign for number in STOPS for sign in (128 + number, -number)}
+    stopped = {sign for number in STOP_SIGNALS for sign in (128 + number, -number)}
     if status == 0 or (job.asked and status in stopped):
         return
     if status == 2:

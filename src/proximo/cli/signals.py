@@ -11,7 +11,7 @@ import threading
 import time
 import types
 
-from proximo.machine import HANGUP, STOPS
+from proximo.machine import HANGUP, STOP_SIGNALS
 
 GRACE_S = 10.0  # after a second signal
 
@@ -38,7 +38,7 @@ def end_when_asked_twice(signals: socket.socket) -> None:
 
 def asks(number: int, again: bool) -> bool:
     """Whether a signal asks for a stop, or once more: a terminal that goes away may send SIGHUP twice."""
-    return number in STOPS and not (again and number == HANGUP)
+    return number in STOP_SIGNALS and not (again and number == HANGUP)
 
 
 class Interrupt:
@@ -55,7 +55,7 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self._before = {
             number: signal.signal(number, self._ask)
-            for number in STOPS
+            for number in STOP_SIGNALS
             if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         # Written to when a signal arrives, and not only when Python gets to handle it.

@@ -20,8 +20,8 @@ from proximo.cli.signals import Interrupt, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file
 from proximo.config.names import override
-from proximo.errors import RunError, UserError, note
-from proximo.machine import cache_folder
+from proximo.errors import RunError, UserError, notify_user
+from proximo.machine import cache_dir
 
 if TYPE_CHECKING:
     from proximo.config.settings import Config
@@ -115,7 +115,7 @@ def learn(agent: PPO, run_dir: Path, interrupt: Interrupt, say: Callable[[str], 
     )
     say(f"run folder: {run_dir}")
     for line in [*remarks(config), *anew(agent)] if progress else []:
-        note(line)
+        notify_user(line)
     try:
         if interrupt.signal is None:
             agent.learn(run_dir=run_dir, progress=progress, stop=lambda: interrupt.signal is not None)
@@ -192,7 +192,7 @@ def run_seeds(
 
 def keep_compiled() -> None:
     """Have JAX, which is not imported yet, read back what it compiled in earlier runs."""
-    folder = cache_folder()
+    folder = cache_dir()
     if folder is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from proximo.envs.shared_memory import NOWHERE, Board, leaves, store
+from proximo.envs.shared_memory import NOWHERE, SharedArrays, leaves, store
 from proximo.errors import UserError
 from proximo.rollout.env_state import Origin, generator_from, generator_of, remembers
 
@@ -37,7 +37,7 @@ def reports_episodes(env: gym.Env) -> bool:
     return env.has_wrapper_attr(name) and bool(env.get_wrapper_attr(name))
 
 
-class Share:
+class EnvSlice:
     """Some of the environments, which are stepped one after the other."""
 
     def __init__(self, environments: range) -> None:
@@ -86,7 +86,7 @@ class Share:
             SNAPSHOT_BYTES if snapshot_of(first) else GENERATOR_BYTES,
         )
 
-    def attach(self, board: Board, index: int) -> None:
+    def attach(self, board: SharedArrays, index: int) -> None:
         """Write into this board from now on, as worker `index`."""
         first = self.envs[0]
         self.board, self.current = board, memoryview(board.current[index])

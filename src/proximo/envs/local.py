@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.env_slice import Share
+from proximo.envs.env_slice import EnvSlice
 from proximo.envs.shared_memory import (
     Arena,
     agreed,
@@ -55,7 +55,7 @@ class LocalVectorEnv(VectorEnv):
     ) -> None:
         super().__init__()
         self.num_envs, self.copy = num_envs, copy
-        self._share, self._torn = Share(range(num_envs)), False
+        self._share, self._torn = EnvSlice(range(num_envs)), False
         try:
             self._share.make(factory)
             self._attach()
@@ -116,7 +116,7 @@ class LocalVectorEnv(VectorEnv):
                 "the call before was broken off, and only some environments took it: call reset() first"
             )
         write_actions(self._board.action, actions)
-        self._do(Share.step)
+        self._do(EnvSlice.step)
         self._torn = False
         return outcome(self._board, self.copy)
 
@@ -134,7 +134,7 @@ class LocalVectorEnv(VectorEnv):
         self._torn = False
         return seen(self._board, self.copy), self._board.reward.copy()
 
-    def _do(self, do: Callable[[Share], None]) -> None:
+    def _do(self, do: Callable[[EnvSlice], None]) -> None:
         share, self._torn = self._share, True
         try:
             do(share)

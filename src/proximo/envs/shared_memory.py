@@ -37,7 +37,7 @@ class Arena:
         return self.take((count, *(space.shape or ())), space.dtype)
 
 
-class Board(NamedTuple):
+class SharedArrays(NamedTuple):
     """What all processes see."""
 
     current: np.ndarray  # [W, 8] int64: where each worker is, on a cache line of its own
@@ -65,9 +65,9 @@ def lay_out(
     workers: int,
     reports: bool,
     origin_bytes: int,
-) -> Board:
+) -> SharedArrays:
     """The same arrays at the same places in every process."""
-    return Board(
+    return SharedArrays(
         arena.take((workers, LINE // 8), np.int64),
         arena.rows(observation, num_envs),
         arena.rows(observation, num_envs),
@@ -186,24 +186,26 @@ def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int
     return list(seed)
 
 
-def seen(board: Board, copy: bool) -> Any:
+def seen(board: SharedArrays, copy: bool) -> Any:
     """The observations, copied where asked; otherwise the next step overwrites them."""
     return mapped(np.copy, board.observation) if copy else board.observation
 
 
-def origins(board: Board) -> tuple[list[bytes], np.ndarray]:
+def origins(board: SharedArrays) -> tuple[list[bytes], np.ndarray]:
     """From where each environment's episode began, empty where that is not known, and the steps since [N]."""
     rows = zip(board.origin, board.origin_size, strict=True)
     return [row[:size].tobytes() for row, size in rows], board.since.copy()
 
 
-def outcome(board: Board, copy: bool) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+def outcome(
+    board: SharedArrays, copy: bool
+) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """What a vector environment's `step` returns once all environments have stepped."""
     terminated, truncated = board.terminated.copy(), board.truncated.copy()
     return seen(board, copy), board.reward.copy(), terminated, truncated, finals(board)
 
 
-def finals(board: Board) -> dict[str, Any]:
+def finals(board: SharedArrays) -> dict[str, Any]:
     """What `step` says of episodes that ended."""
     over = board.terminated | board.truncated
     if not over.any():

@@ -10,12 +10,12 @@ import types
 import weakref
 from typing import Any
 
-from proximo.envs.env_slice import LOOKS, Share
+from proximo.envs.env_slice import LOOKS, EnvSlice
 from proximo.envs.shared_memory import NOWHERE
-from proximo.errors import RunError, note
+from proximo.errors import RunError, notify_user
 
 
-def watch(share: Share, limit_s: float) -> None:
+def watch(share: EnvSlice, limit_s: float) -> None:
     """Raise RunError out of a reset or step of an attached share's environment that takes longer than `limit_s`.
 
     That can be done to Python code in the main thread, sleeping or not. Where it cannot be, as in C code, or where a
@@ -44,7 +44,7 @@ class _Alarm:
 
     def __init__(self, before: Any) -> None:
         self.before = before
-        self.shares: weakref.WeakSet[Share] = weakref.WeakSet()
+        self.shares: weakref.WeakSet[EnvSlice] = weakref.WeakSet()
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
         own = [share for share in self.shares if share.thread == threading.get_ident()]
@@ -56,7 +56,7 @@ class _Alarm:
             self.before(number, frame)
 
 
-def _stuck(share: Share, frame: types.FrameType | None) -> str:
+def _stuck(share: EnvSlice, frame: types.FrameType | None) -> str:
     where = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
     return (
         f"environment {share.current[0]} has not answered for {share.limit_s:g} s, while {share.doing}{where}: mend "
@@ -64,7 +64,7 @@ def _stuck(share: Share, frame: types.FrameType | None) -> str:
     )
 
 
-def _look(reference: weakref.ref[Share], limit_s: float) -> None:
+def _look(reference: weakref.ref[EnvSlice], limit_s: float) -> None:
     """Counts looks rather than seconds, so that a process that was itself stopped accuses nobody."""
     seen, looks = (NOWHERE, 0), 0
     while True:
@@ -78,7 +78,7 @@ def _look(reference: weakref.ref[Share], limit_s: float) -> None:
             share.late, share.limit_s = seen, limit_s
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
         if looks == LOOKS + 1:
-            note(
+            notify_user(
                 f"{share.doing} environment {seen[0]} takes longer than {limit_s:g} s and cannot be interrupted; with "
                 "--isolate-envs it could be ended"
             )

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 
-from proximo.envs.env_slice import Share
+from proximo.envs.env_slice import EnvSlice
 from proximo.envs.shared_memory import (
     Arena,
     lay_out,
 )
 from proximo.errors import UserError
-from proximo.machine import STOPS
+from proximo.machine import STOP_SIGNALS
 
 STEP, RESET, REPLAY, ATTACH, CLOSE = b"s", b"r", b"p", b"a", b"c"  # to a worker
 DONE, MADE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # from a worker
@@ -53,7 +53,7 @@ class _Report(NamedTuple):
     error: bytes | None
 
 
-def _report(share: Share, error: BaseException) -> _Report:
+def _report(share: EnvSlice, error: BaseException) -> _Report:
     return _Report(
         share.at,
         share.doing,
@@ -81,7 +81,7 @@ def _work(
         # What is ignored, as under nohup, stays so for what environments begin.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_leave_to_trainer, os.getpid()))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     process = multiprocessing.current_process()
     process.name = f"proximo-worker-{index}"
     process.daemon = False  # environments may start processes of their own
@@ -112,7 +112,7 @@ class _Host:
     """A share of the environments, and the process that runs them."""
 
     def __init__(self, connection: Connection, index: int, environments: range) -> None:
-        self.connection, self.index, self.share = connection, index, Share(environments)
+        self.connection, self.index, self.share = connection, index, EnvSlice(environments)
         self.poller = select.poll()
         self.poller.register(connection.fileno(), select.POLLIN)
 

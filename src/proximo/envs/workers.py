@@ -41,11 +41,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.env_slice import LOOKS, Declared, Share
+from proximo.envs.env_slice import LOOKS, Declared, EnvSlice
 from proximo.envs.shared_memory import (
     NOWHERE,
     Arena,
-    Board,
+    SharedArrays,
     agreed,
     lay_out,
     mask_of,
@@ -73,7 +73,7 @@ from proximo.envs.worker_process import (
     _work,
 )
 from proximo.errors import RunError, UserError
-from proximo.machine import STOPS, cores, stay_on_core
+from proximo.machine import STOP_SIGNALS, cores, pin_to_core
 from proximo.spaces.spaces import Spaces
 
 FAULT_GRACE_S = 0.5  # the same after a fault, which is to be reported soon
@@ -126,10 +126,10 @@ class WorkerVectorEnv(VectorEnv):
         copy: bool = True,
     ) -> None:
         super().__init__()
-        self._own: Share | None = None  # the environments in this process
+        self._own: EnvSlice | None = None  # the environments in this process
         self._peers: list[_Peer] = []
         self._pending: set[int] = set()  # workers that owe an answer
-        self._board: Board | None = None
+        self._board: SharedArrays | None = None
         self._doing, self._steps, self._torn = "making", 0, False
         workers = cores() if workers is None else workers
         _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
@@ -154,7 +154,7 @@ class WorkerVectorEnv(VectorEnv):
         pickled = _pickled(factory) if isolate or len(shares) > 1 else b""
         for index, environments in enumerate(shares):
             if index == 0 and not isolate:
-                self._own = Share(environments)
+                self._own = EnvSlice(environments)
                 continue
             ours, theirs = multiprocessing.Pipe()
             # A fork holds our ends as well; left open there, they would hide our death from the workers.
@@ -171,7 +171,7 @@ class WorkerVectorEnv(VectorEnv):
             # At the end of a program that closes nothing, where SIGTERM would be left to the trainer.
             Finalize(peer, _kill, (process,), exitpriority=0)
             if len(shares) == cores():
-                stay_on_core(process.pid, index)
+                pin_to_core(process.pid, index)
             theirs.close()
             self._poller.register(ours.fileno(), select.POLLIN)
             self._pending.add(index)
@@ -262,7 +262,7 @@ class WorkerVectorEnv(VectorEnv):
         self._doing = "stepping"
         self._steps += 1
         self._torn = True
-        self._command(STEP, Share.step)
+        self._command(STEP, EnvSlice.step)
         self._torn = False
         return outcome(self._open_board(), self.copy)
 
@@ -305,7 +305,7 @@ class WorkerVectorEnv(VectorEnv):
             if own:
                 own.close()
 
-    def _open_board(self) -> Board:
+    def _open_board(self) -> SharedArrays:
         if self._board is None or self.closed:
             raise RunError("this vector environment is closed: make a new one")
         return self._board
@@ -313,7 +313,7 @@ class WorkerVectorEnv(VectorEnv):
     # Talking to workers
 
     def _command(
-        self, command: bytes, here: Callable[[Share], None], messages: Mapping[int, bytes] | None = None
+        self, command: bytes, here: Callable[[EnvSlice], None], messages: Mapping[int, bytes] | None = None
     ) -> None:
         """Have workers do something, all or those with a message, do it here as well, and wait until all have."""
         self._open_board()
@@ -324,7 +324,7 @@ class WorkerVectorEnv(VectorEnv):
         self._here(here)
         self._settle()
 
-    def _here(self, do: Callable[[Share], None]) -> None:
+    def _here(self, do: Callable[[EnvSlice], None]) -> None:
         """Do something with this process's own share, which fails as those of workers do."""
         if self._own is None:
             return
@@ -598,7 +598,7 @@ def _join(peers: Sequence[_Peer], seconds: float) -> None:
 @contextlib.contextmanager
 def _stops_held() -> Iterator[None]:
     """Keep signals waiting here, and from a process that begins meanwhile until it leaves them to the trainer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

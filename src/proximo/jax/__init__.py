@@ -4,6 +4,6 @@ Read in this order: networks, distributions, normalization, advantages, losses, 
 optimizer, update, learner.
 """
 
-from proximo.jax.custom import own_network
+from proximo.jax.custom import custom_network
 
-__all__ = ["own_network"]
+__all__ = ["custom_network"]

@@ -28,14 +28,14 @@ class Part(NamedTuple):
     apply: Callable[[Params, Obs], Any]
 
 
-def own_network(
+def custom_network(
     policy: Any = None,
     value: Any = None,
     *,
     both: Any = None,
     features: Features = "encoded",
 ) -> Callable[[Config, Spaces], Network]:
-    """Pairs of functions as a network, for `PPO(…, backend="jax", network=own_network(…))`.
+    """Pairs of functions as a network, for `PPO(…, backend="jax", network=custom_network(…))`.
 
     A pair is `init(key, features)`, which returns parameters as any tree of arrays, and `apply(params,
     features)`, which answers; both pure. It is a tuple (init, apply) or anything with these attributes, such
@@ -138,8 +138,8 @@ def _pair(role: str, given: Any) -> tuple[Callable[..., Any], Callable[..., Any]
     init, apply = pair if len(pair) == 2 else (getattr(given, "init", None), getattr(given, "apply", None))
     if isinstance(given, type) or not callable(init) or not callable(apply):
         raise UserError(
-            f"own_network({role}=…) needs a pair of functions (init, apply), or an object that has both, got "
-            f"{given!r}; modules of PyTorch are for proximo.torch.own_network"
+            f"custom_network({role}=…) needs a pair of functions (init, apply), or an object that has both, got "
+            f"{given!r}; modules of PyTorch are for proximo.torch.custom_network"
         )
     return init, apply
 
@@ -171,24 +171,24 @@ def _check_parameters(role: str, tree: Any, names: list[str], leaves: list[Any])
     if isinstance(tree, Mapping) and "params" in tree and len(tree) > 1:
         others = ", ".join(sorted(str(name) for name in tree if name != "params"))
         raise UserError(
-            f"own_network({role}=…): besides 'params', init returned {others}, which is state and not learned "
+            f"custom_network({role}=…): besides 'params', init returned {others}, which is state and not learned "
             "(as BatchNorm's statistics are): use LayerNorm or GroupNorm"
         )
     if not leaves:
-        raise UserError(f"own_network({role}=…): init returned no parameters")
+        raise UserError(f"custom_network({role}=…): init returned no parameters")
     for name, leaf in zip(names, leaves, strict=True):
         array = isinstance(leaf, (Array, np.ndarray, np.generic, float))
         if not array or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise UserError(
-                f"own_network({role}=…): parameter {name!r} is {getattr(leaf, 'dtype', type(leaf).__name__)}, "
+                f"custom_network({role}=…): parameter {name!r} is {getattr(leaf, 'dtype', type(leaf).__name__)}, "
                 "but what is learned must be real numbers in floating point: keep the rest out of what init "
                 "returns"
             )
     if len(set(names)) < len(names):
-        raise UserError(f"own_network({role}=…): two parameters have one name among {sorted(names)}")
+        raise UserError(f"custom_network({role}=…): two parameters have one name among {sorted(names)}")
     if "actor.log_std" in names:
         raise UserError(
-            f"own_network({role}=…): a parameter named 'log_std' would be taken for Proximo's own, which "
+            f"custom_network({role}=…): a parameter named 'log_std' would be taken for Proximo's own, which "
             "std='learned' brings along: leave it out, or rename it"
         )
 
@@ -204,6 +204,6 @@ def _check_conduct(heads: Callable[[Params, Obs], Any], initial: Parameters, row
     for ours, theirs in zip(heads(params, rows), heads(params, few), strict=True):
         if not np.allclose(ours[: ROWS // 2], theirs, rtol=1e-2, atol=1e-2):
             raise UserError(
-                "own_network: what the network answers to one observation depends on the others in its batch "
+                "custom_network: what the network answers to one observation depends on the others in its batch "
                 "(as with BatchNorm): use LayerNorm or GroupNorm"
             )

@@ -22,7 +22,7 @@ from proximo.learner import arrays as trees
 from proximo.learner.architecture import architecture, size
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
-from proximo.machine import choose_device, learner_threads
+from proximo.machine import choose_device, choose_num_threads
 from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 
@@ -98,7 +98,7 @@ class Learner:
         convolutional = self._built_in and architecture(config, spaces).architecture != "mlp"
         self._acts_in_numpy = self._built_in and not convolutional
         parameters = size(config, spaces) if self._built_in else None
-        self.threads = start(learner_threads(config.threads, config.minibatch_transitions, parameters))
+        self.threads = start(choose_num_threads(config.threads, config.minibatch_transitions, parameters))
         self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._dtype = np.dtype(dtype)
         self.device = choose_device(config.device, devices(), convolutional, HINT)
@@ -221,11 +221,11 @@ class Learner:
         log_prob, value, after = map(np.asarray, self._score(self._state, obs, action, start, carry))
         return log_prob, value, after
 
-    def kept(self) -> State:
+    def snapshot(self) -> State:
         """Everything learned as it is now: a state never changes."""
         return self._state
 
-    def take_back(self, kept: State) -> None:
+    def restore(self, kept: State) -> None:
         """Forget what was learned since."""
         self._state = kept
 

@@ -41,9 +41,9 @@ def roles(policy: Any, value: Any, both: Any, features: str) -> dict[str, Any]:
     """
     given = {role: x for role, x in (("policy", policy), ("value", value), ("both", both)) if x is not None}
     if not given or ("both" in given and len(given) > 1):
-        raise UserError("own_network needs policy=…, value=… or these two, or one for both=…")
+        raise UserError("custom_network needs policy=…, value=… or these two, or one for both=…")
     if features not in ("encoded", "dict"):
-        raise UserError(f"own_network: features must be 'encoded' or 'dict', got {features!r}")
+        raise UserError(f"custom_network: features must be 'encoded' or 'dict', got {features!r}")
     return given
 
 
@@ -55,18 +55,18 @@ def check_setting(config: Config, spaces: Spaces, both: bool, features: str, bac
     """
     if config.backend not in ("auto", backend):
         raise UserError(
-            f"proximo.{backend}.own_network makes a network for that backend: give backend={backend!r}"
+            f"proximo.{backend}.custom_network makes a network for that backend: give backend={backend!r}"
         )
     if config.shared_trunk and not both:
         raise UserError(
             "shared_trunk is for the built-in network: turn it off, or pass one network that returns "
-            "(policy's output, value) as own_network(both=…)"
+            "(policy's output, value) as custom_network(both=…)"
         )
     images = [leaf.path for leaf in spaces.observation if leaf.kind == "image"]
     if images and features == "encoded":
         raise UserError(
             f"observation {images[0]!r} is an image, which is not among encoded features: give "
-            "own_network(…, features='dict')"
+            "custom_network(…, features='dict')"
         )
 
 
@@ -77,16 +77,16 @@ def check_answer(config: Config, spaces: Spaces, answer: Any) -> None:
         UserError: says what was expected and what came.
     """
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise UserError(f"own_network(both=…) must return (policy's output, value), got {_shape(answer)}")
+        raise UserError(f"custom_network(both=…) must return (policy's output, value), got {_shape(answer)}")
     needed = (ROWS, head_width(config, spaces))
     if _shape(answer[0]) != needed:
         raise UserError(
-            f"own_network: the policy's output for {ROWS} observations has shape {_shape(answer[0])}, "
+            f"custom_network: the policy's output for {ROWS} observations has shape {_shape(answer[0])}, "
             f"expected {needed}: {_meaning(config, spaces)}"
         )
     if _shape(answer[1]) not in ((ROWS,), (ROWS, 1)):
         raise UserError(
-            f"own_network: the value of {ROWS} observations has shape {_shape(answer[1])}, expected "
+            f"custom_network: the value of {ROWS} observations has shape {_shape(answer[1])}, expected "
             f"{(ROWS,)} or {(ROWS, 1)}"
         )
 

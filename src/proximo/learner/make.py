@@ -35,7 +35,7 @@ def make_learner(config: Config, spaces: Spaces, network: Any = None, **options:
     """A learner in the configured backend.
 
     Args:
-        network: instead of a built-in one, that backend's `Network`, or what its `own_network` gives.
+        network: instead of a built-in one, that backend's `Network`, or what its `custom_network` gives.
 
     Raises:
         UserError: the network is something else, or does not fit the spaces; or a setting that it does not serve.
@@ -50,7 +50,7 @@ def make_learner(config: Config, spaces: Spaces, network: Any = None, **options:
         network = network(config, spaces)
     if network is not None and not isinstance(network, package.Network):
         raise UserError(
-            f"network must be a proximo.{backend}.networks.Network, or made with proximo.{backend}.own_network(…), "
+            f"network must be a proximo.{backend}.networks.Network, or made with proximo.{backend}.custom_network(…), "
             f"since the backend is {backend}; got {network!r}"
         )
     return package.Learner(config, spaces, network, **options)

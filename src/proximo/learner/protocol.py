@@ -88,11 +88,11 @@ class Learner(Protocol):
         """
         ...
 
-    def kept(self) -> Any:
+    def snapshot(self) -> Any:
         """Everything learned as it is now, to `take_back` in this process. Nothing is copied."""
         ...
 
-    def take_back(self, kept: Any) -> None:
+    def restore(self, kept: Any) -> None:
         """Forget what was learned since."""
         ...
 

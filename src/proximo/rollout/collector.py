@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.rollout.env_state import Replays, Snapshots, World, same
+from proximo.rollout.env_state import EnvState, Replays, Snapshots, same
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.spaces import Obs, Spaces
 
@@ -24,7 +24,7 @@ LOG_BYTES = 1 << 28  # of actions, kept for episodes that are under way
 PIECES = 256  # that the log is kept in
 
 
-def ways_back(envs: VectorEnv) -> tuple[Any, Any]:
+def state_adapters(envs: VectorEnv) -> tuple[Any, Any]:
     """What can repeat episodes, and what can restore a snapshot of its own; None where a vector environment cannot."""
     inner = envs.unwrapped
     replays = inner if isinstance(inner, Replays) else None
@@ -68,10 +68,10 @@ class Collector:
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
-        self.stands = False  # since `stand`, nothing has moved
+        self.state_is_current = False  # since `stand`, nothing has moved
         self._replays: Any
         self._says: Any
-        self._replays, self._says = ways_back(envs) if resumable else (None, None)
+        self._replays, self._says = state_adapters(envs) if resumable else (None, None)
         self._forget()
         self.reported = bool(getattr(inner, "reports_episodes", False))
         if (
@@ -100,9 +100,9 @@ class Collector:
         self.episode_length = np.zeros(count, np.int64)
         self._forget()
 
-    def stand(self) -> World:
+    def capture_state(self) -> EnvState:
         """Where the environments stand, from where `collect` goes on, and `go_back` in another process."""
-        world = World(
+        world = EnvState(
             self.obs,
             self.start.copy(),
             self.resetting.copy(),
@@ -116,10 +116,10 @@ class Collector:
         else:
             name = type(self.envs.unwrapped).__name__
             world = replace(world, why=f"{name} does not say where its environments stand")
-        self.stands = True
+        self.state_is_current = True
         return world
 
-    def _repeatable(self, world: World, origins: Sequence[bytes], since: np.ndarray) -> World:
+    def _repeatable(self, world: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
         """With what repeats the episodes; forgets actions that nothing needs any more."""
         while self._log and (self._steps - len(self._log[0]) >= since.max() or self._bytes > LOG_BYTES):
             oldest = self._log.popleft()
@@ -137,7 +137,7 @@ class Collector:
             return replace(world, why=f"environment {n}: {what}")
         return replace(world, origins=origins, since=since, log=tuple(self._log))
 
-    def go_back(self, world: World) -> str:
+    def restore_state(self, world: EnvState) -> str:
         """Bring the environments to where they stood.
 
         Returns:
@@ -179,7 +179,7 @@ class Collector:
         self._log = deque(log)
         self._steps, self._bytes = sum(map(len, log)), sum(taken.nbytes for taken in log)
 
-    def _differing(self, world: World, observation: Any, returns: np.ndarray) -> str:
+    def _differing(self, world: EnvState, observation: Any, returns: np.ndarray) -> str:
         """What is not to the bit as it was."""
         if returns.tobytes() != world.episode_return.tobytes():
             n = int(np.argmax(returns != world.episode_return))
@@ -200,7 +200,7 @@ class Collector:
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear()
-        self.stands = False
+        self.state_is_current = False
         taken: list[np.ndarray] = []  # actions
         self._store_observation(rollout, 0)
         for t in range(rollout.num_steps):

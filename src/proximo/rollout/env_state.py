@@ -15,9 +15,8 @@ steps.
 
 Whether it worked is seen: the observations, and the returns of the episodes so far, have to be the same to the bit.
 
-Who does what: the environments' process notes an Origin before each reset (`envs.board.Share`) and repeats episodes
-when asked; the collector keeps the actions, says where all stand as a World (`rollout.Collector.stand`) and brings them
-back (`go_back`); `ppo` decides whether episodes go on or begin anew, and says so.
+`envs.env_slice.EnvSlice` records an Origin before each reset and repeats episodes; the collector logs the actions,
+returns an EnvState (`Collector.capture_state`) and restores it (`restore_state`).
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class World:
+class EnvState:
     """N environments between two rollouts.
 
     Environment n was reset from `origins[n]`, and has taken the last `since[n]` of the actions in `log`, which are in
@@ -134,7 +133,7 @@ class World:
         return pack(tree, name)
 
     @classmethod
-    def from_document(cls, document: Any, beside: Mapping[str, np.ndarray]) -> World:
+    def from_document(cls, document: Any, beside: Mapping[str, np.ndarray]) -> EnvState:
         """The inverse of `to_document`.
 
         Raises:

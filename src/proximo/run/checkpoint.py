@@ -25,7 +25,7 @@ from safetensors.numpy import save as encode
 
 from proximo.config.names import from_mapping, override
 from proximo.config.settings import FIELDS, Config
-from proximo.errors import UserError, note
+from proximo.errors import UserError, notify_user
 from proximo.learner.architecture import size
 from proximo.learner.protocol import Learner
 from proximo.run.progress import NAME, Progress
@@ -33,7 +33,7 @@ from proximo.run.versions import versions
 from proximo.spaces.spaces import Spaces
 from proximo.version import __version__
 
-SCHEMA = 2
+SCHEMA = 3
 CHECKPOINT, BUNDLE = "proximo-checkpoint", "proximo-bundle"  # formats: the latter for post-mortems
 # What gives parameters their meaning.
 NETWORK = frozenset(
@@ -69,7 +69,7 @@ def describe(
     config: Config,
     spaces: Spaces,
     env_id: str | None,
-    own_network: bool,
+    custom_network: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What a manifest says of an agent, and its arrays."""
@@ -78,7 +78,7 @@ def describe(
         "backend": learner.backend,
         "compiled": learner.compiled,
         "env": env_id,
-        "network": "own" if own_network else "built-in",
+        "network": "own" if custom_network else "built-in",
         "config": {**config.to_dict(), "run_dir": None},
         "spaces": spaces.to_dict(),
         "versions": versions(),
@@ -180,7 +180,7 @@ def load(path: str | Path) -> Saved:
         except Damaged as error:
             if folder == found[-1]:
                 raise
-            note(f"{error}; going back to the one before it")
+            notify_user(f"{error}; going back to the one before it")
     raise AssertionError("candidates() gives one at least")
 
 
@@ -276,9 +276,21 @@ def _with_progress(
     return {**kept, "schema": 2, "compiled": None, "versions": {}, "progress": document}, arrays | beside
 
 
-MIGRATIONS: dict[
-    Any, Callable[[dict[str, Any], dict[str, np.ndarray]], tuple[dict[str, Any], dict[str, np.ndarray]]]
-] = {1: _with_progress}
+def _with_env_state(
+    manifest: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Schema 2 -> 3: the simulator state was called "world"."""
+    old, new = f"{NAME}/world", f"{NAME}/env_state"
+    progress = dict(manifest["progress"])
+    document = progress.pop("world", progress.get("env_state"))
+    if document is not None:
+        arrays = {(new if name == old else name): array for name, array in arrays.items()}
+        document = new
+    return {**manifest, "schema": 3, "progress": {**progress, "env_state": document}}, arrays
+
+
+Migration = Callable[[dict[str, Any], dict[str, np.ndarray]], tuple[dict[str, Any], dict[str, np.ndarray]]]
+MIGRATIONS: dict[Any, Migration] = {1: _with_progress, 2: _with_env_state}
 
 
 def inexact(saved: Saved, config: Config, env_id: str | None, compiled: bool | None) -> list[str]:

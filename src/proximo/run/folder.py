@@ -15,7 +15,7 @@ from typing import Protocol
 import yaml
 
 from proximo.config.settings import Config
-from proximo.errors import UserError, note
+from proximo.errors import UserError, notify_user
 from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, Metrics, Samples, cut_metrics, replace_text
 from proximo.run.versions import versions
 
@@ -103,7 +103,7 @@ class RunFolder:
         except OSError as error:
             os.ftruncate(self._metrics, whole)  # half a line would spoil the file
             if len(self._waiting) == 1:
-                note(
+                notify_user(
                     f"metrics cannot be written to {self.path / METRICS}: {error.strerror}; they wait until they can"
                 )
             return

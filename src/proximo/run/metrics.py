@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from proximo.config.files import FILE_CHARACTERS, plain_yaml
-from proximo.errors import UserError, note
+from proximo.errors import UserError, notify_user
 
 Metrics = dict[str, float | None]
 
@@ -47,7 +47,7 @@ def cut_metrics(run_dir: Path, after: int) -> None:
             if json.loads(line).get("iteration", 0) <= after:
                 kept.append(line.decode() + "\n")
     if len(kept) < after:
-        note(f"{path} holds {len(kept)} of the {after} iterations that were done")
+        notify_user(f"{path} holds {len(kept)} of the {after} iterations that were done")
     if (text := "".join(kept)).encode() != held:  # what needs no room works on a full disk
         replace_text(path, text)
 

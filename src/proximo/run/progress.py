@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.rollout.env_state import World
+from proximo.rollout.env_state import EnvState
 from proximo.rollout.rollout import Episode
 
 WINDOW = 100  # episodes that training returns are averaged over
 NAME = "run"  # begins the names of its arrays in a checkpoint
-WORLD_BYTES = 1 << 26  # of text, in which numbers take ten times the memory that they take in arrays
+ENV_STATE_BYTES = 1 << 26  # of text, in which numbers take ten times the memory that they take in arrays
 
 
 def window(episodes: Iterable[Episode] = ()) -> deque[Episode]:
@@ -34,7 +34,7 @@ class Progress:
     skipped: int = 0  # updates in a row that diverged
     best: float | None = None  # mean return of the best checkpoint
     best_step: int | None = None  # when that was
-    world: World | None = None  # where the environments stand; None where they have not begun
+    env_state: EnvState | None = None  # where the environments stand; None where they have not begun
     resumed: list[dict[str, Any]] = field(
         default_factory=list
     )  # how each session went on from the one before
@@ -43,7 +43,7 @@ class Progress:
         """As it is now."""
         return replace(self, episodes=self.episodes.copy(), resumed=list(self.resumed))
 
-    def take_back(self, before: Progress) -> None:
+    def restore(self, before: Progress) -> None:
         """Be as it was then."""
         vars(self).update(vars(before))
 
@@ -70,23 +70,23 @@ class Progress:
             "best": self.best,
             "best_step": self.best_step,
             "resumed": self.resumed,
-            "exact": self.world is not None and not self.world.why,
-            "why": self.world.why if self.world else "no episode has begun",
-            "world": None,
+            "exact": self.env_state is not None and not self.env_state.why,
+            "why": self.env_state.why if self.env_state else "no episode has begun",
+            "env_state": None,
         }
         arrays = {f"{NAME}/episodes": np.array(list(self.episodes), np.float64).reshape(-1, 3)}
-        if self.world is None:
+        if self.env_state is None:
             return document, arrays
         try:
-            world, beside = self.world.to_document(f"{NAME}/world")
+            state, beside = self.env_state.to_document(f"{NAME}/env_state")
         except UserError as error:  # only a snapshot is missing then
             return {**document, "exact": False, "why": str(error)}, arrays
-        text = json.dumps(world).encode()
-        if len(text) > WORLD_BYTES:
+        text = json.dumps(state).encode()
+        if len(text) > ENV_STATE_BYTES:
             why = f"where environments stand takes {len(text):,} bytes of text: keep numbers in arrays"
             return {**document, "exact": False, "why": why}, arrays
-        document["world"] = f"{NAME}/world"
-        return document, arrays | beside | {f"{NAME}/world": np.frombuffer(text, np.uint8)}
+        document["env_state"] = f"{NAME}/env_state"
+        return document, arrays | beside | {f"{NAME}/env_state": np.frombuffer(text, np.uint8)}
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Progress:
@@ -96,9 +96,11 @@ class Progress:
             KeyError, TypeError, ValueError: it is none.
         """
         episodes = [Episode(float(one), int(length), int(n)) for one, length, n in arrays[f"{NAME}/episodes"]]
-        text = None if document["world"] is None else arrays[document["world"]].tobytes()
-        if text is not None and len(text) > WORLD_BYTES:
-            raise ValueError(f"where environments stand takes {len(text):,} bytes, more than {WORLD_BYTES:,}")
+        text = None if document["env_state"] is None else arrays[document["env_state"]].tobytes()
+        if text is not None and len(text) > ENV_STATE_BYTES:
+            raise ValueError(
+                f"where environments stand takes {len(text):,} bytes, more than {ENV_STATE_BYTES:,}"
+            )
         counts = {name: int(document[name]) for name in ("global_step", "iteration", "skipped")}
         if min(counts.values()) < 0:
             raise ValueError(f"a count is below 0: {counts}")
@@ -107,6 +109,6 @@ class Progress:
             episodes=window(episodes),
             best=None if document["best"] is None else float(document["best"]),
             best_step=None if document["best_step"] is None else int(document["best_step"]),
-            world=None if text is None else World.from_document(json.loads(text), arrays),
+            env_state=None if text is None else EnvState.from_document(json.loads(text), arrays),
             resumed=list(document["resumed"]),
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from proximo.config.settings import Config
-from proximo.errors import RunError, UserError, note
+from proximo.errors import RunError, UserError, notify_user
 from proximo.run.checkpoint import MANIFEST, Damaged, opened, step_folder, steps_of
 from proximo.run.progress import WINDOW, Progress
 
@@ -18,7 +18,7 @@ PATIENCE = 3  # saves in a row that may fail
 BEST = "best"  # points to the best checkpoint
 
 
-class Keeper:
+class CheckpointManager:
     """Keeps the last checkpoints of a run and the best one, in `checkpoints/`.
 
     The best is the one with the highest mean return: of its evaluations, where `evaluation_interval` asks for some, and
@@ -106,7 +106,7 @@ class Keeper:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if self.gave_up:
             raise RunError(f"{path} could not be saved, for the {PATIENCE}rd time in a row: {why}") from error
-        note(f"{path} could not be saved: {why}; the checkpoint before it is whole")
+        notify_user(f"{path} could not be saved: {why}; the checkpoint before it is whole")
 
     def _best(self) -> Path | None:
         step = self.progress.best_step

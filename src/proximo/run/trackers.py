@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.errors import UserError, note
+from proximo.errors import UserError, notify_user
 from proximo.run.console import Console
 from proximo.run.folder import RunFolder, Sink
 from proximo.run.metrics import Metrics, Samples
@@ -183,7 +183,7 @@ def close(sink: Sink, failed: bool) -> None:
     try:
         sink.close(failed)
     except Exception as error:
-        note(f"{type(sink).__name__} did not end well: {error}")
+        notify_user(f"{type(sink).__name__} did not end well: {error}")
 
 
 def tell(sinks: list[Sink], metrics: Metrics, samples: Samples | None) -> None:
@@ -193,4 +193,4 @@ def tell(sinks: list[Sink], metrics: Metrics, samples: Samples | None) -> None:
             sink.write(metrics, samples)
         except Exception as error:
             sinks.remove(sink)
-            note(f"nothing more goes to {type(sink).__name__}, which failed: {error}")
+            notify_user(f"nothing more goes to {type(sink).__name__}, which failed: {error}")

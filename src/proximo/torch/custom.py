@@ -29,14 +29,14 @@ class Part(NamedTuple):
     apply: Callable[[Params, Obs], Any]
 
 
-def own_network(
+def custom_network(
     policy: nn.Module | None = None,
     value: nn.Module | None = None,
     *,
     both: nn.Module | None = None,
     features: Features = "encoded",
 ) -> Callable[[Config, Spaces], Network]:
-    """Modules as a network, for `PPO(…, backend="torch", network=own_network(…))`.
+    """Modules as a network, for `PPO(…, backend="torch", network=custom_network(…))`.
 
     A module's weights are the initial parameters, whatever `Config.seed` (call `torch.manual_seed` before
     making it). They are copied when an agent is made, and the module itself never changes. What does not
@@ -150,14 +150,14 @@ def _check_modules(given: dict[str, Any]) -> None:
     for role, module in given.items():
         if not isinstance(module, nn.Module):
             raise UserError(
-                f"own_network({role}=…) needs a torch.nn.Module, got {module!r}: pass an instance; pairs of "
-                "functions are for proximo.jax.own_network"
+                f"custom_network({role}=…) needs a torch.nn.Module, got {module!r}: pass an instance; pairs of "
+                "functions are for proximo.jax.custom_network"
             )
     if len(given) == 2:
         shared = set.intersection(*({id(x) for x in module.parameters()} for module in given.values()))
         if shared:
             raise UserError(
-                "own_network: the modules of policy and value share parameters, which would become two "
+                "custom_network: the modules of policy and value share parameters, which would become two "
                 "copies: make one module that returns (policy's output, value), and pass it as both=…"
             )
 
@@ -166,19 +166,19 @@ def _check_parameters(role: str, learned: dict[str, nn.Parameter], constants: di
     for name, x in {**learned, **constants}.items():
         if nn.parameter.is_lazy(x):
             raise UserError(
-                f"own_network({role}=…): parameter {name!r} has no shape yet: call the module once on a batch"
+                f"custom_network({role}=…): parameter {name!r} has no shape yet: call the module once on a batch"
             )
     if not learned:
-        raise UserError(f"own_network({role}=…): the module has no parameters that require gradients")
+        raise UserError(f"custom_network({role}=…): the module has no parameters that require gradients")
     for name, x in learned.items():
         if not x.is_floating_point():
             raise UserError(
-                f"own_network({role}=…): parameter {name!r} is {x.dtype}, but what is learned must be real "
+                f"custom_network({role}=…): parameter {name!r} is {x.dtype}, but what is learned must be real "
                 "numbers in floating point"
             )
     if "log_std" in learned and HALF[role] == "actor":
         raise UserError(
-            f"own_network({role}=…): a parameter named 'log_std' would be taken for Proximo's own, which "
+            f"custom_network({role}=…): a parameter named 'log_std' would be taken for Proximo's own, which "
             "std='learned' brings along: leave it out, or rename it"
         )
 
@@ -197,18 +197,18 @@ def _check_conduct(module: nn.Module, given: Tensor | Obs) -> None:
         changed = [name for name, x in scratch.named_buffers() if not torch.equal(x, before[name])]
         if changed:
             raise UserError(
-                f"own_network: the module changes its buffer {changed[0]!r} when it is called (as BatchNorm "
+                f"custom_network: the module changes its buffer {changed[0]!r} when it is called (as BatchNorm "
                 "does in training), but acting and learning must see the same network: use LayerNorm or "
                 "GroupNorm, or call the module's eval() first to keep its buffers constant"
             )
         if not _close(first, _tensors(scratch(given))):
             raise UserError(
-                "own_network: the module answers differently when asked again (as Dropout does in training), "
+                "custom_network: the module answers differently when asked again (as Dropout does in training), "
                 "but acting and learning must see the same network: leave it out, or call the module's eval()"
             )
         if not _close([x[: ROWS // 2] for x in first], _tensors(scratch(few))):
             raise UserError(
-                "own_network: what the module answers to one observation depends on the others in its batch "
+                "custom_network: what the module answers to one observation depends on the others in its batch "
                 "(as with BatchNorm): use LayerNorm or GroupNorm"
             )
 

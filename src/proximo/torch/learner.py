@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from proximo.config.settings import Config
-from proximo.errors import NotFinite, note
+from proximo.errors import NotFinite, notify_user
 from proximo.learner import arrays as trees
 from proximo.learner.architecture import architecture, is_critic, limits, size
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
-from proximo.machine import choose_device, learner_threads
+from proximo.machine import choose_device, choose_num_threads
 from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, Output, Params, built_in
 from proximo.torch.normalization import Reduce
-from proximo.torch.runtime import HINT, MANY, can_compile, devices, made_on, running_on
+from proximo.torch.runtime import HINT, MANY, can_compile, default_device_set_to, devices, num_threads_set_to
 from proximo.torch.state import Spec, State, initial_state, observe
 from proximo.torch.tensors import compiled, each, flatten, tensor, unflatten
 from proximo.torch.update import Metrics, in_parts, minibatch, prepare, update
@@ -122,7 +122,7 @@ class Learner:
         self._acts_in_numpy = self._built_in and not convolutional
         self.device = choose_device(config.device, devices(), convolutional, HINT)
         parameters = size(config, spaces) if self._built_in else None
-        self.threads = learner_threads(config.threads, config.minibatch_transitions, parameters)
+        self.threads = choose_num_threads(config.threads, config.minibatch_transitions, parameters)
         self._dtype: torch.dtype = getattr(torch, dtype)
         network = network or built_in(config, spaces)
         initial = network.init()
@@ -177,7 +177,7 @@ class Learner:
             nonlocal carry
             drawn = np.broadcast_to(still, (len(start), *still.shape)) if noise is None else next(calls)
             # One thread: others would spin after each step, on cores that environments or other programs want.
-            with running_on(1), made_on(self.device):
+            with num_threads_set_to(1), default_device_set_to(self.device):
                 if len(carry) != len(start):
                     carry = torch.zeros((len(start), self.spec.network.carry_size), dtype=self._dtype)
                 seen, begins, drawn = each(self._there, (obs, start, drawn))
@@ -197,13 +197,15 @@ class Learner:
         shapes = (rollout.reward.shape, order.shape)
         tried = shapes in self._compiled
         step = self._minibatch(*shapes)
-        with running_on(self.threads), made_on(self.device):
+        with num_threads_set_to(self.threads), default_device_set_to(self.device):
             try:
                 state, metrics = learn(step)
             except Exception as error:
                 if step is minibatch or tried or not self._may_choose:
                     raise
-                note(f"PyTorch goes on without compiling, which failed: {' '.join(str(error).split())[:300]}")
+                notify_user(
+                    f"PyTorch goes on without compiling, which failed: {' '.join(str(error).split())[:300]}"
+                )
                 self.compiled = self._may_choose = False
                 state, metrics = learn(minibatch)
         metrics = {name: value.item() for name, value in metrics.items()}
@@ -225,7 +227,7 @@ class Learner:
     def _carries(self, rollout: Rollout) -> Tensor:
         """Carries [T + 1, N, H] after each step of a rollout."""
         obs, start = each(self._there, (rollout.obs, rollout.start))
-        with made_on(self.device):
+        with default_device_set_to(self.device):
             return carries(self.spec, self._state, obs, start)
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
@@ -233,7 +235,7 @@ class Learner:
             return minibatch
         if shapes not in self._compiled:
             if self._may_choose:
-                note(
+                notify_user(
                     "PyTorch compiles what it repeats, which may take some ten seconds (--no-compile: never)"
                 )
             self._compiled[shapes] = compiled(minibatch, guarded=not self._built_in)
@@ -245,7 +247,7 @@ class Learner:
         """What the policy thinks of a rollout's valid transitions; see `proximo.learner.protocol.Learner.examine`."""
         state = self._state if carry is None else self._state._replace(carry=self._there(carry))
         data = self.transitions(rollout)
-        with made_on(self.device):
+        with default_device_set_to(self.device):
             found = each(home, examine(self.spec, state, data, each(self._number, hyper)))
         valid = found.pop("weight") > 0
         return {name: value[valid] for name, value in found.items()} | {"carry": home(state.carry)}
@@ -287,7 +289,7 @@ class Learner:
 
     def _value(self, obs: dict[str, np.ndarray], carry: np.ndarray) -> Tensor:
         seen, start, before = each(self._there, (obs, np.zeros(len(carry), bool), carry))
-        with made_on(self.device):
+        with default_device_set_to(self.device):
             return values(self.spec, self._state, seen, start, before.to(self._dtype))
 
     def score(
@@ -303,16 +305,16 @@ class Learner:
         if carry is None:
             carry = np.zeros((len(action), self.spec.network.carry_size), np.float32)
         seen, taken, begins, before = each(self._there, (obs, action, start, carry))
-        with made_on(self.device):
+        with default_device_set_to(self.device):
             found = score(self.spec, self._state, seen, taken, begins, before.to(self._dtype))
         log_prob, value, after = map(home, found)
         return log_prob, value, after
 
-    def kept(self) -> State:
+    def snapshot(self) -> State:
         """Everything learned as it is now: a state never changes."""
         return self._state
 
-    def take_back(self, kept: State) -> None:
+    def restore(self, kept: State) -> None:
         """Forget what was learned since."""
         self._state = kept
 

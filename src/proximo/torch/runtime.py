@@ -25,7 +25,7 @@ def devices() -> list[str]:
 
 
 @contextmanager
-def running_on(threads: int) -> Iterator[None]:
+def num_threads_set_to(threads: int) -> Iterator[None]:
     """Let PyTorch use so many threads within this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -36,7 +36,7 @@ def running_on(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def made_on(device: Device) -> Iterator[None]:
+def default_device_set_to(device: Device) -> Iterator[None]:
     """Have tensors made on this device within this block. On the CPU nothing is done, which would cost every call."""
     if device.name == "cpu":
         yield

@@ -1,6 +1,6 @@
 """An agent inside a loop of your own: it needs spaces or plain dimensions, and no environment.
 
-python examples/own_loop.py
+python examples/agent_loop.py
 """
 
 import gymnasium as gym

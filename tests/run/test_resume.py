@@ -19,7 +19,7 @@ from proximo.envs.make import make_envs, spaces_of
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
-from proximo.rollout.env_state import GENERATORS, World, generator_from, pack, remembers, same, unpack
+from proximo.rollout.env_state import GENERATORS, EnvState, generator_from, pack, remembers, same, unpack
 from proximo.run import checkpoint
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
@@ -35,7 +35,7 @@ ROWS = 3 * 32
 ITERATIONS, STOP = 6, 3
 
 
-def told(rows):
+def without_time(rows):
     """Metrics without what a clock says."""
     return [{name: value for name, value in row.items() if "time/" not in name} for row in rows]
 
@@ -52,14 +52,14 @@ def undisturbed_and_resumed(env, folder, *, stop=STOP, loaded_env=None, **settin
     rows = settings["num_envs"] * settings["num_steps"]
     settings["total_timesteps"] = settings.get("total_timesteps", ITERATIONS * rows)
     with PPO(env, **settings) as whole:
-        expected = told(whole.iterate())
+        expected = without_time(whole.iterate())
     with PPO(env, **settings) as first:
         for row in first.iterate():
             if row["iteration"] == stop:
                 break
         first.save(folder)
     with PPO.load(folder, loaded_env) as second:
-        found = told(second.iterate())
+        found = without_time(second.iterate())
     return whole, second, expected[stop:], found
 
 
@@ -174,7 +174,7 @@ def test_the_other_backend_goes_on_from_the_same_state_and_says_so(tmp_path, cap
             assert np.array_equal(value, other.learner.state()[name]), name
         next(other.iterate())
     first = np.array(seen[-ROWS:][:3])  # after what was repeated; the three environments step in turn
-    assert np.array_equal(first, agent.progress.world.obs[""])
+    assert np.array_equal(first, agent.progress.env_state.obs[""])
     changed = "env Pendulum-v1 became one without a name; backend jax became torch"
     assert f"not the same to the bit, since {changed}" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
@@ -201,7 +201,7 @@ def test_learning_again_in_one_session_goes_on_as_well(tmp_path):
     assert equal(whole, agent)
 
 
-@pytest.mark.parametrize("where", ["update", "examine", "stand"])
+@pytest.mark.parametrize("where", ["update", "examine", "capture_state"])
 def test_an_interrupt_anywhere_in_an_iteration_takes_all_of_it_back(where, tmp_path, monkeypatch):
     """Ctrl-C after the environments have moved, and after the learner has: what is saved is what was before, and the
     same agent and a loaded one end as one that was not interrupted."""
@@ -210,7 +210,7 @@ def test_an_interrupt_anywhere_in_an_iteration_takes_all_of_it_back(where, tmp_p
         whole.learn(run_dir=tmp_path / "whole")
     run = tmp_path / "run"
     with PPO("Pendulum-v1", **settings) as agent:
-        owner = Collector if where == "stand" else type(agent.learner)
+        owner = Collector if where == "capture_state" else type(agent.learner)
         does, calls = getattr(owner, where), iter(range(100))
 
         def interrupted(*arguments, **keywords):
@@ -363,7 +363,7 @@ def test_exact_resume_keeps_to_engines_that_can(tmp_path):
 
 def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
     """An environment that never ends would fill memory with its actions."""
-    monkeypatch.setattr("proximo.rollout.rollout.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
+    monkeypatch.setattr("proximo.rollout.collector.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
 
     class Endless(Hidden):
         def step(self, action):
@@ -372,7 +372,7 @@ def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
     with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **QUICK) as agent:
         agent.learn()
         assert agent._collector._bytes <= 4000
-        assert "environment 0: its episode is too long to be repeated" in agent.progress.world.why
+        assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.why
 
 
 # Parts
@@ -424,13 +424,13 @@ def test_families_that_remember_are_known_by_their_base():
 def test_what_no_file_can_hold_is_left_out(monkeypatch):
     """Numbers of more than 64 bits, or a snapshot that would take more text than is read again: new episodes begin."""
     none = np.zeros(1)
-    world = World({}, none > 0, none > 0, none, none.astype(np.int64), snapshot={"x": np.longdouble(1)})
-    document, _ = Progress(world=world).to_document()
-    assert (document["exact"], document["world"]) == (False, None)
+    world = EnvState({}, none > 0, none > 0, none, none.astype(np.int64), snapshot={"x": np.longdouble(1)})
+    document, _ = Progress(env_state=world).to_document()
+    assert (document["exact"], document["env_state"]) == (False, None)
     assert "float128" in document["why"] or "longdouble" in document["why"]
-    monkeypatch.setattr("proximo.run.progress.WORLD_BYTES", 1000)
-    document, _ = Progress(world=replace(world, snapshot=[10**6] * 200)).to_document()
-    assert (document["exact"], document["world"]) == (False, None)
+    monkeypatch.setattr("proximo.run.progress.ENV_STATE_BYTES", 1000)
+    document, _ = Progress(env_state=replace(world, snapshot=[10**6] * 200)).to_document()
+    assert (document["exact"], document["env_state"]) == (False, None)
     assert "keep numbers in arrays" in document["why"]
 
 
@@ -535,7 +535,7 @@ def test_actions_since_an_origin_cross_rollouts():
     """Two pieces of 3 steps; environment 0 has taken 4 steps since its origin, environment 1 one."""
     log = [np.arange(6).reshape(3, 2), np.arange(6, 12).reshape(3, 2)]
     nothing = np.zeros(2)
-    world = World({}, nothing, nothing, nothing, nothing, [b"", b""], np.array([4, 1]), log)
+    world = EnvState({}, nothing, nothing, nothing, nothing, [b"", b""], np.array([4, 1]), log)
     first, second = world.actions()
     assert first.tolist() == [4, 6, 8, 10]
     assert second.tolist() == [11]
@@ -600,7 +600,7 @@ def test_a_killed_run_is_resumed_by_command(tmp_path, capsys):
     assert "go on exactly where they stood" in done.stderr
     whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "killed"))
     assert all(whole.arrays[name].tobytes() == resumed.arrays[name].tobytes() for name in whole.arrays)
-    assert told(read_metrics(killed)) == told(read_metrics(tmp_path / "whole"))
+    assert without_time(read_metrics(killed)) == without_time(read_metrics(tmp_path / "whole"))
     assert not list(killed.glob("checkpoints/.*"))
     assert main(["resume", str(killed)]) == 2
     assert "name a larger --total-timesteps" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import slow_gae
 from rollouts import MASKED, scramble
-from worlds import BOUND, START, Diary, Script
+from sample_envs import BOUND, START, Diary, Script
 
 from proximo.config.settings import Config
 from proximo.errors import RunError, UserError
@@ -54,7 +54,7 @@ def queues(act: str, count: int = 400) -> np.ndarray:
     return (2.0 * rng.standard_normal((3, count, 2))).astype(np.float32)
 
 
-def told(n: int, observe: str, act: str, count: int) -> tuple[list[Step], list[Episode]]:
+def expected_stream(n: int, observe: str, act: str, count: int) -> tuple[list[Step], list[Episode]]:
     """Environment n's first `count` transitions, and the episodes in them, by stepping it alone."""
     env, steps, episodes = Diary(n, observe, act), [], []
     leaves = Spaces.of(env.observation_space, env.action_space)
@@ -146,7 +146,7 @@ def assert_tells_the_truth(
             told_so_far += written(rollout, n)
     assert sum(envs.get_attr("steps_taken")) == valid, "every step of an environment is one valid row"
     for n, seen in enumerate(steps):
-        expected, expected_episodes = told(n, observe, act, len(seen))
+        expected, expected_episodes = expected_stream(n, observe, act, len(seen))
         assert len(seen) >= num_steps * iterations // 2
         if not finals:
             expected = [
@@ -238,7 +238,7 @@ def test_every_way_of_resetting_gives_the_same_advantages(backend, mode):
         assert (advantage[~rollout.valid] == 0.0).all()
         for n in range(3):
             valid = rollout.valid[:, n]
-            steps = told(n, "box", "box", done[n] + valid.sum())[0][done[n] :]
+            steps = expected_stream(n, "box", "box", done[n] + valid.sum())[0][done[n] :]
             done[n] += valid.sum()
             column = {
                 name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields

@@ -444,7 +444,7 @@ def workers_alive() -> list[str]:
         with suppress(OSError):  # it has ended meanwhile
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             command = (stat.parent / "cmdline").read_text()
-            if parent == os.getpid() and "proximo.envs.workers" in command:
+            if parent == os.getpid() and "proximo.envs.worker_process" in command:
                 found.append(command)
     return found
 

@@ -1,6 +1,6 @@
 """A policy network of your own in JAX, as a pair of functions, with the built-in critic.
 
-    python examples/own_network_jax.py
+    python examples/custom_network_jax.py
 
 Flax modules, and Haiku's transformed functions without random numbers, can be passed as they are.
 """
@@ -8,7 +8,7 @@ Flax modules, and Haiku's transformed functions without random numbers, can be p
 import jax
 import jax.numpy as jnp
 
-from proximo.jax.custom import own_network
+from proximo.jax.custom import custom_network
 from proximo.ppo import PPO, evaluate_random
 
 
@@ -22,7 +22,7 @@ def apply(params, features):
     return jax.nn.silu(features @ params["in"]) @ params["out"]
 
 
-with PPO("CartPole-v1", backend="jax", seed=0, network=own_network(policy=(init, apply))) as agent:
+with PPO("CartPole-v1", backend="jax", seed=0, network=custom_network(policy=(init, apply))) as agent:
     agent.learn(40_000, progress=True)
 
 trained = agent.evaluate(20).to_dict()["return_mean"]

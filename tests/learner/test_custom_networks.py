@@ -38,7 +38,7 @@ MIXED = Spaces.of(
     gym.spaces.Dict({"x": gym.spaces.Box(-9.0, 9.0, (2, 2)), "code": gym.spaces.Discrete(3, start=-1)}),
     gym.spaces.Box(-1.0, 1.0, (2,)),
 )
-OWN = {"jax": proximo.jax.own_network, "torch": proximo.torch.own_network}
+OWN = {"jax": proximo.jax.custom_network, "torch": proximo.torch.custom_network}
 # PyTorch's compiler uses a part of PyTorch that PyTorch deprecates.
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
@@ -160,7 +160,7 @@ def test_the_compiled_step_takes_modules(role):
     frozen = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.Linear(8, 2)).eval()
     frozen[0].requires_grad_(False)
     module = frozen if role == "policy" else TwoHeads(frozen, nn.Linear(2, 2), nn.Linear(2, 1))
-    own = proximo.torch.own_network(**{role: module})
+    own = proximo.torch.custom_network(**{role: module})
     configs = [small(compile=compile) for compile in (False, True)]
     eager, compiled = (TorchLearner(config, CONTINUOUS, own(config, CONTINUOUS)) for config in configs)
     for ours, theirs in zip(two_updates(compiled), two_updates(eager), strict=True):
@@ -276,7 +276,7 @@ def test_a_module_stays_as_it_is():
     policy[0].weight.requires_grad_(False)
     before, drawn = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
     config = small(learning_rate=1e-2)
-    network = proximo.torch.own_network(policy=policy)(config, CATEGORICAL)
+    network = proximo.torch.custom_network(policy=policy)(config, CATEGORICAL)
     learner = TorchLearner(config, CATEGORICAL, network)
     names = {name.removeprefix("params/") for name in learner.state() if name.startswith("params/actor")}
     assert names == {f"actor.{name}" for name in ("0.bias", "1.weight", "1.bias", "3.weight", "3.bias")}
@@ -303,14 +303,17 @@ def test_the_seed_reaches_functions():
     """Equal functions get different keys as policy and as value, and other keys with another seed. Names are
     paths; a tree may be as small as one array."""
     space = Spaces.of(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Box(-1, 1, (1,)))
-    network = proximo.jax.own_network(*[linear_pair(1)] * 2)
+    network = proximo.jax.custom_network(*[linear_pair(1)] * 2)
     first, again, other = (network(small(seed=seed), space).init() for seed in (0, 0, 2**40))
     assert list(first) == ["actor.0", "critic.0", "actor.log_std"]
     assert_same(first, again)
     assert np.all(first["actor.0"] != first["critic.0"])
     assert np.all(first["actor.0"] != other["actor.0"])
     one = SimpleNamespace(init=lambda key, x: jnp.zeros((4, 1)), apply=lambda params, x: x @ params)
-    assert list(proximo.jax.own_network(value=one)(small(), space).init())[-2:] == ["critic", "actor.log_std"]
+    assert list(proximo.jax.custom_network(value=one)(small(), space).init())[-2:] == [
+        "critic",
+        "actor.log_std",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_the_seed_reaches_functions():
         ({}, "policy=…, value=…"),
         ({"policy": nn.Linear(4, 2), "both": nn.Linear(4, 2)}, "one for both"),
         ({"policy": nn.Linear}, "an instance"),
-        ({"policy": linear_pair(2)}, r"proximo\.jax\.own_network"),
+        ({"policy": linear_pair(2)}, r"proximo\.jax\.custom_network"),
         ({"policy": nn.Linear(4, 2), "features": "flat"}, "'encoded' or 'dict'"),
         ({"policy": nn.Linear(4, 3)}, r"shape \(64, 3\), expected \(64, 2\): one mean"),
         ({"value": nn.Linear(4, 2)}, r"value of 64 observations has shape \(64, 2\)"),
@@ -335,7 +338,7 @@ def test_the_seed_reaches_functions():
 )  # fmt: skip
 def test_modules_that_do_not_fit(given, message):
     with pytest.raises(UserError, match=message):
-        proximo.torch.own_network(**given)(small(), CONTINUOUS)
+        proximo.torch.custom_network(**given)(small(), CONTINUOUS)
 
 
 def test_modules_with_more_in_them_that_does_not_fit():
@@ -343,14 +346,14 @@ def test_modules_with_more_in_them_that_does_not_fit():
     policy = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
     nn.init.zeros_(policy[2].weight)
     with pytest.raises(UserError, match="Dropout"):
-        proximo.torch.own_network(policy=policy)(small(), CONTINUOUS)
+        proximo.torch.custom_network(policy=policy)(small(), CONTINUOUS)
     trunk = nn.Linear(4, 8)
     with pytest.raises(UserError, match="share parameters"):
-        proximo.torch.own_network(*(nn.Sequential(trunk, nn.Linear(8, outputs)) for outputs in (2, 1)))
+        proximo.torch.custom_network(*(nn.Sequential(trunk, nn.Linear(8, outputs)) for outputs in (2, 1)))
     named = nn.Linear(4, 2)
     named.log_std = nn.Parameter(torch.zeros(2))
     with pytest.raises(UserError, match="'log_std'"):
-        proximo.torch.own_network(policy=named)(small(), CONTINUOUS)
+        proximo.torch.custom_network(policy=named)(small(), CONTINUOUS)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -360,7 +363,7 @@ def test_what_is_no_network_is_refused(backend):
     config = small(backend=backend)
     foreign = importlib.import_module(f"proximo.{other}.networks").built_in(config, CONTINUOUS)
     for network in (nn.Linear(4, 2), linear_pair(2), foreign):
-        with pytest.raises(UserError, match=rf"proximo\.{backend}\.own_network"):
+        with pytest.raises(UserError, match=rf"proximo\.{backend}\.custom_network"):
             make_learner(config, CONTINUOUS, network)
 
 
@@ -369,7 +372,7 @@ def test_what_is_no_network_is_refused(backend):
     [
         ({}, "policy=…, value=…"),
         ({"policy": linear_pair(2), "both": linear_pair(2)}, "one for both"),
-        ({"policy": nn.Linear(4, 2)}, r"proximo\.torch\.own_network"),
+        ({"policy": nn.Linear(4, 2)}, r"proximo\.torch\.custom_network"),
         ({"policy": (len,)}, "needs a pair of functions"),
         ({"policy": linear_pair(2), "features": "flat"}, "'encoded' or 'dict'"),
         ({"policy": linear_pair(3)}, r"shape \(64, 3\), expected \(64, 2\): one mean"),
@@ -387,7 +390,7 @@ def test_what_is_no_network_is_refused(backend):
 )
 def test_pairs_that_do_not_fit(given, message):
     with pytest.raises(UserError, match=message):
-        proximo.jax.own_network(**given)(small(), CONTINUOUS)
+        proximo.jax.custom_network(**given)(small(), CONTINUOUS)
 
 
 @each_backend
@@ -409,18 +412,18 @@ def test_settings_that_do_not_fit(backend):
 def test_flax_modules_fit():
     flax = pytest.importorskip("flax.linen")
     policy = flax.Sequential([flax.Dense(8), flax.LayerNorm(), flax.tanh, flax.Dense(2)])
-    network = proximo.jax.own_network(policy=policy, value=flax.Dense(1))(small(), CONTINUOUS)
+    network = proximo.jax.custom_network(policy=policy, value=flax.Dense(1))(small(), CONTINUOUS)
     learner = JaxLearner(small(), CONTINUOUS, network)
     assert learner.state()["params/critic.params.kernel"].shape == (4, 1)
     two_updates(learner)
     with pytest.raises(UserError, match="batch_stats"):
-        proximo.jax.own_network(policy=flax.BatchNorm(False))(small(), CONTINUOUS)
+        proximo.jax.custom_network(policy=flax.BatchNorm(False))(small(), CONTINUOUS)
 
 
 @pytest.mark.filterwarnings("default")
 def test_haiku_functions_fit():
     haiku = pytest.importorskip("haiku")
     pair = haiku.without_apply_rng(haiku.transform(lambda x: haiku.nets.MLP([8, 1])(x)))
-    network = proximo.jax.own_network(value=pair)(small(), CONTINUOUS)
+    network = proximo.jax.custom_network(value=pair)(small(), CONTINUOUS)
     assert "critic.mlp/~/linear_0.w" in network.init()
     two_updates(JaxLearner(small(), CONTINUOUS, network))

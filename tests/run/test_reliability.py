@@ -32,7 +32,7 @@ from proximo.run import checkpoint
 from proximo.run import debug_bundle as bundle
 from proximo.run.metrics import METRICS, read_metrics
 from proximo.run.progress import Progress
-from proximo.run.retention import BEST, Keeper
+from proximo.run.retention import BEST, CheckpointManager
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = {
@@ -40,7 +40,7 @@ SMALL = {
 }  # fmt: skip
 ROWS = 32
 UNREADABLE = r"damaged|cannot be read|no manifest"
-OLD = Path(__file__).with_name("fixtures") / "schema-1"
+OLD = Path(__file__).parents[1] / "fixtures" / "schema-1"
 BACKENDS = ["jax", "torch"]
 # Runs a command within a limit of the system's.
 LIMITED = [
@@ -201,7 +201,7 @@ import os, signal, sys
 from pathlib import Path
 from proximo.run import checkpoint
 from proximo.config.settings import Config
-from proximo.run.retention import Keeper
+from proximo.run.retention import CheckpointManager
 from proximo.run.progress import Progress
 
 run, fixture = map(Path, sys.argv[1:])
@@ -216,7 +216,7 @@ for at in range(1, 1000):
     child = os.fork()
     if child == 0:
         progress = Progress(0, 0)
-        keeper = Keeper(folder, Config(keep_checkpoints=1, evaluation_interval=1), progress, save(progress))
+        keeper = CheckpointManager(folder, Config(keep_checkpoints=1, evaluation_interval=1), progress, save(progress))
         keeper.save(0.0)
         count = 0
         def kill(event, _):
@@ -243,7 +243,7 @@ for at in range(1, 1000):
         assert (reached, checkpoint.load(best).progress.global_step) == (3, 2)
         break
     killed += 1
-    Keeper(folder, Config(), saved.progress, save(Progress()))
+    CheckpointManager(folder, Config(), saved.progress, save(Progress()))
     assert checkpoint.load(best).progress.global_step == saved.progress.best_step
     assert not list((folder / "checkpoints").glob(".*"))
     assert checkpoint.load(folder).progress.global_step == reached
@@ -281,7 +281,7 @@ def test_a_save_that_fails_in_any_way_does_not_end_a_healthy_run(tmp_path, capsy
             raise left.pop()
         checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
 
-    keeper = Keeper(tmp_path, config, progress, save)
+    keeper = CheckpointManager(tmp_path, config, progress, save)
     for step in (1, 2):
         progress.global_step = step
         keeper.after_iteration(None)
@@ -436,7 +436,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     rng = random.Random(0)
     flips = [lambda: flip(latest / name, rng)] * 8
     if name == checkpoint.MANIFEST:
-        flips.append(lambda: (latest / name).write_bytes(whole[name].replace(b'"schema": 2', b'"schema": 3')))
+        flips.append(lambda: (latest / name).write_bytes(whole[name].replace(b'"schema": 3', b'"schema": 2')))
     for damage in [*flips, lambda: os.truncate(latest / name, 100), lambda: (latest / name).unlink()]:
         damage()
         assert checkpoint.load(run).path == before
@@ -461,17 +461,17 @@ def test_an_older_schema_is_migrated_and_a_later_one_refused(tmp_path):
     """A checkpoint of schema 1, which knew no environments' state: it acts and learns on with new episodes."""
     with PPO.load(OLD) as agent:
         assert agent.progress.global_step == 64
-        assert agent.progress.world is None
+        assert agent.progress.env_state is None
         agent.learn(64)
         assert agent.progress.global_step == 128
         agent.save(tmp_path / "new")
     manifest = json.loads((tmp_path / "new" / checkpoint.MANIFEST).read_text())
-    assert manifest["schema"] == checkpoint.SCHEMA == 2
+    assert manifest["schema"] == checkpoint.SCHEMA == 3
     manifest["schema"] = 99
     manifest["sha256"] = checkpoint.checksum((tmp_path / "new" / checkpoint.ARRAYS).read_bytes(), manifest)
     (tmp_path / "new" / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(
-        UserError, match=r"schema 99 .written by Proximo .*; this Proximo .* reads schema 1 to 2"
+        UserError, match=r"schema 99 .written by Proximo .*; this Proximo .* reads schema 1 to 3"
     ):
         PPO.load(tmp_path / "new")
 
@@ -521,7 +521,7 @@ def test_a_best_one_that_is_no_link_any_more(tmp_path):
     progress, config = Progress(1, 1), Config(evaluation_interval=1)
     arrays, manifest = checkpoint.read(OLD)
     save = lambda path: checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
-    keeper = Keeper(tmp_path, config, progress, save)
+    keeper = CheckpointManager(tmp_path, config, progress, save)
     keeper.save(1.0)
     (tmp_path / "checkpoints" / BEST).unlink()
     shutil.copytree(checkpoint.steps_of(tmp_path)[0], tmp_path / "checkpoints" / BEST)
@@ -901,7 +901,7 @@ def loads_or_refuses(folder, manifest, payload):
 def changed(manifest, payload, where):
     """The same checkpoint with something else said of its environments."""
     arrays = decode(payload)
-    name = manifest["progress"]["world"]
+    name = manifest["progress"]["env_state"]
     world = json.loads(arrays[name].tobytes())
     where(world["of"])
     payload = encode({**arrays, name: np.frombuffer(json.dumps(world).encode(), np.uint8)})
@@ -995,12 +995,13 @@ def test_any_metrics_are_read_or_refused(lines, tail, tmp_path):
 
 def test_every_case_has_its_test():
     """The table in docs/reliability.md names 25 cases, and for each tests that there are."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     text = (root.parent / "docs" / "reliability.md").read_text()
+    files = {path.stem: path for path in root.rglob("test_*.py")}
     rows = re.findall(r"^\| (\d+) \|.*?\| ([^|]+) \|$", text, re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 26))
     for _, cell in rows:
         named = re.findall(r"`(test_\w+)\.(test_\w+)`", cell)
         assert named
         for module, name in named:
-            assert f"def {name}(" in (root / f"{module}.py").read_text(), f"{module}.{name}"
+            assert f"def {name}(" in files[module].read_text(), f"{module}.{name}"

@@ -23,7 +23,7 @@ from proximo.spaces.spaces import Spaces
 N, T, ITERATIONS = 32, 32, 120
 
 
-class World(NamedTuple):
+class EnvState(NamedTuple):
     """CartPole-v1 for N poles at once (Barto, Sutton & Anderson 1983)."""
 
     physics: jax.Array  # [N, 4]
@@ -43,7 +43,7 @@ def physics_step(state: jax.Array, action: jax.Array) -> jax.Array:
     return jnp.stack([x + 0.02 * speed, speed + 0.02 * gain, angle + 0.02 * spin, spin + 0.02 * spin_gain], 1)
 
 
-def world_step(world: World, action: jax.Array) -> tuple[World, jax.Array, jax.Array, jax.Array]:
+def world_step(world: EnvState, action: jax.Array) -> tuple[EnvState, jax.Array, jax.Array, jax.Array]:
     following = physics_step(world.physics, action)
     terminated = (jnp.abs(following[:, 0]) > 2.4) | (jnp.abs(following[:, 2]) > 12 * 2 * math.pi / 360)
     truncated = world.steps + 1 >= 500
@@ -51,13 +51,13 @@ def world_step(world: World, action: jax.Array) -> tuple[World, jax.Array, jax.A
     key, draw = jax.random.split(world.key)
     fresh = jax.random.uniform(draw, following.shape, minval=-0.05, maxval=0.05)
     steps = jnp.where(over, 0, world.steps + 1)
-    after = World(jnp.where(over[:, None], fresh, following), steps, over, key)
+    after = EnvState(jnp.where(over[:, None], fresh, following), steps, over, key)
     return after, following, terminated, truncated
 
 
 def iteration(
-    spec: Spec, state: State, world: World, noise: jax.Array, order: jax.Array, hyper: Hyper
-) -> tuple[State, World, jax.Array]:
+    spec: Spec, state: State, world: EnvState, noise: jax.Array, order: jax.Array, hyper: Hyper
+) -> tuple[State, EnvState, jax.Array]:
     """Collect and update. Both observations are at hand here, so V of the true next one is taken everywhere."""
 
     def step(carried, noise):
@@ -103,7 +103,7 @@ def test_one_jitted_function_collects_and_learns():
     spaces = Spaces.of(env.observation_space, env.action_space)
     spec = Spec(config, spaces, built_in(config, spaces), lambda x: x)
     state = initial_state(spec, N, "float32")
-    world = World(jnp.zeros((N, 4)), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), jax.random.key(0))
+    world = EnvState(jnp.zeros((N, 4)), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), jax.random.key(0))
     run = jax.jit(partial(iteration, spec))
     ended = []
     for index in range(ITERATIONS):

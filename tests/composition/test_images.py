@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from worlds import BrightHalf
+from sample_envs import BrightHalf
 
 from proximo.envs.make import make_envs, spaces_of
 from proximo.jax.distributions import Categorical

@@ -26,7 +26,7 @@ from proximo.errors import RunError, UserError
 from proximo.jax import runtime as jax_runtime
 from proximo.learner.architecture import initial_parameters, size
 from proximo.learner.schedules import hyper_at
-from proximo.machine import choose_device, cores, learner_threads
+from proximo.machine import choose_device, choose_num_threads, cores
 from proximo.ppo import PPO
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.metrics import last_metrics, read_metrics
@@ -156,13 +156,13 @@ def test_small_networks_learn_on_one_thread(monkeypatch):
     agent = PPO("CartPole-v1", num_envs=2, **SMALL)
     parameters = initial_parameters(agent.config, agent.spaces)
     assert size(agent.config, agent.spaces) == sum(value.size for value in parameters.values()) == 9155
-    assert learner_threads(None, 64, 9155) == 1
+    assert choose_num_threads(None, 64, 9155) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert learner_threads(None, 1024, 9155) == cores()
-    assert learner_threads(None, 64, None) == cores()
+    assert choose_num_threads(None, 1024, 9155) == cores()
+    assert choose_num_threads(None, 64, None) == cores()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert learner_threads(None, 1024, 9155) == 1
-    assert learner_threads(3, 64, 9155) == 3
+    assert choose_num_threads(None, 1024, 9155) == 1
+    assert choose_num_threads(3, 64, 9155) == 3
     assert agent.learner.threads == 1
     assert PPO("CartPole-v1", backend="torch", threads=2, num_envs=2, **SMALL).learner.threads == 2
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rollouts import act_rollout, small
-from worlds import BrightHalf
+from sample_envs import BrightHalf
 
 import proximo.jax
 from proximo.config.settings import Config
@@ -113,10 +113,10 @@ def test_what_the_network_said_while_acting_is_not_asked_again(backend):
     rollout = act_rollout(learner, seed=1, said=said)
     assert len(said) == rollout.num_steps == 8
     order = minibatch_order(rollout.valid, 2, 2, np.random.default_rng(0))
-    before, found = learner.kept(), []
+    before, found = learner.snapshot(), []
     higher = [(policy, value + 10.0, carries) for policy, value, carries in said]
     for known in (said, [], higher):
-        learner.take_back(before)
+        learner.restore(before)
         metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0), known)
         found.append([metrics[name] for name in ("losses/total", "update/approx_kl", "update/gradient_norm")])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6)
@@ -233,7 +233,7 @@ def test_a_precision_is_for_convolutions():
     ):
         PPO("CartPole-v1", precision="bfloat16")
     linear = (lambda key, x: jnp.zeros(x.shape[-1]), lambda weight, x: x @ weight)
-    network = proximo.jax.own_network(value=linear)
+    network = proximo.jax.custom_network(value=linear)
     with pytest.raises(UserError, match="one of your own decides for itself"):
         PPO("CartPole-v1", network=network, precision="bfloat16")
 

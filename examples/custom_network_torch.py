@@ -1,6 +1,6 @@
 """A policy network of your own in PyTorch, with the built-in critic.
 
-    python examples/own_network_torch.py
+    python examples/custom_network_torch.py
 
 Needs `pip install 'proximo[torch]'`.
 """
@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from proximo.ppo import PPO, evaluate_random
-from proximo.torch.custom import own_network
+from proximo.torch.custom import custom_network
 
 torch.manual_seed(0)  # a module brings its own weights; `seed` does not reach them
 policy = nn.Sequential(nn.Linear(4, 32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32, 2))
 
-with PPO("CartPole-v1", backend="torch", seed=0, network=own_network(policy=policy)) as agent:
+with PPO("CartPole-v1", backend="torch", seed=0, network=custom_network(policy=policy)) as agent:
     agent.learn(40_000, progress=True)
 
 trained = agent.evaluate(20).to_dict()["return_mean"]
