@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class DeviceUnavailable(UserError):
+    """The requested device does not exist on this machine."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
 

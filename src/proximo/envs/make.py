@@ -23,7 +23,7 @@ from proximo.envs.auto_engine import choose_engine
 from proximo.envs.local import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
-from proximo.spaces.spaces import Discrete, Spaces
+from proximo.spaces.spaces import Spaces
 
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
 
@@ -204,9 +204,7 @@ def _words(space: Any) -> str:
     """Observation leaves or an action as a user would say it."""
     if isinstance(space, tuple):
         return " and ".join(f"{leaf.kind} {leaf.path or ''}{leaf.n or leaf.shape}" for leaf in space)
-    if isinstance(space, Discrete):
-        return f"one of {space.n} actions from {space.start}"
-    return f"numbers of shape {space.shape}, from {space.low} to {space.high}, as {space.dtype}"
+    return space.describe()
 
 
 def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:

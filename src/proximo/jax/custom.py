@@ -13,12 +13,12 @@ from jax import Array
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.jax.distributions import Policy
-from proximo.jax.networks import Network, Obs, Params, body, encode, linear, policy_from_output
-from proximo.learner.architecture import Parameters, architecture, head_width, initial_parameters
+from proximo.jax.distributions import Policy, policy_from_output
+from proximo.jax.networks import Network, Obs, Params, encode, hidden_layers, linear
+from proximo.learner.architecture import Parameters, architecture, initial_log_std, initial_parameters
 from proximo.learner.custom import HALF, ROWS, Features, check_answer, check_setting, roles, sample_rows
 from proximo.rollout.randomness import Purpose, sequence
-from proximo.spaces.spaces import Box, Spaces
+from proximo.spaces.spaces import Spaces
 
 
 class Part(NamedTuple):
@@ -75,8 +75,7 @@ def custom_network(
                 for role, pair in (("policy", policy), ("value", value))
             ]
         initial = {name: array for part in parts for name, array in part.initial.items()}
-        if isinstance(spaces.action, Box) and config.std == "learned":
-            initial["actor.log_std"] = np.full(spaces.action.size, math.log(config.init_std))
+        initial |= initial_log_std(config, spaces)
 
         def heads(params: Params, rows: Obs) -> Any:
             answers = tuple(part.apply(params, rows) for part in parts)
@@ -90,7 +89,7 @@ def custom_network(
         def apply(params: Params, obs: Obs, start: Array, carry: Array) -> tuple[Policy, Array, Array]:
             dtype, count = _dtype(params), math.prod(start.shape)
             output, values = heads(params, {path: x.reshape(count, *x.shape[2:]) for path, x in obs.items()})
-            output = output.astype(dtype).reshape(*start.shape, head_width(config, spaces))
+            output = output.astype(dtype).reshape(*start.shape, spaces.action.output_size(config))
             values = values.astype(dtype).reshape(start.shape)
             drawn_from = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
             return drawn_from, values, jnp.zeros((*start.shape, 0), dtype)
@@ -109,7 +108,7 @@ def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
     }
 
     def apply(params: Params, rows: Obs) -> Array:
-        return linear(params, f"{half}.head", body(made, spaces, params, half, rows))
+        return linear(params, f"{half}.head", hidden_layers(made, spaces, params, half, rows))
 
     return Part(initial, apply)
 

@@ -10,7 +10,7 @@ HINT = "--device cuda needs JAX for CUDA: pip install 'jax[cuda12]'; JAX has no 
 THREADS = "PJRT_NPROC"  # read when JAX starts, and never again
 
 
-def devices() -> list[str]:
+def available_devices() -> list[str]:
     """What JAX can use here, once it has started."""
     return ["cpu", *(["cuda"] if any(device.platform == "gpu" for device in jax.devices()) else [])]
 

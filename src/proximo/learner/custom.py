@@ -8,8 +8,8 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.learner.architecture import head_width
-from proximo.spaces.spaces import Discrete, Obs, Spaces
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
 Features = Literal["encoded", "dict"]
 
@@ -78,11 +78,11 @@ def check_answer(config: Config, spaces: Spaces, answer: Any) -> None:
     """
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         raise UserError(f"custom_network(both=…) must return (policy's output, value), got {_shape(answer)}")
-    needed = (ROWS, head_width(config, spaces))
+    needed = (ROWS, spaces.action.output_size(config))
     if _shape(answer[0]) != needed:
         raise UserError(
             f"custom_network: the policy's output for {ROWS} observations has shape {_shape(answer[0])}, "
-            f"expected {needed}: {_meaning(config, spaces)}"
+            f"expected {needed}: {spaces.action.describe_outputs(config)}"
         )
     if _shape(answer[1]) not in ((ROWS,), (ROWS, 1)):
         raise UserError(
@@ -94,11 +94,3 @@ def check_answer(config: Config, spaces: Spaces, answer: Any) -> None:
 def _shape(answer: Any) -> Any:
     """The shape of what should be an array; of anything else its type's name."""
     return tuple(answer.shape) if hasattr(answer, "shape") else type(answer).__name__
-
-
-def _meaning(config: Config, spaces: Spaces) -> str:
-    """What the policy's outputs are, in words."""
-    if isinstance(spaces.action, Discrete):
-        return "one logit for each action"
-    predicted = config.std == "predicted"
-    return "one mean for each dimension of the action" + (", then one for its deviation" if predicted else "")

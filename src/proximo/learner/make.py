@@ -6,10 +6,11 @@ import importlib.util
 from types import FunctionType
 from typing import Any
 
+from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.learner.architecture import architecture
-from proximo.learner.protocol import Learner
+from proximo.learner.learner import Learner
 from proximo.spaces.spaces import Spaces
 
 
@@ -54,3 +55,10 @@ def make_learner(config: Config, spaces: Spaces, network: Any = None, **options:
             f"since the backend is {backend}; got {network!r}"
         )
     return package.Learner(config, spaces, network, **options)
+
+
+def resolved_by(learner: Learner, engine: str | None = None) -> Resolved:
+    """The choices of a learner, with the engine of its environments."""
+    config, spaces = learner.spec.config, learner.spec.spaces
+    network = architecture(config, spaces)._asdict() if learner.is_built_in else None
+    return Resolved(learner.backend, engine, learner.device.name, learner.threads, learner.compiled, network)

@@ -15,6 +15,7 @@ from proximo.rollout.env_state import EnvState
 from proximo.rollout.rollout import Episode
 
 WINDOW = 100  # episodes that training returns are averaged over
+MAX_FAILURES = 3  # consecutive discarded updates, failed evaluations or failed saves that stop a run
 NAME = "run"  # begins the names of its arrays in a checkpoint
 ENV_STATE_BYTES = 1 << 26  # of text, in which numbers take ten times the memory that they take in arrays
 
@@ -46,6 +47,12 @@ class Progress:
     def restore(self, before: Progress) -> None:
         """Be as it was then."""
         vars(self).update(vars(before))
+
+    def advance(self, steps: int, episodes: Iterable[Episode]) -> None:
+        """Count one iteration."""
+        self.global_step += steps
+        self.iteration += 1
+        self.episodes.extend(episodes)
 
     @property
     def return_mean(self) -> float | None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.learner.architecture import Parameters, architecture, head_width, initial_parameters
+from proximo.learner.architecture import Parameters, architecture, initial_log_std, initial_parameters
 from proximo.learner.custom import HALF, ROWS, Features, check_answer, check_setting, roles, sample_rows
-from proximo.spaces.spaces import Box, Spaces
-from proximo.torch.distributions import Policy
-from proximo.torch.networks import Network, Obs, Params, body, encode, linear, policy_from_output
-from proximo.torch.tensors import each, tensor
+from proximo.spaces.spaces import Spaces
+from proximo.torch.distributions import Policy, policy_from_output
+from proximo.torch.networks import Network, Obs, Params, encode, hidden_layers, linear
+from proximo.torch.tensors import to_tensor, tree_map
 
 
 class Part(NamedTuple):
@@ -57,7 +55,7 @@ def custom_network(
 
     Raises:
         UserError: what is given is no module; and, when an agent is made: outputs of the wrong shape, nothing
-            to learn, or a module that changes itself, draws random numbers or lets rows influence each other.
+            to learn, or a module that changes itself, draws random numbers or lets rows influence tree_map other.
     """
     given = roles(policy, value, both, features)
     _check_modules(given)
@@ -72,14 +70,13 @@ def custom_network(
                 for role, module in (("policy", policy), ("value", value))
             ]
         initial = {name: array for part in parts for name, array in part.initial.items()}
-        if isinstance(spaces.action, Box) and config.std == "learned":
-            initial["actor.log_std"] = np.full(spaces.action.size, math.log(config.init_std))
+        initial |= initial_log_std(config, spaces)
 
         def heads(params: Params, rows: Obs) -> Any:
             answers = tuple(part.apply(params, rows) for part in parts)
             return answers if both is None else answers[0]
 
-        rows = each(tensor, sample_rows(spaces))
+        rows = tree_map(to_tensor, sample_rows(spaces))
         params = {name: torch.tensor(array, dtype=torch.float32) for name, array in initial.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             check_answer(config, spaces, heads(params, rows))
@@ -89,7 +86,7 @@ def custom_network(
         def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> tuple[Policy, Tensor, Tensor]:
             dtype = _dtype(params)
             output, values = heads(params, {path: x.flatten(0, 1) for path, x in obs.items()})
-            output = output.to(dtype).reshape(*start.shape, head_width(config, spaces))
+            output = output.to(dtype).reshape(*start.shape, spaces.action.output_size(config))
             values = values.to(dtype).reshape(start.shape)
             drawn_from = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
             return drawn_from, values, values.new_zeros((*start.shape, 0))
@@ -108,7 +105,7 @@ def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
     }
 
     def apply(params: Params, rows: Obs) -> Tensor:
-        return linear(params, f"{half}.head", body(made, spaces, params, half, rows))
+        return linear(params, f"{half}.head", hidden_layers(made, spaces, params, half, rows))
 
     return Part(initial, apply)
 

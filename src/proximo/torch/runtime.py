@@ -15,17 +15,17 @@ import torch
 from proximo.machine import Device
 
 HINT = "--device cuda needs PyTorch built for CUDA and its driver, --device mps a Mac with PyTorch for it"
-MANY = 20_000  # minibatches: a compiled one is about 1 ms quicker, and compiling takes 8 to 15 s
+MIN_MINIBATCHES = 20_000  # minibatches: a compiled one is about 1 ms quicker, and compiling takes 8 to 15 s
 
 
-def devices() -> list[str]:
+def available_devices() -> list[str]:
     """What PyTorch can use here."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return ["cpu", *(name for name, there in found.items() if there)]
 
 
 @contextmanager
-def num_threads_set_to(threads: int) -> Iterator[None]:
+def num_threads(threads: int) -> Iterator[None]:
     """Let PyTorch use so many threads within this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -36,7 +36,7 @@ def num_threads_set_to(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def default_device_set_to(device: Device) -> Iterator[None]:
+def default_device(device: Device) -> Iterator[None]:
     """Have tensors made on this device within this block. On the CPU nothing is done, which would cost every call."""
     if device.name == "cpu":
         yield

@@ -1,0 +1,164 @@
+"""Everything that a run writes: metrics, checkpoints, videos, debug bundles and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from proximo.config.settings import Config
+from proximo.errors import Exited, NotFinite, RunError, describe_error, notify_user
+from proximo.learner.learner import Learner
+from proximo.report.plot import plot, plot_run
+from proximo.rollout.rollout import Metrics, Samples
+from proximo.run import debug_bundle
+from proximo.run.folder import RunFolder, Sink
+from proximo.run.progress import Progress
+from proximo.run.retention import CheckpointManager, require_latest
+from proximo.run.trackers import recording, tell
+
+
+class Recorder:
+    """Writes what a run records; without a run folder only progress on the terminal.
+
+    Args:
+        folder: the run folder, or None.
+        trackers: receive metrics.
+        save: writes a checkpoint.
+        record_video: records an episode of the policy's mode.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        trackers: list[Sink],
+        env_id: str | None,
+        config: Config,
+        learner: Learner,
+        progress: Progress,
+        save: Callable[[Path], object],
+        record_video: Callable[[Path], object],
+    ) -> None:
+        self.folder, self._trackers, self._env_id, self._config = folder, trackers, env_id, config
+        self._learner, self._progress, self._save, self._record_video = learner, progress, save, record_video
+        self._checkpoints: CheckpointManager | None = None
+
+    def start(self) -> None:
+        """Save a first checkpoint, for a run that dies early."""
+        if self.folder:
+            self._checkpoints = CheckpointManager(
+                self.folder.path, self._config, self._progress, self._save_synced
+            )
+            self._checkpoints.save()
+
+    def _save_synced(self, path: Path) -> None:
+        assert self.folder
+        self.folder.sync()  # metrics first: a checkpoint never precedes them on disk
+        self._save(path)
+
+    def write(self, metrics: Metrics, samples: Samples | None) -> None:
+        """Send the metrics of an iteration to all trackers."""
+        tell(self._trackers, metrics, samples)
+
+    def after_iteration(self, evaluated: float | None) -> None:
+        """Save a checkpoint and record a video where they are due.
+
+        Args:
+            evaluated: mean return of this iteration's evaluation, if there was one.
+        """
+        if self._checkpoints:
+            self._checkpoints.after_iteration(evaluated)
+            interval = self._config.video_interval
+            if interval and self._progress.iteration % interval == 0:
+                self._film()
+
+    def finish(self) -> None:
+        """Save the last checkpoint.
+
+        Raises:
+            RunError: it could not be saved.
+        """
+        if self._checkpoints and self.folder:
+            self._checkpoints.save()
+            if self._checkpoints.failures:
+                raise RunError(
+                    f"the last checkpoint could not be saved in {self.folder.path}. Free some space and save again."
+                )
+
+    def rescue(self, error: BaseException) -> None:
+        """Save what was learned before an error, and a debug bundle after a numerical one."""
+        if not self._checkpoints or not self.folder:
+            return
+        try:
+            if not self._checkpoints.gave_up:
+                self._checkpoints.save()
+            if isinstance(error, NotFinite):
+                path = debug_bundle.save(
+                    self.folder.path, error, self._learner, self._config, self._env_id, self._progress
+                )
+                notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
+        except Exception as another:
+            notify_user(f"not everything could be saved: {another}")
+
+    def conclude(self) -> None:
+        """Record a last video and draw the curves."""
+        if not self.folder:
+            return
+        self._film()
+        if not self.folder.rows:
+            return
+        try:
+            plot([self.folder.path])
+            if self._progress.episodes:
+                plot_run(self.folder.path)
+        except Exception as error:
+            notify_user(f"the curves of {self.folder.path} could not be drawn: {error}")
+
+    def _film(self) -> None:
+        """Record a video of this step, if videos are configured; a failure does not stop the run."""
+        assert self.folder
+        path = self.folder.path / "videos" / f"step_{self._progress.global_step:012d}.mp4"
+        if not self._config.capture_video or path.exists():
+            return
+        try:
+            self._record_video(path)
+        except Exited:
+            raise
+        except Exception as error:
+            notify_user(f"{path} could not be recorded: {describe_error(error)}")
+
+
+@contextmanager
+def record_run(
+    run_dir: str | Path | None,
+    env_id: str | None,
+    config: Config,
+    learner: Learner,
+    progress: Progress,
+    save: Callable[[Path], object],
+    record_video: Callable[[Path], object],
+    is_continued: bool,
+    show: bool,
+) -> Iterator[Recorder]:
+    """Open the run folder and trackers; at the end save, and after an error rescue what was learned.
+
+    Args:
+        is_continued: the run folder holds the earlier part of this run.
+        show: show progress on the terminal.
+
+    Raises:
+        UserError: the run folder is in use or cannot be written, or a tracker does not start.
+        RunError: the last checkpoint could not be saved.
+    """
+    check = partial(require_latest, progress.global_step)
+    after = progress if is_continued else None
+    with recording(run_dir, env_id, config, show, after, check) as (folder, trackers):
+        recorder = Recorder(folder, trackers, env_id, config, learner, progress, save, record_video)
+        try:
+            yield recorder
+            recorder.finish()
+        except BaseException as error:
+            recorder.rescue(error)
+            raise
+    recorder.conclude()
