@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from proximo.config.names import checked, from_mapping
-from proximo.config.settings import FIELDS, Config
+from proximo.config.names import convert_settings, from_mapping
+from proximo.config.settings import SETTINGS, Config
 from proximo.config.values import to_int
 from proximo.errors import UserError
 from proximo.learner.make import choose_backend, make_learner
@@ -334,14 +334,14 @@ class Agent:
 
 
 def own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their own names, checked one by one.
+    """Settings under their canonical names, converted and checked one by one.
 
     Raises:
         UserError: an unknown name, a bad value, or a setting of what the user's loop does itself.
     """
-    given = checked(settings)
+    given = convert_settings(settings)
     for name in given:
-        if name in DRIVERS or FIELDS[name].metadata["group"] == "records":
+        if name in DRIVERS or SETTINGS[name].group == "records":
             raise UserError(
                 f"{name} is a setting of PPO's own loop: an Agent is driven by yours, so leave it out"
             )

@@ -11,9 +11,8 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from proximo.config import presets
-from proximo.config.names import checked, from_mapping, override
-from proximo.config.settings import FIELDS, Config
-from proximo.config.values import check
+from proximo.config.names import convert_settings, from_mapping, override
+from proximo.config.settings import SETTINGS, Config
 from proximo.envs.make import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
 from proximo.errors import Exited, NotFinite, RunError, UserError, describe_error, notify_user
 from proximo.evaluate import Evaluation, evaluate, random, trained
@@ -357,7 +356,7 @@ class PPO:
         """The config of a call that trains for so many more steps, which the learner is told."""
         config, done = self.config, self.progress.global_step
         if total_timesteps is not None:
-            steps = check(FIELDS["total_timesteps"], total_timesteps)
+            steps = SETTINGS["total_timesteps"].convert(total_timesteps)
             config = config.replace(total_timesteps=done + steps)
         # A run that goes on to its end as planned is one run, whatever is left of it.
         compiled, planned = self.learner.compiled if done else None, self.config.total_timesteps
@@ -366,7 +365,7 @@ class PPO:
             planned = self._saved.manifest["config"].get("total_timesteps")
         if planned != config.total_timesteps:
             compiled = None
-        minibatches = config.minibatches_of(config.total_timesteps - done)
+        minibatches = config.count_minibatches(config.total_timesteps - done)
         return config.replace(compile=self.learner.expect(minibatches, compiled))
 
     def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
@@ -567,12 +566,12 @@ def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
 
 
 def given_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their own names, checked one by one; a vector environment decides num_envs.
+    """Settings under their canonical names, converted and checked one by one; a vector environment decides num_envs.
 
     Raises:
         UserError: an unknown name or a bad value.
     """
-    given = checked(settings)
+    given = convert_settings(settings)
     if isinstance(env, VectorEnv) and given.get("isolate_envs"):
         raise UserError("isolate_envs is for environments that Proximo makes, not for a vector environment")
     if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
@@ -587,7 +586,7 @@ def resolve(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Confi
         UserError: an unknown name, a bad value or a contradiction.
     """
     given = given_for(env, settings)
-    base = presets.settings_for(env if isinstance(env, str) else None, preset)
+    base = presets.load_settings(env if isinstance(env, str) else None, preset)
     try:
         return from_mapping(override(base, given))
     except UserError as error:
