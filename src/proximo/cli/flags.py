@@ -38,7 +38,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         elif setting.kind is tuple:
             options["metavar"] = "N N …"
         elif setting.kind is Mapping:
-            options |= {"type": mapping, "metavar": "YAML"}
+            options |= {"type": yaml_mapping, "metavar": "YAML"}
         elif setting.choices:
             options["metavar"] = "{" + ",".join(setting.choices) + "}"
         else:
@@ -53,15 +53,15 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
 
 
-def mapping(text: str) -> dict[str, Any]:
-    """An argument that is a YAML or JSON mapping."""
+def yaml_mapping(text: str) -> dict[str, Any]:
+    """Parse an argument that is a YAML or JSON mapping."""
     try:
         value = load_plain_yaml(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
-            f"expected names with values such as '{{gravity: -5}}', got {text!r}"
+            f"{text!r} is not a mapping; expected names with values, such as '{{gravity: -5}}'."
         )
     return value
 
