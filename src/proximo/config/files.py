@@ -79,8 +79,8 @@ def to_yaml(
 ) -> str:
     """Return the text of a settings file: environment, preset and every setting except those in `omit`.
 
-    `read_file` and `proximo train --config` reproduce `config` from it, because the settings in the file override
-    those of the preset. The name of the preset is a record, which holds even if the preset changes later.
+    `proximo train --config` reproduces `config` from it: the settings in the file override those of the preset, whose
+    name is only a record.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in omit}
     values = {"env": env_id, "preset": preset or "none", **settings}

@@ -50,39 +50,35 @@ class Config:
     # fmt: off
     # Run
     total_timesteps: int = option(
-        1_000_000, "agent steps to train for, over all environments; a frame-skipped step counts once",
+        1_000_000, "agent steps to train for over all environments; a frame-skipped step counts once",
         group="run", low=1
     )
     num_envs: int = option(8, "environments stepped in parallel (N)", group="run", low=1)
     num_steps: int = option(256, "steps per environment in one rollout (T)", group="run", low=1)
     seed: int = option(0, "seed of all random numbers", group="run", low=0)
     backend: Literal["auto", "jax", "torch"] = option(
-        "auto",
-        "array library of the learner; auto selects PyTorch for convolutions if it is installed, else JAX",
+        "auto", "array library of the learner; auto selects PyTorch for convolutions if it is installed, else JAX",
         group="run"
     )
     engine: Literal["auto", "sync", "workers", "envpool", "native"] = option(
         "auto",
-        "how environments run: sync (in this process), workers (in a few processes, many in each), envpool "
-        "(in C++), native (the environment's own vectorised version), or auto (the fastest of these, by rule)",
+        "how environments run: sync (in this process), workers (in a few processes, many in each), envpool (in "
+        "C++), native (the environment's own vectorised version), or auto (the fastest of these, by rule)",
         group="run"
     )
     isolate_envs: bool = option(
         False,
-        "run all environments in worker processes (engine workers), so that a crash or hang stops the run "
-        "with an error message; slower; videos still use an environment in the main process",
+        "run all environments in worker processes (engine workers): slower, but a crash or hang ends the run with "
+        "an error message; videos still use an environment in the main process",
         group="run"
     )
     env_timeout: float = option(
-        60.0,
-        "seconds after which a step or reset of an environment counts as stuck and stops the run (engines "
-        "workers and sync)",
+        60.0, "seconds after which a step or reset counts as stuck and stops the run (engines workers and sync)",
         group="run", above=0
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = option(
         "auto",
-        "device of the learner; mps is PyTorch on a Mac; auto selects cuda for convolutions if available, "
-        "else cpu",
+        "device of the learner (mps: PyTorch on a Mac); auto selects cuda for convolutions if available, else cpu",
         group="run"
     )
     threads: int | None = option(
@@ -94,25 +90,20 @@ class Config:
         group="run"
     )
     run_dir: str | None = option(None, "run folder; by default a new folder under runs/", group="run")
-    env_kwargs: Mapping[str, Any] = option(
-        {}, "keyword arguments of the environment, as YAML or JSON", group="run"
-    )
+    env_kwargs: Mapping[str, Any] = option({}, "keyword arguments of the environment, as YAML or JSON", group="run")
     stop_at_return: float | None = option(
         None, "stop when the mean return of the last 100 training episodes reaches this value", group="run"
     )
     exact_resume: bool = option(False, "let auto select only engines that support exact resume", group="run")
     checkpoint_interval: int = option(50, "iterations between checkpoints; 0 disables", group="run", low=0)
     checkpoint_minutes: float | None = option(
-        10.0, "minutes after which a checkpoint is due regardless of checkpoint_interval; none disables",
-        group="run", above=0
+        10.0, "minutes after which a checkpoint is written in any case; none disables", group="run", above=0
     )
-    keep_checkpoints: int = option(
-        3, "number of latest checkpoints to keep, besides the best one", group="run", low=1
-    )
+    keep_checkpoints: int = option(3, "latest checkpoints to keep, besides the best one", group="run", low=1)
     evaluation_interval: int = option(
         0,
-        "iterations between evaluations of the deterministic policy in separate environments, which then "
-        "determine the best checkpoint; 0 disables",
+        "iterations between evaluations of the deterministic policy, which then select the best checkpoint; 0 "
+        "disables",
         group="run", low=0
     )
     evaluation_episodes: int = option(20, "complete episodes per such evaluation", group="run", low=1)
@@ -124,16 +115,12 @@ class Config:
     )
     histogram_interval: int = option(
         20,
-        "iterations between histograms of returns, advantages, values, actions and ratios, with statistics "
-        "per action dimension; 0 disables",
+        "iterations between histograms of returns, advantages, values, actions and ratios, with statistics per "
+        "action dimension; 0 disables",
         group="records", low=0
     )
-    capture_video: bool = option(
-        False, "record videos of the policy during training and at the end", group="records"
-    )
-    video_interval: int = option(
-        100, "iterations between videos; 0 records only at the end", group="records", low=0
-    )
+    capture_video: bool = option(False, "record videos of the policy during training and at the end", group="records")
+    video_interval: int = option(100, "iterations between videos; 0 records only at the end", group="records", low=0)
 
     # Update
     update_epochs: int = option(10, "passes over each rollout", group="update", low=1, source=PPO_PAPER)
@@ -142,19 +129,15 @@ class Config:
         group="update", low=1, source=PPO_PAPER
     )
     num_minibatches: int | None = option(
-        None, "minibatches per epoch, as an alternative to minibatch_size",
-        group="update", low=1, source=DETAILS
+        None, "minibatches per epoch, as an alternative to minibatch_size", group="update", low=1, source=DETAILS
     )
     sequence_length: int = option(
         1, "steps per training sequence, a divisor of num_steps; above 1 for custom recurrent networks only",
         group="update", low=1
     )
-    learning_rate: float = option(
-        3e-4, "initial learning rate of Adam", group="update", low=0, source=PPO_PAPER
-    )
+    learning_rate: float = option(3e-4, "initial learning rate of Adam", group="update", low=0, source=PPO_PAPER)
     actor_learning_rate: float | None = option(
-        None, "learning rate of the actor and of a shared trunk; by default learning_rate",
-        group="update", low=0
+        None, "learning rate of the actor and of a shared trunk; by default learning_rate", group="update", low=0
     )
     critic_learning_rate: float | None = option(
         None, "learning rate of the critic; by default learning_rate", group="update", low=0
@@ -189,8 +172,7 @@ class Config:
     ent_schedule: Literal["constant", "linear"] = option("constant", "schedule of ent_coef", group="update")
     final_ent_coef: float = option(0.0, "ent_coef at the end of a linear schedule", group="update", low=0)
     vf_coef: float = option(
-        0.5, "weight of the value loss, which is half the mean squared error",
-        group="update", low=0, source=PPO_PAPER
+        0.5, "weight of the value loss, which is half the mean squared error", group="update", low=0, source=PPO_PAPER
     )
     max_grad_norm: float | None = option(
         0.5, "maximum norm of the gradient over all parameters; none disables clipping",
@@ -205,16 +187,15 @@ class Config:
         group="update", above=0, source="Rudin et al. 2021, arXiv:2109.11978"
     )
     normalize_advantage: Literal["minibatch", "rollout", "off"] = option(
-        "minibatch",
-        "scale advantages to mean 0 and standard deviation 1 over each minibatch or rollout, or not",
+        "minibatch", "scope in which advantages are scaled to mean 0 and standard deviation 1; off disables",
         group="update", source=DETAILS
     )
 
     # Network
     architecture: Literal["auto", "mlp", "nature", "impala"] = option(
         "auto",
-        "built-in network: mlp, or nature or impala with convolutions; auto selects mlp without images, "
-        "nature with images, and impala for images too small for nature",
+        "built-in network: mlp, or nature or impala with convolutions; auto selects mlp without images, nature "
+        "with images, and impala for images too small for nature",
         group="network", source="Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv:1802.01561 (impala)"
     )
     hidden_sizes: tuple[int, ...] | None = option(
@@ -226,28 +207,23 @@ class Config:
         group="network", source=WHAT_MATTERS
     )
     shared_trunk: bool | None = option(
-        None,
-        "one body with policy and value heads instead of two networks; by default with nature and impala",
+        None, "one body with a policy and a value head, not two networks; by default with nature and impala",
         group="network"
     )
     precision: Literal["float32", "bfloat16"] = option(
-        "float32",
-        "precision of convolutions and of the hidden layers after them; parameters, policy, losses and "
-        "optimizer are always float32",
+        "float32", "precision of convolutions and the hidden layers after them; everything else is float32",
         group="network", source="Micikevicius et al. 2018, arXiv:1710.03740"
     )
     orthogonal_init: bool = option(
         True,
-        "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise "
-        "PyTorch's default, uniform in ±1/sqrt(inputs)",
+        "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
+        "default, uniform in ±1/sqrt(inputs)",
         group="network", source=DETAILS
     )
 
     # Policy
     std: Literal["learned", "predicted", "fixed"] = option(
-        "learned",
-        "standard deviation of a Gaussian policy: learned (independent of the observation), predicted (from "
-        "the observation) or fixed",
+        "learned", "standard deviation of a Gaussian policy: learned, predicted from the observation, or fixed",
         group="policy", source=WHAT_MATTERS
     )
     init_std: float = option(1.0, "initial standard deviation", group="policy", above=0, high=7)
@@ -266,8 +242,7 @@ class Config:
 
     # Normalisation
     normalize_observation: bool = option(
-        False, "scale observations to running mean 0 and standard deviation 1",
-        group="normalisation", source=DETAILS
+        False, "scale observations to running mean 0 and standard deviation 1", group="normalisation", source=DETAILS
     )
     normalize_reward: bool = option(
         False, "divide rewards by the running standard deviation of the discounted return",

@@ -56,7 +56,7 @@ class Setting:
     @property
     def expected(self) -> str:
         """The accepted values in words, such as "a number in [0, 1]" or "an integer ≥ 1, or none"."""
-        text = "one of " + ", ".join(self.choices) if self.choices else _KINDS[self.kind]
+        text = "one of " + ", ".join(self.choices) if self.choices else _KINDS[self.kind][0]
         if self.high is not None:
             lower = f"({self.above:g}" if self.low is None else f"[{self.low:g}"
             text += f" in {lower}, {self.high:g}]"
@@ -77,7 +77,7 @@ class Setting:
         if value is False and "off" in self.choices:
             value = "off"  # YAML 1.1 reads a bare off as false
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            value = _CONVERTERS[self.kind](value)
+            value = _KINDS[self.kind][1](value)
             if self._is_in_range(value):
                 return value
         hint = suggest(str(value), self.choices) if self.choices else ""
@@ -153,19 +153,12 @@ def _to_plain(value: Any) -> Any:
     raise TypeError
 
 
-_KINDS: dict[type, str] = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    tuple: "integers",
-    Mapping: "a mapping of names to plain values (numbers, strings, lists and the like)",
-}
-_CONVERTERS: dict[type, Callable[[Any], Any]] = {
-    int: to_int,
-    float: _to_float,
-    bool: _to_bool,
-    str: _to_str,
-    tuple: _to_ints,
-    Mapping: _to_mapping,
+# Type of a setting → expected value in words, converter (raises TypeError, ValueError or OverflowError).
+_KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    int: ("an integer", to_int),
+    float: ("a number", _to_float),
+    bool: ("true or false", _to_bool),
+    str: ("a string", _to_str),
+    tuple: ("integers", _to_ints),
+    Mapping: ("a mapping of names to plain values (numbers, strings, lists and the like)", _to_mapping),
 }
