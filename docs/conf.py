@@ -5,8 +5,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from proximo.config.names import ALIASES
-from proximo.config.settings import FIELDS
-from proximo.config.values import expected
+from proximo.config.settings import SETTINGS
 from proximo.version import __version__
 
 project = "Proximo"
@@ -34,14 +33,19 @@ class Settings(SphinxDirective):
 
 def settings(group: str) -> str:
     """Every setting of a group: name, meaning, default, what it accepts, source."""
-    fields = [field for field in FIELDS.values() if field.metadata["group"] == group]
-    if not fields:
-        raise ValueError(f"there is no group of settings named {group!r}")
     rows = [
-        (f"`{field.name}`", rule["meaning"], f"`{default_of(field)}`", expected(field), rule["source"] or "–")
-        for field in fields
-        for rule in [field.metadata]
+        (
+            f"`{name}`",
+            setting.meaning,
+            f"`{str(setting.default).lower()}`",
+            setting.expected,
+            setting.source or "–",
+        )
+        for name, setting in SETTINGS.items()
+        if setting.group == group
     ]
+    if not rows:
+        raise ValueError(f"there is no group of settings named {group!r}")
     return table(("setting", "meaning", "default", "accepts", "source"), rows)
 
 
@@ -52,12 +56,6 @@ def aliases() -> str:
         names.setdefault(name, []).append(f"`{alias}`")
     rows = [(f"`{name}`", ", ".join(others)) for name, others in names.items()]
     return table(("setting", "also taken as"), rows)
-
-
-def default_of(field) -> str:
-    """A default as the command line takes it."""
-    default = field.default_factory() if field.metadata["kind"] == "mapping" else field.default
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -285,7 +285,7 @@ def test_a_refused_observe_stores_nothing():
         ((4, 2), {"run_dir": "runs"}, "run_dir is a setting"),
         ((4, 2), {"capture_video": True}, "capture_video is a setting"),
         ((4, 2), {"lerning_rate": 1e-3}, "did you mean 'learning_rate'"),
-        ((4, 2), {"num_steps": 100}, "do not divide"),
+        ((4, 2), {"num_steps": 100}, "does not divide"),
     ],
 )
 def test_what_an_agent_cannot_be_made_of(arguments, settings, message):

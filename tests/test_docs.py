@@ -16,7 +16,7 @@ import pytest
 
 from proximo.cli import main
 from proximo.config.names import ALIASES
-from proximo.config.settings import FIELDS
+from proximo.config.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -163,7 +163,7 @@ def test_the_site_builds(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     settings = (tmp_path / "html" / "settings.html").read_text("utf-8")
     shown = set(re.findall(r'<span class="pre">(\w+)</span>', settings))
-    assert {*FIELDS, *ALIASES} <= shown
+    assert {*SETTINGS, *ALIASES} <= shown
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -179,7 +179,7 @@ def test_learn_goes_up_to_the_configured_total():
     assert agent.config.total_timesteps == 64
     agent = PPO("CartPole-v1", total_timesteps=128, **SMALL).learn().learn()
     assert agent.progress.global_step == 128
-    with pytest.raises(UserError, match="whole number"):
+    with pytest.raises(UserError, match="`total_timesteps` is 'many'; expected an integer"):
         agent.learn("many")
     agent.close()
 

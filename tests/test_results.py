@@ -22,7 +22,7 @@ def test_every_preset_has_the_settings_it_was_measured_with():
     """A preset that says what it reached holds the total that those runs trained for, to one rollout."""
     measured = REPORT["results"]()
     assert {"CartPole-v1", "HalfCheetah-v5"} <= set(measured)
-    for name in presets.available():
+    for name in presets.list_names():
         preset = presets.load(name)
         assert ("measured" in preset) == (name in measured), name
         for run in measured.get(name, {"runs": []})["runs"]:
@@ -33,9 +33,9 @@ def test_every_preset_has_the_settings_it_was_measured_with():
 
 def test_every_preset_is_a_valid_config():
     """Also those of older versions, which are the newer ones' settings."""
-    for name in presets.available():
-        assert from_mapping(presets.settings_for(name, "auto")).total_timesteps >= 100_000
-    assert presets.settings_for("Hopper-v4", "auto") == presets.settings_for("Hopper-v5", "auto")
+    for name in presets.list_names():
+        assert from_mapping(presets.load_settings(name, "auto")).total_timesteps >= 100_000
+    assert presets.load_settings("Hopper-v4", "auto") == presets.load_settings("Hopper-v5", "auto")
 
 
 def test_a_stale_figure_is_found():

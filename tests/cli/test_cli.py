@@ -83,12 +83,12 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train BabyAI/GoToObj-v0", "pip install minigrid"),
         ("train nosuchmodule:Env-v0", "nosuchmodule"),
         ("train CartPole-v1 --nm-envs 3", "did you mean '--num-envs'"),
-        ("train CartPole-v1 --gamma 1.5", "gamma must be a number in [0, 1], got 1.5"),
-        ("train CartPole-v1 --num-envs many", "num_envs must be a whole number in [1, ∞), got 'many'"),
+        ("train CartPole-v1 --gamma 1.5", "`gamma` is 1.5; expected a number in [0, 1]."),
+        ("train CartPole-v1 --num-envs many", "`num_envs` is 'many'; expected an integer ≥ 1."),
         ("train CartPole-v1 --std lerned", "did you mean 'learned'"),
-        ("train CartPole-v1 --batch-size 64", "give minibatch_size"),
-        ("train CartPole-v1 --minibatch-size 100", "do not divide into minibatches of minibatch_size 100"),
-        ("train CartPole-v1 --num-minibatches 7", "do not divide into num_minibatches 7"),
+        ("train CartPole-v1 --batch-size 64", "Use `minibatch_size`"),
+        ("train CartPole-v1 --minibatch-size 100", "`minibatch_size` 100 does not divide the rollout"),
+        ("train CartPole-v1 --num-minibatches 7", "`num_minibatches` 7 does not divide the rollout"),
         ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
         ("train CartPole-v1 --squash", "squash needs a Box action space"),
         ("train Blackjack-v1", "observation space Tuple"),
@@ -160,13 +160,13 @@ def test_other_libraries_names_and_spellings_are_understood(tmp_path, capsys):
 
 
 def test_help_lists_every_setting(capsys):
-    from proximo.config.settings import FIELDS
+    from proximo.config.settings import SETTINGS
 
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert all("--" + name.replace("_", "-") in text for name in FIELDS)
+    assert all("--" + name.replace("_", "-") in text for name in SETTINGS)
 
 
 @pytest.mark.parametrize(

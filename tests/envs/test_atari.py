@@ -45,11 +45,11 @@ def test_games_are_known_by_name_and_run_natively():
     """The preset is for all of them; what ALE's vector environment cannot do runs elsewhere."""
     for name in (PONG, "ALE/Pong-v5"):
         assert engine_for(name, 1) == engine_for(name, 8) == "native"
-        assert presets.chosen(name, "auto") == "Atari"
+        assert presets.select_name(name, "auto") == "Atari"
     assert engine_for("ALE/Pong-v5", 2, env_kwargs={"difficulty": 1}) != "native"
     assert engine_for("ALE/Pong-v5", 2, env_kwargs={"obs_type": "ram"}) != "native"
-    assert presets.chosen("CartPole-v1", "auto") == "CartPole-v1"
-    assert presets.chosen("Pendulum-v0", "auto") is None
+    assert presets.select_name("CartPole-v1", "auto") == "CartPole-v1"
+    assert presets.select_name("Pendulum-v0", "auto") is None
     ram = make_one("ALE/Pong-v5", obs_type="ram")
     assert ram.observation_space.shape == (128,)
     ram.close()

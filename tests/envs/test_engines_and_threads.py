@@ -335,7 +335,7 @@ def test_runs_of_seeds_end_with_the_command(number, tmp_path):
         ("--seeds 1,1", "twice"),
         ("--seeds a", "0-3 or 0,2,7"),
         ("--seeds 0-1 --seed 2", "--seed and --seeds are both given"),
-        ("--seeds 0-1 --num-envs 3 --minibatch-size 64", "do not divide"),
+        ("--seeds 0-1 --num-envs 3 --minibatch-size 64", "does not divide"),
         ("--seeds 0-1 --squash", "squash needs a Box action space"),
     ],
 )
@@ -363,8 +363,8 @@ def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
     headers nothing is."""
     monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    minibatches_of = learner_of().spec.config.minibatches_of
-    assert (minibatches_of(31 * 64), minibatches_of(31 * 64 + 1)) == (19_840, 20_480)
+    count_minibatches = learner_of().spec.config.count_minibatches
+    assert (count_minibatches(31 * 64), count_minibatches(31 * 64 + 1)) == (19_840, 20_480)
     assert learner_of().expect(20_480) is False, "no headers"
     (tmp_path / "Python.h").touch()
     learner = learner_of()
@@ -421,7 +421,7 @@ def test_isolated_environments_leave_the_run_alive_when_they_crash():
     """Of functions, too; engines that run in this process are refused."""
     assert engine_for("CartPole-v1", 16, isolate=True) == "workers"
     assert engine_for(lambda: Working(0.0), 2, isolate=True) == "workers"
-    with pytest.raises(UserError, match="isolate_envs is for engine workers, not sync"):
+    with pytest.raises(UserError, match="`isolate_envs` needs worker processes, but `engine` is sync"):
         PPO("CartPole-v1", engine="sync", isolate_envs=True)
     with pytest.raises(UserError, match="isolate_envs is for environments that Proximo makes"):
         PPO(gym.make_vec("CartPole-v1", 2), isolate_envs=True)

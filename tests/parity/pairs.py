@@ -17,7 +17,7 @@ from rollouts import act_rollout
 
 import proximo.jax.update as jax_update
 import proximo.torch.update as torch_update
-from proximo.config.settings import ACTIVATIONS, Config
+from proximo.config.settings import SETTINGS, Config
 from proximo.jax.learner import Learner as JaxLearner
 from proximo.learner.architecture import MAX_LOG_STD
 from proximo.learner.schedules import Hyper, hyper_at
@@ -45,7 +45,7 @@ SWITCHES: dict[str, list[Any]] = {
     "critic_learning_rate": [None, 1e-3],
     "ent_coef": [0.0, 0.01],
     "hidden_sizes": [(), (5,), (6, 4), (3, 7)],
-    "activation": list(ACTIVATIONS),
+    "activation": list(SETTINGS["activation"].choices),
     "shared_trunk": [False, True],
     "orthogonal_init": [True, False],
     "normalize_observation": [False, True],

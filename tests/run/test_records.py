@@ -116,13 +116,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     [
         ("gamma: 0.99", "no environment"),
         ("env: CartPole-v1\ngama: 0.9", "unknown setting 'gama'; did you mean 'gamma'?"),
-        ("env: CartPole-v1\ngamma: 2", "gamma must be a number in [0, 1]"),
-        ("env: CartPole-v1\nbatch_size: 64", "batch_size means"),
-        ("env: CartPole-v1\nenv_id: Pendulum-v1", "one id"),
-        ("- CartPole-v1", "must hold names with values"),
-        ("env: [", "is no YAML"),
-        ("env: CartPole-v1\npreset: 3", "preset must be"),
-        ("env: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("env: CartPole-v1\ngamma: 2", "`gamma` is 2.0; expected a number in [0, 1]."),
+        ("env: CartPole-v1\nbatch_size: 64", "`batch_size` means"),
+        ("env: CartPole-v1\nenv_id: Pendulum-v1", "expected one id"),
+        ("- CartPole-v1", "expected names with values"),
+        ("env: [", "is not valid YAML"),
+        ("env: CartPole-v1\npreset: 3", "`preset` is 3"),
+        ("env: !!python/object/apply:os.system ['true']", "is not valid YAML"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, capsys, text, message):
@@ -292,7 +292,7 @@ def test_environment_keywords_come_back_from_every_file(tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["env_kwargs"] == plain
     assert PPO.load(run).config.env_kwargs == plain
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
-    with pytest.raises(UserError, match="env_kwargs must be names with plain values"):
+    with pytest.raises(UserError, match=r"`env_kwargs` is .*; expected a mapping of names to plain values"):
         PPO("CartPole-v1", env_kwargs={"a": object()})
 
 

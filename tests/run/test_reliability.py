@@ -22,7 +22,7 @@ from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo.cli import main
-from proximo.config.files import plain_yaml, read_file
+from proximo.config.files import load_plain_yaml, read_file
 from proximo.config.names import from_mapping
 from proximo.config.settings import Config
 from proximo.errors import RunError, UserError
@@ -828,11 +828,11 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
         f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(9)
     )
     with pytest.raises(yaml.YAMLError, match="aliases"):
-        plain_yaml(laughs)
+        load_plain_yaml(laughs)
     with pytest.raises(yaml.YAMLError, match="longer"):
-        plain_yaml("#" * (1 << 21))
+        load_plain_yaml("#" * (1 << 21))
     with pytest.raises(yaml.YAMLError, match="deeply"):
-        plain_yaml("[" * 100_000)
+        load_plain_yaml("[" * 100_000)
 
 
 # Anything at all

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from proximo.config.files import plain_yaml
+from proximo.config.files import load_plain_yaml
 from proximo.config.names import ALIASES, AMBIGUOUS
-from proximo.config.settings import FIELDS
-from proximo.config.values import expected, to_int
+from proximo.config.settings import SETTINGS
+from proximo.config.values import to_int
 from proximo.errors import UserError
 
 GROUPS = {
@@ -28,44 +28,40 @@ OTHERS = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, in groups, with its meaning, default and range."""
+    """Add one flag per setting, in groups, with its meaning, default and range."""
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
-    for field in FIELDS.values():
-        _add_setting(groups[field.metadata["group"]], field)
+    for name, setting in SETTINGS.items():
+        text = f"{setting.meaning} [{str(setting.default).lower()}]"
+        options: dict[str, Any] = {}
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif setting.kind is tuple:
+            options["metavar"] = "N N …"
+        elif setting.kind is Mapping:
+            options |= {"type": yaml_mapping, "metavar": "YAML"}
+        elif setting.choices:
+            options["metavar"] = "{" + ",".join(setting.choices) + "}"
+        else:
+            options["metavar"] = setting.kind.__name__.upper()
+            text += f"; {setting.expected}"
+        flag, text = "--" + name.replace("_", "-"), text.replace("%", "%%")
+        groups[setting.group].add_argument(flag, default=None, help=text, **options)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings whose flags were given."""
-    return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+    """Return the settings whose flags were given."""
+    return {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
 
 
-def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
-    rule = field.metadata
-    flag = "--" + field.name.replace("_", "-")
-    default = field.default if field.default is not dataclasses.MISSING else {}
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-    text = f"{rule['meaning']} [{shown}]".replace("%", "%%")
-    if rule["kind"] == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif rule["kind"] == "ints":
-        group.add_argument(flag, default=None, metavar="N N …", help=text)
-    elif rule["kind"] == "mapping":
-        group.add_argument(flag, type=mapping, default=None, metavar="YAML", help=text)
-    else:
-        metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["kind"].upper()
-        limits = "" if rule["choices"] else f"; {expected(field)}"
-        group.add_argument(flag, default=None, metavar=metavar, help=text + limits)
-
-
-def mapping(text: str) -> dict[str, Any]:
-    """An argument that is a YAML or JSON mapping."""
+def yaml_mapping(text: str) -> dict[str, Any]:
+    """Parse an argument that is a YAML or JSON mapping."""
     try:
-        value = plain_yaml(text)
+        value = load_plain_yaml(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
-            f"expected names with values such as '{{gravity: -5}}', got {text!r}"
+            f"{text!r} is not a mapping; expected names with values, such as '{{gravity: -5}}'."
         )
     return value
 

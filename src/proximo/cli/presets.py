@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from proximo.config import presets
-from proximo.config.settings import FIELDS
+from proximo.config.settings import SETTINGS
 
 
 def add_to(commands: Any) -> None:
@@ -26,9 +26,9 @@ def run(options: argparse.Namespace) -> int:
         print(shown(options.name), end="")
         return 0
     rows = [("environment", "steps", "return here (mean ± std over seeds)", "source")]
-    for name in presets.available():
+    for name in presets.list_names():
         preset = presets.load(name)
-        steps = preset["settings"].get("total_timesteps", FIELDS["total_timesteps"].default)
+        steps = preset["settings"].get("total_timesteps", SETTINGS["total_timesteps"].default)
         rows.append((name, f"{int(steps):,}", measured_in_words(preset), preset["source"]))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for environment, steps, measured, source in rows:

@@ -16,11 +16,12 @@ from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 
+from proximo.config.files import to_yaml
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.report.plot import RETURN, plot
 from proximo.run.console import Console
-from proximo.run.folder import require_empty, resolved
+from proximo.run.folder import require_empty
 from proximo.run.metrics import CONFIG, Metrics, last_metrics
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def train_all(
     require_empty(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(resolved(env_id, config, without=("run_dir", "seed")), "utf-8")
+        (folder / CONFIG).write_text(to_yaml(env_id, None, config, omit=("run_dir", "seed")), "utf-8")
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         say = (lambda line: None) if options.quiet else said
         say(
             f"{env_id}: {config.num_envs} environments × {config.num_steps} steps, "
-            f"preset {presets.chosen(env_id, preset) or 'none'}, seed {config.seed}"
+            f"preset {presets.select_name(env_id, preset) or 'none'}, seed {config.seed}"
         )
         return learn(agent, run_dir, interrupt, say, progress=not options.quiet)
 
@@ -184,7 +184,7 @@ def run_seeds(
     folder = Path(config.run_dir or default_run_dir(env_id, backend, label))
     say = (lambda line: None) if options.quiet else said
     say(
-        f"{env_id}: seeds {', '.join(map(str, options.seeds))}, preset {presets.chosen(env_id, preset) or 'none'}"
+        f"{env_id}: seeds {', '.join(map(str, options.seeds))}, preset {presets.select_name(env_id, preset) or 'none'}"
     )
     say(f"run folders: {folder}/seed-…")
     return train_all(env_id, config, options.seeds, folder, options.quiet, lambda: interrupt.signal, say)

@@ -1,15 +1,14 @@
-"""Setting names, including those of other libraries."""
+"""Names of settings, including the names that other libraries use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from proximo.config.settings import FIELDS, Config
-from proximo.config.values import check
+from proximo.config.settings import SETTINGS, Config
 from proximo.errors import UserError, suggest
 
-# Names that other libraries use for the same thing.
+# Name in another library → name of the same setting here.
 ALIASES = {
     "n_steps": "num_steps",
     "num_rollout_steps": "num_steps",
@@ -36,70 +35,72 @@ ALIASES = {
     "value_function_loss_coefficient": "vf_coef",
 }
 
-
+# Names without one clear meaning → error message.
 AMBIGUOUS = {
-    "batch_size": "batch_size means the minibatch in some libraries and the whole rollout in others: "
-    "give minibatch_size, or num_envs and num_steps",
-    "buffer_size": "buffer_size is not set directly: a rollout holds num_envs × num_steps transitions",
-    "steps": "steps means many things: give total_timesteps for the whole run, or num_steps for one rollout",
-    "verbose": "verbose is not a setting: learn(progress=True) shows progress, and --quiet hides it",
-    "resume": "resume is no setting but a command: proximo resume RUN, or PPO.load(RUN).learn(run_dir=RUN)",
-    "hidden_dim": "hidden_dim is one width; give every layer's with hidden_sizes, such as 64 64",
+    "batch_size": "`batch_size` means the minibatch in some libraries and the whole rollout in others. "
+    "Use `minibatch_size`, or `num_envs` and `num_steps`.",
+    "buffer_size": "`buffer_size` is not a setting: a rollout holds `num_envs` × `num_steps` transitions. Set those.",
+    "steps": "`steps` is ambiguous. Use `total_timesteps` for the whole run, or `num_steps` for one rollout.",
+    "verbose": "`verbose` is not a setting. Use learn(progress=True) to show progress, and --quiet to hide it.",
+    "resume": "`resume` is not a setting. Use the command proximo resume RUN, or PPO.load(RUN).learn(run_dir=RUN).",
+    "hidden_dim": "`hidden_dim` is a single width. Use `hidden_sizes` with the width of each layer, such as 64 64.",
 }
 
 
 def canonical_name(name: str) -> str:
-    """The setting that `name` means, in this or another library's spelling.
+    """Return the setting that `name` stands for, here or in another library.
 
     Raises:
-        UserError: no such setting, or a name that means different things in different libraries.
+        UserError: the name is unknown or ambiguous.
     """
     if not isinstance(name, str):
-        raise UserError(f"a setting is named by text, not by {name!r}")
+        raise UserError(f"setting name {name!r} is not a string; expected a name such as gamma.")
     name = name.replace("-", "_")
     if name in AMBIGUOUS:
         raise UserError(AMBIGUOUS[name])
     name = ALIASES.get(name, name)
-    if name not in FIELDS:
-        raise UserError(f"unknown setting {name!r}{suggest(name, [*FIELDS, *ALIASES])}")
+    if name not in SETTINGS:
+        raise UserError(f"unknown setting {name!r}{suggest(name, [*SETTINGS, *ALIASES])}")
     return name
 
 
 def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their own names.
+    """Return settings under their canonical names.
 
     Raises:
-        UserError: an unknown name, or two names of one setting.
+        UserError: a name is unknown or ambiguous, or two names mean the same setting.
     """
     settings: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
+    given_names: dict[str, str] = {}
     for name, value in values.items():
         canonical = canonical_name(name)
         if canonical in settings:
-            raise UserError(f"{given_as[canonical]} and {name} both mean {canonical}: give one of them")
-        settings[canonical], given_as[canonical] = value, name
+            raise UserError(
+                f"`{given_names[canonical]}` and `{name}` both mean `{canonical}`. Use one of them."
+            )
+        settings[canonical], given_names[canonical] = value, name
     return settings
 
 
-def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their own names, each checked by itself.
+def convert_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under their canonical names, each converted and checked on its own.
 
     Raises:
-        UserError: an unknown name, two names of one setting, or a bad value.
+        UserError: a bad name (see `canonical_names`), or a value of the wrong type or out of range.
     """
-    return {name: check(FIELDS[name], value) for name, value in canonical_names(values).items()}
+    return {name: SETTINGS[name].convert(value) for name, value in canonical_names(values).items()}
 
 
 def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the settings given; minibatch_size and num_minibatches replace one another."""
-    rivals = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
-    return {**{name: value for name, value in base.items() if rivals.get(name) not in given}, **given}
+    """Return `base` updated with `given`; `minibatch_size` and `num_minibatches` replace each other."""
+    alternatives = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
+    return {**{name: value for name, value in base.items() if alternatives.get(name) not in given}, **given}
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Build a Config from names and values, as YAML or keyword arguments give them.
+    """Build a Config from names and values, as in YAML or keyword arguments.
 
     Raises:
-        UserError: an unknown name, a wrong type, a value outside its range, or a contradiction.
+        UserError: a bad name or value (see `convert_settings`), or settings that contradict each other.
     """
     return Config(**canonical_names(values))

@@ -24,7 +24,7 @@ from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo.config.names import from_mapping, override
-from proximo.config.settings import FIELDS, Config
+from proximo.config.settings import SETTINGS, Config
 from proximo.errors import UserError, notify_user
 from proximo.learner.architecture import size
 from proximo.learner.protocol import Learner
@@ -308,7 +308,7 @@ def inexact(saved: Saved, config: Config, env_id: str | None, compiled: bool | N
         found.append(f"env {known or 'without a name'} became {env_id or 'one without a name'}")
     if None not in (compiled, ran_compiled) and compiled != ran_compiled:
         found.append(f"compiled {ran_compiled} became {compiled}")
-    matters = {name for name, field in FIELDS.items() if field.metadata["group"] != "records"} - BESIDE
+    matters = {name for name, setting in SETTINGS.items() if setting.group != "records"} - BESIDE
     if all(now[name] in ("constant", "adaptive") for name in SCHEDULES):
         matters.discard("total_timesteps")
     for name in sorted(matters & set(was)):

@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import yaml
-
+from proximo.config.files import to_yaml
 from proximo.config.settings import Config
 from proximo.errors import UserError, notify_user
 from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, Metrics, Samples, cut_metrics, replace_text
@@ -62,7 +61,7 @@ class RunFolder:
         self._lock: int | None = None
         self._metrics: int | None = None
         self._waiting: list[bytes] = []  # rows that could not be written yet
-        text = resolved(env_id, config)
+        text = to_yaml(env_id, None, config)
         try:
             if after is None:
                 require_empty(self.path)
@@ -173,13 +172,6 @@ def require_empty(run_dir: Path) -> None:
             f", or go on with it: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else ""
         )
         raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it{goes_on}")
-
-
-def resolved(env_id: str | None, config: Config, without: Sequence[str] = ("run_dir",)) -> str:
-    """Every setting of a run as YAML that `proximo train --config` runs again."""
-    what = {"env": env_id, "preset": "none", **config.to_dict()}
-    what = {name: value for name, value in what.items() if name not in without}
-    return yaml.safe_dump(what, sort_keys=False, allow_unicode=True)
 
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:

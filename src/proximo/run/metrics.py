@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from proximo.config.files import FILE_CHARACTERS, plain_yaml
+from proximo.config.files import MAX_CHARACTERS, load_plain_yaml
 from proximo.errors import UserError, notify_user
 
 Metrics = dict[str, float | None]
@@ -97,7 +97,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     path = Path(run_dir) / CONFIG
     try:
         with path.open(encoding="utf-8") as file:
-            values = plain_yaml(file.read(FILE_CHARACTERS + 1))
+            values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}; expected a run folder") from error
     if not isinstance(values, dict):
