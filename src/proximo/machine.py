@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from threadpoolctl import ThreadpoolController
 
-from proximo.errors import DeviceUnavailable, UserError
+from proximo.errors import DeviceUnavailable
 
 SMALL = 5_000_000  # multiplications in one pass of a minibatch, below which one thread is quicker than two
 HANGUP = getattr(signal, "SIGHUP", None)  # from a terminal that goes away; not on every system
@@ -82,7 +82,9 @@ def choose_device(asked_for: str, available: Sequence[str], convolutional: bool,
     """
     if asked_for != "auto":
         if asked_for not in available:
-            raise DeviceUnavailable(f"device {asked_for} is not available: there is {', '.join(available)}; {hint}")
+            raise DeviceUnavailable(
+                f"device {asked_for} is not available: there is {', '.join(available)}; {hint}"
+            )
         return Device(asked_for, "asked for")
     if "cuda" not in available:
         return Device("cpu", "no CUDA device was found")
