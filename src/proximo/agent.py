@@ -25,7 +25,7 @@ from proximo.rollout.collector import Collected, one
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Rollout
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import Metrics
 from proximo.run.progress import Progress
 from proximo.spaces.spaces import Obs, Spaces
@@ -254,10 +254,10 @@ class Agent:
         Raises:
             UserError: something that is no checkpoint stands there.
         """
-        manifest, arrays = checkpoint.describe(
+        manifest, arrays = checkpoint.serialize(
             self.learner, self.config, self.spaces, self._env_id, self._network is not None, self.progress
         )
-        return checkpoint.save(path, arrays, manifest)
+        return checkpoint_files.save(path, arrays, manifest)
 
     @classmethod
     def load(cls, path: str | Path, *, network: Any = None, **changes: Any) -> Agent:
@@ -271,8 +271,8 @@ class Agent:
             UserError: there is no checkpoint, it is damaged, or it does not fit.
         """
         saved = checkpoint.load(path)
-        config = checkpoint.config_of(path, saved.manifest, network, own(changes))
-        spaces = checkpoint.spaces_in(saved, config)
+        config = checkpoint.restore_config(path, saved.manifest, network, own(changes))
+        spaces = checkpoint.restore_spaces(saved, config)
         agent = cls.__new__(cls)
         agent._bind(config, spaces, network, saved.manifest["env"])
         agent.learner.load(saved.arrays)

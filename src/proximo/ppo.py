@@ -25,14 +25,14 @@ from proximo.report.video import MAX_FRAMES, Video, require_video
 from proximo.report.video import record as record_video
 from proximo.rollout.collector import Collector, state_adapters
 from proximo.rollout.randomness import Purpose, environment_seeds, generator
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run import debug_bundle as bundle
-from proximo.run.checkpoint import Saved
+from proximo.run.checkpoint import Checkpoint
 from proximo.run.folder import RunFolder
 from proximo.run.metrics import Metrics
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager, require_latest
-from proximo.run.trackers import import_wandb, recording, tell
+from proximo.run.trackers import import_wandb, open_trackers, write_to_trackers
 from proximo.spaces.spaces import Spaces
 from proximo.train import PATIENCE, Iteration, iterations
 
@@ -89,7 +89,7 @@ class PPO:
         self.config = self.config.replace(threads=self.learner.threads, device=self.learner.device.name)
         self.progress = Progress()
         self._collector: Collector | None = None
-        self._saved: Saved | None = None  # the checkpoint that this agent was loaded from, until it learns
+        self._saved: Checkpoint | None = None  # that this agent was loaded from, until it learns
         self._home: Path | None = None  # the run folder that it may go on in
         self._unnamed: str | None = (
             None  # the environment, where a file names it and to make it is to import it
@@ -161,7 +161,7 @@ class PPO:
             notify_user(f"schedules now end at step {config.total_timesteps:,}")
         after = self.progress if goes_on else None
         check = partial(require_latest, self.progress.global_step)
-        with recording(run_dir, self.env_id, config, progress, after, check) as (folder, sinks):
+        with open_trackers(run_dir, self.env_id, config, progress, after, check) as (folder, sinks):
             self._home = folder.path.resolve() if folder else self._home
             # Whether to compile is decided for each call anew.
             kept = config.replace(run_dir=None, compile=self.config.compile)
@@ -173,7 +173,7 @@ class PPO:
                 if keeper:
                     keeper.save()  # from which a run that dies early goes on
                 for done in self._iterations(collector, examine=folder is not None):
-                    tell(sinks, done.metrics, done.samples)
+                    write_to_trackers(sinks, done.metrics, done.samples)
                     if folder and keeper:
                         keeper.after_iteration(done.evaluated)
                         self._film_into(folder, config.video_interval)
@@ -237,7 +237,7 @@ class PPO:
             collector.reset(environment_seeds(config.seed, count, iteration=begun))
             self.progress.episodes.clear()
         if saved and self.progress.global_step:
-            changed = checkpoint.inexact(saved, config, self.env_id, self.learner.compiled)
+            changed = checkpoint.find_differences(saved, config, self.env_id, self.learner.compiled)
             if not why:
                 but = f"; what is learned is not the same to the bit, since {'; '.join(changed)}"
                 notify_user(
@@ -294,7 +294,7 @@ class PPO:
     def _rescue(self, folder: RunFolder, keeper: CheckpointManager, error: BaseException) -> None:
         """Save what was learned before an error, and what led to it where numbers did."""
         try:
-            if not keeper.gave_up:
+            if not keeper.has_given_up:
                 keeper.save()
             if isinstance(error, NotFinite):
                 path = bundle.save(folder.path, error, self.learner, self.config, self.env_id, self.progress)
@@ -452,11 +452,11 @@ class PPO:
         Raises:
             UserError: something that is no checkpoint stands there.
         """
-        manifest, arrays = checkpoint.describe(
+        manifest, arrays = checkpoint.serialize(
             self.learner, self.config, self.spaces, self.env_id or self._unnamed, self._network is not None,
             self.progress,
         )  # fmt: skip
-        return checkpoint.save(path, arrays, manifest)
+        return checkpoint_files.save(path, arrays, manifest)
 
     @classmethod
     def load(
@@ -484,8 +484,8 @@ class PPO:
         known = manifest.get("env")
         imports = env is None and isinstance(known, str) and ":" in known
         env = known if env is None and not imports else env
-        config = checkpoint.config_of(path, manifest, network, given)
-        spaces = checkpoint.spaces_in(saved, config)
+        config = checkpoint.restore_config(path, manifest, network, given)
+        spaces = checkpoint.restore_spaces(saved, config)
         agent = cls.__new__(cls)
         try:
             agent._bind(env, config, spaces, network, None)
@@ -495,7 +495,8 @@ class PPO:
             agent._bind(env, config.replace(device="auto"), spaces, network, None)  # there is none as before
         agent.learner.load(saved.arrays)
         agent.progress, agent._saved = saved.progress, saved
-        agent._home, agent._unnamed = checkpoint.home_of(path), known if imports else None
+        agent._home = checkpoint_files.find_resumable_run_dir(path)
+        agent._unnamed = known if imports else None
         return agent
 
     def close(self) -> None:
@@ -539,14 +540,21 @@ def evaluate_random(
             "evaluate needs an environment id or a function that makes one, not a vector environment"
         )
     config = Config(env_kwargs=dict(env_kwargs or {}))
-    envs = make_envs(env, 1, "sync", config.env_kwargs)
-    spaces = spaces_of(envs)
-    envs.close()
+    spaces = read_spaces(env, config.env_kwargs)
     policy = random(spaces, seed)
     result = evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
     if record is not None:
         record_video(policy(1), config, spaces, env, record, seed=seed)
     return result
+
+
+def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:
+    """Make one environment, and return its spaces."""
+    envs = make_envs(env, 1, "sync", env_kwargs)
+    try:
+        return spaces_of(envs)
+    finally:
+        envs.close()
 
 
 def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:

@@ -22,8 +22,8 @@ from proximo.rollout.collector import Collected, Collector
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Rollout
-from proximo.run.diagnostics import action_metrics, histograms_of
-from proximo.run.metrics import Metrics, Samples
+from proximo.run.diagnostics import collect_diagnostics, compute_action_metrics
+from proximo.run.metrics import Diagnostics, Metrics
 from proximo.run.progress import WINDOW, Progress
 
 PATIENCE = 3  # updates in a row that diverge, or evaluations that fail, and end a run
@@ -33,7 +33,7 @@ class Iteration(NamedTuple):
     """What one iteration reports: metrics, samples for histograms where they were due, and an evaluation's return."""
 
     metrics: Metrics
-    samples: Samples | None = None
+    samples: Diagnostics | None = None
     evaluated: float | None = None
 
 
@@ -109,8 +109,9 @@ def iterate(
     update_seconds = time.perf_counter() - update_began
     samples = None
     if before:
-        samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper, before["carry"]))
-        metrics |= action_metrics(rollout, config, before)
+        after = learner.examine(rollout, hyper, before["carry"])
+        samples = collect_diagnostics(rollout, config, before, after)
+        metrics |= compute_action_metrics(rollout, config, before)
 
     steps = int(rollout.valid.sum())
     progress.global_step += steps

@@ -1,4 +1,4 @@
-"""From a user's spelling of flags and values to ours."""
+"""Command-line flags: one for every setting, and spellings of other libraries."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ GROUPS = {
     "policy": "policy (continuous actions)",
     "normalisation": "normalisation",
 }
-# Names that other libraries have for what is no setting here.
-OTHERS = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+# Other libraries' names of flags that are not settings.
+FLAG_ALIASES = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+QUIET = "print only errors and notes, no progress and no summary"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, in groups, with its meaning, default and range."""
+    """Add a flag for every setting, in groups, with its meaning, default and range."""
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for field in FIELDS.values():
         _add_setting(groups[field.metadata["group"]], field)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings whose flags were given."""
+    """Settings whose flags were given."""
     return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
 
 
@@ -43,35 +44,33 @@ def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
     rule = field.metadata
     flag = "--" + field.name.replace("_", "-")
     default = field.default if field.default is not dataclasses.MISSING else {}
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-    text = f"{rule['meaning']} [{shown}]".replace("%", "%%")
+    default = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+    text = f"{rule['meaning']} [{default}]".replace("%", "%%")
     if rule["kind"] == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif rule["kind"] == "ints":
         group.add_argument(flag, default=None, metavar="N N …", help=text)
     elif rule["kind"] == "mapping":
-        group.add_argument(flag, type=mapping, default=None, metavar="YAML", help=text)
+        group.add_argument(flag, type=yaml_mapping, default=None, metavar="YAML", help=text)
     else:
         metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["kind"].upper()
         limits = "" if rule["choices"] else f"; {expected(field)}"
         group.add_argument(flag, default=None, metavar=metavar, help=text + limits)
 
 
-def mapping(text: str) -> dict[str, Any]:
-    """An argument that is a YAML or JSON mapping."""
+def yaml_mapping(text: str) -> dict[str, Any]:
+    """Parse a YAML or JSON mapping."""
     try:
         value = plain_yaml(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"expected names with values such as '{{gravity: -5}}', got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"expected a mapping such as '{{gravity: -5}}', got {text!r}")
     return value
 
 
-def whole(text: str) -> int:
-    """An argument that is a whole number of at least 0."""
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0."""
     try:
         number = to_int(text)
     except (ValueError, OverflowError):
@@ -81,10 +80,10 @@ def whole(text: str) -> int:
     return number
 
 
-def spelled(words: list[str], flags: set[str]) -> list[str]:
-    """Arguments as argparse wants them: our names of flags, and numbers tied to the flag they follow.
+def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:
+    """Rename flags to Proximo's names, and join numbers to the flag before them with "=".
 
-    Tied, `-1e2` is not taken for a flag, nor an environment's id for the width of a layer.
+    Joining keeps argparse from reading `-1e2` as a flag, or an environment id as another value of --hidden-sizes.
     """
     result: list[str] = []
     for word in words:
@@ -107,7 +106,7 @@ def _is_number(word: str) -> bool:
 
 
 def _canonical_flag(word: str, flags: set[str]) -> str:
-    """Our spelling of a flag: underscores become hyphens, and other libraries' names become ours."""
+    """Proximo's name of a flag; underscores become hyphens, and names of other libraries are translated."""
     if not word.startswith("--") or word == "--":
         return word
     flag, equals, value = word.partition("=")
@@ -116,9 +115,9 @@ def _canonical_flag(word: str, flags: set[str]) -> str:
         name = flag[2:].replace("-", "_")
         if name in AMBIGUOUS:
             raise UserError(AMBIGUOUS[name])
-        canonical = "--" + {**ALIASES, **OTHERS}.get(name, name).replace("_", "-")
+        canonical = "--" + {**ALIASES, **FLAG_ALIASES}.get(name, name).replace("_", "-")
         if canonical not in flags:
             return flag + equals + value
-        print(f"proximo: note: {flag} is {canonical} here", file=sys.stderr)
+        print(f"proximo: note: {flag} is called {canonical} in Proximo", file=sys.stderr)
         flag = canonical
     return flag + equals + value

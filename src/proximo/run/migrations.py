@@ -1,0 +1,52 @@
+"""Migrations of checkpoints from older schemas, one step per schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from proximo.run.progress import PREFIX, Progress
+
+SCHEMA = 3
+
+Manifest = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+
+
+def migrate(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Arrays]:
+    """Bring a checkpoint of any schema in `MIGRATIONS` to `SCHEMA`.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: The manifest does not follow its schema.
+    """
+    while manifest["schema"] != SCHEMA:
+        manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
+    return manifest, arrays
+
+
+def _add_progress(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Arrays]:
+    """Schema 1 → 2: adds the simulator state and the latest episodes, both empty."""
+    progress = Progress(int(manifest["global_step"]), int(manifest["iteration"]))
+    document, progress_arrays = progress.to_document()
+    rest = {name: value for name, value in manifest.items() if name not in ("global_step", "iteration")}
+    manifest = {**rest, "schema": 2, "compiled": None, "versions": {}, "progress": document}
+    return manifest, arrays | progress_arrays
+
+
+def _rename_env_state(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Arrays]:
+    """Schema 2 → 3: renames the simulator state from "world" to "env_state"."""
+    old, new = f"{PREFIX}/world", f"{PREFIX}/env_state"
+    progress = dict(manifest["progress"])
+    document = progress.pop("world", progress.get("env_state"))
+    if document is not None:
+        arrays = {(new if name == old else name): array for name, array in arrays.items()}
+        document = new
+    return {**manifest, "schema": 3, "progress": {**progress, "env_state": document}}, arrays
+
+
+MIGRATIONS: dict[Any, Callable[[Manifest, Arrays], tuple[Manifest, Arrays]]] = {
+    1: _add_progress,
+    2: _rename_env_state,
+}
