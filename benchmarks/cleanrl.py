@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from proximo.report.plot import mean_curve
 from proximo.run.metrics import read_metrics
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 HERE = Path(__file__).parent
 RETURN = "rollout/episode_return_mean"
@@ -115,7 +115,7 @@ def main() -> None:
     document = {
         "command": f"python benchmarks/cleanrl.py --cleanrl … --python … --seeds {options.seeds}",
         "commit": commit.stdout.strip(),
-        "versions": versions(),
+        "versions": collect_versions(),
         "return_last_100_episodes": summary,
     }
     (HERE / "results" / "cleanrl.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -34,7 +34,7 @@ from synthetic import loops_in
 
 from proximo.machine import cores
 from proximo.run.metrics import read_metrics
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -678,7 +678,7 @@ def main() -> None:
             "command": " ".join(["python benchmarks/compare.py --cases", name, "--pairs", str(options.pairs)])
             + " --quick" * options.quick,
             "commit": commit(),
-            "versions": versions(),
+            "versions": collect_versions(),
             "load_before": list(load),
             "names": {side: label for side, (label, _) in OURS.items()}
             | {

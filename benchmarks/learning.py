@@ -24,7 +24,7 @@ import numpy as np
 
 from proximo.evaluate import bootstrap_interval
 from proximo.run.metrics import read_metrics
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 RESULTS = Path(__file__).parent / "results"
 RETURN = "rollout/episode_return_mean"
@@ -153,7 +153,7 @@ def document(env: str, command: str, commit: str, runs: list[dict]) -> dict:
         "env": env,
         "command": command,
         "commit": commit,
-        "versions": versions(),
+        "versions": collect_versions(),
         "summary": summary,
         "runs": sorted(runs, key=lambda r: (r["backend"], r["seed"])),
     }

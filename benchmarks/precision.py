@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from learning import RESULTS, difference_interval, run
 
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 ENV = "synthetic:Catch-v0"
 PRECISIONS = ("float32", "bfloat16")
@@ -67,7 +67,7 @@ def main() -> None:
         "env": ENV,
         "command": f"python precision.py --seeds {options.seeds} --steps {options.steps}",
         "commit": commit.stdout.strip(),
-        "versions": versions(),
+        "versions": collect_versions(),
         "summary": summary,
         "runs": [{**one, "precision": side[1]} for side, made in runs.items() for one in made],
     }

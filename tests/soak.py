@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import read_metrics
 
 PROXIMO = [sys.executable, "-m", "proximo"]
@@ -105,7 +105,7 @@ def main() -> int:
         ]
         until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
-            if run.exists() and not checkpoint.steps_of(run):
+            if run.exists() and not checkpoint_files.list_checkpoints(run):
                 shutil.rmtree(run)  # it was killed before it began
             going_on = run.exists()
             command = [*PROXIMO, "resume", str(run), "--quiet"] if going_on else begin

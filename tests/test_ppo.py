@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
-from proximo.run import checkpoint
+from proximo.run import checkpoint_files
 
 SMALL = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "preset": None}
 BACKENDS = ["jax", "torch"]
@@ -132,30 +132,30 @@ def test_checkpoint_refusals(tmp_path):
     agent.close()
     with pytest.raises(UserError, match="does not exist"):
         PPO.load(tmp_path / "nowhere")
-    arrays = path / checkpoint.ARRAYS
+    arrays = path / checkpoint_files.ARRAYS
     whole = arrays.read_bytes()
     arrays.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
     arrays.write_bytes(whole)
-    said = (path / checkpoint.MANIFEST).read_text()
-    (path / checkpoint.MANIFEST).write_text(said.replace('"global_step": 0', '"global_step": 9'))
+    said = (path / checkpoint_files.MANIFEST).read_text()
+    (path / checkpoint_files.MANIFEST).write_text(said.replace('"global_step": 0', '"global_step": 9'))
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
-    (path / checkpoint.MANIFEST).write_text(said)
-    manifest = {**json.loads((path / checkpoint.MANIFEST).read_text()), "schema": 99}
-    manifest["sha256"] = checkpoint.checksum(whole, manifest)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint_files.MANIFEST).write_text(said)
+    manifest = {**json.loads((path / checkpoint_files.MANIFEST).read_text()), "schema": 99}
+    manifest["sha256"] = checkpoint_files.checksum(whole, manifest)
+    (path / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="schema 99"):
         PPO.load(path)
     precious = tmp_path / "precious"
     precious.mkdir()
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         agent.save(precious)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     agent.save(path)  # a checkpoint may be replaced
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "precious"]
-    with pytest.raises(UserError, match=r"hidden_sizes is"):
+    with pytest.raises(UserError, match=r"`hidden_sizes` is"):
         PPO.load(path, hidden_sizes=(8,))
     with pytest.raises(UserError, match="the policy was made for"):
         PPO.load(path, env="Acrobot-v1").learn(64)
@@ -300,7 +300,7 @@ def test_loading_does_not_change_the_network(tmp_path):
     saved.save(tmp_path / "kept")
     same = PPO.load(tmp_path / "kept", architecture="auto", hidden_sizes=None, shared_trunk=None)
     assert same.config.replace(engine=saved.config.engine) == saved.config
-    with pytest.raises(UserError, match=r"hidden_sizes is \(8,\), but .* was trained with"):
+    with pytest.raises(UserError, match=r"`hidden_sizes` is \(8,\), but .* was trained with"):
         PPO.load(tmp_path / "kept", hidden_sizes=[8])
     assert PPO.load(tmp_path / "kept", learning_rate=0.5).config.learning_rate == 0.5
 

@@ -24,7 +24,9 @@ from proximo.learner.schedules import hyper_at
 from proximo.rollout.collector import Collected, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
-from proximo.run import checkpoint
+from proximo.run import checkpoint_files
+from proximo.run.checkpoint import load, restore_config, restore_spaces, serialize
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics, update_from
 from proximo.spaces.heads import RawAction
@@ -251,10 +253,9 @@ class Agent:
         Raises:
             UserError: the path exists and is not a checkpoint.
         """
-        manifest, arrays = checkpoint.describe(
-            self.learner, self.config, resolved_by(self.learner), self.spaces, self._env_id, self.progress
-        )
-        return checkpoint.save(path, arrays, manifest)
+        info = RunInfo(self._env_id, None, self.config, resolved_by(self.learner))
+        manifest, arrays = serialize(self.learner, info, self.spaces, self.progress)
+        return checkpoint_files.save(path, arrays, manifest)
 
     @classmethod
     def load(cls, path: str | Path, *, network: Any = None, **changes: Any) -> Agent:
@@ -267,9 +268,9 @@ class Agent:
         Raises:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
-        saved = checkpoint.load(path)
-        config = checkpoint.config_of(path, saved.manifest, network, agent_settings(changes))
-        spaces = checkpoint.spaces_in(saved, config)
+        saved = load(path)
+        config = restore_config(path, saved.manifest, network, agent_settings(changes))
+        spaces = restore_spaces(saved, config)
         agent = cls.__new__(cls)
         agent._bind(config, spaces, network, saved.manifest["env"])
         agent.learner.load(saved.arrays)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from gymnasium.vector import VectorEnv
 
-from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.envs.make import EnvLike, engine_for, make_envs, require_same, spaces_of
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
-from proximo.run.checkpoint import Saved, inexact
+from proximo.run.checkpoint import Checkpoint, find_differences
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.source import HostSource
 from proximo.spaces.spaces import Spaces
@@ -46,6 +46,10 @@ class TrainingEnvs:
             f"the agent was trained in {self.unimported}, and modules named in a file are not imported. If you trust "
             f"{module}, give the environment again, with PPO.load(path, env=…) or --env."
         )
+
+    def support_exact_resume(self, config: Config, spaces: Spaces) -> bool:
+        """Whether the engine can restore its environments exactly, in another process too."""
+        return any(state_adapters(self.open(config, spaces)))
 
     def copy_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
         """What makes another environment, for evaluation or video.
@@ -139,9 +143,7 @@ def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:
     return envs, engine
 
 
-def record_resume(
-    saved: Saved, config: Config, resolved: Resolved, env_id: str | None, progress: Progress, reason: str
-) -> None:
+def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: str) -> None:
     """Notify the user how a loaded run continues, and add it to `progress.resumed`.
 
     Args:
@@ -149,11 +151,12 @@ def record_resume(
     """
     if not progress.global_step:
         return
-    changes = "; ".join(inexact(saved, config, resolved, env_id))
+    changes = "; ".join(find_differences(saved, info))
     if not reason:
-        difference = f"; the result is not bit-identical, because {changes}" if changes else ""
-        notify_user(
-            f"training resumes from the exact simulator state of {config.num_envs} environments{difference}"
+        count, difference = (
+            info.config.num_envs,
+            f"; it is not bit-identical, because {changes}" if changes else "",
         )
+        notify_user(f"training resumes from the exact simulator state of {count} environments{difference}")
     how = {"global_step": progress.global_step, "exact": not reason and not changes, "why": reason or changes}
     progress.resumed.append(how)

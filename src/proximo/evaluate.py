@@ -172,13 +172,13 @@ class PeriodicEvaluation:
     A failed evaluation is logged and skipped; three failures in a row raise.
 
     Args:
-        evaluate: runs an evaluation.
+        evaluate: runs an evaluation, such as `PPO.evaluate`.
     """
 
     NAMES = ("return_mean", "return_std", "length_mean")
 
-    def __init__(self, config: Config, progress: Progress, evaluate: Callable[[], Evaluation]) -> None:
-        self._interval, self._progress, self._evaluate = config.evaluation_interval, progress, evaluate
+    def __init__(self, config: Config, progress: Progress, evaluate: Callable[..., Evaluation]) -> None:
+        self._config, self._progress, self._evaluate = config, progress, evaluate
         self._failures = 0
 
     def __call__(self, metrics: Metrics) -> float | None:
@@ -187,13 +187,14 @@ class PeriodicEvaluation:
         Raises:
             RunError: the third evaluation in a row failed.
         """
-        if not self._interval:
+        config = self._config
+        if not config.evaluation_interval:
             return None
         metrics |= {f"evaluation/{name}": None for name in self.NAMES}
-        if self._progress.iteration % self._interval:
+        if self._progress.iteration % config.evaluation_interval:
             return None
         try:
-            result = self._evaluate().to_dict()
+            result = self._evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
         except Exited:
             raise
         except Exception as error:

@@ -23,11 +23,11 @@ from proximo.learner.make import make_learner, resolved_by
 from proximo.report.recorder import record_run
 from proximo.report.video import MAX_FRAMES, Video, require_video
 from proximo.report.video import record as record_video
-from proximo.rollout.collector import state_adapters
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Metrics
-from proximo.run import checkpoint
-from proximo.run.checkpoint import Saved
+from proximo.run import checkpoint_files
+from proximo.run.checkpoint import Checkpoint, load, restore_config, restore_spaces, serialize
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.run.trackers import import_wandb
 from proximo.source import Source
@@ -53,6 +53,7 @@ class PPO:
 
     Attributes:
         config: the settings as requested; "auto" stays "auto".
+        envs: the environments that the agent trains in.
         progress: steps, iterations and recent episodes.
 
     Raises:
@@ -66,7 +67,7 @@ class PPO:
         self._bind(TrainingEnvs(env), config_for(env, preset, settings))
         self.preset = presets.select_name(self.env_id, preset)
         try:
-            self._build(spaces_of(self._envs.open(self.config)), network)
+            self._build(spaces_of(self.envs.open(self.config)), network)
         except BaseException:
             self.close()
             raise
@@ -78,10 +79,10 @@ class PPO:
         self.close()
 
     def _bind(self, envs: TrainingEnvs, config: Config) -> None:
-        self._envs, self.config, self.preset = envs, config, None
+        self.envs, self.config, self.preset = envs, config, None
         self.progress = Progress()
         self.run_dir: Path | None = None
-        self._saved: Saved | None = None  # the loaded checkpoint, until training continues
+        self._saved: Checkpoint | None = None  # the loaded checkpoint, until training continues
         self._prediction_rng = generator(config.seed, Purpose.EVALUATION, iteration=2)
 
     def _build(self, spaces: Spaces, network: Any) -> None:
@@ -91,17 +92,12 @@ class PPO:
     @property
     def env_id(self) -> str | None:
         """The environment's id, if it has one."""
-        return self._envs.id
+        return self.envs.id
 
     @property
     def resolved(self) -> Resolved:
         """The choices made for this machine: backend, engine, device, threads, compilation and network."""
-        return resolved_by(self.learner, self._envs.engine)
-
-    @property
-    def supports_exact_resume(self) -> bool:
-        """Whether the engine can restore its environments exactly, in another process too."""
-        return any(state_adapters(self._envs.open(self.config, self.spaces)))
+        return resolved_by(self.learner, self.envs.engine)
 
     def learn(
         self,
@@ -114,8 +110,8 @@ class PPO:
         """Train for `total_timesteps` more steps, or up to `config.total_timesteps`, or until `stop_at_return`.
 
         Schedules end where this call ends. Episodes continue from the previous call, in another process too, if the
-        simulator state can be restored (`proximo.rollout.env_state`): with the same total, backend, versions, threads and
-        machine, the result is bit-identical to an uninterrupted run. Otherwise new episodes begin, and a note says why.
+        simulator state can be restored (`proximo.rollout.env_state`): with the same total, backend, versions, threads
+        and machine, the result is bit-identical to an uninterrupted run. Otherwise new episodes begin.
 
         Args:
             run_dir: a new folder for config, metrics, checkpoints and curves, or the one of the loaded checkpoint; by
@@ -127,30 +123,32 @@ class PPO:
             RunError: an environment or the update returned NaN or infinity.
             UserError: the run folder is in use or cannot be written, or `total_timesteps` is not a positive integer.
         """
-        self._envs.open(self.config, self.spaces)
+        self.envs.open(self.config, self.spaces)
         run_dir = self.config.run_dir if run_dir is None else run_dir
-        self._check_records(run_dir)
+        check_records(self.config, self.envs, run_dir)
         is_continued = run_dir is not None and Path(run_dir).resolve() == self.run_dir
         planned = self.config.total_timesteps
         config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps)
         if progress and self.progress.global_step and config.total_timesteps != planned:
             notify_user(f"schedules now end at step {config.total_timesteps:,}")
         film = partial(self.record, max_frames=MAX_TRAINING_FRAMES)
+        info = self._info()._replace(config=config)
         with record_run(
-            run_dir, self.env_id, config, self.learner, self.progress, self.save, film, is_continued, progress
+            run_dir, info, self.learner, self.progress, self.save, film, is_continued, progress
         ) as recorder:
             self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
             self.config = config.replace(run_dir=None)
-            source, evaluate_if_due = self._start(), self._periodic_evaluation()
+            source = self._start()
+            evaluate_if_due = PeriodicEvaluation(self.config, self.progress, self.evaluate)
             recorder.start()
-            for metrics, samples in iterations(
+            for metrics, diagnostics in iterations(
                 self.config, source, self.learner, self.progress, inspect=recorder.folder is not None
             ):
                 evaluated = None
                 try:
                     evaluated = evaluate_if_due(metrics)
                 finally:  # Ctrl-C in an evaluation keeps the finished update
-                    recorder.write(metrics, samples)
+                    recorder.write(metrics, diagnostics)
                 recorder.after_iteration(evaluated)
                 if stop():
                     break
@@ -158,39 +156,21 @@ class PPO:
 
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """Train as `learn` does, but yield the metrics of each iteration; stop, save or evaluate in between."""
-        self._envs.open(self.config, self.spaces)
-        self._check_evaluations()
+        self.envs.open(self.config, self.spaces)
+        check_evaluations(self.config, self.envs)
         self.config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps)
-        source, evaluate_if_due = self._start(), self._periodic_evaluation()
+        source = self._start()
+        evaluate_if_due = PeriodicEvaluation(self.config, self.progress, self.evaluate)
         for metrics, _ in iterations(self.config, source, self.learner, self.progress):
             evaluate_if_due(metrics)
             yield metrics
 
     def _start(self) -> Source:
-        source, reason = self._envs.start(self.config, self.spaces, self.progress)
+        source, reason = self.envs.start(self.config, self.spaces, self.progress)
         if self._saved:
-            record_resume(self._saved, self.config, self.resolved, self.env_id, self.progress, reason)
+            record_resume(self._saved, self._info(), self.progress, reason)
         self._saved = None
         return source
-
-    def _periodic_evaluation(self) -> PeriodicEvaluation:
-        run = partial(self.evaluate, self.config.evaluation_episodes, seed=self.config.seed)
-        return PeriodicEvaluation(self.config, self.progress, run)
-
-    def _check_records(self, run_dir: str | Path | None) -> None:
-        """Raise UserError for what cannot be recorded, before anything is written."""
-        config = self.config
-        if run_dir is None and (config.capture_video or config.wandb):
-            raise UserError("`capture_video` and `wandb` write into a run folder. Give `run_dir`.")
-        if config.wandb:
-            import_wandb()
-        if config.capture_video:
-            require_video(self._envs.copy_for("a video"), config.env_kwargs)
-        self._check_evaluations()
-
-    def _check_evaluations(self) -> None:
-        if self.config.evaluation_interval:
-            self._envs.copy_for("an evaluation")
 
     def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
         """Environment actions for one observation, or for a batch of them along the first axis.
@@ -227,7 +207,7 @@ class PPO:
         Raises:
             UserError: the environment is unknown (give `env`), has other spaces, or cannot be shown.
         """
-        env = self._envs.copy_for("an evaluation", env)
+        env = self.envs.copy_for("an evaluation", env)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
         result = evaluate(policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render)
         if record is not None:
@@ -248,7 +228,7 @@ class PPO:
         Raises:
             UserError: a package is missing, or the environment cannot be rendered; the message says what to do.
         """
-        env = self._envs.copy_for("a video", env)
+        env = self.envs.copy_for("a video", env)
         actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
         return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)[0]
 
@@ -258,11 +238,11 @@ class PPO:
         Raises:
             UserError: the path exists and is not a checkpoint.
         """
-        env_id = self.env_id or self._envs.unimported
-        manifest, arrays = checkpoint.describe(
-            self.learner, self.config, self.resolved, self.spaces, env_id, self.progress
-        )
-        return checkpoint.save(path, arrays, manifest)
+        manifest, arrays = serialize(self.learner, self._info(), self.spaces, self.progress)
+        return checkpoint_files.save(path, arrays, manifest)
+
+    def _info(self) -> RunInfo:
+        return RunInfo(self.env_id or self.envs.unimported, self.preset, self.config, self.resolved)
 
     @classmethod
     def load(
@@ -279,7 +259,7 @@ class PPO:
         Raises:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
-        saved = checkpoint.load(path)
+        saved = load(path)
         given = settings_for(env, changes)
         known: str | None = saved.manifest.get("env")
         is_unimported = env is None and isinstance(known, str) and ":" in known
@@ -289,9 +269,9 @@ class PPO:
         agent = cls.__new__(cls)
         agent._bind(
             TrainingEnvs(env, known if is_unimported else None),
-            checkpoint.config_of(path, saved.manifest, network, given),
+            restore_config(path, saved.manifest, network, given),
         )
-        spaces = checkpoint.spaces_in(saved, agent.config)
+        spaces = restore_spaces(saved, agent.config)
         try:
             agent._build(spaces, network)
         except DeviceUnavailable as error:
@@ -301,12 +281,17 @@ class PPO:
             agent.config = agent.config.replace(device="auto")
             agent._build(spaces, network)
         agent.learner.load(saved.arrays)
-        agent.progress, agent._saved, agent.run_dir = saved.progress, saved, checkpoint.home_of(path)
+        agent.preset = saved.manifest.get("preset")
+        agent.progress, agent._saved, agent.run_dir = (
+            saved.progress,
+            saved,
+            checkpoint_files.find_resumable_run_dir(path),
+        )
         return agent
 
     def close(self) -> None:
         """Close the environments."""
-        self._envs.close()
+        self.envs.close()
 
 
 def evaluate_random(
@@ -328,14 +313,38 @@ def evaluate_random(
             "evaluate_random cannot use a vector environment. Give an id or a function that makes one environment."
         )
     config = Config(env_kwargs=dict(env_kwargs or {}))
-    envs = make_envs(env, 1, "sync", config.env_kwargs)
-    spaces = spaces_of(envs)
-    envs.close()
+    spaces = read_spaces(env, config.env_kwargs)
     policy = random_policy(spaces, seed)
     result = evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
     if record is not None:
         record_video(policy(1), config, spaces, env, record, seed=seed)
     return result
+
+
+def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None) -> None:
+    """Raise UserError for what cannot be recorded, before anything is written."""
+    if run_dir is None and (config.capture_video or config.wandb):
+        raise UserError("`capture_video` and `wandb` write into a run folder. Give `run_dir`.")
+    if config.wandb:
+        import_wandb()
+    if config.capture_video:
+        require_video(envs.copy_for("a video"), config.env_kwargs)
+    check_evaluations(config, envs)
+
+
+def check_evaluations(config: Config, envs: TrainingEnvs) -> None:
+    """Raise UserError if evaluations are configured, but no environment can be made for them."""
+    if config.evaluation_interval:
+        envs.copy_for("an evaluation")
+
+
+def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:
+    """Make one environment and return its spaces."""
+    envs = make_envs(env, 1, "sync", env_kwargs)
+    try:
+        return spaces_of(envs)
+    finally:
+        envs.close()
 
 
 def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

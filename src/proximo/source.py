@@ -19,7 +19,7 @@ from proximo.rollout.diagnostics import action_metrics, histograms_of
 from proximo.rollout.env_state import EnvState
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, environment_seeds, generator
-from proximo.rollout.rollout import Actor, Episode, Metrics, Rollout, Samples
+from proximo.rollout.rollout import Actor, Diagnostics, Episode, Metrics, Rollout
 
 
 class Iteration(NamedTuple):
@@ -29,14 +29,14 @@ class Iteration(NamedTuple):
         metrics: of the update, and shares of the time.
         episodes: that finished.
         steps: valid transitions.
-        samples: for histograms, where they were asked for.
+        diagnostics: for histograms, where they were asked for.
         fault: why the update was discarded, if it was.
     """
 
     metrics: Metrics
     episodes: list[Episode]
     steps: int
-    samples: Samples | None = None
+    diagnostics: Diagnostics | None = None
     fault: NotFinite | None = None
 
 
@@ -55,7 +55,7 @@ class Source(Protocol):
 
         Args:
             iteration, global_step: from which random numbers and schedules are derived.
-            inspect: also return samples for histograms and action statistics.
+            inspect: also return diagnostics for histograms and action statistics.
 
         Raises:
             NotFinite: an environment returned NaN or infinity. An update that diverges is reported as a fault.
@@ -130,8 +130,8 @@ def update_from(
     hyper: Hyper,
     actor: Actor | None = None,
     inspect: bool = False,
-) -> tuple[Metrics, Samples | None, NotFinite | None]:
-    """Update a learner from a rollout: metrics, samples for histograms, and the fault of a discarded update."""
+) -> tuple[Metrics, Diagnostics | None, NotFinite | None]:
+    """Update a learner from a rollout: metrics, diagnostics for histograms, and the fault of a discarded update."""
     rng = generator(config.seed, Purpose.ORDER, iteration)
     order = minibatch_order(
         rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length
@@ -143,12 +143,12 @@ def update_from(
     except NotFinite as error:
         error.evidence |= {"rollout": rollout.arrays(), "order": order, "hyper": hyper._asdict()}
         metrics, fault = dict(error.evidence["metrics"]), error
-    samples = None
+    diagnostics = None
     if before:
         after = learner.inspect_rollout(rollout, hyper, before["carry"])
-        samples = histograms_of(rollout, config, before, after)
+        diagnostics = histograms_of(rollout, config, before, after)
         metrics |= action_metrics(rollout, config, before)
-    return metrics, samples, fault
+    return metrics, diagnostics, fault
 
 
 def time_metrics(steps: int, seconds: float, collected: Collected, update_seconds: float) -> Metrics:

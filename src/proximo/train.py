@@ -13,17 +13,17 @@ from typing import NamedTuple
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import NotFinite, notify_user
 from proximo.learner.learner import Learner
-from proximo.rollout.rollout import Metrics, Samples
-from proximo.run.checkpoint import Saved
+from proximo.rollout.rollout import Diagnostics, Metrics
+from proximo.run.checkpoint import Checkpoint
 from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
 from proximo.source import Iteration, Source
 
 
 class Report(NamedTuple):
-    """What one iteration reports: metrics, and samples for histograms where they were due."""
+    """What one iteration reports: metrics, and diagnostics for histograms where they were due."""
 
     metrics: Metrics
-    samples: Samples | None = None
+    diagnostics: Diagnostics | None = None
 
 
 def iterations(
@@ -36,7 +36,7 @@ def iterations(
 
     Args:
         source: environments that are reset or restored.
-        inspect: every `config.histogram_interval` iterations, report samples and action statistics too.
+        inspect: every `config.histogram_interval` iterations, report diagnostics and action statistics too.
 
     Raises:
         NotFinite: an environment returned NaN or infinity, or the third update in a row diverged.
@@ -58,7 +58,7 @@ def iterations(
             if isinstance(error, NotFinite):
                 error.evidence["iteration"] = progress.iteration
             raise
-        yield Report(report(progress, done), done.samples)
+        yield Report(report(progress, done), done.diagnostics)
 
 
 def count_fault(progress: Progress, done: Iteration) -> None:
@@ -96,7 +96,11 @@ def report(progress: Progress, done: Iteration) -> Metrics:
 
 
 def plan_call(
-    config: Config, learner: Learner, progress: Progress, saved: Saved | None, total_timesteps: int | None
+    config: Config,
+    learner: Learner,
+    progress: Progress,
+    saved: Checkpoint | None,
+    total_timesteps: int | None,
 ) -> Config:
     """The settings of one call to `learn` or `iterate`; also decides whether PyTorch compiles.
 
@@ -106,8 +110,8 @@ def plan_call(
     """
     done, planned = progress.global_step, config.total_timesteps
     if total_timesteps is not None:
-        total_timesteps = SETTINGS["total_timesteps"].convert(total_timesteps)
-        config = config.replace(total_timesteps=done + total_timesteps)
+        steps = SETTINGS["total_timesteps"].convert(total_timesteps)
+        config = config.replace(total_timesteps=done + steps)
     # A run that continues to its planned end keeps the decision, however little is left.
     previous = learner.compiled if done else None
     if saved:

@@ -92,10 +92,10 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
         ("train CartPole-v1 --squash", "squash needs a Box action space"),
         ("train Blackjack-v1", "observation space Tuple"),
-        ("train CartPole-v1 --env-kwargs 3", "expected names with values"),
+        ("train CartPole-v1 --env-kwargs 3", "expected a mapping such as"),
         ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),
         ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
-        ("train", "ENV_ID"),
+        ("train", "no environment is given"),
         ("evaluate nowhere", "does not exist"),
         ("evaluate nowhere --seed -1", "whole number in [0, ∞), got '-1'"),
         ("evaluate nowhere --episode 3", "did you mean '--episodes'"),
@@ -154,7 +154,7 @@ def test_other_libraries_names_and_spellings_are_understood(tmp_path, capsys):
     ]
     rest = ["--mini-batch-size", "16", "--n-epochs", "1", "--total_timesteps", "32", "--run-dir", str(run)]
     assert main([*arguments, *rest]) == 0
-    assert "--n-envs is --num-envs here" in capsys.readouterr().err
+    assert "--n-envs is called --num-envs in Proximo" in capsys.readouterr().err
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["num_envs"], config["num_steps"], config["learning_rate"]) == (2, 16, 1e-3)
 
@@ -252,5 +252,5 @@ def test_what_settings_mean_is_said(tmp_path, capsys):
     run = ["--run-dir", str(tmp_path / "run"), "--total-timesteps", "10", "--compile"]
     assert main(["train", "CartPole-v1", *SMALL, *run]) == 0
     said = capsys.readouterr().err
-    assert "2 × 16 = 32 steps, so the run takes 32 rather than 10" in said
+    assert "total_timesteps 10 is less than one rollout (num_envs 2 × num_steps 16 = 32 steps)" in said
     assert "JAX always compiles" in said

@@ -29,7 +29,7 @@ from proximo.learner.schedules import hyper_at
 from proximo.machine import choose_device, choose_num_threads, cores
 from proximo.ppo import PPO
 from proximo.rollout.minibatches import minibatch_order
-from proximo.run.metrics import last_metrics, read_metrics
+from proximo.run.metrics import read_last_metrics, read_metrics
 from proximo.torch import runtime as torch_runtime
 from proximo.torch.learner import Learner as TorchLearner
 from proximo.torch.update import minibatch
@@ -216,7 +216,7 @@ def test_the_device_is_the_one_asked_for_or_the_one_that_pays():
         device = choose_device(asked, there, convolutional, "hint")
         assert device.name == name
         assert device.why
-    with pytest.raises(UserError, match="device mps is not available: there is cpu, cuda; hint"):
+    with pytest.raises(UserError, match=r"device mps is not available\. Available: cpu, cuda; hint"):
         choose_device("mps", ["cpu", "cuda"], True, "hint")
 
 
@@ -226,7 +226,7 @@ def test_a_device_that_is_not_there_is_refused(backend, device, capsys):
     if device in (torch_runtime if backend == "torch" else jax_runtime).devices():
         pytest.skip("it is there")
     assert main([*TRAIN, "--backend", backend, "--device", device]) == 2
-    assert f"device {device} is not available: there is cpu" in capsys.readouterr().err
+    assert f"device {device} is not available. Available: cpu" in capsys.readouterr().err
 
 
 def test_a_checkpoint_goes_where_there_is_a_device(tmp_path):
@@ -292,7 +292,7 @@ def training(folder):
     with subprocess.Popen([*command, "--run-dir", str(folder)], stderr=subprocess.PIPE, text=True) as process:
         try:
             until = time.monotonic() + 90
-            while not all(last_metrics(folder / f"seed-{seed}") for seed in (0, 1)):
+            while not all(read_last_metrics(folder / f"seed-{seed}") for seed in (0, 1)):
                 assert time.monotonic() < until, "the runs did not begin"
                 time.sleep(0.2)
             yield process
@@ -325,7 +325,7 @@ def test_runs_of_seeds_end_with_the_command(number, tmp_path):
             time.sleep(0.2)
     assert status == (-number if number == signal.SIGKILL else 128 + number)
     for run in (folder / "seed-0", folder / "seed-1"):
-        assert PPO.load(run).progress.global_step == last_metrics(run)["global_step"]
+        assert PPO.load(run).progress.global_step == read_last_metrics(run)["global_step"]
 
 
 @pytest.mark.parametrize(

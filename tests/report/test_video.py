@@ -144,9 +144,9 @@ def test_a_video_shows_the_episode_that_evaluate_runs(tmp_path, env, env_kwargs,
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (lambda render_mode: Painter(render_mode, paint=lambda frame: None), r"render\(\) gave NoneType"),
-        (lambda render_mode: Painter(render_mode, paint=lambda frame: frame / 255), r"gave float64 \(33, 47, 3"),
-        (lambda: Painter(), "render_mode 'rgb_array', but this one's is None"),
+        (lambda render_mode: Painter(render_mode, paint=lambda frame: None), r"render\(\) returned NoneType"),
+        (lambda render_mode: Painter(render_mode, paint=lambda frame: frame / 255), r"returned float64 \(33, 47, 3"),
+        (lambda: Painter(), "has render_mode None, but recording needs 'rgb_array'"),
         (lambda **options: gym.make("CartPole-v1", **options), "the policy was made for"),
         (gym.make_vec("CartPole-v1", 2), "an environment id or a function"),
         ("CartPole-v7", "unknown environment"),
@@ -161,7 +161,7 @@ def test_environments_that_cannot_be_recorded_are_refused(tmp_path, env, message
 
 def test_frames_of_changing_size_are_refused(tmp_path):
     shrink = lambda render_mode: Painter(render_mode, paint=lambda frame: frame[: 33 - frame[0, 0, 0] // 30])
-    with pytest.raises(UserError, match="differ in size"):
+    with pytest.raises(UserError, match="must have the same size"):
         paint(tmp_path / "film.mp4", env=shrink)
     assert not list(tmp_path.iterdir())
 

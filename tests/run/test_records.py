@@ -15,10 +15,10 @@ from proximo.cli import main
 from proximo.errors import UserError
 from proximo.learner.schedules import hyper_at
 from proximo.ppo import PPO
-from proximo.report.plot import Run, grouped, mean_curve, plot
+from proximo.report.plot import Run, group_by_settings, mean_curve, plot
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.console import Console
-from proximo.run.diagnostics import histograms_of
+from proximo.run.diagnostics import collect_diagnostics
 from proximo.run.metrics import read_metrics
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
@@ -145,7 +145,7 @@ def test_seeds_become_one_line_with_a_band(tmp_path):
         for seed in (1, 2, 3)
     ]
     other = Run("other", {**config, "gamma": 0.5, "seed": 1}, runs[0].rows)
-    groups = grouped([*runs, other])
+    groups = group_by_settings([*runs, other])
     assert {label: len(members) for label, members in groups.items()} == {
         "gamma 0.9 (3 seeds)": 3,
         "gamma 0.5 (other)": 1,
@@ -209,7 +209,7 @@ def test_a_random_policy_is_the_baseline(capsys):
     assert result["length_mean"] == 200.0
     assert -1500.0 < result["return_mean"] < -900.0
     assert main(["evaluate", "--policy", "random"]) == 2
-    assert "--env ENV_ID" in capsys.readouterr().err
+    assert "Add --env ENV_ID" in capsys.readouterr().err
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_ratios_are_of_one_policy_to_another(backend):
                 rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper
             )
             after = agent.learner.examine(rollout, hyper, before["carry"])
-            ratio = histograms_of(rollout, agent.config, before, after)["ratio"]
+            ratio = collect_diagnostics(rollout, agent.config, before, after)["ratio"]
         assert len(ratio) == rollout.valid.sum()
         assert lowest <= ratio.min() <= ratio.max() <= highest * (1 + 1e-6)
         assert np.isfinite(ratio).all()
@@ -324,7 +324,7 @@ def test_a_live_terminal_is_rewritten_and_kept():
             console.write(row)
         console.close()
         text = stream.getvalue()
-        assert text.count("return 1.0") == lines
+        assert text.count("mean return 1.0") == lines
         assert text.endswith("\n")
         assert ("\r" in text) == stream.isatty()
 
@@ -360,7 +360,7 @@ def test_where_a_video_goes(tmp_path, capsys):
         assert main(["evaluate", str(path), "--episodes", "1", "--record", "--seed", seed]) == 0
         assert video.exists()
     assert main(["evaluate", "--record", str(run)]) == 2
-    assert "RUN comes before --record" in capsys.readouterr().err
+    assert "Put RUN before --record" in capsys.readouterr().err
 
 
 def test_a_window_that_does_not_open_is_one_clear_message(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ from proximo.config.settings import Config
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
 from proximo.rollout.randomness import Purpose, environment_seeds
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run import debug_bundle as bundle
 from proximo.run.metrics import METRICS, read_metrics
 from proximo.run.progress import Progress
@@ -39,7 +39,7 @@ SMALL = {
     "preset": None, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "backend": "torch",
 }  # fmt: skip
 ROWS = 32
-UNREADABLE = r"damaged|cannot be read|no manifest"
+CORRUPT = "is corrupt"
 OLD = Path(__file__).parents[1] / "fixtures" / "schema-1"
 BACKENDS = ["jax", "torch"]
 # Runs a command within a limit of the system's.
@@ -52,7 +52,7 @@ LIMITED = [
 
 
 def steps(run):
-    return [path.name for path in checkpoint.steps_of(run)]
+    return [path.name for path in checkpoint_files.list_checkpoints(run)]
 
 
 @pytest.fixture
@@ -184,8 +184,8 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("could not be saved") == 3
-    assert "for the 3rd time in a row" in done.stderr
-    assert f"\n  checkpoints: {run}; go on" in done.stderr
+    assert "3 of 3 failures in a row" in done.stderr
+    assert f"\n  earlier checkpoints are in {run}; resume with" in done.stderr
     assert "metrics cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     after = checkpoint.load(run)
@@ -199,16 +199,16 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path):
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.config.settings import Config
 from proximo.run.retention import CheckpointManager
 from proximo.run.progress import Progress
 
 run, fixture = map(Path, sys.argv[1:])
-arrays, manifest = checkpoint.read(fixture)
+arrays, manifest = checkpoint_files.read(fixture)
 
 def save(progress):
-    return lambda path: checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
+    return lambda path: checkpoint_files.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
 
 killed = reached = 0
 for at in range(1, 1000):
@@ -229,8 +229,8 @@ for at in range(1, 1000):
         for step in (1, 2, 3):
             progress.global_step = step
             keeper.save(float(step == 2))
-        checkpoint.save(run / f"named{at}", arrays, {**manifest, "progress": progress.to_document()[0]})
-        checkpoint.save(run / f"named{at}", arrays, {**manifest, "progress": progress.to_document()[0]})
+        checkpoint_files.save(run / f"named{at}", arrays, {**manifest, "progress": progress.to_document()[0]})
+        checkpoint_files.save(run / f"named{at}", arrays, {**manifest, "progress": progress.to_document()[0]})
         os._exit(7)
     _, status = os.waitpid(child, 0)
     saved = checkpoint.load(folder)
@@ -274,19 +274,21 @@ def flip(path, rng):
 def test_a_save_that_fails_in_any_way_does_not_end_a_healthy_run(tmp_path, capsys):
     """Memory runs out once, and is there again the next time."""
     progress, config, left = Progress(1, 1), Config(checkpoint_interval=1), [MemoryError()]
-    arrays, manifest = checkpoint.read(OLD)
+    arrays, manifest = checkpoint_files.read(OLD)
 
     def save(path):
         if left:
             raise left.pop()
-        checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
+        checkpoint_files.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
 
     keeper = CheckpointManager(tmp_path, config, progress, save)
     for step in (1, 2):
         progress.global_step = step
         keeper.after_iteration(None)
-    assert "could not be saved: MemoryError; the checkpoint before it is whole" in capsys.readouterr().err
-    assert steps(tmp_path) == [checkpoint.step_folder("", 2).name]
+    assert (
+        "could not be saved (1 of 3 failures in a row): MemoryError; the previous" in capsys.readouterr().err
+    )
+    assert steps(tmp_path) == [checkpoint_files.step_folder("", 2).name]
     assert not keeper.failures
 
 
@@ -315,7 +317,7 @@ def test_an_environment_that_exits_while_it_is_made_is_an_error(engine):
 
 def test_what_is_beside_checkpoints_is_none(run):
     """Copies under names of one's own, one of which sorts behind all: neither taken, nor counted, nor removed."""
-    latest = checkpoint.steps_of(run)[-1]
+    latest = checkpoint_files.list_checkpoints(run)[-1]
     copies = [latest.with_name(name) for name in (f"{latest.name}.bak", "step_before_change")]
     for copy in copies:
         shutil.copytree(latest, copy)
@@ -330,7 +332,7 @@ def test_the_best_of_a_run_that_goes_on_elsewhere(run, tmp_path):
     with PPO.load(run, total_timesteps=7 * ROWS, evaluation_interval=1, evaluation_episodes=1) as agent:
         agent.progress.best, agent.progress.best_step = 1e9, 32
         agent.learn(run_dir=tmp_path / "new")
-    assert (tmp_path / "new" / "checkpoints" / BEST / checkpoint.MANIFEST).is_file()
+    assert (tmp_path / "new" / "checkpoints" / BEST / checkpoint_files.MANIFEST).is_file()
 
 
 def test_ctrl_c_in_an_evaluation_takes_its_iteration_back(tmp_path, monkeypatch):
@@ -426,22 +428,22 @@ def test_ctrl_c_in_the_last_save_is_no_loss(tmp_path, monkeypatch):
     assert checkpoint.load(folder).progress.iteration == 4
 
 
-@pytest.mark.parametrize("name", [checkpoint.ARRAYS, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [checkpoint_files.ARRAYS, checkpoint_files.MANIFEST])
 def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     """A flipped bit, a truncated file, a missing one: the checkpoint before is taken, with a warning that names both;
     asked for by itself it is refused. Going on moves the damaged one aside, and ends as if nothing had been."""
-    whole = {path.name: path.read_bytes() for path in checkpoint.steps_of(run)[-1].iterdir()}
+    whole = {path.name: path.read_bytes() for path in checkpoint_files.list_checkpoints(run)[-1].iterdir()}
     expected = PPO.load(run).learner.state()
-    latest, before = checkpoint.steps_of(run)[-1], checkpoint.steps_of(run)[-2]
+    latest, before = checkpoint_files.list_checkpoints(run)[-1], checkpoint_files.list_checkpoints(run)[-2]
     rng = random.Random(0)
     flips = [lambda: flip(latest / name, rng)] * 8
-    if name == checkpoint.MANIFEST:
+    if name == checkpoint_files.MANIFEST:
         flips.append(lambda: (latest / name).write_bytes(whole[name].replace(b'"schema": 3', b'"schema": 2')))
     for damage in [*flips, lambda: os.truncate(latest / name, 100), lambda: (latest / name).unlink()]:
         damage()
         assert checkpoint.load(run).path == before
-        assert re.search(r"step_0+192 (is damaged|cannot be read).*; going back", capsys.readouterr().err)
-        with pytest.raises(UserError, match=UNREADABLE):
+        assert re.search(r"step_0+192 is corrupt: .*; loading the previous", capsys.readouterr().err)
+        with pytest.raises(UserError, match=CORRUPT):
             PPO.load(latest)
         (latest / name).write_bytes(whole[name])
     flip(latest / name, rng)
@@ -451,9 +453,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
     flip(latest / name, rng)  # the same again
     assert main(["resume", str(run), "--quiet"]) == 0
     assert all(np.array_equal(expected[key], value) for key, value in PPO.load(run).learner.state().items())
-    for path in checkpoint.steps_of(run):
+    for path in checkpoint_files.list_checkpoints(run):
         os.truncate(path / name, 10)
-    with pytest.raises(UserError, match=UNREADABLE):
+    with pytest.raises(UserError, match=CORRUPT):
         PPO.load(run)
 
 
@@ -465,13 +467,15 @@ def test_an_older_schema_is_migrated_and_a_later_one_refused(tmp_path):
         agent.learn(64)
         assert agent.progress.global_step == 128
         agent.save(tmp_path / "new")
-    manifest = json.loads((tmp_path / "new" / checkpoint.MANIFEST).read_text())
-    assert manifest["schema"] == checkpoint.SCHEMA == 3
+    manifest = json.loads((tmp_path / "new" / checkpoint_files.MANIFEST).read_text())
+    assert manifest["schema"] == checkpoint_files.SCHEMA == 3
     manifest["schema"] = 99
-    manifest["sha256"] = checkpoint.checksum((tmp_path / "new" / checkpoint.ARRAYS).read_bytes(), manifest)
-    (tmp_path / "new" / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest["sha256"] = checkpoint_files.checksum(
+        (tmp_path / "new" / checkpoint_files.ARRAYS).read_bytes(), manifest
+    )
+    (tmp_path / "new" / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(
-        UserError, match=r"schema 99 .written by Proximo .*; this Proximo .* reads schema 1 to 3"
+        UserError, match=r"schema 99 .written by Proximo .*, but Proximo .* reads schemas 1 to 3"
     ):
         PPO.load(tmp_path / "new")
 
@@ -488,7 +492,7 @@ def test_two_runs_in_one_folder(run):
                 timeout=60,
             )
             assert done.returncode == 2
-            assert "in use: another process trains there" in done.stderr
+            assert "is in use by another process" in done.stderr
             return True
 
         agent.learn(run_dir=run, stop=other)
@@ -501,7 +505,7 @@ def test_a_run_that_went_on_meanwhile_is_not_undone(run):
     """An agent that was loaded before another process went on does not take that back: it is told to load again."""
     with PPO.load(run, total_timesteps=8 * ROWS) as first, PPO.load(run, total_timesteps=8 * ROWS) as second:
         first.learn(run_dir=run)
-        with pytest.raises(UserError, match="the run went on meanwhile"):
+        with pytest.raises(UserError, match="another process has continued the run"):
             second.learn(run_dir=run)
     assert checkpoint.load(run).progress.global_step == 8 * ROWS
     assert len(read_metrics(run)) == 8
@@ -512,23 +516,25 @@ def test_damaged_metrics_do_not_keep_a_run_from_going_on(run, capsys):
     lines = (run / METRICS).read_bytes().splitlines()
     (run / METRICS).write_bytes(b"\n".join([*lines[:2], b"{\xff", *lines[3:], lines[0][:9]]))
     assert main(["resume", str(run), "--total-timesteps", str(7 * ROWS), "--quiet"]) == 0
-    assert "holds 5 of the 6 iterations" in capsys.readouterr().err
+    assert "metrics for only 5 of 6 iterations" in capsys.readouterr().err
     assert [row["iteration"] for row in read_metrics(run)] == [1, 2, 4, 5, 6, 7]
 
 
 def test_a_best_one_that_is_no_link_any_more(tmp_path):
     """A copy that follows links makes a folder of it, which does not stand in the way of a better one."""
     progress, config = Progress(1, 1), Config(evaluation_interval=1)
-    arrays, manifest = checkpoint.read(OLD)
-    save = lambda path: checkpoint.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
+    arrays, manifest = checkpoint_files.read(OLD)
+    save = lambda path: checkpoint_files.save(
+        path, arrays, {**manifest, "progress": progress.to_document()[0]}
+    )
     keeper = CheckpointManager(tmp_path, config, progress, save)
     keeper.save(1.0)
     (tmp_path / "checkpoints" / BEST).unlink()
-    shutil.copytree(checkpoint.steps_of(tmp_path)[0], tmp_path / "checkpoints" / BEST)
+    shutil.copytree(checkpoint_files.list_checkpoints(tmp_path)[0], tmp_path / "checkpoints" / BEST)
     progress.global_step = 2
     keeper.save(2.0)
     assert not keeper.failures
-    assert (tmp_path / "checkpoints" / BEST).readlink().name == checkpoint.step_folder("", 2).name
+    assert (tmp_path / "checkpoints" / BEST).readlink().name == checkpoint_files.step_folder("", 2).name
 
 
 # Numbers
@@ -582,8 +588,8 @@ def test_an_error_does_not_say_that_more_is_saved_than_is(full, tmp_path, capsys
         limited(resource.RLIM_INFINITY)
         del gym.registry["Dying-v0"]
     said = capsys.readouterr().err
-    what, kept = ("checkpoints", 0) if full else ("what was learned up to then", 2)
-    assert f"it died\n  {what}: {run}; go on from there with: proximo resume {run}" in said
+    what, kept = ("earlier checkpoints are", 0) if full else ("all completed iterations are saved", 2)
+    assert f"it died\n  {what} in {run}; resume with: proximo resume {run}" in said
     assert checkpoint.load(run).progress.iteration == kept
 
 
@@ -621,7 +627,7 @@ def test_an_environment_that_exits_when_it_is_shown_is_said(tmp_path):
     """Before the run begins, where it is to be filmed."""
     with (
         PPO(lambda: Unshowable(0, ()), engine="sync", capture_video=True, **SMALL) as agent,
-        pytest.raises(RunError, match=r"the environment called sys\.exit\(4\) while it was filmed"),
+        pytest.raises(RunError, match=r"the environment called sys\.exit\(4\) during a recording"),
     ):
         agent.learn(run_dir=tmp_path / "run")
 
@@ -692,17 +698,17 @@ def test_a_reward_that_is_no_number_is_kept_for_a_look(bad, tmp_path, capsys):
     (path,) = (run / bundle.FOLDER).iterdir()
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "the environment itself: number 0" in text
+    assert "environment 0 returned a reward that is NaN or infinite" in text
     assert re.search(rf"step 6: action \d, reward {bad}", text)
 
 
 def test_a_bundle_is_no_checkpoint_and_a_checkpoint_no_bundle(run, tmp_path, capsys):
-    with pytest.raises(UserError, match="no manifest of a bundle"):
-        checkpoint.read(checkpoint.steps_of(run)[-1], checkpoint.BUNDLE)
+    with pytest.raises(UserError, match="the format is 'proximo-checkpoint', expected 'proximo-bundle'"):
+        checkpoint_files.read(checkpoint_files.list_checkpoints(run)[-1], checkpoint_files.DEBUG_BUNDLE)
     assert main(["inspect", str(run)]) == 0
     text = capsys.readouterr().out
     assert f"step {6 * ROWS} of {6 * ROWS}, iteration 6" in text
-    assert "environments can be brought back exactly" in text
+    assert "exact resume: supported" in text
     assert main(["inspect", str(tmp_path)]) == 2
     assert main(["inspect", "x" * 300]) == 2  # longer than a name may be
 
@@ -712,15 +718,15 @@ def test_a_bundle_is_no_checkpoint_and_a_checkpoint_no_bundle(run, tmp_path, cap
 
 def rewritten(folder, arrays=None, **changes):
     """The fixture with a valid checksum, and these bytes for arrays or these changes in the manifest."""
-    payload = (OLD / checkpoint.ARRAYS).read_bytes() if arrays is None else arrays
-    manifest = json.loads((OLD / checkpoint.MANIFEST).read_text())
+    payload = (OLD / checkpoint_files.ARRAYS).read_bytes() if arrays is None else arrays
+    manifest = json.loads((OLD / checkpoint_files.MANIFEST).read_text())
     for name, value in changes.items():
         merges = isinstance(manifest.get(name), dict) and isinstance(value, dict)
         manifest[name] = {**manifest[name], **value} if merges else value
-    manifest["sha256"] = checkpoint.checksum(payload, manifest)
+    manifest["sha256"] = checkpoint_files.checksum(payload, manifest)
     folder.mkdir(exist_ok=True)
-    (folder / checkpoint.ARRAYS).write_bytes(payload)
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (folder / checkpoint_files.ARRAYS).write_bytes(payload)
+    (folder / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 
@@ -740,7 +746,7 @@ def test_nothing_that_is_loaded_runs(tmp_path):
     canary = tmp_path / "canary"
     payload = pickle.dumps(Payload(canary))
     for arrays in (payload, (8).to_bytes(8, "little") + payload, encode({"x": np.zeros(1)}) + payload):
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="is not a valid safetensors file"):
             PPO.load(rewritten(tmp_path / "hostile", arrays))
     for text in (
         f"gamma: !!python/object/apply:os.system ['touch {canary}']",
@@ -810,19 +816,19 @@ def test_hostile_manifests_are_refused_within_bounded_memory(what, command, tmp_
 def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
     """A header that claims 2**63 bytes, a manifest of a gigabyte (of nothing), one nested a million deep, YAML that
     would unfold to 10**9 words."""
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         checkpoint.load(rewritten(tmp_path / "header", (1 << 63).to_bytes(8, "little") + b"{}"))
     folder = rewritten(tmp_path / "endless")
-    (folder / checkpoint.ARRAYS).unlink()
-    (folder / checkpoint.ARRAYS).symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="is no file"):
+    (folder / checkpoint_files.ARRAYS).unlink()
+    (folder / checkpoint_files.ARRAYS).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is not a regular file"):
         checkpoint.load(folder)
     folder = rewritten(tmp_path / "large")
-    os.truncate(folder / checkpoint.MANIFEST, 1 << 30)
-    with pytest.raises(UserError, match="more than any such file"):
+    os.truncate(folder / checkpoint_files.MANIFEST, 1 << 30)
+    with pytest.raises(UserError, match="more than the limit"):
         checkpoint.load(folder)
-    (folder / checkpoint.MANIFEST).write_text("[" * 10**6)
-    with pytest.raises(UserError, match="cannot be read"):
+    (folder / checkpoint_files.MANIFEST).write_text("[" * 10**6)
+    with pytest.raises(UserError, match="is not valid JSON"):
         checkpoint.load(folder)
     laughs = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(9)
@@ -879,14 +885,16 @@ def valid(tmp_path_factory):
     with PPO("CartPole-v1", total_timesteps=4 * ROWS, engine="sync", hidden_sizes=[3], **SMALL) as agent:
         next(agent.iterate())
         agent.save(folder)
-    return json.loads((folder / checkpoint.MANIFEST).read_text()), (folder / checkpoint.ARRAYS).read_bytes()
+    return json.loads((folder / checkpoint_files.MANIFEST).read_text()), (
+        folder / checkpoint_files.ARRAYS
+    ).read_bytes()
 
 
 def loads_or_refuses(folder, manifest, payload):
     """Everything that the files decide, up to an iteration after it."""
     folder.mkdir(exist_ok=True)
-    (folder / checkpoint.ARRAYS).write_bytes(payload)
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (folder / checkpoint_files.ARRAYS).write_bytes(payload)
+    (folder / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     assert main(["inspect", str(folder)]) in (0, 2)
     try:
         with PPO.load(
@@ -906,7 +914,7 @@ def changed(manifest, payload, where):
     where(world["of"])
     payload = encode({**arrays, name: np.frombuffer(json.dumps(world).encode(), np.uint8)})
     manifest = {**manifest, "sha256": None}
-    return {**manifest, "sha256": checkpoint.checksum(payload, manifest)}, payload
+    return {**manifest, "sha256": checkpoint_files.checksum(payload, manifest)}, payload
 
 
 def nested(depth):
@@ -950,7 +958,7 @@ def test_any_manifest_loads_or_is_refused(data, valid, tmp_path):
     manifest, payload = valid
     path = data.draw(st.sampled_from([path for path in places(manifest) if path and path[0] != "sha256"]))
     manifest = put(manifest, path, data.draw(plain))
-    manifest["sha256"] = checkpoint.checksum(payload, manifest)
+    manifest["sha256"] = checkpoint_files.checksum(payload, manifest)
     loads_or_refuses(tmp_path / "fuzzed", manifest, payload)
 
 
@@ -964,7 +972,7 @@ def test_any_arrays_load_or_are_refused(data, valid, tmp_path):
         cut = data.draw(st.integers(0, 8))
         payload = payload[:at] + data.draw(st.binary(max_size=8)) + payload[at + cut :]
     manifest = {**manifest, "sha256": None}
-    manifest["sha256"] = checkpoint.checksum(payload, manifest)
+    manifest["sha256"] = checkpoint_files.checksum(payload, manifest)
     loads_or_refuses(tmp_path / "fuzzed", manifest, payload)
 
 

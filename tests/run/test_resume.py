@@ -20,7 +20,7 @@ from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
 from proximo.rollout.env_state import GENERATORS, EnvState, generator_from, pack, remembers, same, unpack
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
 
@@ -175,7 +175,9 @@ def test_the_other_backend_goes_on_from_the_same_state_and_says_so(tmp_path, cap
         next(other.iterate())
     first = np.array(seen[-ROWS:][:3])  # after what was repeated; the three environments step in turn
     assert np.array_equal(first, agent.progress.env_state.obs[""])
-    changed = "env Pendulum-v1 became one without a name; backend jax became torch"
+    changed = (
+        "env changed from Pendulum-v1 to an environment without an id; backend changed from jax to torch"
+    )
     assert f"not the same to the bit, since {changed}" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
 
@@ -328,7 +330,7 @@ def test_engines_that_cannot_go_back_begin_new_episodes(tmp_path, capsys):
     with PPO("CartPole-v1", engine="async", total_timesteps=4 * ROWS, **QUICK) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
-    manifest = json.loads((tmp_path / "saved" / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "saved" / checkpoint_files.MANIFEST).read_text())
     assert manifest["progress"]["exact"] is False
     with PPO.load(tmp_path / "saved") as agent:
         agent.learn()
@@ -447,8 +449,12 @@ def test_what_changes_learning_is_said(tmp_path, capsys):
             return again.progress.resumed[-1]
 
     assert gone_on(keep_checkpoints=7, tensorboard=False, total_timesteps=6 * ROWS)["exact"]
-    assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma 0.99 became 0.5"}
-    assert "not the same to the bit, since gamma 0.99 became 0.5" in capsys.readouterr().err
+    assert gone_on(gamma=0.5) == {
+        "global_step": ROWS,
+        "exact": False,
+        "why": "gamma changed from 0.99 to 0.5",
+    }
+    assert "not the same to the bit, since gamma changed from 0.99 to 0.5" in capsys.readouterr().err
     assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
 
 
@@ -472,14 +478,14 @@ def test_another_environment_or_another_way_to_compute_is_said(tmp_path, capsys)
     saved = checkpoint.load(tmp_path / "saved")
     config = agent.config
     compiled = agent.learner.compiled
-    assert not checkpoint.inexact(saved, config, "CartPole-v1", compiled)
+    assert not checkpoint.find_differences(saved, config, "CartPole-v1", compiled)
     saved.manifest["compiled"] = not compiled
-    became = f"compiled {not compiled} became {compiled}"
-    assert checkpoint.inexact(saved, config, "CartPole-v1", compiled) == [became]
+    became = f"compiled changed from {not compiled} to {compiled}"
+    assert checkpoint.find_differences(saved, config, "CartPole-v1", compiled) == [became]
     for env, changed in [
         ("CartPole", ""),
-        ("CartPole-v0", "env CartPole-v1 became CartPole-v0"),
-        (lambda: gym.make("CartPole-v1"), "env CartPole-v1 became one without a name"),
+        ("CartPole-v0", "env changed from CartPole-v1 to CartPole-v0"),
+        (lambda: gym.make("CartPole-v1"), "env changed from CartPole-v1 to an environment without an id"),
     ]:
         with PPO.load(tmp_path / "saved", env, engine="sync") as again:
             next(again.iterate())
@@ -596,14 +602,14 @@ def test_a_killed_run_is_resumed_by_command(tmp_path, capsys):
     assert not (killed / "learning_curve.png").exists()
     done = subprocess.run([*PROXIMO, "resume", str(killed)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "going on at step" in done.stdout
+    assert "resuming at step" in done.stdout
     assert "go on exactly where they stood" in done.stderr
     whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "killed"))
     assert all(whole.arrays[name].tobytes() == resumed.arrays[name].tobytes() for name in whole.arrays)
     assert without_time(read_metrics(killed)) == without_time(read_metrics(tmp_path / "whole"))
     assert not list(killed.glob("checkpoints/.*"))
     assert main(["resume", str(killed)]) == 2
-    assert "name a larger --total-timesteps" in capsys.readouterr().err
+    assert "Use a larger --total-timesteps" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
@@ -619,7 +625,7 @@ def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
         process.terminate()
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    (command,) = re.findall(r"go on with: (proximo resume .*)", output)
+    (command,) = re.findall(r"resume with: (proximo resume .*)", output)
     assert command == f"proximo resume '{run}'"
     step = checkpoint.load(run).progress.global_step
     total = step + 2 * ROWS
@@ -673,9 +679,9 @@ def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
     with PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, **QUICK) as agent:
         asked = iter([True])
         agent.learn(stop=lambda: next(asked))
-    path = checkpoint.steps_of(run)[-1]
-    arrays, manifest = checkpoint.read(path)
-    checkpoint.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})
+    path = checkpoint_files.list_checkpoints(run)[-1]
+    arrays, manifest = checkpoint_files.read(path)
+    checkpoint_files.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("CartPole-v1", "canary:Canary-v0")
     )
@@ -691,7 +697,7 @@ def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
 def test_an_older_checkpoint_goes_on_in_another_folder(tmp_path, capsys):
     run = tmp_path / "run"
     PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, checkpoint_interval=1, **QUICK).learn().close()
-    first = checkpoint.steps_of(run)[0]
+    first = checkpoint_files.list_checkpoints(run)[0]
     with PPO.load(first) as agent, pytest.raises(UserError, match="not empty"):
         agent.learn(run_dir=run)
     new = Path(tmp_path / "new")

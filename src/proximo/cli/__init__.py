@@ -1,4 +1,4 @@
-"""The `proximo` command: parsing and printing, nothing else. One file for each command."""
+"""The `proximo` command line: argument parsing and printing, with one module per command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from proximo.cli import evaluate, inspect, plot, presets, resume, train
-from proximo.cli.flags import spelled
+from proximo.cli.flags import normalize_arguments
 from proximo.errors import RunError, UserError, suggest
 from proximo.version import __version__
 
@@ -18,27 +18,27 @@ COMMANDS = (train, resume, evaluate, inspect, plot, presets)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and exits with 2."""
+    """Argument parser that raises `UserError` for invalid usage, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Hand bad usage to `main`, as any other bad input."""
+        """Raise `UserError`, which `main` reports like any invalid input."""
         raise UserError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 (the run failed), 2 (bad input), 130 or 143 (a signal)."""
-    sys.path.append("")  # so that MODULE:ID finds a module of the current folder, after all others
+    """Run the command line; return the exit status: 0, 1 (failed run), 2 (invalid input), or 128 + signal number."""
+    sys.path.append("")  # MODULE:ID may name a module in the current folder; it comes last
     try:
         return dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"proximo: error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"proximo: the run stopped: {error}", file=sys.stderr)
+        print(f"proximo: run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         return 128 + (error.args[0] if error.args else signal.SIGINT)
-    except BrokenPipeError:  # nobody reads on, as after `| head`
+    except BrokenPipeError:  # the reader has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     finally:
@@ -55,7 +55,7 @@ def dispatch(arguments: list[str]) -> int:
             f"unknown command {arguments[0]!r}{suggest(arguments[0], commands.choices)}; see proximo --help"
         )
     flags = set(chosen._option_string_actions)
-    options, unknown = parser.parse_known_args(spelled(arguments, flags))
+    options, unknown = parser.parse_known_args(normalize_arguments(arguments, flags))
     if unknown:
         raise UserError(
             f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see {chosen.prog} --help"
@@ -67,7 +67,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of all commands; a flag for every setting comes from the table in `proximo.config.settings`."""
+    """Build the parser of all commands. Flags for settings come from the table in `proximo.config.settings`."""
     parser = Parser(prog="proximo", description="PPO for Gymnasium environments.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"proximo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

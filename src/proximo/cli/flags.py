@@ -1,4 +1,4 @@
-"""From a user's spelling of flags and values to ours."""
+"""Command-line flags: one for every setting, and spellings of other libraries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ GROUPS = {
     "policy": "policy (continuous actions)",
     "normalisation": "normalisation",
 }
-# Names that other libraries have for what is no setting here.
-OTHERS = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+# Other libraries' names of flags that are not settings.
+FLAG_ALIASES = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+QUIET = "print only errors and notes, no progress and no summary"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +67,8 @@ def yaml_mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def whole(text: str) -> int:
-    """An argument that is a whole number of at least 0."""
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0."""
     try:
         number = to_int(text)
     except (ValueError, OverflowError):
@@ -77,10 +78,10 @@ def whole(text: str) -> int:
     return number
 
 
-def spelled(words: list[str], flags: set[str]) -> list[str]:
-    """Arguments as argparse wants them: our names of flags, and numbers tied to the flag they follow.
+def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:
+    """Rename flags to Proximo's names, and join numbers to the flag before them with "=".
 
-    Tied, `-1e2` is not taken for a flag, nor an environment's id for the width of a layer.
+    Joining keeps argparse from reading `-1e2` as a flag, or an environment id as another value of --hidden-sizes.
     """
     result: list[str] = []
     for word in words:
@@ -103,7 +104,7 @@ def _is_number(word: str) -> bool:
 
 
 def _canonical_flag(word: str, flags: set[str]) -> str:
-    """Our spelling of a flag: underscores become hyphens, and other libraries' names become ours."""
+    """Proximo's name of a flag; underscores become hyphens, and names of other libraries are translated."""
     if not word.startswith("--") or word == "--":
         return word
     flag, equals, value = word.partition("=")
@@ -112,9 +113,9 @@ def _canonical_flag(word: str, flags: set[str]) -> str:
         name = flag[2:].replace("-", "_")
         if name in AMBIGUOUS:
             raise UserError(AMBIGUOUS[name])
-        canonical = "--" + {**ALIASES, **OTHERS}.get(name, name).replace("_", "-")
+        canonical = "--" + {**ALIASES, **FLAG_ALIASES}.get(name, name).replace("_", "-")
         if canonical not in flags:
             return flag + equals + value
-        print(f"proximo: note: {flag} is {canonical} here", file=sys.stderr)
+        print(f"proximo: note: {flag} is called {canonical} in Proximo", file=sys.stderr)
         flag = canonical
     return flag + equals + value

@@ -1,4 +1,4 @@
-"""`proximo train --seeds`: the same run with several seeds at once, each a process of its own on one core."""
+"""`proximo train --seeds`: train several seeds in parallel, one process and one core per seed."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from proximo.cli.signals import StopSignals
+from proximo.config import presets
 from proximo.config.files import to_yaml
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.report.plot import RETURN, plot
+from proximo.rollout.rollout import Metrics
 from proximo.run.console import Console
-from proximo.run.folder import require_empty
-from proximo.run.metrics import CONFIG, Metrics, last_metrics
+from proximo.run.folder import default_run_dir, require_empty
+from proximo.run.metrics import CONFIG, read_last_metrics
 
 if TYPE_CHECKING:
     from proximo.config.settings import Config
 
-LOOK_S = 0.5  # between looks at how far the runs are
+POLL_S = 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One seed's run."""
+    """The run of one seed."""
 
     seed: int
     folder: Path
-    process: subprocess.Popen[bytes] | None = None
-    core: int = 0  # on which it stays
-    asked: bool = False  # to stop
-    ended: bool = False
+    process: subprocess.Popen[bytes] | None = None  # None before it starts
+    core: int = 0
+    was_signalled: bool = False
+    has_ended: bool = False
 
 
-def seeds(text: str) -> list[int]:
-    """An argument such as `0-3` or `0,2,7`."""
+def parse_seeds(text: str) -> list[int]:
+    """Parse a list of seeds and ranges, such as `0-3` or `0,2,7`."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -51,135 +54,147 @@ def seeds(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise argparse.ArgumentTypeError(f"expected seeds from low to high, got {part!r}")
+            raise argparse.ArgumentTypeError(f"expected a range from low to high, got {part!r}")
         found += range(first, last + 1)
     if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"a seed is named twice in {text!r}")
+        raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
     return found
 
 
-def train_all(
+def train_seeds(
+    options: argparse.Namespace,
     env_id: str,
-    config: Config,
-    seeds: Sequence[int],
-    folder: Path,
-    quiet: bool,
-    interrupted: Callable[[], int | None],
+    preset: str,
+    settings: dict[str, Any],
+    signals: StopSignals,
     say: Callable[[str], None],
 ) -> int:
-    """Train every seed into a folder of its own below `folder`; return the exit status.
-
-    As many run at once as there are cores, each kept on one core where the system can, which costs less than sharing
-    them; otherwise each learns on one thread and steps its environments itself.
-
-    Args:
-        interrupted: the signal that asks for a stop, which is handed on to the runs.
+    """Check the settings once, then train every seed in a subfolder; return the exit status.
 
     Raises:
-        UserError: the folder is in use, or a run could not begin.
-        RunError: a run failed; the others are stopped after their iteration.
+        UserError: A setting is invalid, the folder is in use, or a run could not start.
+        RunError: A run failed; the others have stopped after their current iteration.
     """
+    from proximo.envs.make import with_version
+    from proximo.learner.make import choose_backend
+    from proximo.ppo import config_for, read_spaces
+    from proximo.report.video import require_video
+    from proximo.run.trackers import import_wandb
+
+    if options.seed is not None:
+        raise UserError("--seed and --seeds are both given. Use one of them.")
+    env_id = with_version(env_id)
+    config = config_for(env_id, preset, settings)
+    spaces = read_spaces(env_id, config.env_kwargs)
+    spaces.check(config)
+    backend = choose_backend(config, spaces)
+    if config.capture_video:
+        require_video(env_id, config.env_kwargs)
+    if config.wandb:
+        import_wandb()
+    seeds: list[int] = options.seeds
+    folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
+    jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
+    name = presets.select_name(env_id, preset)
+    say(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
+    say(f"run folders: {folder}/seed-…")
+    settings_file = to_yaml(env_id, name, config, omit=("run_dir", "seed"))
+    _run(jobs, folder, env_id, config, settings_file, options.quiet, signals)
+    for line in _summarize(jobs, folder, signals.received is not None):
+        say(line)
+    return 128 + signals.received if signals.received else 0
+
+
+def _run(
+    jobs: Sequence[Job],
+    folder: Path,
+    env_id: str,
+    config: Config,
+    settings_file: str,
+    quiet: bool,
+    signals: StopSignals,
+) -> None:
+    """Run all jobs; whatever happens, no process remains afterwards."""
     require_empty(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(to_yaml(env_id, None, config, omit=("run_dir", "seed")), "utf-8")
+        (folder / CONFIG).write_text(settings_file, "utf-8")
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
-    jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     console = None if quiet else Console(config.total_timesteps * len(jobs))
     try:
-        _run_all(jobs, env_id, folder / CONFIG, console, interrupted)
+        _schedule(jobs, env_id, folder / CONFIG, console, signals)
     except (UserError, RunError):
-        _ask_to_stop([job for job in jobs if not job.asked], signal.SIGTERM)
+        _send_signal([job for job in jobs if not job.was_signalled], signal.SIGTERM)
         raise
     except BaseException:
-        _ask_to_stop(jobs, signal.SIGTERM)  # those that were asked before end at once
+        _send_signal(jobs, signal.SIGTERM)  # the second signal for some, which ends them immediately
         raise
     finally:
         for job in jobs:
             if job.process is not None:
                 job.process.wait()
-                cast(IO[bytes], job.process.stdin).close()  # not before, since that would stop it
+                cast(IO[bytes], job.process.stdin).close()  # only now, because closing it stops the run
         if console:
             console.close()
         if not any(job.folder.exists() for job in jobs):
             shutil.rmtree(folder, ignore_errors=True)
-    stopped = interrupted()
-    for line in _summary(jobs, folder, stopped is not None):
-        say(line)
-    return 128 + stopped if stopped else 0
 
 
-def _run_all(
-    jobs: Sequence[Job],
-    env_id: str,
-    config: Path,
-    console: Console | None,
-    interrupted: Callable[[], int | None],
+def _schedule(
+    jobs: Sequence[Job], env_id: str, config: Path, console: Console | None, signals: StopSignals
 ) -> None:
-    free, waiting = list(range(cores())), list(jobs)
-    while waiting or any(job.process and not job.ended for job in jobs):
-        if number := interrupted():
+    """Run as many jobs at once as there are cores."""
+    free_cores, waiting = list(range(cores())), list(jobs)
+    while waiting or any(job.process and not job.has_ended for job in jobs):
+        if signals.received:
             waiting = []
-            _ask_to_stop([job for job in jobs if not job.asked], number)
-        while waiting and free:
-            _begin(waiting.pop(0), env_id, config, free.pop(0))
-        time.sleep(LOOK_S)
+            _send_signal([job for job in jobs if not job.was_signalled], signals.received)
+        while waiting and free_cores:
+            _start(waiting.pop(0), env_id, config, free_cores.pop(0))
+        time.sleep(POLL_S)
         for job in jobs:
-            if job.process is not None and not job.ended and job.process.poll() is not None:
-                job.ended = True
-                free.append(job.core)
+            if job.process is not None and not job.has_ended and job.process.poll() is not None:
+                job.has_ended = True
+                free_cores.append(job.core)
                 _require_success(job, job.process.returncode)
-        if console and (metrics := _together(jobs)):
+        if console and (metrics := _combine_metrics(jobs)):
             console.write(metrics)
 
 
-def _begin(job: Job, env_id: str, config: Path, core: int) -> None:
-    # -P: a file in the current folder is not taken for a package's. A session of its own, so that Ctrl-C reaches the
-    # run once, from here; its standard input ends when this process does, and then so does the run.
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "proximo",
-        "train",
-        env_id,
-        "--config",
-        str(config),
-        "--seed",
-        str(job.seed),
-    ]
+def _start(job: Job, env_id: str, config: Path, core: int) -> None:
+    # -P: files in the current folder do not shadow packages. The run has its own session, so that Ctrl-C reaches it
+    # only from here, and stops when its standard input ends, which happens when this process ends.
+    command = [sys.executable, "-P", "-m", "proximo", "train", env_id, "--config", str(config)]
+    command += ["--seed", str(job.seed), "--run-dir", str(job.folder), "--quiet", "--until-input-ends"]
     if not can_pin_to_cores():
         command += ["--threads", "1", "--engine", "sync"]
     job.process = subprocess.Popen(
-        [*command, "--run-dir", str(job.folder), "--quiet", "--until-input-ends"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
     job.core = core
     pin_to_core(job.process.pid, core)
 
 
 def _require_success(job: Job, status: int) -> None:
-    stopped = {sign for number in STOP_SIGNALS for sign in (128 + number, -number)}
-    if status == 0 or (job.asked and status in stopped):
+    stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
+    if status == 0 or (job.was_signalled and status in stop_statuses):
         return
     if status == 2:
-        raise UserError(f"seed {job.seed} could not begin; see above")
-    raise RunError(f"seed {job.seed} ended with status {status}; what it learned is in {job.folder}")
+        raise UserError(f"seed {job.seed} could not start; see its error message above")
+    raise RunError(f"seed {job.seed} failed with status {status}. Its checkpoints are in {job.folder}.")
 
 
-def _ask_to_stop(jobs: Sequence[Job], number: int) -> None:
+def _send_signal(jobs: Sequence[Job], number: int) -> None:
     for job in jobs:
-        job.asked = True
+        job.was_signalled = True
         if job.process is not None:
             job.process.send_signal(number)
 
 
-def _together(jobs: Sequence[Job]) -> Metrics | None:
-    """Steps of all runs, and the mean of their returns."""
-    rows = [row for job in jobs if (row := last_metrics(job.folder))]
+def _combine_metrics(jobs: Sequence[Job]) -> Metrics | None:
+    """Total steps of all runs, and the mean of their returns."""
+    rows = [row for job in jobs if (row := read_last_metrics(job.folder))]
     if not rows:
         return None
     returns = [value for row in rows if (value := row[RETURN]) is not None]
@@ -189,19 +204,19 @@ def _together(jobs: Sequence[Job]) -> Metrics | None:
     }
 
 
-def _summary(jobs: Sequence[Job], folder: Path, stopped: bool) -> Iterator[str]:
-    rows = {job.seed: row for job in jobs if (row := last_metrics(job.folder))}
+def _summarize(jobs: Sequence[Job], folder: Path, interrupted: bool) -> Iterator[str]:
+    rows = {job: row for job in jobs if (row := read_last_metrics(job.folder))}
     steps = sum(int(row["global_step"] or 0) for row in rows.values())
-    yield f"{'interrupted' if stopped else 'finished'} after {steps:,} steps over {len(rows)} seeds"
-    known = {seed: row[RETURN] for seed, row in rows.items() if row[RETURN] is not None}
-    if not known:
+    yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {len(rows)} seeds"
+    returns = {job: value for job, row in rows.items() if (value := row[RETURN]) is not None}
+    if not returns:
         return
-    values = np.array(list(known.values()), float)
+    values = np.array(list(returns.values()), float)
     spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    yield f"mean return of the last 100 episodes {values.mean():.1f}{spread}"
-    yield "  " + ", ".join(f"seed {seed}: {value:.1f}" for seed, value in known.items())
-    folders = [job.folder for job in jobs if job.seed in known]
+    yield f"mean return over the last 100 episodes: {values.mean():.1f}{spread}"
+    yield "  " + ", ".join(f"seed {job.seed}: {value:.1f}" for job, value in returns.items())
+    folders = [job.folder for job in returns]
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
-    yield f"evaluate one with: proximo evaluate {folders[0]}"
-    if stopped:
-        yield f"go on with each: proximo resume {folders[0]}"
+    yield f"evaluate a seed with: proximo evaluate {folders[0]}"
+    if interrupted:
+        yield f"resume each seed with: proximo resume {folders[0]}"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 class Resolved(NamedTuple):
     """What "auto" and unset values mean here, derived anew at every start.
 
-    It is printed and recorded as information, in `versions.json` and in checkpoints. Only `Config`, which keeps what was
-    requested, decides how a run continues, so that a run can move between machines.
+    Printed, and recorded as information in `versions.json` and in checkpoints. Only `Config`, which keeps what was
+    requested, decides how a run continues, so that runs can move between machines.
     """
 
     backend: str

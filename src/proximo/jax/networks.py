@@ -124,8 +124,8 @@ def matmul(x: Array, weight: Array) -> Array:
     """x W: [..., inputs] -> [..., outputs].
 
     The gradient is written out for speed: for the derived one, XLA transposes both factors and multiplies them slowly
-    on a CPU. With x transposed first, an update with minibatches of 2048 takes half the time. Forward mode (`jax.jvp`) is
-    not supported.
+    on a CPU. With x transposed first, an update with minibatches of 2048 takes half the time. Forward mode is not
+    supported.
     """
     return x @ weight
 

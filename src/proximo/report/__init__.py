@@ -1,1 +1,1 @@
-"""What a user looks at after training: plots and videos."""
+"""Results to look at after training: plots and videos."""

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from proximo.config.settings import Config
 from proximo.errors import Exited, NotFinite, RunError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.report.plot import plot, plot_run
-from proximo.rollout.rollout import Metrics, Samples
+from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run import debug_bundle
-from proximo.run.folder import RunFolder, Sink
+from proximo.run.folder import RunFolder
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager, require_latest
-from proximo.run.trackers import recording, tell
+from proximo.run.trackers import Tracker, open_trackers, write_to_trackers
 
 
 class Recorder:
@@ -32,15 +32,14 @@ class Recorder:
     def __init__(
         self,
         folder: RunFolder | None,
-        trackers: list[Sink],
-        env_id: str | None,
-        config: Config,
+        trackers: list[Tracker],
+        info: RunInfo,
         learner: Learner,
         progress: Progress,
         save: Callable[[Path], object],
         record_video: Callable[[Path], object],
     ) -> None:
-        self.folder, self._trackers, self._env_id, self._config = folder, trackers, env_id, config
+        self.folder, self._trackers, self._info, self._config = folder, trackers, info, info.config
         self._learner, self._progress, self._save, self._record_video = learner, progress, save, record_video
         self._checkpoints: CheckpointManager | None = None
 
@@ -57,9 +56,9 @@ class Recorder:
         self.folder.sync()  # metrics first: a checkpoint never precedes them on disk
         self._save(path)
 
-    def write(self, metrics: Metrics, samples: Samples | None) -> None:
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
         """Send the metrics of an iteration to all trackers."""
-        tell(self._trackers, metrics, samples)
+        write_to_trackers(self._trackers, metrics, diagnostics)
 
     def after_iteration(self, evaluated: float | None) -> None:
         """Save a checkpoint and record a video where they are due.
@@ -91,12 +90,10 @@ class Recorder:
         if not self._checkpoints or not self.folder:
             return
         try:
-            if not self._checkpoints.gave_up:
+            if not self._checkpoints.has_given_up:
                 self._checkpoints.save()
             if isinstance(error, NotFinite):
-                path = debug_bundle.save(
-                    self.folder.path, error, self._learner, self._config, self._env_id, self._progress
-                )
+                path = debug_bundle.save(self.folder.path, error, self._learner, self._info, self._progress)
                 notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
         except Exception as another:
             notify_user(f"not everything could be saved: {another}")
@@ -132,8 +129,7 @@ class Recorder:
 @contextmanager
 def record_run(
     run_dir: str | Path | None,
-    env_id: str | None,
-    config: Config,
+    info: RunInfo,
     learner: Learner,
     progress: Progress,
     save: Callable[[Path], object],
@@ -153,8 +149,8 @@ def record_run(
     """
     check = partial(require_latest, progress.global_step)
     after = progress if is_continued else None
-    with recording(run_dir, env_id, config, show, after, check) as (folder, trackers):
-        recorder = Recorder(folder, trackers, env_id, config, learner, progress, save, record_video)
+    with open_trackers(run_dir, info, show, after, check) as (folder, trackers):
+        recorder = Recorder(folder, trackers, info, learner, progress, save, record_video)
         try:
             yield recorder
             recorder.finish()

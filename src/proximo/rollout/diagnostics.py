@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.rollout.rollout import Metrics, Rollout, Samples
+from proximo.rollout.rollout import Diagnostics, Metrics, Rollout
 from proximo.spaces.heads import Head
 
 MAX_LOG_RATIO = 10.0  # histograms need finite ratios
 
 
-def histograms_of(rollout: Rollout, config: Config, before: Samples, after: Samples) -> Samples:
+def histograms_of(rollout: Rollout, config: Config, before: Diagnostics, after: Diagnostics) -> Diagnostics:
     """Returns, advantages, values, ratios and actions of the B valid transitions.
 
     A ratio compares the policy after the update with the policy before it, normalisers included. Actions are as the
@@ -33,7 +33,7 @@ def histograms_of(rollout: Rollout, config: Config, before: Samples, after: Samp
     return samples
 
 
-def action_metrics(rollout: Rollout, config: Config, before: Samples) -> Metrics:
+def action_metrics(rollout: Rollout, config: Config, before: Diagnostics) -> Metrics:
     """Statistics per dimension of the actions taken and of the policy, averaged over the rollout.
 
     A continuous dimension has the mean and standard deviation of both; a discrete action its frequency and probability.

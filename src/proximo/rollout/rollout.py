@@ -20,7 +20,7 @@ Actor = Callable[[Obs, np.ndarray], RawAction]
 """(observation [N, ...], start [N] bool) -> raw actions, path -> [N, ...]."""
 
 Metrics = dict[str, float | None]
-Samples = dict[str, np.ndarray]  # name -> [any number] values of one rollout
+Diagnostics = dict[str, np.ndarray]  # name -> values of one rollout, any number
 
 
 class Episode(NamedTuple):

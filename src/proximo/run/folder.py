@@ -1,4 +1,4 @@
-"""What a run leaves behind in its folder, and what it says on the terminal while it goes on."""
+"""The run folder: settings, versions and metrics of one run, locked while it trains."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
-from proximo.config.files import to_yaml
-from proximo.config.settings import Config
 from proximo.errors import UserError, notify_user
-from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, Metrics, Samples, cut_metrics, replace_text
-from proximo.run.versions import versions
+from proximo.rollout.rollout import Diagnostics, Metrics
+from proximo.run.info import RunInfo
+from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics, write_atomically
 
 try:
     import fcntl
@@ -24,101 +22,89 @@ except ImportError:  # Windows
     fcntl = None
 
 
-class Sink(Protocol):
-    """Where a run's metrics go."""
-
-    def write(self, metrics: Metrics, samples: Samples | None) -> None:
-        """Take one iteration's metrics, and now and then samples to make histograms of."""
-        ...
-
-    def close(self, failed: bool = False) -> None:
-        """Nothing more will come; `failed` where an error ends the run."""
-        ...
-
-
 class RunFolder:
-    """A folder of one run: config.yaml, versions.json, metrics.jsonl, checkpoints/, videos/ and plots.
+    """A run's folder: config.yaml, versions.json, metrics.jsonl, checkpoints/, videos/ and plots.
 
-    While it is open no other process can write into it.
+    A lock keeps other processes from training in the folder while it is open.
 
     Args:
-        after: an iteration; the folder is that run's, which goes on from there. Later metrics are removed.
-        check: refuses to go on there, before anything is removed.
+        resume_after: Iteration to resume the folder's run after; later metrics are removed. None starts a new run.
+        check: Called with the folder of a resumed run before anything is changed; raises to refuse.
 
     Raises:
-        UserError: the folder holds something already, is in use, or cannot be written.
+        UserError: The folder is not empty (for a new run), is in use, or cannot be written.
     """
 
     def __init__(
         self,
         path: str | Path,
-        env_id: str | None,
-        config: Config,
-        after: int | None = None,
+        info: RunInfo,
+        resume_after: int | None = None,
         check: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.path, self.rows = Path(path), 0
         self._lock: int | None = None
         self._metrics: int | None = None
-        self._waiting: list[bytes] = []  # rows that could not be written yet
-        text = to_yaml(env_id, None, config)
+        self._unwritten: list[bytes] = []  # lines that a full disk has delayed
+        text = info.to_yaml()
         try:
-            if after is None:
+            if resume_after is None:
                 require_empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = locked(self.path)
-            if after is None:
-                with (self.path / CONFIG).open(
-                    "x", encoding="utf-8"
-                ) as file:  # claims the folder for this run
+            self._lock = lock_run_dir(self.path)
+            if resume_after is None:
+                # Exclusive creation fails if another run has claimed the folder meanwhile.
+                with (self.path / CONFIG).open("x", encoding="utf-8") as file:
                     file.write(text)
             else:
                 check(self.path)
-                replace_text(self.path / CONFIG, text)
-                cut_metrics(self.path, after)
-            replace_text(self.path / VERSIONS, json.dumps(versions(), indent=2))
+                write_atomically(self.path / CONFIG, text)
+                truncate_metrics(self.path, resume_after)
+            write_atomically(self.path / VERSIONS, json.dumps(info.versions(), indent=2))
             self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except BaseException as error:
             self._unlock()
             if isinstance(error, FileExistsError):
-                raise UserError(f"run folder {self.path} is another run's: choose another run_dir") from error
+                raise UserError(
+                    f"run folder {self.path} belongs to another run. Choose another `run_dir`."
+                ) from error
             if isinstance(error, OSError):
                 raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
             raise
 
-    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
-        """Append one iteration's metrics as a JSON object; where that fails, with a later one."""
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
+        """Append one iteration's metrics as a line of JSON. If that fails, the line is written with a later one."""
         self.rows += 1
-        self._waiting.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
-        self._write_waiting()
+        self._unwritten.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
+        self._write_lines()
 
-    def _write_waiting(self) -> None:
+    def _write_lines(self) -> None:
         assert self._metrics is not None
-        whole, text = os.fstat(self._metrics).st_size, b"".join(self._waiting)
+        size, text = os.fstat(self._metrics).st_size, b"".join(self._unwritten)
         try:
-            written = os.write(self._metrics, text)
-            if written < len(text):
+            if os.write(self._metrics, text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            os.ftruncate(self._metrics, whole)  # half a line would spoil the file
-            if len(self._waiting) == 1:
+            os.ftruncate(self._metrics, size)  # remove an incomplete line
+            if len(self._unwritten) == 1:
                 notify_user(
-                    f"metrics cannot be written to {self.path / METRICS}: {error.strerror}; they wait until they can"
+                    f"metrics cannot be written to {self.path / METRICS} ({error.strerror}); "
+                    "they are kept in memory and written later"
                 )
             return
-        self._waiting.clear()
+        self._unwritten.clear()
 
     def sync(self) -> None:
-        """Have the metrics on the disk before a checkpoint that follows them."""
+        """Flush the metrics to disk, so that no checkpoint is newer than its metrics."""
         if self._metrics is not None:
             os.fsync(self._metrics)
 
     def close(self, failed: bool = False) -> None:
-        """Close the metrics; the folder is complete."""
+        """Close the metrics file and unlock the folder."""
         if self._metrics is None:
             return
-        if self._waiting:
-            self._write_waiting()
+        if self._unwritten:
+            self._write_lines()
         os.close(self._metrics)
         self._metrics = None
         self._unlock()
@@ -129,8 +115,8 @@ class RunFolder:
             self._lock = None
 
     @contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder where an error in this block means that the run never begins."""
+    def removed_on_error(self) -> Iterator[None]:
+        """Delete the folder if the block raises: the run has not started."""
         try:
             yield
         except BaseException:
@@ -139,11 +125,11 @@ class RunFolder:
             raise
 
 
-def locked(run_dir: Path) -> int | None:
-    """A descriptor that holds a run folder for this process as long as it is open; None where a system has no such.
+def lock_run_dir(run_dir: Path) -> int | None:
+    """Lock a run folder for this process; return a descriptor to close for unlocking, None if locks are unsupported.
 
     Raises:
-        UserError: another process holds it.
+        UserError: Another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -152,30 +138,32 @@ def locked(run_dir: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(f"run folder {run_dir} is in use: another process trains there") from error
-    except OSError:  # a file system without locks
+        raise UserError(
+            f"run folder {run_dir} is in use by another process. Wait until it ends, or choose another `run_dir`."
+        ) from error
+    except OSError:  # file system without locks
         os.close(descriptor)
         return None
     return descriptor
 
 
 def require_empty(run_dir: Path) -> None:
-    """Refuse a folder that a run would overwrite.
+    """Check that a new run would not overwrite anything.
 
     Raises:
-        UserError: it holds something, or is none.
+        UserError: `run_dir` is a file or a folder that is not empty.
     """
     if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir} is a file: choose another run_dir")
+        raise UserError(f"run folder {run_dir} is a file. Choose another `run_dir`.")
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        goes_on = (
-            f", or go on with it: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else ""
+        resume = (
+            f", or resume it with: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else ""
         )
-        raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it{goes_on}")
+        raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`, delete it{resume}")
 
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:
-    """runs/ENV-BACKEND-sSEED-TIME."""
+    """Path of a new run folder: runs/ENV-BACKEND-sSEED-TIME."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in env_id)
     path = Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path

@@ -94,7 +94,7 @@ class Spaces:
         leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
         if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
             raise UserError(
-                f"the observation has leading axes {leading}; expected one observation, or a batch along the first axis."
+                f"the observation has leading axes {leading}; expected one observation or a batch of them."
             )
         if not all(np.isfinite(value).all() for value in obs.values()):
             raise UserError("the observation is not finite; expected finite numbers.")

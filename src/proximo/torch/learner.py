@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -173,11 +174,8 @@ class Learner(learner.Learner):
         def step(obs: Any, start: np.ndarray, carry: Any, noise: np.ndarray) -> tuple[Any, Any, Output]:
             # More threads would spin between steps, on cores that the environments need.
             with num_threads(1), default_device(self.device):
-                arguments = self._to_device((obs, start))
-                carry = carry if isinstance(carry, Tensor) else self._to_device(carry).to(self._torch_dtype)
-                action, carry, output = act(
-                    self.spec, state, *arguments, carry, self._to_device(noise), params
-                )
+                obs, begins, carry, drawn = self._to_device((obs, start, carry, noise))
+                action, carry, output = act(self.spec, state, obs, begins, carry, drawn, params)
             return self._to_numpy(action), carry, output
 
         return step
@@ -190,20 +188,21 @@ class Learner(learner.Learner):
     def _run_update(
         self, data: Transitions, order: np.ndarray, hyper: Hyper, outputs: Sequence[Output]
     ) -> tuple[State, dict[str, float]]:
-        arguments = (self.spec, self._state, data, *self._to_device((order, hyper)), outputs)
+        indices, hyper = self._to_device((order, hyper))
+        learn = partial(update, self.spec, self._state, data, indices, hyper, outputs)
         shapes = (data.reward.shape, order.shape)
         is_tried = shapes in self._compiled
         step = self._minibatch(*shapes)
         with num_threads(self.threads), default_device(self.device):
             try:
-                state, metrics = update(*arguments, step)
+                state, metrics = learn(step)
             except Exception as error:
                 if step is minibatch or is_tried or not self._may_choose:
                     raise
                 reason = " ".join(str(error).split())[:300]
                 notify_user(f"PyTorch failed to compile; training continues without: {reason}")
                 self.compiled = self._may_choose = False
-                state, metrics = update(*arguments, minibatch)
+                state, metrics = learn(minibatch)
         return state, {name: value.item() for name, value in metrics.items()}
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:

@@ -1,0 +1,34 @@
+"""What identifies a run: environment, preset, settings and the choices derived from them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from proximo.config.files import to_yaml
+from proximo.config.resolved import Resolved
+from proximo.config.settings import Config
+from proximo.run.versions import collect_versions
+
+
+class RunInfo(NamedTuple):
+    """What identifies a run.
+
+    Attributes:
+        env_id: id of the environment; None for one without an id.
+        preset: name of the preset that the settings started from; None without one.
+        config: settings as requested.
+        resolved: choices made on this machine.
+    """
+
+    env_id: str | None
+    preset: str | None
+    config: Config
+    resolved: Resolved
+
+    def to_yaml(self) -> str:
+        """The content of config.yaml, with which `proximo train --config` repeats the run."""
+        return to_yaml(self.env_id, self.preset, self.config)
+
+    def versions(self) -> dict[str, Any]:
+        """Versions of software and hardware, and the resolved choices."""
+        return {**collect_versions(), "resolved": self.resolved.to_dict()}
