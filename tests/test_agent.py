@@ -161,7 +161,7 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
         short.reward[t], short.truncated[t] = t, over
         agent.observe(t, False, over, following)
         if over:
-            short.add_final(t, 0, following)
+            short.add_final_obs(t, 0, following)
             following = rng.normal(size=4).astype(np.float32)
             short.obs[""][t + 1] = following
         obs, begins = following, over
@@ -174,7 +174,7 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
     twin = Agent(4, 2, network=network, **{**settings, "num_steps": 8}).learner
     twin.load(before)
     hyper = hyper_at(config, global_step)
-    found = twin.examine(short, hyper)
+    found = twin.inspect_rollout(short, hyper)
     # Examined in the order of sequences [L, K].
     recomputed = [found[name].reshape(config.sequence_length, -1).T.ravel() for name in ("log_prob", "value")]
     np.testing.assert_allclose(np.transpose(said), recomputed, atol=1e-5, rtol=1e-4)

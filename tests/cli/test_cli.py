@@ -90,7 +90,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train CartPole-v1 --minibatch-size 100", "`minibatch_size` 100 does not divide the rollout"),
         ("train CartPole-v1 --num-minibatches 7", "`num_minibatches` 7 does not divide the rollout"),
         ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
-        ("train CartPole-v1 --squash", "squash needs a Box action space"),
+        ("train CartPole-v1 --squash", "`squash` needs a Box action space"),
         ("train Blackjack-v1", "observation space Tuple"),
         ("train CartPole-v1 --env-kwargs 3", "expected a mapping such as"),
         ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),

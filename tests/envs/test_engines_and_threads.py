@@ -336,7 +336,7 @@ def test_runs_of_seeds_end_with_the_command(number, tmp_path):
         ("--seeds a", "0-3 or 0,2,7"),
         ("--seeds 0-1 --seed 2", "--seed and --seeds are both given"),
         ("--seeds 0-1 --num-envs 3 --minibatch-size 64", "does not divide"),
-        ("--seeds 0-1 --squash", "squash needs a Box action space"),
+        ("--seeds 0-1 --squash", "`squash` needs a Box action space"),
     ],
 )
 def test_bad_seeds(arguments, message, tmp_path, capsys):
@@ -365,29 +365,29 @@ def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     count_minibatches = learner_of().spec.config.count_minibatches
     assert (count_minibatches(31 * 64), count_minibatches(31 * 64 + 1)) == (19_840, 20_480)
-    assert learner_of().expect(20_480) is False, "no headers"
+    assert learner_of().decide_compilation(20_480) is False, "no headers"
     (tmp_path / "Python.h").touch()
     learner = learner_of()
-    assert [learner.expect(count) for count in (19_840, 159, 1, 0)] == [False, False, True, True]
-    assert learner_of(compile=False).expect(20_480) is False
-    assert learner_of(compile=True).expect(0) is True
+    assert [learner.decide_compilation(count) for count in (19_840, 159, 1, 0)] == [False, False, True, True]
+    assert learner_of(compile=False).decide_compilation(20_480) is False
+    assert learner_of(compile=True).decide_compilation(0) is True
     monkeypatch.setenv("CXX", "no compiler of this name")
-    assert learner_of().expect(20_480) is False
-    assert learner_of().expect(20_480, as_before=True) is False
+    assert learner_of().decide_compilation(20_480) is False
+    assert learner_of().decide_compilation(20_480, as_before=True) is False
 
 
 def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
     """Only where nobody asked for it; the update is that without compiling."""
-    monkeypatch.setattr("proximo.torch.learner.MANY", 0)
-    monkeypatch.setattr("proximo.torch.learner.compiled", lambda *_, **__: broken)
+    monkeypatch.setattr("proximo.torch.learner.MIN_MINIBATCHES", 0)
+    monkeypatch.setattr("proximo.torch.learner.compile_function", lambda *_, **__: broken)
     learner, plain, asked = learner_of(), learner_of(compile=False), learner_of(compile=True)
     rollout = act_rollout(plain, seed=0)
     order = minibatch_order(rollout.valid, 1, 4, np.random.default_rng(0))
     hyper = hyper_at(plain.spec.config, 0)
-    assert learner.expect(1) is True
+    assert learner.decide_compilation(1) is True
     assert learner.update(rollout, order, hyper) == plain.update(rollout, order, hyper)
     assert "goes on without compiling, which failed: no compiler" in capsys.readouterr().err
-    assert learner.expect(1) is False
+    assert learner.decide_compilation(1) is False
     with pytest.raises(RuntimeError, match=r"no\s+compiler"):
         asked.update(rollout, order, hyper)
 

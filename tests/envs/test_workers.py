@@ -142,7 +142,13 @@ def assert_same_rollouts(ours: VectorEnv, theirs: VectorEnv) -> None:
         told.append([])
         for _ in range(4):
             episodes = collector.collect(actor, rollout).episodes
-            arrays = [rollout.action, rollout.reward, rollout.terminated, rollout.truncated, rollout.start]
+            arrays = [
+                rollout.action[""],
+                rollout.reward,
+                rollout.terminated,
+                rollout.truncated,
+                rollout.start,
+            ]
             final = {"index": rollout.final_index, **{f"/{k}": v for k, v in rollout.final_obs.items()}}
             copies = [array.copy() for array in (*arrays, *rollout.obs.values())]
             told[-1].append((episodes, copies, final))

@@ -117,7 +117,7 @@ def poison(rollout: Rollout, garbage_action: float) -> None:
     """Everything that an environment might report on a row that only resets."""
     reset = ~rollout.valid
     rollout.reward[reset] = np.nan
-    rollout.action[reset] = garbage_action
+    rollout.action[""][reset] = garbage_action
     rollout.terminated[reset] = True
     rollout.truncated[reset] = True
 
@@ -180,11 +180,11 @@ def test_from_a_rollout_to_advantages(backend, resets):
     rollout = act_rollout(learner, seed=2, resets=resets)
     shape = rollout.reward.shape
     rows = rollout.obs[""].reshape(-1, 4)
-    value = learner.value({"": rows}).reshape(shape[0] + 1, shape[1])
+    value = learner.predict_values({"": rows}).reshape(shape[0] + 1, shape[1])
     next_value = value[1:].copy()
     if resets == "same_step":
         assert len(rollout.final_index) > 5
-        next_value.flat[rollout.final_index] = learner.value(rollout.final_obs)
+        next_value.flat[rollout.final_index] = learner.predict_values(rollout.final_obs)
     flags = rollout.terminated, rollout.truncated, rollout.valid
     expected = slow_gae(rollout.reward, value[:-1], next_value, *flags, config.gamma, config.gae_lambda)
 

@@ -86,36 +86,40 @@ def test_either_order_of_channels_is_the_same_picture(backend):
     noise = np.zeros((1, len(start), 3), np.float32)
     action = last.actor(noise)(obs, start)
     np.testing.assert_array_equal(first.actor(noise)(turned, start), action)
-    for ours, theirs in zip(first.score(turned, action), last.score(obs, action), strict=True):
+    for ours, theirs in zip(
+        first.evaluate_actions(turned, action), last.evaluate_actions(obs, action), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 @both_backends
 def test_the_first_ratio_is_one(backend, monkeypatch):
     """Acting one step at a time, recomputing a rollout in parts and a minibatch in one agree."""
-    monkeypatch.setattr("proximo.torch.update.IMAGES", 6)  # two steps of three environments
+    monkeypatch.setattr("proximo.torch.update.CHUNK", 6)  # two steps of three environments
     learner = make_learner(small(hidden_sizes=(8,), backend=backend, num_envs=3), picture(36, 36, 1))
     rollout = act_rollout(learner, seed=1)
     rows = rollout.valid.reshape(-1)
     obs = {"": rollout.obs[""][:-1].reshape(-1, 36, 36, 1)[rows]}
-    log_prob, value, _ = learner.score(obs, rollout.action.reshape(-1)[rows])
-    found = learner.examine(rollout, hyper_at(learner.spec.config, 0))
+    log_prob, value, _ = learner.evaluate_actions(obs, {"": rollout.action[""].reshape(-1)[rows]})
+    found = learner.inspect_rollout(rollout, hyper_at(learner.spec.config, 0))
     np.testing.assert_allclose(found["log_prob"].reshape(-1), log_prob, atol=1e-5)
     np.testing.assert_allclose(found["value"].reshape(-1), value, atol=1e-5)
 
 
 @both_backends
-def test_what_the_network_said_while_acting_is_not_asked_again(backend):
-    """All eight steps known, or none: the same update but for rounding. Told values that are 10 too high, it has
-    another loss: they are what it reads."""
+def test_network_outputs_kept_while_acting_are_used_in_the_update(backend):
+    """With the outputs of all eight steps, or none, the update is the same except for rounding. With values that are 10
+    too high, the loss differs, so the kept outputs are used."""
     learner = make_learner(small(hidden_sizes=(8,), backend=backend), picture(36, 36, 1))
-    said: list = []
-    rollout = act_rollout(learner, seed=1, said=said)
-    assert len(said) == rollout.num_steps == 8
+    noise = learner.spec.spaces.action.noise(np.random.default_rng(1), (8, 3))
+    actor = learner.actor(noise, keep_outputs=True)
+    rollout = act_rollout(learner, seed=1, actor=actor)
+    assert len(actor.outputs) == rollout.num_steps == 8
     order = minibatch_order(rollout.valid, 2, 2, np.random.default_rng(0))
     before, found = learner.snapshot(), []
-    higher = [(policy, value + 10.0, carries) for policy, value, carries in said]
-    for known in (said, [], higher):
+    higher = learner.actor(noise, keep_outputs=True)
+    higher.outputs = [(policy, value + 10.0, carries) for policy, value, carries in actor.outputs]
+    for known in (actor, None, higher):
         learner.restore(before)
         metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0), known)
         found.append([metrics[name] for name in ("losses/total", "update/approx_kl", "update/gradient_norm")])
@@ -193,7 +197,9 @@ def test_pixels_are_divided_by_what_they_may_be_at_most(backend, architecture):
     seen = np.random.default_rng(0).integers(2, size=(5, 36, 36), dtype=np.uint8)
     action, noise = np.zeros(5, np.int32), np.zeros((1, 5, 3), np.float32)
     for ours, theirs in zip(
-        bits.score({"": seen}, action), bytes_.score({"": 255 * seen}, action), strict=True
+        bits.evaluate_actions({"": seen}, action),
+        bytes_.evaluate_actions({"": 255 * seen}, action),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     first, start = {"": seen}, np.ones(5, bool)
@@ -211,7 +217,7 @@ def test_half_the_bits_for_convolutions_and_hidden_layers_alone():
             learner = make_learner(small(hidden_sizes=(32,), backend=backend, precision=precision), spaces)
             rollout = act_rollout(learner, seed=0)
             obs = {"": rollout.obs[""][:-1].reshape(-1, 40, 40, 3)}
-            log_prob, value, _ = learner.score(obs, rollout.action.reshape(-1))
+            log_prob, value, _ = learner.evaluate_actions(obs, {"": rollout.action[""].reshape(-1)})
             assert log_prob.dtype == value.dtype == np.float32
             order = minibatch_order(rollout.valid, 1, 1, np.random.default_rng(0))
             metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0))

@@ -11,7 +11,8 @@ from backends import Backend, each_backend
 from rollouts import CONTINUOUS, MASKED, small
 from scipy import integrate, stats
 
-from proximo.spaces.spaces import Discrete, Spaces
+from proximo.spaces.heads import CategoricalHead
+from proximo.spaces.spaces import Spaces
 
 MEAN = np.array([[0.3, -1.2, 2.0], [0.0, 5.0, -0.7]])
 STD = np.array([[0.5, 1.0, 2.0], [0.01, 1.0, 0.1]])
@@ -106,7 +107,7 @@ def test_squashed_entropy_against_integration(backend):
 def test_gumbel_noise_draws_softmax_frequencies(backend):
     """Over 200 000 draws every action's frequency lies within 5 standard errors of its probability."""
     count = 200_000
-    noise = Discrete(4).noise(np.random.default_rng(0), (count,))
+    noise = CategoricalHead(4).noise(np.random.default_rng(0), (count,))
     logits = LOGITS[1]
     action = call(backend, "Categorical", "sample", (np.broadcast_to(logits, (count, 4)),), noise)
     p = softmax(logits)

@@ -58,7 +58,7 @@ def log_probabilities(backend: Backend, learner: Any, rollout: Rollout, noise: n
     for t in range(rollout.num_steps):
         obs = {path: x[t] for path, x in rollout.obs.items()}
         if spec.spaces.action.raw_shape:
-            raw = rollout.action[t].astype(np.float64)
+            raw = rollout.action[""][t].astype(np.float64)
             std = (raw - mode(obs, rollout.start[t])) / noise[t]
             log_prob = stats.norm.logpdf(noise[t]) - np.log(std)
             if spec.config.squash:
@@ -72,11 +72,11 @@ def log_probabilities(backend: Backend, learner: Any, rollout: Rollout, noise: n
         logits = backend.numpy(
             spec.network.apply(params, seen, backend.array(rollout.start[t][None]), state.carry)[0].logits
         )[0].astype(np.float64)
-        np.testing.assert_array_equal(rollout.action[t], np.argmax(logits + noise[t], axis=-1))
+        np.testing.assert_array_equal(rollout.action[""][t], np.argmax(logits + noise[t], axis=-1))
         if "action_mask" in obs:
-            assert (np.take_along_axis(obs["action_mask"], rollout.action[t][:, None], -1) == 1.0).all()
+            assert (np.take_along_axis(obs["action_mask"], rollout.action[""][t][:, None], -1) == 1.0).all()
         p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-        rows.append(np.log(np.take_along_axis(p, rollout.action[t][:, None], axis=-1))[:, 0])
+        rows.append(np.log(np.take_along_axis(p, rollout.action[""][t][:, None], axis=-1))[:, 0])
     return np.stack(rows)
 
 
@@ -272,7 +272,7 @@ def test_five_iterations_compile_once(backend):
     )
     for iteration in range(5):
         rollout = act_rollout(learner, seed=iteration, resets="same_step", ends=0.1 * iteration)
-        learner.value(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))
+        learner.predict_values(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))
         learn(learner, rollout, step=24 * iteration)
         if iteration == 2:
             learner.load({name: x.copy() for name, x in learner.state().items()})

@@ -168,7 +168,7 @@ def test_the_state_holds_everything_learned(backend, tmp_path):
         assert any(not np.array_equal(x, other.state()[name]) for name, x in state.items())
         other.load({name: file[name] for name in file.files})
     assert_same(state, other.state())
-    np.testing.assert_array_equal(act_rollout(learner, 5).action, act_rollout(other, 5).action)
+    np.testing.assert_array_equal(act_rollout(learner, 5).action[""], act_rollout(other, 5).action[""])
     assert_same(updated(learner).state(), updated(other).state())
 
 
@@ -183,7 +183,9 @@ def test_the_state_crosses_backends():
         assert {name: x.dtype for name, x in state.items()} == {
             name: x.dtype for name, x in other.state().items()
         }
-        np.testing.assert_allclose(act_rollout(learner, 5).action, act_rollout(other, 5).action, atol=1e-5)
+        np.testing.assert_allclose(
+            act_rollout(learner, 5).action[""], act_rollout(other, 5).action[""], atol=1e-5
+        )
 
 
 @each_backend

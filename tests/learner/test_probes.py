@@ -108,7 +108,7 @@ def train(probe, actions, backend, steps=8 * 16 * 60):
 
 
 def value(agent, observation):
-    return agent.learner.value({"": np.array([[observation]], np.float32)})[0]
+    return agent.learner.predict_values({"": np.array([[observation]], np.float32)})[0]
 
 
 each_kind = pytest.mark.parametrize("actions", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])

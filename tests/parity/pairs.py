@@ -23,7 +23,7 @@ from proximo.learner.architecture import MAX_LOG_STD
 from proximo.learner.schedules import Hyper, hyper_at
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.rollout import Rollout
-from proximo.spaces.spaces import Box, Spaces
+from proximo.spaces.spaces import Spaces
 from proximo.torch.learner import Learner as TorchLearner
 
 EPOCHS, MINIBATCHES = 5, 2  # ten steps
@@ -183,7 +183,7 @@ class Pair:
     def params_nearby(self) -> dict[str, np.ndarray]:
         """Parameters so near the learners' own that ratios lie on both sides of the clip."""
         params = {name: np.asarray(value) for name, value in self.jax._state.params.items()}
-        scale = 0.04 if isinstance(self.spaces.action, Box) else 0.15
+        scale = 0.04 if self.spaces.action.std_size else 0.15
         return {name: x + scale * self.rng.standard_normal(x.shape) / spread(x) for name, x in params.items()}
 
 

@@ -23,9 +23,10 @@ from proximo.config.settings import Config
 from proximo.jax.networks import product
 from proximo.learner.architecture import is_critic
 from proximo.learner.schedules import Hyper, hyper_at
-from proximo.spaces.spaces import Box, Leaf, Spaces
-from proximo.torch.tensors import compiled as compiled_function
-from proximo.torch.tensors import flatten
+from proximo.spaces.heads import Actions, GaussianHead
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
+from proximo.torch.tensors import compile_function, flatten
 
 COMMON = {
     "normalize_observation": True, "normalize_reward": True, "lr_schedule": "adaptive", "resets": "same_step",
@@ -64,7 +65,7 @@ def test_a_state_crosses(case, source, target):
             np.testing.assert_array_equal(loaded[name], value, err_msg=name, strict=True)
 
         rollout, same = (act_rollout(learner, 2, case["resets"]) for learner in (one, other))
-        np.testing.assert_allclose(same.action, rollout.action, rtol=1e-6)
+        np.testing.assert_allclose(same.action[""], rollout.action[""], rtol=1e-6)
         obs = {path: x[0] for path, x in rollout.obs.items()}
         np.testing.assert_allclose(other.value(obs), one.value(obs), rtol=1e-12)
 
@@ -128,7 +129,7 @@ def test_a_process_may_compile_many_learners():
         return x.view(count, -1)
 
     for count in range(1, 11):
-        assert compiled_function(rows, guarded=True)(torch.zeros(2520), count).shape == (count, 2520 // count)
+        assert compile_function(rows, guarded=True)(torch.zeros(2520), count).shape == (count, 2520 // count)
 
 
 @pytest.mark.parametrize("backend", LEARNERS)
@@ -136,7 +137,9 @@ def test_a_process_may_compile_many_learners():
 def test_adam_is_the_reference(backend, max_grad_norm):
     """Ten steps on given gradients equal torch.optim.Adam's, after torch.nn.utils.clip_grad_norm_."""
     rng = np.random.default_rng(4)
-    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Box((2,), (-1.0,) * 2, (1.0,) * 2))
+    spaces = Spaces(
+        (Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),))
+    )
     config = Config(max_grad_norm=max_grad_norm, hidden_sizes=(4,))
     with jax.enable_x64(True):
         learner = LEARNERS[backend](config, spaces, dtype="float64")
@@ -217,7 +220,7 @@ def test_a_recurrent_network_agrees(resets):
         other.load(one.state())
         for seed in (6, 7):
             rollout = act_rollout(one, seed, resets)
-            np.testing.assert_array_equal(act_rollout(other, seed, resets).action, rollout.action)
+            np.testing.assert_array_equal(act_rollout(other, seed, resets).action[""], rollout.action[""])
             order = order_of(config, rollout, rng)
             metrics = [learner.update(rollout, order, hyper_at(config, 0)) for learner in (one, other)]
             assert_close(metrics[1], metrics[0], 1e-8)

@@ -24,7 +24,8 @@ from proximo.learner.schedules import hyper_at
 from proximo.rollout.collector import Collector
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.rollout import Episode, Rollout
-from proximo.spaces.spaces import Obs, Spaces
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 each_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
@@ -78,14 +79,14 @@ def expected_stream(n: int, observe: str, act: str, count: int) -> tuple[list[St
     return steps, episodes
 
 
-def queue_actor(observe: str, act: str) -> Callable[[Obs, np.ndarray], np.ndarray]:
+def queue_actor(observe: str, act: str) -> Callable[[Obs, np.ndarray], dict[str, np.ndarray]]:
     """Takes the next action from each environment's queue, except where an episode is over: junk.
 
     It sees from the observation alone (no steps left) that a step will only reset.
     """
     taken = np.zeros(3, int)
 
-    def actor(obs: Obs, start: np.ndarray) -> np.ndarray:
+    def actor(obs: Obs, start: np.ndarray) -> dict[str, np.ndarray]:
         count = len(start)
         left = {
             "box": lambda: obs[""][:, 3],
@@ -95,7 +96,7 @@ def queue_actor(observe: str, act: str) -> Callable[[Obs, np.ndarray], np.ndarra
         actions = queues(act)[np.arange(count), taken[:count]]
         actions[left == 0] = 1 if act == "discrete" else 77.0
         taken[:count] += left > 0
-        return actions
+        return {"": actions}
 
     return actor
 
@@ -112,7 +113,7 @@ def written(rollout: Rollout, n: int) -> list[Step]:
             Step(
                 plain({path: x[t, n] for path, x in rollout.obs.items()}),
                 bool(rollout.start[t, n]),
-                tuple(float(x) for x in np.ravel(rollout.action[t, n])),
+                tuple(float(x) for x in np.ravel(rollout.action[""][t, n])),
                 float(rollout.reward[t, n]),
                 bool(rollout.terminated[t, n]),
                 bool(rollout.truncated[t, n]),
@@ -244,7 +245,7 @@ def test_every_way_of_resetting_gives_the_same_advantages(backend, mode):
                 name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields
             }
             value, next_value = (
-                learner.value({"": column[name][:, 0].astype(np.float32)})[:, None]
+                learner.predict_values({"": column[name][:, 0].astype(np.float32)})[:, None]
                 for name in ("obs", "next_obs")
             )
             expected = slow_gae(

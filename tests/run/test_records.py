@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from proximo.run.diagnostics import collect_diagnostics
 from rollouts import act_rollout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,7 +19,6 @@ from proximo.ppo import PPO
 from proximo.report.plot import Run, group_by_settings, mean_curve, plot
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.console import Console
-from proximo.run.diagnostics import collect_diagnostics
 from proximo.run.metrics import read_metrics
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
@@ -263,11 +263,11 @@ def test_ratios_are_of_one_policy_to_another(backend):
         settings = {**SMALL, "num_envs": 2, "backend": backend, "learning_rate": rate, "max_grad_norm": None}
         with PPO("Pendulum-v1", **settings) as agent:
             rollout, hyper = act_rollout(agent.learner, seed=0), hyper_at(agent.config, 0)
-            before = agent.learner.examine(rollout, hyper)
+            before = agent.learner.inspect_rollout(rollout, hyper)
             agent.learner.update(
                 rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper
             )
-            after = agent.learner.examine(rollout, hyper, before["carry"])
+            after = agent.learner.inspect_rollout(rollout, hyper, before["carry"])
             ratio = collect_diagnostics(rollout, agent.config, before, after)["ratio"]
         assert len(ratio) == rollout.valid.sum()
         assert lowest <= ratio.min() <= ratio.max() <= highest * (1 + 1e-6)

@@ -365,7 +365,7 @@ def test_exact_resume_keeps_to_engines_that_can(tmp_path):
 
 def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
     """An environment that never ends would fill memory with its actions."""
-    monkeypatch.setattr("proximo.rollout.collector.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
+    monkeypatch.setattr("proximo.rollout.collector.MAX_LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
 
     class Endless(Hidden):
         def step(self, action):
@@ -373,7 +373,7 @@ def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
 
     with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **QUICK) as agent:
         agent.learn()
-        assert agent._collector._bytes <= 4000
+        assert agent._log_bytes <= 4000
         assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.why
 
 

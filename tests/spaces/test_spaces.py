@@ -12,7 +12,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.spaces.spaces import Leaf, Spaces
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
 
 VECTOR = Box(-1.0, 1.0, (3,))
 NESTED = Dict(
@@ -38,7 +39,7 @@ def test_observations_become_leaves():
         "switches": Leaf("switches", "vector", (2,), "float32"),
         "bytes": Leaf("bytes", "vector", (5,), "float32"),
     }
-    assert {path: leaf.features for path, leaf in leaves.items()} == {
+    assert {path: leaf.num_features for path, leaf in leaves.items()} == {
         "camera": 192, "robot.joints": 4, "robot.gear": 4, "action_mask": 0, "switches": 2, "bytes": 5,
     }  # fmt: skip
     assert [leaf.path for leaf in Spaces.of(VECTOR, Discrete(3)).observation] == [""]
@@ -53,7 +54,7 @@ def test_what_is_an_image_and_where_its_channels_are():
         (8, 9): (8, 9, 1),
     }.items():  # fmt: skip
         (leaf,) = Spaces.of(Box(0, 255, shape, np.uint8), Discrete(2)).observation
-        assert (leaf.kind, leaf.picture, leaf.high) == ("image", picture, 255)
+        assert (leaf.kind, leaf.image_shape, leaf.high) == ("image", picture, 255)
     (leaf,) = Spaces.of(Box(0, 1, (10, 10, 6), np.bool_), Discrete(2)).observation  # MinAtar's
     assert leaf == Leaf("", "image", (10, 10, 6), "uint8", high=1)
     (leaf,) = Spaces.of(Box(0, 10, (7, 7, 3), np.uint8), Discrete(2)).observation
@@ -77,7 +78,7 @@ def test_what_is_an_image_and_where_its_channels_are():
 def test_what_only_looks_like_an_image_is_refused(space):
     """Rather than read as thousands of numbers, unless it is one of these in a row."""
     with pytest.raises(
-        UserError, match=r"looks like an image, but images are uint8 or bool, .*FlattenObservation"
+        UserError, match=r"looks like an image, but images are uint8 or bool .*FlattenObservation"
     ):
         Spaces.of(space, Discrete(2))
     (leaf,) = Spaces.of(gym.spaces.flatten_space(space), Discrete(2)).observation
@@ -130,9 +131,9 @@ def test_spaces_that_cannot_be_trained_on(observation, action, words):
 @pytest.mark.parametrize(
     ("space", "settings", "words"),
     [
-        (Discrete(3), {"squash": True}, r"squash needs a Box .* Discrete\(3\)"),
-        (Discrete(3), {"rescale_actions": True}, "rescale_actions needs a Box"),
-        (Discrete(3), {"tanh_mean": True}, "tanh_mean needs a Box"),
+        (Discrete(3), {"squash": True}, r"`squash` needs a Box .* Discrete\(3\)"),
+        (Discrete(3), {"rescale_actions": True}, "`rescale_actions` needs a Box"),
+        (Discrete(3), {"tanh_mean": True}, "`tanh_mean` needs a Box"),
         (Box(-np.inf, np.inf, (2,)), {"rescale_actions": True}, "finite action bounds"),
         (Box(np.float32([-1]), np.float32([np.inf])), {"rescale_actions": True}, "finite action bounds"),
     ],
