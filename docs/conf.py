@@ -98,7 +98,9 @@ def options(command: str) -> str:
         value = action.metavar or ("|".join(action.choices) if action.choices else action.dest.upper())
         takes_value = action.nargs != 0
         names = action.option_strings or [str(value)]
-        shown = ", ".join(f"`{name} {value}`" if takes_value and name[0] == "-" else f"`{name}`" for name in names)
+        shown = ", ".join(
+            f"`{name} {value}`" if takes_value and name[0] == "-" else f"`{name}`" for name in names
+        )
         rows.append((shown, str(action.help).replace("%%", "%")))
     return table(("argument", "meaning"), rows)
 
@@ -120,7 +122,9 @@ def members(path: str) -> str:
 def signature(function) -> str:
     """A signature without annotations and without `self` or `cls`."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    shown = inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
+    shown = inspect.Signature(
+        [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    )
     return "(…)" if len(str(shown)) > 90 else str(shown)
 
 

@@ -18,9 +18,7 @@ WIDTH, HEIGHT, SKY, FRAMES_PER_SECOND, COLOURS, SKIP_SECONDS = 320, 192, 40, 20,
 run, path, *rest = sys.argv[1:]
 seconds = float(rest[0]) if rest else 4.0
 agent = PPO.load(run)
-env = gym.make(
-    agent.env_id, render_mode="rgb_array", width=2 * WIDTH, height=2 * HEIGHT, camera_name="track"
-)
+env = gym.make(agent.env_id, render_mode="rgb_array", width=2 * WIDTH, height=2 * HEIGHT, camera_name="track")
 every = max(round(env.metadata["render_fps"] / FRAMES_PER_SECOND), 1)
 start = round(SKIP_SECONDS * env.metadata["render_fps"])
 
