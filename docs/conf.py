@@ -111,9 +111,9 @@ def members(path: str) -> str:
     cls = getattr(importlib.import_module(module), name)
     rows = []
     for attribute, value in vars(cls).items():
-        if attribute.startswith("_"):
-            continue
         function = value.__func__ if isinstance(value, classmethod) else value
+        if attribute.startswith("_") or not (inspect.isfunction(function) or isinstance(value, property)):
+            continue
         summary = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
         rows.append((f"`{attribute}{signature(function) if callable(function) else ''}`", summary))
     return table((f"`{name}`", "meaning"), rows)
