@@ -6,8 +6,9 @@
     python benchmarks/cleanrl.py --cleanrl cleanrl --python .venv-cleanrl/bin/python [--seeds 3] [--work DIR]
 
 Both sides run `ppo.py` on CartPole-v1 and `ppo_continuous_action.py` on HalfCheetah-v4 with CleanRL's defaults.
-CleanRL keeps normalisers per environment and treats a time limit as a termination; docs/algorithm.md lists what else
-differs. A curve is the mean over seeds of the last 100 training episodes' mean return, with one standard deviation.
+CleanRL keeps normalisers per environment and treats a time limit as a termination; docs/explanation/differences.md
+lists all differences. A curve is the mean over seeds of the last 100 training episodes' mean return, with one standard
+deviation.
 """
 
 from __future__ import annotations

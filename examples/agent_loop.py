@@ -1,12 +1,11 @@
-"""An agent inside a loop of your own: it needs spaces or plain dimensions, and no environment.
+"""Train with `Agent` in a custom loop. The agent needs spaces or plain dimensions, but no environment.
 
 python examples/agent_loop.py
 """
 
 import gymnasium as gym
 
-from proximo.agent import Agent
-from proximo.ppo import evaluate_random
+from proximo import Agent, evaluate_random
 
 STEPS = 40_000
 

@@ -1002,9 +1002,9 @@ def test_any_metrics_are_read_or_refused(lines, tail, tmp_path):
 
 
 def test_every_case_has_its_test():
-    """The table in docs/reliability.md names 25 cases, and for each tests that there are."""
+    """The table in docs/explanation/reliability.md names 25 cases, with existing tests for each."""
     root = Path(__file__).parents[1]
-    text = (root.parent / "docs" / "reliability.md").read_text()
+    text = (root.parent / "docs" / "explanation" / "reliability.md").read_text()
     files = {path.stem: path for path in root.rglob("test_*.py")}
     rows = re.findall(r"^\| (\d+) \|.*?\| ([^|]+) \|$", text, re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 26))
