@@ -39,7 +39,7 @@ SMALL = {
     "preset": None, "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "backend": "torch",
 }  # fmt: skip
 ROWS = 32
-CORRUPT = "is corrupt"
+CORRUPT = "is corrupt|contains no checkpoint"
 OLD = Path(__file__).parents[1] / "fixtures" / "schema-1"
 BACKENDS = ["jax", "torch"]
 # Runs a command within a limit of the system's.
