@@ -433,7 +433,7 @@ def test_what_no_file_can_hold_is_left_out(monkeypatch):
     monkeypatch.setattr("proximo.run.progress.ENV_STATE_BYTES", 1000)
     document, _ = Progress(env_state=replace(world, snapshot=[10**6] * 200)).to_document()
     assert (document["exact"], document["env_state"]) == (False, None)
-    assert "keep numbers in arrays" in document["why"]
+    assert "store its numbers in NumPy arrays" in document["why"]
 
 
 def test_what_changes_learning_is_said(tmp_path, capsys):
