@@ -82,7 +82,7 @@ def plot(
     if missing := set(metrics or ()) - set(names):
         known = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
         raise UserError(
-            f"metrics {', '.join(sorted(missing))} have no values in {folders}. Available: {', '.join(sorted(known))}"
+            f"there are no values of {', '.join(sorted(missing))} in {folders}. Available: {', '.join(sorted(known))}"
         )
     if not names:
         raise UserError(f"{folders} has no complete iteration yet. Plot it after the first iteration.")

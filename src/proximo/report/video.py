@@ -229,12 +229,10 @@ def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
 def takes_render_mode(factory: Callable[..., gym.Env]) -> bool:
     """Whether a function accepts the keyword argument render_mode."""
     try:
-        parameters = inspect.signature(factory).parameters
-    except ValueError:  # not written in Python
+        inspect.signature(factory).bind_partial(render_mode=RENDER_MODE)
+    except (TypeError, ValueError):  # no such parameter, or no signature because it is not written in Python
         return False
-    if (parameter := parameters.get("render_mode")) is not None:
-        return parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return True
 
 
 def render_frame(env: gym.Env) -> np.ndarray:
