@@ -14,7 +14,14 @@ from proximo.config import presets
 from proximo.config.names import checked, from_mapping, override
 from proximo.config.settings import FIELDS, Config
 from proximo.config.values import check
-from proximo.envs.make import EnvLike, engine_for, make_envs, require_same, spaces_of, with_version
+from proximo.envs.make import (
+    EnvLike,
+    make_envs,
+    require_matching_spaces,
+    resolve_engine,
+    spaces_of,
+    with_version,
+)
 from proximo.errors import Exited, NotFinite, RunError, UserError, describe_error, notify_user
 from proximo.evaluate import Evaluation, evaluate, random, trained
 from proximo.learner.architecture import architecture
@@ -230,7 +237,7 @@ class PPO:
         if why:
             if self.progress.global_step:
                 notify_user(f"new episodes begin, since environments could not be brought back: {why}")
-            if made_here and world and not world.why:
+            if made_here and world and not world.reset_reason:
                 self.close()  # an attempt may have broken them
                 collector = Collector(self._open_envs(), self.spaces, config, resumable=True)
             count, begun = config.num_envs, self.progress.iteration
@@ -512,7 +519,7 @@ class PPO:
                 raise UserError(self.no_environment())
             envs, self.config = opened(self._env, self.config)
             try:
-                require_same(spaces_of(envs), self.spaces)
+                require_matching_spaces(spaces_of(envs), self.spaces)
             except UserError:
                 envs.close()
                 raise
@@ -552,7 +559,7 @@ def evaluate_random(
 def opened(env: EnvLike, config: Config) -> tuple[VectorEnv, Config]:
     """The environments, and the config with the engine that runs them."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
-    engine = engine_for(
+    engine = resolve_engine(
         env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume
     )
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)

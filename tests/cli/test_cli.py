@@ -127,7 +127,7 @@ def test_a_retired_environment_names_its_successor(retired, successor, capsys):
     """In one line, and without Gymnasium's own advice."""
     assert main(["train", retired]) == 2
     said = capsys.readouterr().err
-    assert said == f"proximo: error: environment '{retired}' is retired: use '{successor}'\n"
+    assert said == f"proximo: error: environment '{retired}' is retired. Use '{successor}'.\n"
 
 
 def test_an_older_version_that_still_runs_says_nothing(tmp_path, capsys):
@@ -172,7 +172,6 @@ def test_help_lists_every_setting(capsys):
 @pytest.mark.parametrize(
     ("engine", "asked"),
     [
-        ("async", signal.SIGINT),
         ("workers", signal.SIGINT),
         ("workers", signal.SIGTERM),
         ("sync", signal.SIGHUP),

@@ -10,8 +10,8 @@ from gymnasium.vector import AutoresetMode
 
 from proximo.config import presets
 from proximo.config.settings import Config
-from proximo.envs.atari import AtariGames
-from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
+from proximo.envs.atari import AtariVectorEnv
+from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
@@ -44,10 +44,10 @@ def random_collector(env, engine, num_steps, num_envs=2, **env_kwargs):
 def test_games_are_known_by_name_and_run_natively():
     """The preset is for all of them; what ALE's vector environment cannot do runs elsewhere."""
     for name in (PONG, "ALE/Pong-v5"):
-        assert engine_for(name, 1) == engine_for(name, 8) == "native"
+        assert resolve_engine(name, 1) == resolve_engine(name, 8) == "native"
         assert presets.chosen(name, "auto") == "Atari"
-    assert engine_for("ALE/Pong-v5", 2, env_kwargs={"difficulty": 1}) != "native"
-    assert engine_for("ALE/Pong-v5", 2, env_kwargs={"obs_type": "ram"}) != "native"
+    assert resolve_engine("ALE/Pong-v5", 2, env_kwargs={"difficulty": 1}) != "native"
+    assert resolve_engine("ALE/Pong-v5", 2, env_kwargs={"obs_type": "ram"}) != "native"
     assert presets.chosen("CartPole-v1", "auto") == "CartPole-v1"
     assert presets.chosen("Pendulum-v0", "auto") is None
     ram = make_one("ALE/Pong-v5", obs_type="ram")
@@ -66,7 +66,7 @@ def test_an_action_lasts_four_frames_whatever_the_id_says(name, sticky):
     assert ale.getFloat("repeat_action_probability") == sticky
     assert ale.getInt("max_num_frames_per_episode") == 108_000
     game.close()
-    games = AtariGames(gym.spec(name), 2, {})
+    games = AtariVectorEnv(gym.spec(name), 2, {})
     inner = games._games
     inner.reset(seed=np.arange(2))
     frames = [inner.step(np.zeros(2, int))[4]["episode_frame_number"] for _ in range(3)]
@@ -185,7 +185,7 @@ def test_a_game_is_learned_evaluated_and_filmed(backend, tmp_path):
 
 
 def test_what_a_game_does_not_know_is_refused():
-    with pytest.raises(UserError, match=r"does not know 'frame_skip'; did you mean 'frameskip'"):
+    with pytest.raises(UserError, match=r"has no setting 'frame_skip'; did you mean 'frameskip'"):
         make_envs(PONG, 1, "native", {"frame_skip": 2})
     with pytest.raises(UserError, match="random frame skip, mode, difficulty"):
         make_envs("ALE/Pong-v5", 1, "native", {"difficulty": 0})
@@ -204,4 +204,7 @@ sys.exit(main(["train", "ALE/Pong-v5", "--engine", "sync", "--num-envs", "1"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "'ALE/Pong-v5' needs a package that is not installed: pip install 'proximo[atari]'" in done.stderr
+    assert (
+        "'ALE/Pong-v5' needs a package that is not installed. Run: pip install 'proximo[atari]'"
+        in done.stderr
+    )

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from proximo.cli import main
 from proximo.config.settings import Config
 from proximo.envs.auto_engine import step_seconds
-from proximo.envs.make import engine_for
+from proximo.envs.make import resolve_engine
 from proximo.errors import RunError, UserError
 from proximo.jax import runtime as jax_runtime
 from proximo.learner.architecture import initial_parameters, size
@@ -64,19 +64,19 @@ gym.register("Working-v0", Working)
 
 
 def test_the_environments_own_vectorised_version_is_taken_for_sixteen_or_more():
-    assert engine_for("CartPole-v1", 15) != "native"
-    assert engine_for("CartPole-v1", 16) == "native"
-    assert engine_for("CartPole-v1", 16, env_kwargs={"sutton_barto_reward": True}) != "native"
-    assert engine_for("CartPole-v1", 16, engine="sync") == "sync"
+    assert resolve_engine("CartPole-v1", 15) != "native"
+    assert resolve_engine("CartPole-v1", 16) == "native"
+    assert resolve_engine("CartPole-v1", 16, env_kwargs={"sutton_barto_reward": True}) != "native"
+    assert resolve_engine("CartPole-v1", 16, engine="sync") == "sync"
 
 
 @several_cores
 def test_workers_are_taken_where_they_save_more_than_they_cost():
     """A step of Humanoid takes some 0.2 ms or more: 16 of them 3.2 ms, on two cores 1.8. Over a million steps, 62,500
     of all environments, that saves more than a minute; over a thousand, a tenth of a second."""
-    assert engine_for("Humanoid-v5", 16) == "workers"
-    assert engine_for("Humanoid-v5", 16, total_timesteps=1_000) == "sync"
-    assert engine_for("Humanoid-v5", 1) == "sync"
+    assert resolve_engine("Humanoid-v5", 16) == "workers"
+    assert resolve_engine("Humanoid-v5", 16, total_timesteps=1_000) == "sync"
+    assert resolve_engine("Humanoid-v5", 1) == "sync"
 
 
 def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
@@ -86,7 +86,7 @@ def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
     for micro, engine in ((4, "sync"), (10, "workers"), (1000, "workers")):
         with monkeypatch.context() as patch:
             patch.setattr("proximo.envs.auto_engine.step_seconds", lambda make, micro=micro: micro * 1e-6)
-            assert engine_for("Humanoid-v5", 16, total_timesteps=10**9) == engine
+            assert resolve_engine("Humanoid-v5", 16, total_timesteps=10**9) == engine
     seconds = step_seconds(lambda: Working(1e-3))
     assert seconds is not None
     assert 1e-3 <= seconds < 3e-3
@@ -94,13 +94,13 @@ def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
 
 def test_what_belongs_to_a_program_cannot_be_sent_or_fails_stays_here():
     """A program's own environment may share something with it. One that fails is made here, to say why."""
-    assert engine_for("Working-v0", 16, env_kwargs={"seconds": 1e-3}) == "sync"
+    assert resolve_engine("Working-v0", 16, env_kwargs={"seconds": 1e-3}) == "sync"
     made = []
-    assert engine_for(lambda: made.append(Working(1e-3)), 16) == "sync"
+    assert resolve_engine(lambda: made.append(Working(1e-3)), 16) == "sync"
     assert not made
-    assert engine_for("Humanoid-v5", 16, env_kwargs={"reset_noise_scale": Unsendable(0.01)}) == "sync"
-    assert engine_for("Humanoid-v5", 16, env_kwargs={"unknown": 1}) == "sync"
-    assert engine_for("Unknown-v0", 16) == "sync"
+    assert resolve_engine("Humanoid-v5", 16, env_kwargs={"reset_noise_scale": Unsendable(0.01)}) == "sync"
+    assert resolve_engine("Humanoid-v5", 16, env_kwargs={"unknown": 1}) == "sync"
+    assert resolve_engine("Unknown-v0", 16) == "sync"
 
 
 class Unsendable(float):
@@ -419,8 +419,8 @@ class Crashing(Working):
 
 def test_isolated_environments_leave_the_run_alive_when_they_crash():
     """Of functions, too; engines that run in this process are refused."""
-    assert engine_for("CartPole-v1", 16, isolate=True) == "workers"
-    assert engine_for(lambda: Working(0.0), 2, isolate=True) == "workers"
+    assert resolve_engine("CartPole-v1", 16, isolate=True) == "workers"
+    assert resolve_engine(lambda: Working(0.0), 2, isolate=True) == "workers"
     with pytest.raises(UserError, match="isolate_envs is for engine workers, not sync"):
         PPO("CartPole-v1", engine="sync", isolate_envs=True)
     with pytest.raises(UserError, match="isolate_envs is for environments that Proximo makes"):

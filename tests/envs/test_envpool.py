@@ -11,7 +11,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from proximo.config.settings import Config
-from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
+from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
@@ -19,7 +19,7 @@ from proximo.rollout.rollout import Rollout
 
 pytest.importorskip("envpool", reason="EnvPool is not installed: pip install 'proximo[envpool]'")
 
-from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, PoolVectorEnv, supports
+from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, EnvPoolVectorEnv, supports
 
 CLASSIC = ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 MUJOCO = sorted(VERIFIED - set(CLASSIC))
@@ -97,9 +97,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 }
 
 
-def pool_of(env_id: str, num_envs: int, threads: int | None = None, **env_kwargs: Any) -> PoolVectorEnv:
+def pool_of(env_id: str, num_envs: int, threads: int | None = None, **env_kwargs: Any) -> EnvPoolVectorEnv:
     example = make_one(env_id, **env_kwargs)
-    pool = PoolVectorEnv(example, num_envs, env_kwargs, threads)
+    pool = EnvPoolVectorEnv(example, num_envs, env_kwargs, threads)
     example.close()
     return pool
 
@@ -376,7 +376,7 @@ def test_spaces_and_time_limits_are_gymnasiums(env_id):
 # What the collector relies on
 
 
-def lengths_of(pool: PoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
+def lengths_of(pool: EnvPoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
     """Steps until environment 0 ends if the cart is always pushed left, and how it ends."""
     pool.reset(seed=3)
     for step in range(1, steps):
@@ -470,7 +470,7 @@ def test_a_partial_reset_leaves_the_others_alone():
 # Seeds
 
 
-def trace(pool: PoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
+def trace(pool: EnvPoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
     """Observations [steps + 1, N, …] under fixed actions, environments being reset as they end."""
     rng = np.random.default_rng(0)
     observations = [pool.reset(seed=seed)[0]]
@@ -539,9 +539,9 @@ def test_what_is_supported(monkeypatch):
 @pytest.mark.parametrize(
     ("env", "env_kwargs", "words"),
     [
-        ("Hopper-v5", {"xml_file": "hopper.xml"}, ["Hopper-v5 'xml_file'", "engine workers"]),
+        ("Hopper-v5", {"xml_file": "hopper.xml"}, ["'xml_file' for Hopper-v5", "engine workers"]),
         ("CartPole-v1", {"sutton_barto_reward": True}, ["sutton_barto_reward", "engine workers"]),
-        ("Hopper-v5", {"healthy_z_range": [0.5, 2.0]}, ["healthy_z_range", "only inf", "engine workers"]),
+        ("Hopper-v5", {"healthy_z_range": [0.5, 2.0]}, ["healthy_z_range", "only has inf", "engine workers"]),
         ("Hopper-v5", {"nothing": 1}, ["nothing"]),
         ("Blackjack-v1", {}, ["Blackjack-v1", "Tuple", "engine workers"]),
         ("Taxi-v4", {}, ["EnvPool has no Taxi-v4", "engine workers"]),
@@ -557,10 +557,10 @@ def test_refusals_say_what_to_do(env, env_kwargs, words):
 
 def test_envpool_is_taken_where_it_saves_python():
     """Sixteen of what Gymnasium writes in Python; of MuJoCo's, which is C in any case, 32."""
-    assert engine_for("Acrobot-v1", 15) != "envpool"
-    assert engine_for("Acrobot-v1", 16) == "envpool"
-    assert engine_for("HalfCheetah-v5", 31) != "envpool"
-    assert engine_for("HalfCheetah-v5", 32) == "envpool"
+    assert resolve_engine("Acrobot-v1", 15) != "envpool"
+    assert resolve_engine("Acrobot-v1", 16) == "envpool"
+    assert resolve_engine("HalfCheetah-v5", 31) != "envpool"
+    assert resolve_engine("HalfCheetah-v5", 32) == "envpool"
 
 
 def test_without_envpool_the_message_says_what_to_install(monkeypatch):
@@ -573,7 +573,7 @@ def test_misuse_is_refused():
     pool = pool_of("CartPole-v1", 2)
     with pytest.raises(RunError, match="reset"):
         pool.step(np.zeros(2, np.int64))
-    with pytest.raises(UserError, match="3 seeds were given for 2"):
+    with pytest.raises(UserError, match="got 3 seeds for 2"):
         pool.reset(seed=[1, 2, 3])
     pool.reset(seed=0)
     with pytest.raises(UserError, match="seeds all environments at once"):

@@ -79,9 +79,9 @@ class Config:
     engine: str = option(
         "auto",
         "how environments are run: auto (the quickest of the others, by a rule), sync (in this process), workers "
-        "(many in each of a few processes, this one among them), async (one process each), envpool (in C++, where "
+        "(many in each of a few processes, this one among them), envpool (in C++, where "
         "EnvPool has the environment), native (the environment's own vectorised version)",
-        group="run", kind="str", choices=("auto", "sync", "workers", "async", "envpool", "native"),
+        group="run", kind="str", choices=("auto", "sync", "workers", "envpool", "native"),
     )  # fmt: skip
     isolate_envs: bool = option(
         False,

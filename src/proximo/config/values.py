@@ -21,6 +21,8 @@ def check(field: dataclasses.Field[Any], value: Any) -> Any:
         UserError: wrong type or out of range.
     """
     rule = field.metadata
+    if field.name == "engine" and value == "async":
+        raise UserError("`engine` async was removed: use workers.")
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if rule["optional"]:
             return None

@@ -23,7 +23,7 @@ from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
 from proximo.envs.env_slice import reports_episodes
-from proximo.envs.make import EnvLike, explain, make_one, require_same
+from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
 from proximo.errors import Exited, UserError
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.rollout import Actor
@@ -101,7 +101,7 @@ def record(
     if max_frames < 2:
         raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
     with rendering(env, {**config.env_kwargs, **(env_kwargs or {})}) as world:
-        require_same(Spaces.of(world.observation_space, world.action_space), spaces)
+        require_matching_spaces(Spaces.of(world.observation_space, world.action_space), spaces)
         fps = Fraction((world.metadata or {}).get("render_fps") or DEFAULT_FPS).limit_denominator(1001)
         seeds = [*environment_seeds(seed, 1, Purpose.EVALUATION), *[None] * (episodes - 1)]
         return [
@@ -220,7 +220,7 @@ def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
     except Exception as error:
         remedy = opengl_remedy(error)  # importing mujoco already looks for what MUJOCO_GL names
         if remedy is None and isinstance(error, (gym.error.Error, ImportError)):
-            remedy = explain(str(env), error)
+            remedy = explain_make_error(str(env), error)
         if remedy is None and keywords and isinstance(error, TypeError) and "argument" in str(error):
             remedy = f"{env} does not accept the keywords {keywords}: {error}"
         if remedy is None:

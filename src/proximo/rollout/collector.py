@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.rollout.env_state import EnvState, Replays, Snapshots, same
+from proximo.rollout.env_state import EnvState, SupportsReplay, SupportsSnapshot, snapshots_equal
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.spaces import Obs, Spaces
 
@@ -27,9 +27,9 @@ PIECES = 256  # that the log is kept in
 def state_adapters(envs: VectorEnv) -> tuple[Any, Any]:
     """What can repeat episodes, and what can restore a snapshot of its own; None where a vector environment cannot."""
     inner = envs.unwrapped
-    replays = inner if isinstance(inner, Replays) else None
+    replays = inner if isinstance(inner, SupportsReplay) else None
     # Of what is inside a wrapper it is not asked: the wrapper may keep something itself.
-    says = envs if isinstance(envs, Snapshots) else None
+    says = envs if isinstance(envs, SupportsSnapshot) else None
     return replays, says
 
 
@@ -115,7 +115,7 @@ class Collector:
             world = self._repeatable(world, *self._replays.origins())
         else:
             name = type(self.envs.unwrapped).__name__
-            world = replace(world, why=f"{name} does not say where its environments stand")
+            world = replace(world, reset_reason=f"{name} does not say where its environments stand")
         self.state_is_current = True
         return world
 
@@ -134,8 +134,8 @@ class Collector:
                 if origins[n]
                 else "how its episode began is not known"
             )
-            return replace(world, why=f"environment {n}: {what}")
-        return replace(world, origins=origins, since=since, log=tuple(self._log))
+            return replace(world, reset_reason=f"environment {n}: {what}")
+        return replace(world, origins=origins, steps_since_origin=since, action_log=tuple(self._log))
 
     def restore_state(self, world: EnvState) -> str:
         """Bring the environments to where they stood.
@@ -144,8 +144,8 @@ class Collector:
             Why that did not succeed, after which only `reset` helps, or, after an error in them, new environments; or
             nothing.
         """
-        if world.why:
-            return world.why
+        if world.reset_reason:
+            return world.reset_reason
         if len(world.start) != self.envs.num_envs:
             return f"there were {len(world.start)} environments, and now there are {self.envs.num_envs}"
         were = {path: value.shape for path, value in world.obs.items()}
@@ -159,7 +159,7 @@ class Collector:
         try:
             if self._says is not None:
                 self._says.restore(world.snapshot)
-                where = "" if same(self._says.snapshot(), world.snapshot) else "their snapshot"
+                where = "" if snapshots_equal(self._says.snapshot(), world.snapshot) else "their snapshot"
             else:
                 where = self._differing(world, *self._replays.replay(world.origins, world.actions()))
         except Exception as error:
@@ -169,7 +169,7 @@ class Collector:
                 f"{where} came back another: something decides that is neither np_random nor an action, see snapshot "
                 "and restore in proximo.rollout.env_state"
             )
-        self._forget(world.log)
+        self._forget(world.action_log)
         self.obs, self.start, self.resetting = world.obs, world.start.copy(), world.resetting.copy()
         self.episode_return, self.episode_length = world.episode_return.copy(), world.episode_length.copy()
         return ""
