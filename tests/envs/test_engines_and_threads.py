@@ -70,6 +70,11 @@ def test_the_environments_own_vectorised_version_is_taken_for_sixteen_or_more():
     assert resolve_engine("CartPole-v1", 16, engine="sync") == "sync"
 
 
+def test_the_removed_engine_async_suggests_workers():
+    with pytest.raises(UserError, match=r"`engine` async was removed: use workers\."):
+        PPO("CartPole-v1", engine="async")
+
+
 @several_cores
 def test_workers_are_taken_where_they_save_more_than_they_cost():
     """A step of Humanoid takes some 0.2 ms or more: 16 of them 3.2 ms, on two cores 1.8. Over a million steps, 62,500

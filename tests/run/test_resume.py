@@ -333,7 +333,8 @@ def test_a_snapshot_that_no_file_can_hold(tmp_path, capsys):
 
 def test_engines_that_cannot_go_back_begin_new_episodes(tmp_path, capsys):
     """AsyncVectorEnv; and fewer environments than before. Both are said, in the manifest as well."""
-    envs = lambda: gym.make_vec("CartPole-v1", QUICK["num_envs"], vectorization_mode="async")
+    kwargs = {"vectorization_mode": "async", "vector_kwargs": {"context": "spawn"}}
+    envs = lambda: gym.make_vec("CartPole-v1", QUICK["num_envs"], **kwargs)
     settings = {key: value for key, value in QUICK.items() if key != "num_envs"}
     with PPO(envs(), total_timesteps=4 * ROWS, **settings) as agent:
         next(agent.iterate())

@@ -276,8 +276,9 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spec = envpool.make_spec(env_id, **settings)
-    for kind in ("observation", "action"):
-        expected, space = getattr(example, f"{kind}_space"), getattr(spec, f"gymnasium_{kind}_space")
+        spaces = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    expected_spaces = example.observation_space, example.action_space
+    for kind, space, expected in zip(("observation", "action"), spaces, expected_spaces, strict=True):
         has_same_type = type(expected) is type(space) and expected.shape == space.shape
         if not has_same_type or getattr(expected, "n", 0) != getattr(space, "n", 0):
             raise UserError(

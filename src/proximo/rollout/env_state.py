@@ -144,7 +144,7 @@ class EnvState:
         tree = decode_tree(document, arrays)
         tree["origins"] = [Origin(*origin).to_bytes() for origin in tree["origins"]]
         names = {key: name for name, key in FILE_KEYS.items()}
-        fields: dict[str, Any] = {names.get(key, key): value for key, value in tree.items()}
+        fields: dict[Any, Any] = {names.get(key, key): value for key, value in tree.items()}
         state = cls(**fields)
         state._check()
         return state
