@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
@@ -73,7 +72,7 @@ def make_envs(
             return _make_native(env, num_envs, env_kwargs)
         if engine == "envpool":
             return _make_envpool(env, num_envs, env_kwargs)
-        factory = _factory(env, env_kwargs)
+        factory = _single_env_factory(env, env_kwargs)
         if engine == "workers":
             return _make_workers(factory, num_envs, isolate, timeout_s, bool(env_kwargs))
         return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)  # the collector copies
@@ -107,7 +106,7 @@ def resolve_engine(
         return engine
     if isolate:
         return "workers"
-    spec = _spec(env) if isinstance(env, str) else None
+    spec = _find_spec(env) if isinstance(env, str) else None
     if spec is None:
         return "sync"
     kwargs = dict(env_kwargs or {})
@@ -118,17 +117,19 @@ def resolve_engine(
 
 def is_vectorized_atari(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
     """Whether ALE's vector environment supports this environment."""
-    return isinstance(env, str) and atari.supports_vector(_spec(env), env_kwargs)
+    return isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
 
 
-def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:
+def _single_env_factory(
+    env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]
+) -> Callable[[], gym.Env]:
     """Return a function that makes one environment, also in a process that has not registered it."""
     if isinstance(env, str):
-        return partial(make_one, _spec(env) or env, **env_kwargs)
+        return partial(make_one, _find_spec(env) or env, **env_kwargs)
     return partial(env, **env_kwargs)
 
 
-def _spec(env_id: str) -> EnvSpec | None:
+def _find_spec(env_id: str) -> EnvSpec | None:
     """Return the specification of an environment; None if it is not registered or its module cannot be imported."""
     module, _, name = env_id.rpartition(":")
     try:
@@ -145,9 +146,14 @@ def with_version(env_id: str) -> str:
         register_atari()
     if re.search(r"-v\d+$", env_id) or ":" in env_id:
         return env_id
-    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == env_id]
-    latest = max((version for version in versions if version is not None), default=None)
+    latest = _latest_version(env_id)
     return env_id if latest is None else f"{env_id}-v{latest}"
+
+
+def _latest_version(name: str) -> int | None:
+    """Return the latest registered version of an id without version."""
+    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name]
+    return max((version for version in versions if version is not None), default=None)
 
 
 def register_atari() -> None:
@@ -170,7 +176,7 @@ def make_one(env: str | EnvSpec, **env_kwargs: Any) -> gym.Env:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
-        spec = _spec(env) if isinstance(env, str) else env
+        spec = _find_spec(env) if isinstance(env, str) else env
         if spec is not None and atari.is_atari(spec, env_kwargs):
             return atari.make_game(spec, env_kwargs)
         return gym.make(spec or with_version(str(env)), **env_kwargs)
@@ -232,7 +238,7 @@ def _make_envpool(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> Ve
 def _make_native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
     if not isinstance(env, str):
         raise UserError("engine native needs an environment id, got a function. Use engine auto or sync.")
-    spec = _spec(env)
+    spec = _find_spec(env)
     if spec is not None and atari.is_atari(spec, env_kwargs):
         return atari.AtariVectorEnv(spec, num_envs, env_kwargs)
     try:
@@ -245,27 +251,17 @@ def _make_native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> Vec
         raise UserError(f"engine native: {error}. Use engine auto or sync.") from error
 
 
-def latest_version(env_id: str) -> str | None:
-    """Return the id of the latest registered version of an environment; None if `env_id` is not older."""
-    try:
-        namespace, name, version = registration.parse_env_id(env_id)
-    except gym.error.Error:
-        return None
-    versions = [
-        spec.version
-        for spec in gym.registry.values()
-        if (spec.namespace, spec.name) == (namespace, name) and spec.version is not None
-    ]
-    latest = max(versions, default=-1)
-    if version is None or latest <= version:
-        return None
-    return registration.get_env_id(namespace, name, latest)
+def newer_version(env_id: str) -> str | None:
+    """Return the id of the latest registered version; None if `env_id` is not older."""
+    name, _, version = env_id.rpartition("-v")
+    latest = _latest_version(name) if version.isdigit() else None
+    return f"{name}-v{latest}" if latest is not None and latest > int(version) else None
 
 
 def explain_make_error(env_id: str, error: Exception) -> str:
     """Return an error message with a fix for an exception raised while an environment was made."""
     text = str(error)
-    newer = latest_version(env_id)
+    newer = newer_version(env_id)
     is_retired = (
         isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
     )

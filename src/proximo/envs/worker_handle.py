@@ -32,14 +32,7 @@ class _SpawnedProcess:
     needs no `if __name__ == "__main__":`.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        inherited: Sequence[Connection],
-        factory: bytes,
-        index: int,
-        environments: range,
-    ) -> None:
+    def __init__(self, connection: Connection, factory: bytes, index: int, environments: range) -> None:
         self._connection, self._task = connection, pickle.dumps((factory, index, environments))
         self._popen: subprocess.Popen[bytes] | None = None
 
@@ -104,15 +97,14 @@ class WorkerHandle:
     ) -> WorkerHandle:
         """Prepare a worker; `start` starts its process."""
         ours, theirs = multiprocessing.Pipe()
-        # A forked worker inherits the trainer's ends too. Left open, they would hide the trainer's death from it.
-        inherited = [*(other.connection for other in others), ours] if context == "fork" else []
-        task = (theirs, inherited, factory, index, environments)
-        contexts: Any = multiprocessing.get_context(context)
-        process = (
-            _SpawnedProcess(*task)
-            if context == "spawn"
-            else contexts.Process(target=run_worker, args=task, daemon=True)
-        )
+        if context == "spawn":
+            process: Any = _SpawnedProcess(theirs, factory, index, environments)
+        else:
+            # A forked worker inherits the trainer's ends too. Left open, they would hide the trainer's death from it.
+            inherited = [*(other.connection for other in others), ours] if context == "fork" else []
+            task = (theirs, inherited, factory, index, environments)
+            contexts: Any = multiprocessing.get_context(context)
+            process = contexts.Process(target=run_worker, args=task, daemon=True)
         return cls(index, environments, ours, process, theirs, context)
 
     def __str__(self) -> str:
