@@ -252,7 +252,7 @@ def test_environments_that_do_not_fit_are_refused():
         agent.evaluate(1, env="MountainCar-v0")
     agent.close()
     env = gym.make("CartPole-v1")
-    with pytest.raises(UserError, match="give its id"):
+    with pytest.raises(UserError, match="Pass an id, a function"):
         PPO(env, **SMALL)
     env.close()
     with pytest.raises(UserError, match="plain values"):
