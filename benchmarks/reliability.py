@@ -51,7 +51,7 @@ def one(side: str, iterations: int) -> dict[str, float]:
         Rollout.check_finite = lambda self: None
         collector.Collector.capture_state = lambda self: None
         collector.state_adapters = lambda envs: (None, None)
-        EnvSlice._remember = lambda self, *what, **how: None
+        EnvSlice._record_origin = lambda self, *what, **how: None
         trees.require_finite = lambda metrics, sound: None
     moments, before = {}, {}
     with tempfile.TemporaryDirectory() as folder, PPO(

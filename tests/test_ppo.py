@@ -33,13 +33,13 @@ def test_environments_are_accepted_in_every_form(backend):
 
 
 def test_engines_give_the_same_training():
-    """In this process, many in each of a few, or one in each: the same metrics, number for number."""
+    """In this process and in workers: the same metrics, number for number."""
     rows = []
-    for engine in ("sync", "workers", "async"):
+    for engine in ("sync", "workers"):
         agent = PPO("CartPole-v1", engine=engine, **SMALL)
         rows.append([{k: v for k, v in row.items() if "time/" not in k} for row in agent.iterate(4 * 16 * 3)])
         agent.close()
-    assert rows[0] == rows[1] == rows[2]
+    assert rows[0] == rows[1]
 
 
 @each_backend
@@ -252,7 +252,7 @@ def test_environments_that_do_not_fit_are_refused():
         agent.evaluate(1, env="MountainCar-v0")
     agent.close()
     env = gym.make("CartPole-v1")
-    with pytest.raises(UserError, match="give its id"):
+    with pytest.raises(UserError, match="Pass an id, a function"):
         PPO(env, **SMALL)
     env.close()
     with pytest.raises(UserError, match="plain values"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
-from proximo.envs.make import EnvLike, engine_for, make_envs, require_same, spaces_of
+from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
 from proximo.run.checkpoint import Checkpoint, find_differences
@@ -81,7 +81,7 @@ class TrainingEnvs:
             envs, self.engine = make_or_wrap_envs(self.env, config)
             try:
                 if spaces:
-                    require_same(spaces_of(envs), spaces)
+                    require_matching_spaces(spaces_of(envs), spaces)
             except UserError:
                 envs.close()
                 raise
@@ -108,7 +108,7 @@ class TrainingEnvs:
                 notify_user(
                     f"the simulator state could not be restored, so every environment was reset: {reason}"
                 )
-            if owns_envs and state and not state.why:
+            if owns_envs and state and not state.reset_reason:
                 self.close()  # the attempt may have broken them
                 source = self._new_source(config, spaces)
             source.reset(progress.iteration)
@@ -129,7 +129,7 @@ class TrainingEnvs:
 def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:
     """The vector environment of a run, and the engine that steps it."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
-    engine = engine_for(
+    engine = resolve_engine(
         env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume
     )
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)

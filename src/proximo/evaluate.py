@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.envs.make import EnvLike, make_envs, plays_games, require_same, spaces_of
+from proximo.envs.make import EnvLike, is_vectorized_atari, make_envs, require_matching_spaces, spaces_of
 from proximo.errors import Exited, RunError, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.machine import single_blas_thread
@@ -115,10 +115,10 @@ def evaluate(
     actor = policy(count)
     finished: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
-    engine = "native" if plays_games(env, env_kwargs) else "sync"
+    engine = "native" if is_vectorized_atari(env, env_kwargs) else "sync"
     envs = make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout)
     try:
-        require_same(spaces_of(envs), spaces)
+        require_matching_spaces(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)
         seeds = environment_seeds(seed, count, Purpose.EVALUATION)
         if render:

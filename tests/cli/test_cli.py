@@ -150,7 +150,6 @@ def test_help_lists_every_setting(capsys):
 @pytest.mark.parametrize(
     ("engine", "number"),
     [
-        ("async", signal.SIGINT),
         ("workers", signal.SIGINT),
         ("workers", signal.SIGTERM),
         ("sync", signal.SIGHUP),

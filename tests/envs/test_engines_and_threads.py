@@ -1,4 +1,4 @@
-"""What a run chooses for itself: engine, threads, and what it keeps of what it compiled."""
+"""Automatic choices of a run: engine, threads, device, compilation; and the compilation cache."""
 
 import os
 import random
@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from proximo.cli import main
 from proximo.config.settings import Config
 from proximo.envs.auto_engine import step_seconds
-from proximo.envs.make import engine_for
+from proximo.envs.make import resolve_engine
 from proximo.errors import RunError, UserError
 from proximo.jax import runtime as jax_runtime
 from proximo.learner.architecture import initial_parameters, size
@@ -37,11 +37,11 @@ from proximo.torch.update import minibatch
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
 TRAIN = ["train", "CartPole-v1", "--preset", "none", "--num-envs", "2", "--num-steps", "32"]
 PROXIMO = [sys.executable, "-m", "proximo"]
-several_cores = pytest.mark.skipif(cores() < 2, reason="one core has nothing to share out")
+several_cores = pytest.mark.skipif(cores() < 2, reason="needs two cores")
 
 
 class Working(gym.Env):
-    """Computes for so many seconds a step."""
+    """Computes for `seconds` in every step."""
 
     observation_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
     action_space = gym.spaces.Discrete(2)
@@ -64,43 +64,48 @@ gym.register("Working-v0", Working)
 
 
 def test_the_environments_own_vectorised_version_is_taken_for_sixteen_or_more():
-    assert engine_for("CartPole-v1", 15) != "native"
-    assert engine_for("CartPole-v1", 16) == "native"
-    assert engine_for("CartPole-v1", 16, env_kwargs={"sutton_barto_reward": True}) != "native"
-    assert engine_for("CartPole-v1", 16, engine="sync") == "sync"
+    assert resolve_engine("CartPole-v1", 15) != "native"
+    assert resolve_engine("CartPole-v1", 16) == "native"
+    assert resolve_engine("CartPole-v1", 16, env_kwargs={"sutton_barto_reward": True}) != "native"
+    assert resolve_engine("CartPole-v1", 16, engine="sync") == "sync"
+
+
+def test_the_removed_engine_async_suggests_workers():
+    with pytest.raises(UserError, match=r"`engine` async was removed\. Use workers\."):
+        PPO("CartPole-v1", engine="async")
 
 
 @several_cores
 def test_workers_are_taken_where_they_save_more_than_they_cost():
-    """A step of Humanoid takes some 0.2 ms or more: 16 of them 3.2 ms, on two cores 1.8. Over a million steps, 62,500
-    of all environments, that saves more than a minute; over a thousand, a tenth of a second."""
-    assert engine_for("Humanoid-v5", 16) == "workers"
-    assert engine_for("Humanoid-v5", 16, total_timesteps=1_000) == "sync"
-    assert engine_for("Humanoid-v5", 1) == "sync"
+    """A step of Humanoid takes 0.2 ms or more: 16 of them 3.2 ms, on two cores 1.8 ms. Over a million steps (62,500
+    of the vector environment) that saves more than a minute; over a thousand, a tenth of a second."""
+    assert resolve_engine("Humanoid-v5", 16) == "workers"
+    assert resolve_engine("Humanoid-v5", 16, total_timesteps=1_000) == "sync"
+    assert resolve_engine("Humanoid-v5", 1) == "sync"
 
 
 def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
-    """Sixteen on two cores take 16 (s + 2) µs here and 8 (s + 3) 1.1 + 20 apart: 96 and 81.6 at s = 4, of which
-    five sixths are 80; 192 and 134.4 at 10. The trial of an environment that takes a millisecond says so."""
+    """16 environments on two cores take 16 (s + 2) µs with sync and 8 (s + 3) 1.1 + 20 µs with workers: 96 (five sixths
+    are 80) and 81.6 at s = 4; 192 and 134.4 at s = 10. The trial measures a step of a millisecond correctly."""
     monkeypatch.setattr("proximo.envs.auto_engine.cores", lambda: 2)
     for micro, engine in ((4, "sync"), (10, "workers"), (1000, "workers")):
         with monkeypatch.context() as patch:
             patch.setattr("proximo.envs.auto_engine.step_seconds", lambda make, micro=micro: micro * 1e-6)
-            assert engine_for("Humanoid-v5", 16, total_timesteps=10**9) == engine
+            assert resolve_engine("Humanoid-v5", 16, total_timesteps=10**9) == engine
     seconds = step_seconds(lambda: Working(1e-3))
     assert seconds is not None
     assert 1e-3 <= seconds < 3e-3
 
 
 def test_what_belongs_to_a_program_cannot_be_sent_or_fails_stays_here():
-    """A program's own environment may share something with it. One that fails is made here, to say why."""
-    assert engine_for("Working-v0", 16, env_kwargs={"seconds": 1e-3}) == "sync"
+    """A program's own environment may share state with it. One that fails is made in this process, to report why."""
+    assert resolve_engine("Working-v0", 16, env_kwargs={"seconds": 1e-3}) == "sync"
     made = []
-    assert engine_for(lambda: made.append(Working(1e-3)), 16) == "sync"
+    assert resolve_engine(lambda: made.append(Working(1e-3)), 16) == "sync"
     assert not made
-    assert engine_for("Humanoid-v5", 16, env_kwargs={"reset_noise_scale": Unsendable(0.01)}) == "sync"
-    assert engine_for("Humanoid-v5", 16, env_kwargs={"unknown": 1}) == "sync"
-    assert engine_for("Unknown-v0", 16) == "sync"
+    assert resolve_engine("Humanoid-v5", 16, env_kwargs={"reset_noise_scale": Unsendable(0.01)}) == "sync"
+    assert resolve_engine("Humanoid-v5", 16, env_kwargs={"unknown": 1}) == "sync"
+    assert resolve_engine("Unknown-v0", 16) == "sync"
 
 
 class Unsendable(float):
@@ -114,7 +119,7 @@ class Unsendable(float):
 
 
 class Careless(Working):
-    """Draws from the random numbers that all share."""
+    """Draws from the global random states."""
 
     def step(self, action):
         return np.full(3, random.random() * np.random.random(), np.float32), 1.0, False, False, {}
@@ -129,7 +134,7 @@ def test_a_trial_leaves_a_programs_random_numbers_alone():
 
 
 def test_workers_run_what_only_the_program_registered():
-    """The run is that of the same environments in this process."""
+    """The learned parameters equal those of engine sync."""
     settings = {"num_envs": 2, **SMALL}
     states = [
         PPO("Working-v0", engine=engine, **settings).learn(64).learner.state()
@@ -168,7 +173,7 @@ def test_small_networks_learn_on_one_thread(monkeypatch):
 
 
 class Watching(Working):
-    """Notes how many threads NumPy multiplies on while it steps."""
+    """Records the number of NumPy's BLAS threads in every step."""
 
     seen: ClassVar[list[int]] = []
 
@@ -203,7 +208,7 @@ def test_pytorch_learns_on_so_many_threads_and_has_its_own_again_afterwards(monk
 
 
 def test_the_device_is_the_one_asked_for_or_the_one_that_pays():
-    """Who asks for one that is not there is told what is."""
+    """Requesting an unavailable device raises an error that lists the available ones."""
     for asked, there, convolutional, name in [
         ("auto", ["cpu"], True, "cpu"),
         ("auto", ["cpu", "mps"], True, "cpu"),
@@ -230,7 +235,7 @@ def test_a_device_that_is_not_there_is_refused(backend, device, capsys):
 
 
 def test_a_checkpoint_goes_where_there_is_a_device(tmp_path):
-    """It keeps where it was learned, and asks for that nowhere else."""
+    """It records the device it was trained on, but does not require it."""
     agent = PPO("CartPole-v1", num_envs=2, device="cpu", **SMALL).learn(32)
     assert agent.config.device == "cpu"
     assert PPO.load(agent.save(tmp_path / "saved")).config.device == "cpu"
@@ -239,7 +244,7 @@ def test_a_checkpoint_goes_where_there_is_a_device(tmp_path):
 
 
 def test_a_second_run_compiles_nothing_and_learns_the_same(tmp_path):
-    """The second leaves no new file: it found every program that the first had compiled."""
+    """The second run adds no file to the cache: it finds every compiled program of the first."""
     env = {**os.environ, "PROXIMO_CACHE_DIR": str(tmp_path / "cache")}
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         del env[name]  # the tests' own
@@ -256,7 +261,7 @@ def test_a_second_run_compiles_nothing_and_learns_the_same(tmp_path):
         np.testing.assert_array_equal(second[name], value)
     assert compiled == after
     assert any("jit_update" in name for name in compiled)
-    assert any("jit_values" in name for name in compiled), "what compiles quickly is kept as well"
+    assert any("jit_values" in name for name in compiled), "programs that compile fast are cached as well"
     assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
 
 
@@ -275,7 +280,7 @@ def test_several_seeds_are_the_runs_that_each_seed_gives_alone(tmp_path, capsys)
 
 @contextmanager
 def training(folder):
-    """Two seeds that train for ever, both past their first iteration; ended by force in the end."""
+    """Train two seeds without end, past their first iteration; killed at the end."""
     command = [
         *HEARD,
         *PROXIMO,
@@ -303,7 +308,7 @@ def training(folder):
 
 
 def runs_in(folder):
-    """Processes whose command names the folder."""
+    """Yield processes whose command line names the folder."""
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             if f"{folder}/seed-" in entry.read_text():
@@ -313,8 +318,8 @@ def runs_in(folder):
 @several_cores
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_runs_of_seeds_end_with_the_command(number, tmp_path):
-    """Asked to stop, both runs are saved and the command ends as one that was interrupted; killed, it takes both runs
-    along, and they are saved all the same."""
+    """If the command is asked to stop, both runs are saved and it exits as interrupted. If it is killed, both runs end
+    too and are saved."""
     folder = tmp_path / "all"
     with training(folder) as process:
         process.send_signal(number)
@@ -359,8 +364,8 @@ def learner_of(**settings) -> TorchLearner:
 
 
 def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
-    """32 rollouts make 20,480 minibatches, 31 make 19,840; what is expected adds up. Without a compiler or Python's
-    headers nothing is."""
+    """32 rollouts make 20,480 minibatches, 31 make 19,840; expected counts add up. Without a compiler or Python's
+    headers nothing is compiled."""
     monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     count_minibatches = learner_of().spec.config.count_minibatches
@@ -397,7 +402,7 @@ def broken(*_):
 
 
 def test_how_pytorch_learned_is_kept_with_the_run(tmp_path):
-    """Resolved, so that the same run can be had again; an agent that learns on decides anew."""
+    """As a resolved setting, so that the run can be repeated; a loaded agent decides again."""
     arguments = [*TRAIN, "--backend", "torch", "--total-timesteps", "64", "--run-dir", str(tmp_path / "run")]
     assert main([*arguments, "--minibatch-size", "32"]) == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is False
@@ -408,7 +413,7 @@ def test_how_pytorch_learned_is_kept_with_the_run(tmp_path):
 
 
 class Crashing(Working):
-    """Ends its process in the fifth step."""
+    """Kills its process in the fifth step."""
 
     def step(self, action):
         self.seconds -= 1
@@ -419,8 +424,8 @@ class Crashing(Working):
 
 def test_isolated_environments_leave_the_run_alive_when_they_crash():
     """Of functions, too; engines that run in this process are refused."""
-    assert engine_for("CartPole-v1", 16, isolate=True) == "workers"
-    assert engine_for(lambda: Working(0.0), 2, isolate=True) == "workers"
+    assert resolve_engine("CartPole-v1", 16, isolate=True) == "workers"
+    assert resolve_engine(lambda: Working(0.0), 2, isolate=True) == "workers"
     with pytest.raises(UserError, match="`isolate_envs` needs worker processes, but `engine` is sync"):
         PPO("CartPole-v1", engine="sync", isolate_envs=True)
     with pytest.raises(UserError, match="isolate_envs is for environments that Proximo makes"):

@@ -1,4 +1,4 @@
-"""Engine envpool: the same environments as Gymnasium's, and what the collector relies on."""
+"""Engine envpool: the same environments as Gymnasium's, and the interface that the collector uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from proximo.config.settings import Config
-from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
+from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
@@ -19,7 +19,7 @@ from proximo.rollout.rollout import Rollout
 
 pytest.importorskip("envpool", reason="EnvPool is not installed: pip install 'proximo[envpool]'")
 
-from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, PoolVectorEnv, supports
+from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, EnvPoolVectorEnv, supports
 
 CLASSIC = ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 MUJOCO = sorted(VERIFIED - set(CLASSIC))
@@ -27,7 +27,7 @@ WALKERS = ["Ant-v4", "Ant-v5", "Hopper-v4", "Hopper-v5", "Walker2d-v4", "Walker2
 OTHER_SOLVER = ["Humanoid-v5", "HumanoidStandup-v5", "Pusher-v5"]
 WITH_POSITIONS = {"Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Swimmer", "Walker2d"}
 
-# Other than the defaults, and so that each of them shows in a rollout.
+# Values other than the defaults, each of which changes a rollout.
 UNUSUAL: dict[str, dict[str, Any]] = {
     "Ant-v5": {
         "forward_reward_weight": 1.7,
@@ -97,15 +97,15 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 }
 
 
-def pool_of(env_id: str, num_envs: int, threads: int | None = None, **env_kwargs: Any) -> PoolVectorEnv:
+def pool_of(env_id: str, num_envs: int, threads: int | None = None, **env_kwargs: Any) -> EnvPoolVectorEnv:
     example = make_one(env_id, **env_kwargs)
-    pool = PoolVectorEnv(example, num_envs, env_kwargs, threads)
+    pool = EnvPoolVectorEnv(example, num_envs, env_kwargs, threads)
     example.close()
     return pool
 
 
 def state_of(env: gym.Env, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The positions and velocities of a MuJoCo environment that was just reset to give this observation."""
+    """Return the positions and velocities of a MuJoCo environment that gave this observation at a reset."""
     inner: Any = env.unwrapped
     count = inner.model.nq
     name = str(env.spec and env.spec.name)
@@ -128,7 +128,7 @@ def state_of(env: gym.Env, observation: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def put(env: gym.Env, observation: np.ndarray) -> np.ndarray:
-    """Reset a MuJoCo environment to the state that gives this observation; returns its own observation."""
+    """Set a MuJoCo environment to the state that gives this observation; return its observation."""
     import mujoco
 
     env.reset(seed=0)  # for the wrappers
@@ -139,7 +139,7 @@ def put(env: gym.Env, observation: np.ndarray) -> np.ndarray:
 
 
 def drive(env_id: str, steps: int, shown: int | None = None, **env_kwargs: Any) -> dict[str, Any]:
-    """Step both from the same states with the same actions; returns differences and what happened.
+    """Step both from the same states with the same actions; return differences and counts of episode ends.
 
     Actions are uniform over 1.2 times the bounds, so some lie outside. Observations are compared up to `shown`.
     """
@@ -207,7 +207,7 @@ def test_walkers_fall_in_the_same_step(env_id):
 
 @pytest.mark.parametrize("env_id", sorted(UNUSUAL))
 def test_keywords_mean_the_same(env_id):
-    """Each keyword that is passed on, at another value than its default, and with another outcome."""
+    """Each supported keyword, at a value that differs from the default and changes the rollout."""
     settings = UNUSUAL[env_id]
     assert {*settings, *with_positions(env_id)} == set(_KEYWORDS[env_id.partition("-")[0]])
     if env_id in OTHER_SOLVER:
@@ -218,11 +218,11 @@ def test_keywords_mean_the_same(env_id):
     assert result["observation"] < 1e-11
     assert result["reward"] < 1e-6
     for keyword, value in settings.items():
-        assert outcome(env_id, **{**fixed, keyword: value}) != outcome(env_id, **fixed), keyword
+        assert rollout_bytes(env_id, **{**fixed, keyword: value}) != rollout_bytes(env_id, **fixed), keyword
 
 
-def outcome(env_id: str, **env_kwargs: Any) -> tuple[bytes, ...]:
-    """What 100 steps give, as bytes."""
+def rollout_bytes(env_id: str, **env_kwargs: Any) -> tuple[bytes, ...]:
+    """Return the results of 100 steps as bytes."""
     pool = pool_of(env_id, 2, **env_kwargs)
     rng = np.random.default_rng(0)
     results: list[Any] = [pool.reset(seed=5)[0]]
@@ -373,10 +373,10 @@ def test_spaces_and_time_limits_are_gymnasiums(env_id):
         assert ends[-1][1].all()
 
 
-# What the collector relies on
+# The interface that the collector uses
 
 
-def lengths_of(pool: PoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
+def lengths_of(pool: EnvPoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
     """Steps until environment 0 ends if the cart is always pushed left, and how it ends."""
     pool.reset(seed=3)
     for step in range(1, steps):
@@ -387,7 +387,7 @@ def lengths_of(pool: PoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
 
 
 def test_an_end_at_the_time_limit_is_both():
-    """Gymnasium's: a time limit a step early truncates, in that very step it is both, later it plays no part."""
+    """As in Gymnasium: a limit one step earlier truncates, in the same step it is both, later it has no effect."""
     natural, *how = lengths_of(pool_of("CartPole-v1", 1), 30)
     assert how == [True, False]
     for limit, expected in [
@@ -432,7 +432,7 @@ def test_rollouts_hold_true_final_observations_and_returns():
 
 
 def test_returns_are_the_sums_of_raw_rewards():
-    """Two episodes of Reacher, 50 steps each: sums of what EnvPool gave."""
+    """Two episodes of Reacher, 50 steps each: sums of EnvPool's rewards."""
     pool = make_envs("Reacher-v5", 3, "envpool")
     spaces, rng = spaces_of(pool), np.random.default_rng(0)
     collector = Collector(pool, spaces, Config(num_envs=3, num_steps=100, num_minibatches=1))
@@ -450,7 +450,7 @@ def test_returns_are_the_sums_of_raw_rewards():
 
 
 def test_a_partial_reset_leaves_the_others_alone():
-    """Nor does anything later write to an observation that was handed out."""
+    """Nor do later calls overwrite an observation that was returned."""
     pool = pool_of("CartPole-v1", 4)
     first, _ = pool.reset(seed=0)
     kept = first.copy()
@@ -470,8 +470,8 @@ def test_a_partial_reset_leaves_the_others_alone():
 # Seeds
 
 
-def trace(pool: PoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
-    """Observations [steps + 1, N, …] under fixed actions, environments being reset as they end."""
+def trace(pool: EnvPoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
+    """Return observations [steps + 1, N, …] under fixed actions; environments are reset when they end."""
     rng = np.random.default_rng(0)
     observations = [pool.reset(seed=seed)[0]]
     for _ in range(steps):
@@ -483,8 +483,8 @@ def trace(pool: PoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
 
 
 def test_seeds_make_the_numbers():
-    """Again in the same object, in another, and with other threads; one for each, or counted up from one; and an
-    environment's numbers are its own seed's, whoever its neighbours are."""
+    """The same in the same object, in another, and with other threads; with one seed each, or counted up from one. An
+    environment's numbers depend only on its own seed."""
     pool = pool_of("CartPole-v1", 3)
     first = trace(pool, [7, 8, 9])
     assert not np.array_equal(trace(pool, [1, 2, 3]), first)
@@ -539,9 +539,9 @@ def test_what_is_supported(monkeypatch):
 @pytest.mark.parametrize(
     ("env", "env_kwargs", "words"),
     [
-        ("Hopper-v5", {"xml_file": "hopper.xml"}, ["Hopper-v5 'xml_file'", "engine workers"]),
+        ("Hopper-v5", {"xml_file": "hopper.xml"}, ["'xml_file' for Hopper-v5", "engine workers"]),
         ("CartPole-v1", {"sutton_barto_reward": True}, ["sutton_barto_reward", "engine workers"]),
-        ("Hopper-v5", {"healthy_z_range": [0.5, 2.0]}, ["healthy_z_range", "only inf", "engine workers"]),
+        ("Hopper-v5", {"healthy_z_range": [0.5, 2.0]}, ["healthy_z_range", "only has inf", "engine workers"]),
         ("Hopper-v5", {"nothing": 1}, ["nothing"]),
         ("Blackjack-v1", {}, ["Blackjack-v1", "Tuple", "engine workers"]),
         ("Taxi-v4", {}, ["EnvPool has no Taxi-v4", "engine workers"]),
@@ -556,11 +556,11 @@ def test_refusals_say_what_to_do(env, env_kwargs, words):
 
 
 def test_envpool_is_taken_where_it_saves_python():
-    """Sixteen of what Gymnasium writes in Python; of MuJoCo's, which is C in any case, 32."""
-    assert engine_for("Acrobot-v1", 15) != "envpool"
-    assert engine_for("Acrobot-v1", 16) == "envpool"
-    assert engine_for("HalfCheetah-v5", 31) != "envpool"
-    assert engine_for("HalfCheetah-v5", 32) == "envpool"
+    """From 16 environments written in Python; from 32 of MuJoCo, which runs in C anyway."""
+    assert resolve_engine("Acrobot-v1", 15) != "envpool"
+    assert resolve_engine("Acrobot-v1", 16) == "envpool"
+    assert resolve_engine("HalfCheetah-v5", 31) != "envpool"
+    assert resolve_engine("HalfCheetah-v5", 32) == "envpool"
 
 
 def test_without_envpool_the_message_says_what_to_install(monkeypatch):
@@ -573,7 +573,7 @@ def test_misuse_is_refused():
     pool = pool_of("CartPole-v1", 2)
     with pytest.raises(RunError, match="reset"):
         pool.step(np.zeros(2, np.int64))
-    with pytest.raises(UserError, match="3 seeds were given for 2"):
+    with pytest.raises(UserError, match="got 3 seeds for 2"):
         pool.reset(seed=[1, 2, 3])
     pool.reset(seed=0)
     with pytest.raises(UserError, match="seeds all environments at once"):
@@ -594,7 +594,7 @@ def test_misuse_is_refused():
 
 
 def test_an_interrupted_step_is_not_answered_late(monkeypatch):
-    """What EnvPool still owed is thrown away with its environments; a seed makes them anew."""
+    """The pending result is discarded with the environments; a seed recreates them."""
     pool = pool_of("CartPole-v1", 2)
     first = trace(pool, 5, steps=3)
 

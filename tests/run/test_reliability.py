@@ -290,7 +290,7 @@ def test_an_environment_that_exits_ends_the_run_with_an_error(tmp_path):
 
 @pytest.mark.parametrize("engine", ["sync", "workers"])
 def test_an_environment_that_exits_while_it_is_made_is_an_error(engine):
-    with pytest.raises(UserError, match=r"environment \d called sys\.exit\(0\) while it was made"):
+    with pytest.raises(UserError, match=r"environment \d called sys\.exit\(0\) in its constructor"):
         PPO(lambda: sys.exit(0), engine=engine, **SMALL)
 
 

@@ -19,7 +19,15 @@ from proximo.envs.make import make_envs, spaces_of
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
-from proximo.rollout.env_state import GENERATORS, EnvState, generator_from, pack, remembers, same, unpack
+from proximo.rollout.env_state import (
+    GENERATORS,
+    EnvState,
+    decode_tree,
+    encode_tree,
+    generator_from_state,
+    has_hidden_state,
+    snapshots_equal,
+)
 from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
@@ -324,14 +332,17 @@ def test_a_snapshot_that_cannot_be_stored(tmp_path, capsys):
 
 def test_engines_without_exact_resume_start_new_episodes(tmp_path, capsys):
     """With AsyncVectorEnv, and with another number of environments; both are reported, also in the manifest."""
-    with PPO("CartPole-v1", engine="async", total_timesteps=4 * ROWS, **QUICK) as agent:
+    kwargs = {"vectorization_mode": "async", "vector_kwargs": {"context": "spawn"}}
+    envs = lambda: gym.make_vec("CartPole-v1", QUICK["num_envs"], **kwargs)
+    settings = {key: value for key, value in QUICK.items() if key != "num_envs"}
+    with PPO(envs(), total_timesteps=4 * ROWS, **settings) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
     manifest = json.loads((tmp_path / "saved" / checkpoint_files.MANIFEST).read_text())
     assert manifest["progress"]["exact"] is False
-    with PPO.load(tmp_path / "saved") as agent:
+    with PPO.load(tmp_path / "saved", envs()) as agent:
         agent.learn()
-    assert "AsyncVectorEnv does not say where its environments stand" in capsys.readouterr().err
+    assert "AsyncVectorEnv cannot export the state of its environments" in capsys.readouterr().err
     assert agent.progress.resumed[0]["exact"] is False
 
     with PPO("CartPole-v1", engine="sync", total_timesteps=4 * ROWS, **QUICK) as agent:
@@ -356,8 +367,8 @@ def test_exact_resume_selects_engines_that_support_it(tmp_path):
         assert agent.config.engine in ("workers", "sync")
     with PPO("CartPole-v1", num_envs=16, **settings) as agent:
         assert agent.config.engine == "native"
-    with pytest.raises(UserError, match="engine async cannot bring"):
-        PPO("CartPole-v1", num_envs=2, engine="async", **settings)
+    with pytest.raises(UserError, match="engine native cannot bring"):
+        PPO("ALE/Pong-v5", num_envs=2, engine="native", **settings)
 
 
 def test_the_log_of_a_long_episode_is_dropped_and_reported(monkeypatch, tmp_path, capsys):
@@ -371,7 +382,7 @@ def test_the_log_of_a_long_episode_is_dropped_and_reported(monkeypatch, tmp_path
     with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **QUICK) as agent:
         agent.learn()
         assert agent._log_bytes <= 4000
-        assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.why
+        assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.reset_reason
 
 
 # Parts
@@ -381,8 +392,8 @@ def test_the_log_of_a_long_episode_is_dropped_and_reported(monkeypatch, tmp_path
 def test_generators_are_restored_from_a_file(name):
     generator = np.random.Generator(getattr(np.random, name)(5))
     generator.random(3, np.float32)
-    document, beside = pack(generator.bit_generator.state, "x")
-    again = generator_from(unpack(json.loads(json.dumps(document)), beside))
+    document, beside = encode_tree(generator.bit_generator.state, "x")
+    again = generator_from_state(decode_tree(json.loads(json.dumps(document)), beside))
     assert np.array_equal(generator.random(5), again.random(5))
 
 
@@ -398,15 +409,15 @@ def test_generator_positions_outside_their_buffer_are_refused(name, place, value
     else:
         state["state"] = {**state["state"], place: value}
     with pytest.raises(UserError, match=place):
-        generator_from(state)
+        generator_from_state(state)
     if place not in state:  # a second one beside it, which NumPy does not read
         with pytest.raises(UserError, match=place):
-            generator_from({**state, place: 0})
+            generator_from_state({**state, place: 0})
 
 
 def test_only_known_generators_are_created():
     with pytest.raises(UserError, match="one of NumPy's generators"):
-        generator_from({"bit_generator": "RandomState"})
+        generator_from_state({"bit_generator": "RandomState"})
 
 
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
@@ -416,8 +427,8 @@ def test_subclasses_of_environments_that_keep_state_are_detected():
     class Own(BipedalWalker):
         pass
 
-    assert remembers(Own())
-    assert not remembers(gym.make("CartPole-v1"))
+    assert has_hidden_state(Own())
+    assert not has_hidden_state(gym.make("CartPole-v1"))
 
 
 def test_states_that_cannot_be_stored_are_omitted(monkeypatch):
@@ -518,20 +529,20 @@ def test_a_snapshot_is_restored_from_a_file():
         "b": {"of": np.eye(2), "array": np.float32(3)},
         "c": (1, 2),
     }
-    document, beside = pack(tree, "x")
-    back = unpack(json.loads(json.dumps(document)), beside)
+    document, beside = encode_tree(tree, "x")
+    back = decode_tree(json.loads(json.dumps(document)), beside)
     assert back["a"] == tree["a"]
     assert back["c"] == [1, 2]
     assert np.array_equal(back["b"]["of"], np.eye(2))
-    assert same(tree, back)
-    assert not same(tree, {**tree, "c": (1, 3)})
-    assert not same(tree, {**tree, "b": {"of": np.eye(2) * 2, "array": np.float32(3)}})
+    assert snapshots_equal(tree, back)
+    assert not snapshots_equal(tree, {**tree, "c": (1, 3)})
+    assert not snapshots_equal(tree, {**tree, "b": {"of": np.eye(2) * 2, "array": np.float32(3)}})
 
 
 @pytest.mark.parametrize("bad", [object(), {1: 2}, {"x": {3}}, np.array([None])])
 def test_a_snapshot_of_unsupported_types_is_refused(bad):
     with pytest.raises(UserError, match="a snapshot holds"):
-        pack(bad, "x")
+        encode_tree(bad, "x")
 
 
 def test_actions_since_an_origin_span_rollouts():

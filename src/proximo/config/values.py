@@ -70,6 +70,8 @@ class Setting:
         Raises:
             UserError: the value has the wrong type or is out of range.
         """
+        if (self.name, value) == ("engine", "async"):
+            raise UserError("`engine` async was removed. Use workers.")
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             if self.optional:
                 return None

@@ -21,7 +21,7 @@ from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
 from proximo.envs.env_slice import reports_episodes
-from proximo.envs.make import EnvLike, explain, make_one, require_same
+from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
 from proximo.errors import Exited, UserError
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.rollout import Actor
@@ -96,7 +96,7 @@ def record(
         raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
     videos = []
     with open_rendering_env(env, {**config.env_kwargs, **(env_kwargs or {})}) as rendering_env:
-        require_same(Spaces.of(rendering_env.observation_space, rendering_env.action_space), spaces)
+        require_matching_spaces(Spaces.of(rendering_env.observation_space, rendering_env.action_space), spaces)
         fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
         seeds = [*environment_seeds(seed, 1, Purpose.EVALUATION), *[None] * (episodes - 1)]
         for file, episode_seed in zip(paths, seeds, strict=True):
@@ -211,7 +211,7 @@ def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
     except Exception as error:
         message = explain_opengl(error)  # `import mujoco` loads the library that MUJOCO_GL selects
         if message is None and isinstance(error, (gym.error.Error, ImportError)):
-            message = explain(str(env), error)
+            message = explain_make_error(str(env), error)
         if message is None and kwargs and isinstance(error, TypeError) and "argument" in str(error):
             message = f"{env} does not accept the keywords {kwargs}: {error}"
         if message is None:

@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.rollout.env_state import EnvState, Replays, Snapshots, same
+from proximo.rollout.env_state import EnvState, SupportsReplay, SupportsSnapshot, snapshots_equal
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
@@ -23,14 +23,14 @@ MAX_LOG_BYTES = 1 << 28  # of the actions of unfinished episodes
 MAX_LOG_PIECES = 256
 
 
-def state_adapters(envs: VectorEnv) -> tuple[Replays | None, Snapshots | None]:
+def state_adapters(envs: VectorEnv) -> tuple[SupportsReplay | None, SupportsSnapshot | None]:
     """How a vector environment's state can be captured: by repeating episodes, by snapshots, or not at all (None).
 
     Wrapped environments are not inspected for snapshots, because a wrapper may have state of its own.
     """
     inner = envs.unwrapped
-    replays: Any = inner if isinstance(inner, Replays) else None
-    snapshots: Any = envs if isinstance(envs, Snapshots) else None
+    replays: Any = inner if isinstance(inner, SupportsReplay) else None
+    snapshots: Any = envs if isinstance(envs, SupportsSnapshot) else None
     return replays, snapshots
 
 
@@ -113,7 +113,7 @@ class Collector:
             state = self._with_origins(state, *self._replays.origins())
         else:
             name = type(self.envs.unwrapped).__name__
-            state = replace(state, why=f"{name} cannot export the state of its environments")
+            state = replace(state, reset_reason=f"{name} cannot export the state of its environments")
         return state
 
     def _with_origins(self, state: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
@@ -129,8 +129,8 @@ class Collector:
         if not is_known.all():
             n = int(np.argmin(is_known))
             reason = "its episode is too long to be repeated" if origins[n] else "its last reset is unknown"
-            return replace(state, why=f"environment {n}: {reason}")
-        return replace(state, origins=origins, since=since, log=tuple(self._log))
+            return replace(state, reset_reason=f"environment {n}: {reason}")
+        return replace(state, origins=origins, steps_since_origin=since, action_log=tuple(self._log))
 
     def restore_state(self, state: EnvState) -> str:
         """Bring the environments into a captured state.
@@ -138,8 +138,8 @@ class Collector:
         Returns:
             Why that failed, or "". After a failure only `reset` helps; after an error in an environment, new ones.
         """
-        if state.why:
-            return state.why
+        if state.reset_reason:
+            return state.reset_reason
         count = self.envs.num_envs
         if len(state.start) != count:
             return f"there were {len(state.start)} environments, and now there are {count}"
@@ -162,7 +162,7 @@ class Collector:
                 f"{difference} differs after restoring: the environment has state beyond np_random and its actions. "
                 "Add snapshot() and restore(), see proximo.rollout.env_state"
             )
-        self._set_log(state.log)
+        self._set_log(state.action_log)
         self.obs, self.start, self.resetting = state.obs, state.start.copy(), state.resetting.copy()
         self.episode_return, self.episode_length = state.episode_return.copy(), state.episode_length.copy()
         return ""
@@ -171,7 +171,7 @@ class Collector:
         """Restore the environments; return what is not bit-identical, or ""."""
         if self._snapshots:
             self._snapshots.restore(state.snapshot)
-            return "" if same(self._snapshots.snapshot(), state.snapshot) else "their snapshot"
+            return "" if snapshots_equal(self._snapshots.snapshot(), state.snapshot) else "their snapshot"
         assert self._replays
         observation, returns = self._replays.replay(state.origins, state.actions())
         if returns.tobytes() != state.episode_return.tobytes():

@@ -75,8 +75,8 @@ class Progress:
             "best": self.best,
             "best_step": self.best_step,
             "resumed": self.resumed,
-            "exact": self.env_state is not None and not self.env_state.why,
-            "why": self.env_state.why if self.env_state else "no episode has started",
+            "exact": self.env_state is not None and not self.env_state.reset_reason,
+            "why": self.env_state.reset_reason if self.env_state else "no episode has started",
             "env_state": None,
         }
         arrays = {f"{PREFIX}/episodes": np.array(list(self.episodes), np.float64).reshape(-1, 3)}

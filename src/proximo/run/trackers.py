@@ -104,8 +104,8 @@ class WandB:
         self._wandb = wandb = import_wandb()
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config={"env": info.env_id, **info.config.to_dict()},
-                id=read_wandb_id(folder), resume="allow",
+                project=project, name=folder.name, dir=str(folder), id=read_wandb_id(folder), resume="allow",
+                config={"env": info.env_id, **info.config.to_dict()},
             )  # fmt: skip
             (folder / WANDB_ID).write_text(self._run.id, "utf-8")
         except wandb.Error as error:
