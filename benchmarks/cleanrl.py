@@ -56,9 +56,7 @@ def ours(env: str, seed: int, folder: Path) -> Curve:
         command = [sys.executable, "-m", "proximo", "train", env, "--seed", str(seed), "--quiet"]
         subprocess.run([*command, *CASES[env][1], "--run-dir", str(run_dir)], check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
-    return np.array([row["global_step"] for row in rows], float), np.array(
-        [row[RETURN] for row in rows], float
-    )
+    return np.array([row["global_step"] for row in rows], float), np.array([row[RETURN] for row in rows], float)
 
 
 def theirs(env: str, seed: int, folder: Path, checkout: Path, python: str) -> Curve:
@@ -85,13 +83,9 @@ def theirs(env: str, seed: int, folder: Path, checkout: Path, python: str) -> Cu
 
 def main() -> None:
     """Run what is missing, write the result and draw the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cleanrl", type=Path, required=True, help="checkout of CleanRL")
-    parser.add_argument(
-        "--python", required=True, help="interpreter of the environment with CleanRL's packages"
-    )
+    parser.add_argument("--python", required=True, help="interpreter of the environment with CleanRL's packages")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", help="folder that keeps the runs; a temporary one by default")
@@ -110,9 +104,7 @@ def main() -> None:
                 curves.setdefault((env, "CleanRL"), []).append(other)
         results = {key: [job.result() for job in jobs] for key, jobs in curves.items()}
 
-    summary = {
-        f"{env}, {who}": [float(returns[-1]) for _, returns in found] for (env, who), found in results.items()
-    }
+    summary = {f"{env}, {who}": [float(returns[-1]) for _, returns in found] for (env, who), found in results.items()}
     document = {
         "command": f"python benchmarks/cleanrl.py --cleanrl … --python … --seeds {options.seeds}",
         "commit": commit.stdout.strip(),

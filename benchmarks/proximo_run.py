@@ -24,9 +24,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--precision", default="float32")
     parser.add_argument(
-        "--engine",
-        default="auto",
-        help="an engine of Proximo; with --envs-only also async, Gymnasium's AsyncVectorEnv",
+        "--engine", default="auto", help="an engine of Proximo; with --envs-only also async, Gymnasium's AsyncVectorEnv"
     )
     return parser
 
@@ -79,11 +77,7 @@ def train(options: argparse.Namespace) -> None:
 
 def fractions(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What the counted iterations spent their time on, as medians of their shares."""
-    names = {
-        "environments": "time/fraction_env",
-        "acting": "time/fraction_act",
-        "learning": "time/fraction_update",
-    }
+    names = {"environments": "time/fraction_env", "acting": "time/fraction_act", "learning": "time/fraction_update"}
     return {name: statistics.median(row[key] for row in rows) for name, key in names.items()} if rows else {}
 
 

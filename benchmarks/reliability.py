@@ -87,9 +87,7 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 
 def main() -> None:
     """Run it, print the ratios and keep them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -111,19 +109,11 @@ def main() -> None:
     found = {}
     for what, (safe, bare) in RATIOS.items():
         ratios = np.array(speeds[safe]) / np.array(speeds[bare])
-        found[what] = {
-            "median": float(np.median(ratios)),
-            "low": float(ratios.min()),
-            "high": float(ratios.max()),
-        }
-        print(
-            f"{what}: {np.median(ratios):.3f} of the speed without ({ratios.min():.3f} to {ratios.max():.3f})"
-        )
+        found[what] = {"median": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max())}
+        print(f"{what}: {np.median(ratios):.3f} of the speed without ({ratios.min():.3f} to {ratios.max():.3f})")
     for name in SHARES:
         each = np.array([share[name] for share in shares])
-        print(
-            f"{name}: {100 * np.median(each):.2f} % of the time ({100 * each.min():.2f} to {100 * each.max():.2f})"
-        )
+        print(f"{name}: {100 * np.median(each):.2f} % of the time ({100 * each.min():.2f} to {100 * each.max():.2f})")
     RESULT.write_text(json.dumps({"speeds": speeds, "ratios": found, "shares": shares}, indent=2) + "\n")
 
 

@@ -92,9 +92,7 @@ def wanted() -> dict[Path, str]:
 
 def main() -> int:
     """Compare or write; return 1 if something differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     stale = {path: text for path, text in wanted().items() if path.read_text("utf-8") != text}

@@ -66,13 +66,7 @@ class Members(Generated):
 def settings(group: str) -> str:
     """Every setting of a group: name, meaning, default, accepted values, source."""
     rows = [
-        (
-            f"`{name}`",
-            setting.meaning,
-            f"`{str(setting.default).lower()}`",
-            setting.expected,
-            setting.source or "–",
-        )
+        (f"`{name}`", setting.meaning, f"`{str(setting.default).lower()}`", setting.expected, setting.source or "–")
         for name, setting in SETTINGS.items()
         if setting.group == group
     ]
@@ -102,9 +96,7 @@ def options(command: str) -> str:
         value = action.metavar or ("|".join(action.choices) if action.choices else action.dest.upper())
         takes_value = action.nargs != 0
         names = action.option_strings or [str(value)]
-        shown = ", ".join(
-            f"`{name} {value}`" if takes_value and name[0] == "-" else f"`{name}`" for name in names
-        )
+        shown = ", ".join(f"`{name} {value}`" if takes_value and name[0] == "-" else f"`{name}`" for name in names)
         rows.append((shown, str(action.help).replace("%%", "%")))
     return table(("argument", "meaning"), rows)
 
@@ -126,9 +118,7 @@ def members(path: str) -> str:
 def signature(function) -> str:
     """A signature without annotations and without `self` or `cls`."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    shown = inspect.Signature(
-        [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
-    )
+    shown = inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
     return "(…)" if len(str(shown)) > 90 else str(shown)
 
 

@@ -10,9 +10,7 @@ from proximo import Agent, evaluate_random
 STEPS = 40_000
 
 env = gym.make("CartPole-v1")
-agent = Agent(
-    4, 2, seed=0, total_timesteps=STEPS, num_steps=256, minibatch_size=64, learning_rate=1e-3, gamma=0.98
-)
+agent = Agent(4, 2, seed=0, total_timesteps=STEPS, num_steps=256, minibatch_size=64, learning_rate=1e-3, gamma=0.98)
 returns, episode_return = [], 0.0
 obs, _ = env.reset(seed=0)
 for _ in range(STEPS):

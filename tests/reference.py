@@ -42,9 +42,7 @@ def slow_gae(
     return advantage
 
 
-def slow_discounted_returns(
-    reward: np.ndarray, over: np.ndarray, valid: np.ndarray, gamma: float
-) -> list[float]:
+def slow_discounted_returns(reward: np.ndarray, over: np.ndarray, valid: np.ndarray, gamma: float) -> list[float]:
     """Σ_k γ^k r_{t-k} over the episode so far, for every valid row; in no particular order."""
     returns = []
     for t, n in np.argwhere(valid):

@@ -16,9 +16,7 @@ SMALL = {"hidden_sizes": (8,), "num_envs": 3, "num_steps": 8, "minibatch_size": 
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (4,))
 CONTINUOUS = Spaces.of(VECTOR, gym.spaces.Box(-1.0, 1.0, (2,)))
 CATEGORICAL = Spaces.of(VECTOR, gym.spaces.Discrete(3))
-MASKED = Spaces.of(
-    gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}), gym.spaces.Discrete(3)
-)
+MASKED = Spaces.of(gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}), gym.spaces.Discrete(3))
 
 
 def small(**settings: Any) -> Config:

@@ -79,9 +79,7 @@ def without_time(run: Path) -> list[dict]:
 
 def main() -> int:
     """Run it; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,16 +91,7 @@ def main() -> int:
         run, alone = Path(folder, "disturbed"), Path(folder, "alone")
         flags = ["--quiet", "--no-tensorboard", "--checkpoint-interval", "5", "--lr-schedule", "constant",
                  "--engine", "workers", "--num-envs", "4", "--num-steps", "512", *options.flags]  # fmt: skip
-        begin = [
-            *PROXIMO,
-            "train",
-            options.env,
-            "--run-dir",
-            str(run),
-            "--total-timesteps",
-            str(STEPS),
-            *flags,
-        ]
+        begin = [*PROXIMO, "train", options.env, "--run-dir", str(run), "--total-timesteps", str(STEPS), *flags]
         until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
             if run.exists() and not checkpoint_files.list_checkpoints(run):

@@ -55,9 +55,7 @@ def test_it_does_what_learn_does(name, limit, backend):
     expected = list(ppo.iterate(32 * 5))
     ppo.close()
     env = make()
-    agent = Agent(
-        env.observation_space, env.action_space, backend=backend, **{**SMALL, "total_timesteps": 160}
-    )
+    agent = Agent(env.observation_space, env.action_space, backend=backend, **{**SMALL, "total_timesteps": 160})
     rows = drive(agent, env, lambda: agent.progress.iteration == 5)
     assert_same(agent.learner.state(), ppo.learner.state())
     assert without_times(rows) == without_times(expected)

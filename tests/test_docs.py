@@ -204,9 +204,7 @@ DETAILS = DOCS / "explanation" / "implementation-details.md"
 
 def test_the_architecture_page_lists_the_import_layers():
     """Its table and its diagram equal the layers of the import contract."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"][
-        "contracts"
-    ]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     expected = [re.findall(r"proximo\.(\w+)", layer) for layer in layers]
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", ARCHITECTURE.read_text("utf-8"), re.MULTILINE)

@@ -20,9 +20,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 @each_backend
 def test_environments_are_accepted_in_every_form(backend):
     """An id, a factory, and ready vector environments in each autoreset mode, native ones included."""
-    ready = [
-        SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode) for mode in AutoresetMode
-    ]
+    ready = [SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode) for mode in AutoresetMode]
     native = gym.make_vec("CartPole-v1", 4, vectorization_mode="vector_entry_point")
     for env in ["CartPole-v1", lambda: gym.make("CartPole-v1"), *ready, native]:
         settings = {**SMALL, "num_envs": 4}
@@ -95,9 +93,7 @@ def test_a_checkpoint_crosses_backends(backend, env, tmp_path):
     twin = PPO.load(path, backend=OTHER[backend])
     assert twin.learner.backend == OTHER[backend]
 
-    observations = np.stack(
-        [agent.spaces and agent._envs.single_observation_space.sample() for _ in range(50)]
-    )
+    observations = np.stack([agent.spaces and agent._envs.single_observation_space.sample() for _ in range(50)])
     np.testing.assert_allclose(agent.predict(observations), twin.predict(observations), atol=1e-5)
     for name, value in agent.learner.state().items():
         assert np.array_equal(value, twin.learner.state()[name]), name
@@ -213,13 +209,7 @@ class Faulty(gym.Env):
 
     def step(self, action):
         self.steps += 1
-        return (
-            np.zeros(1, np.float32),
-            1.0 if self.steps <= 100 else self.bad,
-            self.steps % 10 == 0,
-            False,
-            {},
-        )
+        return (np.zeros(1, np.float32), 1.0 if self.steps <= 100 else self.bad, self.steps % 10 == 0, False, {})
 
 
 @each_backend

@@ -16,10 +16,7 @@ def layers() -> list[list[str]]:
     project = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text("utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
     found = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return [
-        [name.strip().removeprefix("proximo.") for name in layer.replace(":", "|").split("|")]
-        for layer in found
-    ]
+    return [[name.strip().removeprefix("proximo.") for name in layer.replace(":", "|").split("|")] for layer in found]
 
 
 def draw(rows: list[list[str]]) -> str:

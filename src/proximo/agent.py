@@ -340,9 +340,7 @@ def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     given = convert_settings(settings)
     for name in given:
         if name in LOOP_SETTINGS or SETTINGS[name].group == "records":
-            raise UserError(
-                f"`{name}` belongs to PPO's training loop, which an Agent does not have. Leave it out."
-            )
+            raise UserError(f"`{name}` belongs to PPO's training loop, which an Agent does not have. Leave it out.")
     return given
 
 
@@ -358,9 +356,7 @@ def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.S
         sizes = tuple(dimension(size, f"observation is {observation!r}; {expected}") for size in shape)
         observation = gym.spaces.Box(-np.inf, np.inf, sizes, np.float32)
     if not isinstance(action, gym.Space):
-        message = (
-            f"action is {action!r}; expected a space, or an integer ≥ 1, the number of discrete actions."
-        )
+        message = f"action is {action!r}; expected a space, or an integer ≥ 1, the number of discrete actions."
         action = gym.spaces.Discrete(dimension(action, message))
     return Spaces.of(observation, action)
 

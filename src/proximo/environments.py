@@ -105,9 +105,7 @@ class TrainingEnvs:
         reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
         if reason:
             if progress.global_step:
-                notify_user(
-                    f"the simulator state could not be restored, so every environment was reset: {reason}"
-                )
+                notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
             if owns_envs and state and not state.reset_reason:
                 self.close()  # the attempt may have broken them
                 source = self._new_source(config, spaces)
@@ -129,9 +127,7 @@ class TrainingEnvs:
 def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:
     """The vector environment of a run, and the engine that steps it."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
-    engine = resolve_engine(
-        env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume
-    )
+    engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
     if config.exact_resume and not any(state_adapters(envs)):
         if envs is not env:
@@ -153,10 +149,7 @@ def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: 
         return
     changes = "; ".join(find_differences(saved, info))
     if not reason:
-        count, difference = (
-            info.config.num_envs,
-            f"; it is not bit-identical, because {changes}" if changes else "",
-        )
+        count, difference = (info.config.num_envs, f"; it is not bit-identical, because {changes}" if changes else "")
         notify_user(f"training resumes from the exact simulator state of {count} environments{difference}")
     how = {"global_step": progress.global_step, "exact": not reason and not changes, "why": reason or changes}
     progress.resumed.append(how)

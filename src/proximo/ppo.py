@@ -34,9 +34,7 @@ from proximo.source import Source
 from proximo.spaces.spaces import Spaces
 from proximo.train import iterations, plan_call
 
-MAX_TRAINING_FRAMES = (
-    1_000  # of a video during training; MuJoCo renders about ten frames a second without a GPU
-)
+MAX_TRAINING_FRAMES = 1_000  # of a video during training; MuJoCo renders about ten frames a second without a GPU
 
 
 class PPO:
@@ -60,9 +58,7 @@ class PPO:
         UserError: an unknown environment or setting, a value out of range, or a space that is not supported.
     """
 
-    def __init__(
-        self, env: EnvLike, *, preset: str | None = "auto", network: Any = None, **settings: Any
-    ) -> None:
+    def __init__(self, env: EnvLike, *, preset: str | None = "auto", network: Any = None, **settings: Any) -> None:
         env = with_version(env) if isinstance(env, str) else env
         self._bind(TrainingEnvs(env), config_for(env, preset, settings))
         self.preset = presets.select_name(self.env_id, preset)
@@ -245,9 +241,7 @@ class PPO:
         return RunInfo(self.env_id or self.envs.unimported, self.preset, self.config, self.resolved)
 
     @classmethod
-    def load(
-        cls, path: str | Path, env: EnvLike | None = None, *, network: Any = None, **changes: Any
-    ) -> PPO:
+    def load(cls, path: str | Path, env: EnvLike | None = None, *, network: Any = None, **changes: Any) -> PPO:
         """Load a checkpoint folder, or the latest checkpoint of a run folder.
 
         Args:
@@ -268,8 +262,7 @@ class PPO:
         env = with_version(env) if isinstance(env, str) else env
         agent = cls.__new__(cls)
         agent._bind(
-            TrainingEnvs(env, known if is_unimported else None),
-            restore_config(path, saved.manifest, network, given),
+            TrainingEnvs(env, known if is_unimported else None), restore_config(path, saved.manifest, network, given)
         )
         spaces = restore_spaces(saved, agent.config)
         try:
@@ -355,9 +348,7 @@ def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any
     """
     given = convert_settings(settings)
     if isinstance(env, VectorEnv) and given.get("isolate_envs"):
-        raise UserError(
-            "`isolate_envs` does not apply to a vector environment, which runs as it is. Turn it off."
-        )
+        raise UserError("`isolate_envs` does not apply to a vector environment, which runs as it is. Turn it off.")
     if isinstance(env, VectorEnv) and given.setdefault("num_envs", env.num_envs) != env.num_envs:
         raise UserError(
             f"`num_envs` is {given['num_envs']}, but the vector environment has {env.num_envs}. Leave it out."

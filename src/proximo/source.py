@@ -133,9 +133,7 @@ def update_from(
 ) -> tuple[Metrics, Diagnostics | None, NotFinite | None]:
     """Update a learner from a rollout: metrics, diagnostics for histograms, and the fault of a discarded update."""
     rng = generator(config.seed, Purpose.ORDER, iteration)
-    order = minibatch_order(
-        rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length
-    )
+    order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length)
     before = learner.inspect_rollout(rollout, hyper) if inspect and rollout.valid.any() else None
     fault = None
     try:

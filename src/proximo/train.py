@@ -96,11 +96,7 @@ def report(progress: Progress, done: Iteration) -> Metrics:
 
 
 def plan_call(
-    config: Config,
-    learner: Learner,
-    progress: Progress,
-    saved: Checkpoint | None,
-    total_timesteps: int | None,
+    config: Config, learner: Learner, progress: Progress, saved: Checkpoint | None, total_timesteps: int | None
 ) -> Config:
     """The settings of one call to `learn` or `iterate`; also decides whether PyTorch compiles.
 

@@ -56,10 +56,7 @@ def test_train_then_evaluate(tmp_path, backend, capsys):
 def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
     """Pendulum's episodes last 200 steps, so none ends in 2 × 16 steps, and no curve is plotted."""
     run = tmp_path / "run"
-    assert (
-        main(["train", "Pendulum-v1", *SMALL, "--total-timesteps", "32", "--run-dir", str(run), "--quiet"])
-        == 0
-    )
+    assert main(["train", "Pendulum-v1", *SMALL, "--total-timesteps", "32", "--run-dir", str(run), "--quiet"]) == 0
     (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     assert row["rollout/episode_return_mean"] is None
     assert not (run / "learning_curve.png").exists()
@@ -148,12 +145,7 @@ def test_help_lists_every_setting(capsys):
 
 
 @pytest.mark.parametrize(
-    ("engine", "number"),
-    [
-        ("workers", signal.SIGINT),
-        ("workers", signal.SIGTERM),
-        ("sync", signal.SIGHUP),
-    ],
+    ("engine", "number"), [("workers", signal.SIGINT), ("workers", signal.SIGTERM), ("sync", signal.SIGHUP)]
 )
 def test_a_run_can_be_stopped(engine, number, tmp_path):
     """SIGINT, SIGTERM or SIGHUP, sent to the whole process group including workers, stops the run after the current

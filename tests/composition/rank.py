@@ -85,11 +85,7 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
         out_specs=(state_spec, alike),
         check_vma=False,
     )
-    arguments = (
-        spread_all(columns, own_columns),
-        spread(P(None, None, "rank"), order),
-        spread_all(alike, hyper),
-    )
+    arguments = (spread_all(columns, own_columns), spread(P(None, None, "rank"), order), spread_all(alike, hyper))
     new, metrics = jax.jit(step)(shared, *arguments)
     own = jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), (new, metrics))
     return flatten(own[0]), {name: float(value) for name, value in own[1].items()}

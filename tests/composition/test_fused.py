@@ -36,9 +36,7 @@ def physics_step(state: jax.Array, action: jax.Array) -> jax.Array:
     x, speed, angle, spin = state.T
     force = jnp.where(action == 1, 10.0, -10.0)
     push = (force + 0.05 * spin**2 * jnp.sin(angle)) / 1.1
-    spin_gain = (9.8 * jnp.sin(angle) - jnp.cos(angle) * push) / (
-        0.5 * (4.0 / 3.0 - 0.1 * jnp.cos(angle) ** 2 / 1.1)
-    )
+    spin_gain = (9.8 * jnp.sin(angle) - jnp.cos(angle) * push) / (0.5 * (4.0 / 3.0 - 0.1 * jnp.cos(angle) ** 2 / 1.1))
     gain = push - 0.05 * spin_gain * jnp.cos(angle) / 1.1
     return jnp.stack([x + 0.02 * speed, speed + 0.02 * gain, angle + 0.02 * spin, spin + 0.02 * spin_gain], 1)
 

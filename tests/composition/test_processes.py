@@ -49,19 +49,14 @@ def test_two_processes_update_as_one_on_the_union(backend, tmp_path):
         rollout = act_rollout(whole, seed=1)
         start = backend.learner(own, CONTINUOUS, dtype="float64").state()
         orders = [
-            minibatch_order(rollout.valid[:, r * N : (r + 1) * N], 2, 4, np.random.default_rng(r))
-            for r in range(RANKS)
+            minibatch_order(rollout.valid[:, r * N : (r + 1) * N], 2, 4, np.random.default_rng(r)) for r in range(RANKS)
         ]
         metrics = whole.update(rollout, union_order(orders), hyper_at(union, 0))
         expected = whole.state()
 
-    (tmp_path / "settings.json").write_text(
-        json.dumps({"config": own.to_dict(), "spaces": CONTINUOUS.to_dict()})
-    )
+    (tmp_path / "settings.json").write_text(json.dumps({"config": own.to_dict(), "spaces": CONTINUOUS.to_dict()}))
     names = ("action", "reward", "terminated", "truncated", "valid", "start")
-    np.savez(
-        tmp_path / "rollout.npz", obs=rollout.obs[""], **{name: getattr(rollout, name) for name in names}
-    )
+    np.savez(tmp_path / "rollout.npz", obs=rollout.obs[""], **{name: getattr(rollout, name) for name in names})
     np.savez(tmp_path / "state.npz", **start)
     for rank, order in enumerate(orders):
         np.save(tmp_path / f"order{rank}.npy", order)

@@ -151,22 +151,13 @@ def test_minibatches_by_size_or_count():
             "`minibatch_size` 63 does not divide the rollout of 800 transitions (`num_envs` 8 × `num_steps` 100). "
             "Use 50, 80 or 100, or set `num_minibatches`.",
         ),
-        (
-            {"minibatch_size": 100},
-            "rollout of 2048 transitions (`num_envs` 8 × `num_steps` 256). Use 64, 128 or 256",
-        ),
+        ({"minibatch_size": 100}, "rollout of 2048 transitions (`num_envs` 8 × `num_steps` 256). Use 64, 128 or 256"),
         ({"minibatch_size": 4096}, "Use 2048, or set `num_minibatches`"),
         ({"num_minibatches": 3}, "`num_envs` 8 × `num_steps` 256). Use 2, 4 or 8, or set `minibatch_size`."),
         ({"num_envs": 3, "num_steps": 10}, "64, the default, does not divide the rollout of 30 transitions"),
-        (
-            {"sequence_length": 3, "minibatch_size": 96},
-            "3 does not divide `num_steps` 256. Use 2, 4 or 8.",
-        ),
+        ({"sequence_length": 3, "minibatch_size": 96}, "3 does not divide `num_steps` 256. Use 2, 4 or 8."),
         ({"sequence_length": 16, "minibatch_size": 8}, "into whole sequences of 16. Use 16 or 32, or"),
-        (
-            {"num_envs": 1, "num_steps": 8, "sequence_length": 4, "num_minibatches": 4},
-            "sequences of 4. Use 2, or",
-        ),
+        ({"num_envs": 1, "num_steps": 8, "sequence_length": 4, "num_minibatches": 4}, "sequences of 4. Use 2, or"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(settings, words):
@@ -184,13 +175,8 @@ def test_contradictions():
 
 def test_config_round_trips_through_json_and_yaml():
     """to_dict returns plain values, which give the same config again."""
-    config = Config(
-        num_envs=4, hidden_sizes=(32, 16), target_kl=0.02, normalize_advantage="off", env_kwargs={"g": 1.0}
-    )
-    for values in (
-        json.loads(json.dumps(config.to_dict())),
-        yaml.safe_load(yaml.safe_dump(config.to_dict())),
-    ):
+    config = Config(num_envs=4, hidden_sizes=(32, 16), target_kl=0.02, normalize_advantage="off", env_kwargs={"g": 1.0})
+    for values in (json.loads(json.dumps(config.to_dict())), yaml.safe_load(yaml.safe_dump(config.to_dict()))):
         assert from_mapping(values) == config
 
 
@@ -226,9 +212,7 @@ def test_annotations_give_type_and_choices():
     assert rules["activation"] == (str, True, ("tanh", "relu", "elu", "gelu", "silu", "leaky_relu"))
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"num_envs": 4, "minibatch_size": 32}, {"gamma": 0.9, "vf_coef": 0.5}]
-)
+@pytest.mark.parametrize("changes", [{}, {"num_envs": 4, "minibatch_size": 32}, {"gamma": 0.9, "vf_coef": 0.5}])
 def test_a_settings_file_records_the_preset(changes, tmp_path):
     """A file with the preset's name and every setting gives the same config: it overrides the preset."""
     config = from_mapping(override(presets.load_settings("CartPole-v1", "auto"), changes))

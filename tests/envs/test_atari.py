@@ -19,14 +19,7 @@ from proximo.rollout.rollout import Rollout
 
 PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"
 STILL = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.0}
-TINY = {
-    "preset": None,
-    "num_envs": 2,
-    "num_steps": 8,
-    "num_minibatches": 2,
-    "update_epochs": 1,
-    "hidden_sizes": (8,),
-}
+TINY = {"preset": None, "num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "hidden_sizes": (8,)}
 each_engine = pytest.mark.parametrize("engine", ["native", "sync", "workers"])
 
 
@@ -77,9 +70,7 @@ def test_an_action_lasts_four_frames_whatever_the_id_says(name, sticky):
 @pytest.mark.parametrize("name", [PONG, BREAKOUT])
 def test_the_same_actions_give_the_same_frames_in_both(name):
     """Frame skip, maximum of two frames, gray, 84 × 84 and stacking are bit-identical without randomness."""
-    native, sync = (
-        make_envs(name, 1, engine, {**STILL, "episodic_life": False}) for engine in ("native", "sync")
-    )
+    native, sync = (make_envs(name, 1, engine, {**STILL, "episodic_life": False}) for engine in ("native", "sync"))
     assert native.single_observation_space == sync.single_observation_space
     assert native.single_action_space == sync.single_action_space
     rng = np.random.default_rng(0)
@@ -204,7 +195,4 @@ sys.exit(main(["train", "ALE/Pong-v5", "--engine", "sync", "--num-envs", "1"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert (
-        "'ALE/Pong-v5' needs a package that is not installed. Run: pip install 'proximo[atari]'"
-        in done.stderr
-    )
+    assert "'ALE/Pong-v5' needs a package that is not installed. Run: pip install 'proximo[atari]'" in done.stderr

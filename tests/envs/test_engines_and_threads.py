@@ -136,10 +136,7 @@ def test_a_trial_leaves_a_programs_random_numbers_alone():
 def test_workers_run_what_only_the_program_registered():
     """The learned parameters equal those of engine sync."""
     settings = {"num_envs": 2, **SMALL}
-    states = [
-        PPO("Working-v0", engine=engine, **settings).learn(64).learner.state()
-        for engine in ("workers", "sync")
-    ]
+    states = [PPO("Working-v0", engine=engine, **settings).learn(64).learner.state() for engine in ("workers", "sync")]
     for name, value in states[0].items():
         np.testing.assert_array_equal(states[1][name], value)
 
@@ -250,9 +247,7 @@ def test_a_second_run_compiles_nothing_and_learns_the_same(tmp_path):
         del env[name]  # the tests' own
 
     def learned(run):
-        subprocess.run(
-            [*PROXIMO, *TRAIN, "--total-timesteps", "192", "--run-dir", str(run)], env=env, check=True
-        )
+        subprocess.run([*PROXIMO, *TRAIN, "--total-timesteps", "192", "--run-dir", str(run)], env=env, check=True)
         programs = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
         return PPO.load(run).learner.state(), programs
 

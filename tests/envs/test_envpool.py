@@ -71,19 +71,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "HumanoidStandup-v5": {},
     "InvertedDoublePendulum-v5": {"healthy_reward": 3.0, "frame_skip": 2, "reset_noise_scale": 0.05},
     "InvertedPendulum-v5": {"frame_skip": 4, "reset_noise_scale": 0.1},
-    "Pusher-v5": {
-        "reward_near_weight": 0.9,
-        "reward_dist_weight": 0.4,
-        "reward_control_weight": 0.6,
-        "frame_skip": 3,
-    },
+    "Pusher-v5": {"reward_near_weight": 0.9, "reward_dist_weight": 0.4, "reward_control_weight": 0.6, "frame_skip": 3},
     "Reacher-v5": {"reward_dist_weight": 0.4, "reward_control_weight": 0.6, "frame_skip": 3},
-    "Swimmer-v5": {
-        "forward_reward_weight": 1.7,
-        "ctrl_cost_weight": 0.3,
-        "frame_skip": 3,
-        "reset_noise_scale": 0.2,
-    },
+    "Swimmer-v5": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "frame_skip": 3, "reset_noise_scale": 0.2},
     "Walker2d-v5": {
         "forward_reward_weight": 1.7,
         "ctrl_cost_weight": 0.3,
@@ -117,9 +107,7 @@ def state_of(env: gym.Env, observation: np.ndarray) -> tuple[np.ndarray, np.ndar
     if name == "Reacher":  # two cosines, two sines, the target, velocities of the arm
         angles = np.arctan2(observation[2:4], observation[:2])
         return np.array([*angles, *observation[4:6]]), np.array([*observation[6:8], 0.0, 0.0])
-    assert (
-        name == "Pusher"
-    )  # 7 angles, 7 velocities, fingertip, object, goal; the object's y slides before its x
+    assert name == "Pusher"  # 7 angles, 7 velocities, fingertip, object, goal; the object's y slides before its x
     offset = observation[17:20] - inner.model.body("object").pos
     slides = {"obj_slidex": offset[0], "obj_slidey": offset[1], "goal_slidex": 0.0, "goal_slidey": 0.0}
     joints = [inner.model.joint(index).name for index in range(7, count)]
@@ -164,9 +152,7 @@ def drive(env_id: str, steps: int, shown: int | None = None, **env_kwargs: Any) 
         over = terminated | truncated
         if over.any():
             observation, _ = pool.reset(options={"reset_mask": over})
-            starts += [
-                abs(put(twins[n], observation[n]) - observation[n]).max() for n in np.flatnonzero(over)
-            ]
+            starts += [abs(put(twins[n], observation[n]) - observation[n]).max() for n in np.flatnonzero(over)]
     for env in (pool, *twins):
         env.close()
     return {"start": max(starts), "observation": max(observed), "reward": max(rewarded), **ends}
@@ -438,9 +424,7 @@ def test_returns_are_the_sums_of_raw_rewards():
     collector = Collector(pool, spaces, Config(num_envs=3, num_steps=100, num_minibatches=1))
     collector.reset([4, 5, 6])
     rollout = Rollout(spaces, 100, 3)
-    episodes = collector.collect(
-        lambda obs, start: rng.uniform(-1, 1, (3, 2)).astype(np.float32), rollout
-    ).episodes
+    episodes = collector.collect(lambda obs, start: rng.uniform(-1, 1, (3, 2)).astype(np.float32), rollout).episodes
     assert [(episode.length, episode.env_index) for episode in episodes] == [(50, n) for n in (0, 1, 2)] * 2
     expected = rollout.reward.astype(np.float64).reshape(2, 50, 3).sum(axis=1).reshape(-1)
     np.testing.assert_allclose([episode.episode_return for episode in episodes], expected, rtol=1e-12)

@@ -142,13 +142,7 @@ def assert_same_rollouts(ours: VectorEnv, theirs: VectorEnv) -> None:
         collected.append([])
         for _ in range(4):
             episodes = collector.collect(actor, rollout).episodes
-            arrays = [
-                rollout.action[""],
-                rollout.reward,
-                rollout.terminated,
-                rollout.truncated,
-                rollout.start,
-            ]
+            arrays = [rollout.action[""], rollout.reward, rollout.terminated, rollout.truncated, rollout.start]
             final = {"index": rollout.final_index, **{f"/{k}": v for k, v in rollout.final_obs.items()}}
             copies = [array.copy() for array in (*arrays, *rollout.obs.values())]
             collected[-1].append((episodes, copies, final))
@@ -413,9 +407,7 @@ def test_a_constructor_that_raises():
     """A UserError before training, with the exception as the cause; no process is left, not even a worker that did not
     fail."""
     fault = partial(raises, partial(gym.error.DependencyNotInstalled, "install it"))
-    with pytest.raises(
-        UserError, match=r"environment 2 raised (.*)DependencyNotInstalled: install it"
-    ) as caught:
+    with pytest.raises(UserError, match=r"environment 2 raised (.*)DependencyNotInstalled: install it") as caught:
         WorkerVectorEnv(partial(Faulty, fault, "constructor"), 6, workers=3)
     assert isinstance(caught.value.__cause__, gym.error.DependencyNotInstalled)
     assert not workers_alive()
@@ -423,9 +415,7 @@ def test_a_constructor_that_raises():
 
 def test_different_spaces_are_refused():
     """The error names both environments and both spaces, also if one process has both."""
-    with pytest.raises(
-        UserError, match=r"environment 2's observation space is .*\(3,\).*environment 0's is .*\(2,\)"
-    ):
+    with pytest.raises(UserError, match=r"environment 2's observation space is .*\(3,\).*environment 0's is .*\(2,\)"):
         WorkerVectorEnv(partial(Faulty, place="space"), 4, workers=2)
     assert not workers_alive()
     with pytest.raises(UserError, match="environment 1's observation space"):
@@ -488,9 +478,7 @@ def test_a_worker_that_is_killed_between_steps_and_interrupts_that_are_ignored()
         fine = [envs.step(np.zeros(4, int)) for _ in range(3)]
         assert len(fine) == 3
         os.kill(pids_of(envs)[0], signal.SIGKILL)
-        _, seconds = fault_of(
-            envs, RunError, r"worker 0 .*environments 0 to 1\) was killed by SIGKILL .*step 3\."
-        )
+        _, seconds = fault_of(envs, RunError, r"worker 0 .*environments 0 to 1\) was killed by SIGKILL .*step 3\.")
         assert seconds < SOON
 
 
@@ -499,16 +487,12 @@ def test_a_worker_that_is_killed_between_steps_and_interrupts_that_are_ignored()
 def test_a_step_that_never_returns(fault, isolate):
     """After the timeout the error names the environment, and the worker is killed."""
     with open_workers(partial(Faulty, fault), timeout_s=2.0, isolate=isolate) as envs:
-        message = (
-            r"environment 2 did not return within 2 s while stepping, at step 3; worker 1 \(.*\) was killed\."
-        )
+        message = r"environment 2 did not return within 2 s while stepping, at step 3; worker 1 \(.*\) was killed\."
         _, seconds = fault_of(envs, RunError, message)
         assert 1.5 < seconds < 2.0 + LONG
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or cores() < 2, reason="needs cores that can be named"
-)
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or cores() < 2, reason="needs cores that can be named")
 def test_as_many_workers_as_cores_are_each_kept_on_one():
     """Each on a different core; the trainer is not pinned, nor are fewer workers than cores."""
     own = os.sched_getaffinity(0)
@@ -554,9 +538,7 @@ def test_a_step_that_never_returns_in_the_trainer(fault, kind):
     with in_this_process(kind, partial(Faulty, fault), 0.6) as envs:
         envs.reset(seed=SECOND)
         began = time.monotonic()
-        with pytest.raises(
-            RunError, match=r"environment 1 did not return within 0\.6 s while stepping, in .*line"
-        ):
+        with pytest.raises(RunError, match=r"environment 1 did not return within 0\.6 s while stepping, in .*line"):
             step_on(envs)
         assert 0.5 < time.monotonic() - began < 0.6 + SOON
 
@@ -676,8 +658,7 @@ IDLE = TRAINER.replace("partial(Faulty, partial(time.sleep, 1000))", "Faulty").r
 
 
 @pytest.mark.parametrize(
-    ("program", "seconds"),
-    [(TRAINER, 15.0), (IDLE.replace("isolate=True", "isolate=True, context='fork'"), 2.0)],
+    ("program", "seconds"), [(TRAINER, 15.0), (IDLE.replace("isolate=True", "isolate=True, context='fork'"), 2.0)]
 )
 def test_a_trainer_that_is_killed_leaves_no_workers(program, seconds, tmp_path):
     """Neither waiting workers, which end at once, nor workers whose environment never returns."""

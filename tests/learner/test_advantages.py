@@ -68,16 +68,13 @@ def test_the_end_of_an_episode_by_hand(backend, terminated, truncated, expected)
     As above, but the episode ends with step 1, whose final observation has value 10; step 2 (A_2 = 2) begins
     another episode at value 6.
     """
-    advantage = one_environment(
-        backend, (1.0, 2.0, 4.0), (2.0, 4.0, 6.0), (4.0, 10.0, 8.0), terminated, truncated
-    )
+    advantage = one_environment(backend, (1.0, 2.0, 4.0), (2.0, 4.0, 6.0), (4.0, 10.0, 8.0), terminated, truncated)
     np.testing.assert_allclose(advantage, expected, rtol=1e-14)
 
 
 @each_backend
 @pytest.mark.parametrize(
-    ("terminated", "truncated", "expected"),
-    [((), (), 4.0), ((), (0,), 4.0), ((0,), (), 1.0), ((0,), (0,), 1.0)],
+    ("terminated", "truncated", "expected"), [((), (), 4.0), ((), (0,), 4.0), ((0,), (), 1.0), ((0,), (0,), 1.0)]
 )
 def test_a_rollout_of_one_step(backend, terminated, truncated, expected):
     """T = 1, hence also a rollout's last row: 3 + ½·6 − 2 = 4 if it goes on or was cut off, 3 − 2 = 1 if over."""
@@ -124,8 +121,7 @@ def poison(rollout: Rollout, garbage_action: float) -> None:
 
 @each_backend
 @pytest.mark.parametrize(
-    ("normalize_advantage", "sequence_length"),
-    [("minibatch", 1), ("minibatch", 4), ("rollout", 4), ("off", 1)],
+    ("normalize_advantage", "sequence_length"), [("minibatch", 1), ("minibatch", 4), ("rollout", 4), ("off", 1)]
 )
 def test_reset_rows_change_nothing(backend, normalize_advantage, sequence_length):
     """An update is the same, bit for bit, whatever reward, action and flags a reset row carries.

@@ -86,9 +86,7 @@ def test_either_order_of_channels_is_the_same_picture(backend):
     noise = np.zeros((1, len(start), 3), np.float32)
     action = last.actor(noise)(obs, start)
     np.testing.assert_array_equal(first.actor(noise)(turned, start), action)
-    for ours, theirs in zip(
-        first.evaluate_actions(turned, action), last.evaluate_actions(obs, action), strict=True
-    ):
+    for ours, theirs in zip(first.evaluate_actions(turned, action), last.evaluate_actions(obs, action), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
@@ -142,9 +140,7 @@ def test_images_go_through_the_network_once_to_act_and_once_an_epoch():
         return network._replace(apply=apply)
 
     settings = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 3}
-    with PPO(
-        BrightHalf, network=counting, backend="torch", compile=False, engine="sync", **settings
-    ) as agent:
+    with PPO(BrightHalf, network=counting, backend="torch", compile=False, engine="sync", **settings) as agent:
         agent.learn(4 * 8)
     assert rows == {"acting": 9 * 4 + 8, "learning": 3 * 8 * 4}
 
@@ -176,9 +172,7 @@ def test_a_product_of_patches_is_a_convolution(width, step, size):
         image, weight = rng.standard_normal((2, size, size + 1, 3)), rng.standard_normal((width, width, 3, 5))
 
         def examined(convolve):
-            return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(convolve(*x, step))), argnums=(0, 1))(
-                image, weight
-            )
+            return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(convolve(*x, step))), argnums=(0, 1))(image, weight)
 
         ours, theirs = examined(convolve_by_product), examined(convolve_by_xla)
     for mine, its in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -197,15 +191,11 @@ def test_pixels_are_divided_by_what_they_may_be_at_most(backend, architecture):
     seen = np.random.default_rng(0).integers(2, size=(5, 36, 36), dtype=np.uint8)
     action, noise = np.zeros(5, np.int32), np.zeros((1, 5, 3), np.float32)
     for ours, theirs in zip(
-        bits.evaluate_actions({"": seen}, action),
-        bytes_.evaluate_actions({"": 255 * seen}, action),
-        strict=True,
+        bits.evaluate_actions({"": seen}, action), bytes_.evaluate_actions({"": 255 * seen}, action), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     first, start = {"": seen}, np.ones(5, bool)
-    np.testing.assert_array_equal(
-        bits.actor(noise)(first, start), bytes_.actor(noise)({"": 255 * seen}, start)
-    )
+    np.testing.assert_array_equal(bits.actor(noise)(first, start), bytes_.actor(noise)({"": 255 * seen}, start))
 
 
 def test_half_the_bits_for_convolutions_and_hidden_layers_alone():
@@ -222,9 +212,7 @@ def test_half_the_bits_for_convolutions_and_hidden_layers_alone():
             order = minibatch_order(rollout.valid, 1, 1, np.random.default_rng(0))
             metrics = learner.update(rollout, order, hyper_at(learner.spec.config, 0))
             assert metrics["update/approx_kl"] < 1e-4  # acting and learning round alike
-            assert {x.dtype for x in learner.state().values() if x.dtype.kind == "f"} == {
-                np.dtype(np.float32)
-            }
+            assert {x.dtype for x in learner.state().values() if x.dtype.kind == "f"} == {np.dtype(np.float32)}
             found[backend, precision] = value, metrics["update/gradient_norm"]
     for backend in BACKENDS:
         (exact, norm), (rounded, rounded_norm) = (found[backend, x] for x in ("float32", "bfloat16"))
@@ -234,9 +222,7 @@ def test_half_the_bits_for_convolutions_and_hidden_layers_alone():
 
 def test_a_precision_is_for_convolutions():
     """Where there are none it is refused, rather than ignored."""
-    with pytest.raises(
-        UserError, match="precision bfloat16 is for convolutions, and architecture mlp has none"
-    ):
+    with pytest.raises(UserError, match="precision bfloat16 is for convolutions, and architecture mlp has none"):
         PPO("CartPole-v1", precision="bfloat16")
     linear = (lambda key, x: jnp.zeros(x.shape[-1]), lambda weight, x: x @ weight)
     network = proximo.jax.custom_network(value=linear)
@@ -264,13 +250,7 @@ def seen_cartpole():
 @pytest.mark.parametrize("env", ["CarRacing-v3", seen_cartpole])
 def test_environments_that_are_seen_can_be_learned(env, backend):
     """Coloured pixels with continuous actions; any environment's pictures: parameters move, and stay finite."""
-    settings = {
-        "num_envs": 2,
-        "num_steps": 8,
-        "num_minibatches": 2,
-        "update_epochs": 1,
-        "hidden_sizes": (16,),
-    }
+    settings = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "hidden_sizes": (16,)}
     with PPO(env, backend=backend, **settings) as agent:
         before = agent.learner.state()
         agent.learn(32)

@@ -285,9 +285,7 @@ def test_a_module_stays_as_it_is():
     acted = learner.actor(None)({"": np.ones((5, 4), np.float32)}, np.ones(5, bool))
     np.testing.assert_array_equal(acted, expected)
     two_updates(learner)
-    assert_same(
-        {k: x.numpy() for k, x in policy.state_dict().items()}, {k: x.numpy() for k, x in before.items()}
-    )
+    assert_same({k: x.numpy() for k, x in policy.state_dict().items()}, {k: x.numpy() for k, x in before.items()})
     assert torch.equal(torch.get_rng_state(), drawn)
     assert not np.array_equal(learner.state()["params/actor.3.bias"], before["3.bias"])
 
@@ -310,10 +308,7 @@ def test_the_seed_reaches_functions():
     assert np.all(first["actor.0"] != first["critic.0"])
     assert np.all(first["actor.0"] != other["actor.0"])
     one = SimpleNamespace(init=lambda key, x: jnp.zeros((4, 1)), apply=lambda params, x: x @ params)
-    assert list(proximo.jax.custom_network(value=one)(small(), space).init())[-2:] == [
-        "critic",
-        "actor.log_std",
-    ]
+    assert list(proximo.jax.custom_network(value=one)(small(), space).init())[-2:] == ["critic", "actor.log_std"]
 
 
 @pytest.mark.parametrize(

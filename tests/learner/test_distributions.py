@@ -39,9 +39,7 @@ def test_gaussian_against_scipy(backend):
     normal = stats.norm(MEAN, STD)
     log_prob = call(backend, "Gaussian", "log_prob", parameters, action)
     np.testing.assert_allclose(log_prob, normal.logpdf(action).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(
-        call(backend, "Gaussian", "entropy", parameters), normal.entropy().sum(-1), rtol=1e-12
-    )
+    np.testing.assert_allclose(call(backend, "Gaussian", "entropy", parameters), normal.entropy().sum(-1), rtol=1e-12)
     np.testing.assert_allclose(call(backend, "Gaussian", "std", parameters), STD.mean(-1), rtol=1e-12)
 
 
@@ -51,11 +49,7 @@ def test_categorical_against_scipy(backend):
     for logits in LOGITS:
         draw = stats.multinomial(1, softmax(logits))
         log_prob = call(
-            backend,
-            "Categorical",
-            "log_prob",
-            (np.broadcast_to(logits, (4, 4)),),
-            np.arange(4, dtype=np.int32),
+            backend, "Categorical", "log_prob", (np.broadcast_to(logits, (4, 4)),), np.arange(4, dtype=np.int32)
         )
         np.testing.assert_allclose(log_prob, draw.logpmf(np.eye(4, dtype=int)), rtol=1e-12)
         np.testing.assert_allclose(
@@ -90,9 +84,7 @@ def test_squashed_entropy_against_integration(backend):
     Measured at worst: 1e-9 at std 0.5, 1.4e-5 at std 1; beyond, 5e-4 at 1.5, 3e-3 at 2, 0.25 at e², the upper
     bound of a standard deviation.
     """
-    mean, std = (
-        x.ravel() for x in np.meshgrid(np.linspace(-3.0, 3.0, 13), [1e-3, 0.05, 0.2, 0.5, 0.75, 1.0])
-    )
+    mean, std = (x.ravel() for x in np.meshgrid(np.linspace(-3.0, 3.0, 13), [1e-3, 0.05, 0.2, 0.5, 0.75, 1.0]))
     entropy = call(backend, "SquashedGaussian", "entropy", (mean[:, None], np.log(std)[:, None]))
     z = np.linspace(-10.0, 10.0, 20_001)
     x = mean[:, None] + std[:, None] * z
@@ -190,9 +182,7 @@ def test_extreme_inputs_stay_finite(backend):
     for action, expected in ((0, [0.0, -math.log(3)]), (1, [-2e4, -math.log(3)])):
         log_prob = call(backend, "Categorical", "log_prob", (logits,), np.full(2, action, np.int32))
         np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
-    np.testing.assert_allclose(
-        call(backend, "Categorical", "entropy", (logits,)), [0.0, math.log(3)], rtol=1e-5
-    )
+    np.testing.assert_allclose(call(backend, "Categorical", "entropy", (logits,)), [0.0, math.log(3)], rtol=1e-5)
 
 
 @each_backend

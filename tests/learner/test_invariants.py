@@ -7,17 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import Backend, each_backend
-from rollouts import (
-    CATEGORICAL,
-    CONTINUOUS,
-    MASKED,
-    act_rollout,
-    assert_same,
-    parameters,
-    random_obs,
-    scramble,
-    small,
-)
+from rollouts import CATEGORICAL, CONTINUOUS, MASKED, act_rollout, assert_same, parameters, random_obs, scramble, small
 from scipy import stats
 
 from proximo.learner.schedules import hyper_at, interpolate
@@ -267,9 +257,7 @@ def test_five_iterations_compile_once(backend):
         final_clip_coef=0.05, target_kl=0.5,
     )  # fmt: skip
     # Given as one's own network, so that it acts in its backend.
-    learner = backend.learner(
-        config, CONTINUOUS, network=backend.module("networks").built_in(config, CONTINUOUS)
-    )
+    learner = backend.learner(config, CONTINUOUS, network=backend.module("networks").built_in(config, CONTINUOUS))
     for iteration in range(5):
         rollout = act_rollout(learner, seed=iteration, resets="same_step", ends=0.1 * iteration)
         learner.predict_values(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))

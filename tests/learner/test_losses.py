@@ -48,9 +48,7 @@ def test_the_kl_estimate(backend):
     For old N(0, 1) and new N(½, 1): log r = ½ x − ⅛ and KL = ½ · ¼ = 0.125, to 1 % over 400 000 draws.
     """
     kl = function(backend, "kl_estimate")
-    np.testing.assert_allclose(
-        kl(np.log([1.0, 2.0, 0.5])), [0.0, 1.0 - np.log(2), -0.5 + np.log(2)], atol=1e-15
-    )
+    np.testing.assert_allclose(kl(np.log([1.0, 2.0, 0.5])), [0.0, 1.0 - np.log(2), -0.5 + np.log(2)], atol=1e-15)
     x = np.random.default_rng(0).standard_normal(400_000)
     assert kl(0.5 * x - 0.125).mean() == pytest.approx(0.125, rel=0.01)
 
@@ -78,9 +76,7 @@ def test_the_terms_add_up(backend, vf_clip_coef):
     At ratio 1 the policy's term is −mean(A); nothing has moved from the old value, so clipping changes nothing,
     and the value's term is mean ½ (V − R)² = mean ½ A². The Gaussian's entropy is 2 (log 0.6 + ½ log 2πe).
     """
-    config = small(
-        normalize_advantage="off", ent_coef=0.3, vf_coef=0.7, vf_clip_coef=vf_clip_coef, init_std=0.6
-    )
+    config = small(normalize_advantage="off", ent_coef=0.3, vf_coef=0.7, vf_clip_coef=vf_clip_coef, init_std=0.6)
     learner = backend.learner(config, CONTINUOUS)
     scramble(learner)
     rollout = act_rollout(learner, seed=1)

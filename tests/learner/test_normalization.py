@@ -71,9 +71,7 @@ def test_a_small_spread_far_from_zero_survives_float32(backend):
 def test_normalise_by_hand(backend):
     """(x − 3) / √4 clipped to ± 2."""
     moments = type(no_moments(backend))(np.array(5.0), np.array([3.0]), np.array([4.0]))
-    normalised = function(backend, "normalize")(
-        np.array([[3.0], [5.0], [-1.0], [100.0], [-100.0]]), moments, 2.0
-    )
+    normalised = function(backend, "normalize")(np.array([[3.0], [5.0], [-1.0], [100.0], [-100.0]]), moments, 2.0)
     np.testing.assert_allclose(normalised[:, 0], [0.0, 1.0, -2.0, 2.0, -2.0], atol=1e-8)
 
 
@@ -180,12 +178,8 @@ def test_the_state_crosses_backends():
         state = learner.state()
         other.load(state)
         assert_same(state, other.state())
-        assert {name: x.dtype for name, x in state.items()} == {
-            name: x.dtype for name, x in other.state().items()
-        }
-        np.testing.assert_allclose(
-            act_rollout(learner, 5).action[""], act_rollout(other, 5).action[""], atol=1e-5
-        )
+        assert {name: x.dtype for name, x in state.items()} == {name: x.dtype for name, x in other.state().items()}
+        np.testing.assert_allclose(act_rollout(learner, 5).action[""], act_rollout(other, 5).action[""], atol=1e-5)
 
 
 @each_backend

@@ -176,9 +176,7 @@ class Pair:
         self.order = order_of(self.config, self.rollout, self.rng)
         self.hyper = hyper_at(self.config, 300)
         if case["target_kl"]:
-            self.hyper = self.hyper._replace(
-                target_kl=midway(self.torch, self.rollout, self.order, self.hyper)
-            )
+            self.hyper = self.hyper._replace(target_kl=midway(self.torch, self.rollout, self.order, self.hyper))
 
     def params_nearby(self) -> dict[str, np.ndarray]:
         """Parameters so near the learners' own that ratios lie on both sides of the clip."""

@@ -104,9 +104,7 @@ def test_the_compiled_step_is_the_eager_one(case):
 def test_the_weights_gradient_is_the_one_jax_derives(leading):
     """Of a product with x of any rank, alone and mapped over seeds."""
     rng = np.random.default_rng(0)
-    x, weight, upstream = (
-        rng.standard_normal((7, *shape)) for shape in ((*leading, 4), (4, 3), (*leading, 3))
-    )
+    x, weight, upstream = (rng.standard_normal((7, *shape)) for shape in ((*leading, 4), (4, 3), (*leading, 3)))
     gradients = {}
     with jax.enable_x64(True):
         for name, multiply in (("ours", product), ("theirs", jnp.matmul)):
@@ -137,9 +135,7 @@ def test_a_process_may_compile_many_learners():
 def test_adam_is_the_reference(backend, max_grad_norm):
     """Ten steps on given gradients equal torch.optim.Adam's, after torch.nn.utils.clip_grad_norm_."""
     rng = np.random.default_rng(4)
-    spaces = Spaces(
-        (Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),))
-    )
+    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),)))
     config = Config(max_grad_norm=max_grad_norm, hidden_sizes=(4,))
     with jax.enable_x64(True):
         learner = LEARNERS[backend](config, spaces, dtype="float64")
@@ -148,9 +144,7 @@ def test_adam_is_the_reference(backend, max_grad_norm):
             for name, value in learner.state().items()
             if name.startswith("params/")
         }
-        groups = [
-            {"params": [x], "lr": RATES["critic" if is_critic(n) else "actor"]} for n, x in reference.items()
-        ]
+        groups = [{"params": [x], "lr": RATES["critic" if is_critic(n) else "actor"]} for n, x in reference.items()]
         optimizer = torch.optim.Adam(groups, eps=EPSILON, betas=(0.9, 0.999))
         hyper = hyper_at(config, 0)._replace(
             actor_learning_rate=RATES["actor"], critic_learning_rate=RATES["critic"], adam_epsilon=EPSILON
@@ -186,10 +180,9 @@ def elman_parameters() -> dict[str, np.ndarray]:
 
 def elman(backend: str) -> Any:
     """The network in either backend: the hidden state is forgotten where an episode begins."""
-    where, tanh, stack = {
-        "jax": (jnp.where, jnp.tanh, jnp.stack),
-        "torch": (torch.where, torch.tanh, torch.stack),
-    }[backend]
+    where, tanh, stack = {"jax": (jnp.where, jnp.tanh, jnp.stack), "torch": (torch.where, torch.tanh, torch.stack)}[
+        backend
+    ]
     categorical = getattr(proximo, backend).distributions.Categorical
 
     def apply(params: Any, obs: Any, start: Any, carry: Any) -> Any:
@@ -208,14 +201,10 @@ def elman(backend: str) -> Any:
 def test_a_recurrent_network_agrees(resets):
     """Sequences, carries and the values of final observations: after two updates of a network of the user's
     own, both backends hold the same state and carry."""
-    config, spaces = setting(
-        COMMON | CASES["discrete"] | {"observation": "vector", "sequence_length": 4}, seed=5
-    )
+    config, spaces = setting(COMMON | CASES["discrete"] | {"observation": "vector", "sequence_length": 4}, seed=5)
     rng = np.random.default_rng(5)
     with jax.enable_x64(True):
-        one, other = (
-            learner(config, spaces, elman(backend), dtype="float64") for backend, learner in LEARNERS.items()
-        )
+        one, other = (learner(config, spaces, elman(backend), dtype="float64") for backend, learner in LEARNERS.items())
         one.load(lived_in(one.state(), rng))
         other.load(one.state())
         for seed in (6, 7):

@@ -39,9 +39,7 @@ from proximo.torch.tensors import flatten, to_tensor, tree_map
 CASES = list(enumerate(cases()))
 NUMPY = [(seed, case) for seed, case in CASES if architecture(*setting(case, seed)).architecture == "mlp"]
 every_case, every_case_in_numpy = (
-    pytest.mark.parametrize(
-        ("seed", "case"), chosen, ids=[f"{seed}-{name_of(case)}" for seed, case in chosen]
-    )
+    pytest.mark.parametrize(("seed", "case"), chosen, ids=[f"{seed}-{name_of(case)}" for seed, case in chosen])
     for chosen in (CASES, NUMPY)
 )
 
@@ -155,9 +153,7 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
 @pytest.mark.parametrize("backend", LEARNERS)
 def test_many_layers_act_in_their_order(backend):
     """Twelve layers of one width: JAX keeps them sorted as text, where 10 comes before 2."""
-    spaces = Spaces(
-        (Leaf("", "vector", (4,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),))
-    )
+    spaces = Spaces((Leaf("", "vector", (4,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),)))
     learner = LEARNERS[backend](Config(num_envs=1, hidden_sizes=(4,) * 12, orthogonal_init=False), spaces)
     obs, start = {"": np.ones((1, 4), np.float32)}, np.zeros(1, bool)
     raw = learner.actor(None)(obs, start)[""]
@@ -178,9 +174,7 @@ def test_the_slope_of_tanh_agrees_far_out():
 def test_what_has_no_weight_cannot_overflow_the_loss(backend):
     """A policy so narrow that the ratio of a row without weight is infinite still learns finite numbers: the
     reset row within a sequence, and what fills up a minibatch."""
-    spaces = Spaces(
-        (Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((17,), (-1.0,) * 17, (1.0,) * 17),))
-    )
+    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((17,), (-1.0,) * 17, (1.0,) * 17),)))
     config = Config(num_envs=2, num_steps=8, minibatch_size=8, std="fixed", init_std=1e-3, learning_rate=3e-5)
     learner = LEARNERS[backend](config, spaces)
     rng = np.random.default_rng(0)

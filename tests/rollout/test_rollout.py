@@ -151,9 +151,7 @@ def assert_tells_the_truth(
         assert len(seen) >= num_steps * iterations // 2
         if not finals:
             expected = [
-                step._replace(
-                    next_obs=seen[k].next_obs if step.terminated or step.truncated else step.next_obs
-                )
+                step._replace(next_obs=seen[k].next_obs if step.terminated or step.truncated else step.next_obs)
                 for k, step in enumerate(expected)
             ]
         assert seen == expected
@@ -209,9 +207,7 @@ def test_an_environment_that_reuses_its_array_cannot_be_reset_in_the_same_step()
     (Issue 1132, closed so.) Everything else still holds; the "final" observation is the next episode's first.
     Should this test fail, Gymnasium has mended it, and SAME_STEP can join the test above.
     """
-    envs = SyncVectorEnv(
-        [partial(Diary, n, in_place=True) for n in range(3)], autoreset_mode=AutoresetMode.SAME_STEP
-    )
+    envs = SyncVectorEnv([partial(Diary, n, in_place=True) for n in range(3)], autoreset_mode=AutoresetMode.SAME_STEP)
     assert_tells_the_truth(envs, "box", "box", finals=False)
     collector, rollout, _ = collector_of(envs, 7)
     collector.collect(queue_actor("box", "box"), rollout)
@@ -241,9 +237,7 @@ def test_every_way_of_resetting_gives_the_same_advantages(backend, mode):
             valid = rollout.valid[:, n]
             steps = expected_stream(n, "box", "box", done[n] + valid.sum())[0][done[n] :]
             done[n] += valid.sum()
-            column = {
-                name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields
-            }
+            column = {name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields}
             value, next_value = (
                 learner.predict_values({"": column[name][:, 0].astype(np.float32)})[:, None]
                 for name in ("obs", "next_obs")

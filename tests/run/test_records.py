@@ -52,9 +52,7 @@ def test_tensorboard_has_the_same_values_as_the_metrics(tmp_path, backend):
     ratio = found.Histograms("histograms/ratio")[0].histogram_value
     assert 0.5 < ratio.min < 1.0 < ratio.max < 2.0
     assert rows[0]["action/frequency/0"] + rows[0]["action/frequency/1"] == pytest.approx(1.0)
-    assert rows[0]["policy/probability/0"] == pytest.approx(
-        0.5, abs=0.05
-    )  # the head is initialized with gain 0.01
+    assert rows[0]["policy/probability/0"] == pytest.approx(0.5, abs=0.05)  # the head is initialized with gain 0.01
     assert "action/frequency/0" not in rows[1]
 
 
@@ -92,8 +90,7 @@ def test_a_run_is_reproduced_from_its_config(tmp_path):
 
     def untimed(run):
         return [
-            {name: value for name, value in row.items() if not name.startswith("time/")}
-            for row in read_metrics(run)
+            {name: value for name, value in row.items() if not name.startswith("time/")} for row in read_metrics(run)
         ]
 
     assert untimed(first) == untimed(second)
@@ -265,9 +262,7 @@ def test_ratios_compare_the_policies_before_and_after_the_update(backend):
         with PPO("Pendulum-v1", **settings) as agent:
             rollout, hyper = act_rollout(agent.learner, seed=0), hyper_at(agent.config, 0)
             before = agent.learner.inspect_rollout(rollout, hyper)
-            agent.learner.update(
-                rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper
-            )
+            agent.learner.update(rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper)
             after = agent.learner.inspect_rollout(rollout, hyper, before["carry"])
             ratio = collect_diagnostics(rollout, agent.config, before, after)["ratio"]
         assert len(ratio) == rollout.valid.sum()
@@ -338,10 +333,7 @@ def test_a_tracker_that_fails_to_start_leaves_no_folder(tmp_path, monkeypatch):
         raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with (
-        PPO("CartPole-v1", **SMALL, num_envs=2, wandb="mine") as agent,
-        pytest.raises(UserError, match="wandb login"),
-    ):
+    with PPO("CartPole-v1", **SMALL, num_envs=2, wandb="mine") as agent, pytest.raises(UserError, match="wandb login"):
         agent.learn(32, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

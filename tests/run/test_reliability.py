@@ -264,9 +264,7 @@ def test_a_failed_save_of_any_kind_does_not_stop_training(tmp_path, capsys):
     for step in (1, 2):
         progress.global_step = step
         manager.after_iteration(None)
-    assert (
-        "could not be saved (1 of 3 failures in a row): MemoryError; the previous" in capsys.readouterr().err
-    )
+    assert "could not be saved (1 of 3 failures in a row): MemoryError; the previous" in capsys.readouterr().err
     assert steps(tmp_path) == [checkpoint_files.step_folder("", 2).name]
     assert not manager.failures
 
@@ -449,13 +447,9 @@ def test_an_older_schema_is_migrated_and_a_later_one_refused(tmp_path):
     manifest = json.loads((tmp_path / "new" / checkpoint_files.MANIFEST).read_text())
     assert manifest["schema"] == checkpoint_files.SCHEMA == 3
     manifest["schema"] = 99
-    manifest["sha256"] = checkpoint_files.checksum(
-        (tmp_path / "new" / checkpoint_files.ARRAYS).read_bytes(), manifest
-    )
+    manifest["sha256"] = checkpoint_files.checksum((tmp_path / "new" / checkpoint_files.ARRAYS).read_bytes(), manifest)
     (tmp_path / "new" / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(
-        UserError, match=r"schema 99 .written by Proximo .*, but Proximo .* reads schemas 1 to 3"
-    ):
+    with pytest.raises(UserError, match=r"schema 99 .written by Proximo .*, but Proximo .* reads schemas 1 to 3"):
         PPO.load(tmp_path / "new")
 
 
@@ -499,9 +493,7 @@ def test_a_folder_in_place_of_the_link_to_the_best_checkpoint(tmp_path):
     """A copying tool that follows links creates a folder; the next best checkpoint replaces it."""
     progress, config = Progress(1, 1), Config(evaluation_interval=1)
     arrays, manifest = checkpoint_files.read(OLD)
-    save = lambda path: checkpoint_files.save(
-        path, arrays, {**manifest, "progress": progress.to_document()[0]}
-    )
+    save = lambda path: checkpoint_files.save(path, arrays, {**manifest, "progress": progress.to_document()[0]})
     manager = CheckpointManager(tmp_path, config, progress, save)
     manager.save(1.0)
     (tmp_path / "checkpoints" / BEST).unlink()
@@ -609,9 +601,7 @@ def test_an_update_that_diverges_is_left_out_and_the_third_ends_the_run(backend,
     with unchanged parameters, and training continues. In the third to fifth rollout, the run stops with a debug
     bundle."""
     once = lambda: FixedReward(1e30, {40})
-    with PPO(
-        once, total_timesteps=6 * ROWS, run_dir=tmp_path / "once", **{**SMALL, "backend": backend}
-    ) as agent:
+    with PPO(once, total_timesteps=6 * ROWS, run_dir=tmp_path / "once", **{**SMALL, "backend": backend}) as agent:
         before = None
         for row in agent.iterate():
             if row["iteration"] == 3:
@@ -720,10 +710,7 @@ def test_nothing_that_is_loaded_runs(tmp_path):
     for arrays in (payload, (8).to_bytes(8, "little") + payload, encode({"x": np.zeros(1)}) + payload):
         with pytest.raises(UserError, match="is not a valid safetensors file"):
             PPO.load(write_fixture(tmp_path / "hostile", arrays))
-    for text in (
-        f"gamma: !!python/object/apply:os.system ['touch {canary}']",
-        "env: !!python/name:os.system",
-    ):
+    for text in (f"gamma: !!python/object/apply:os.system ['touch {canary}']", "env: !!python/name:os.system"):
         (tmp_path / "config.yaml").write_text(text)
         assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
         assert main(["train", "CartPole-v1", "--env-kwargs", "{" + text + "}"]) == 2
@@ -846,9 +833,7 @@ def valid(tmp_path_factory):
     with PPO("CartPole-v1", total_timesteps=4 * ROWS, engine="sync", hidden_sizes=[3], **SMALL) as agent:
         next(agent.iterate())
         agent.save(folder)
-    return json.loads((folder / checkpoint_files.MANIFEST).read_text()), (
-        folder / checkpoint_files.ARRAYS
-    ).read_bytes()
+    return json.loads((folder / checkpoint_files.MANIFEST).read_text()), (folder / checkpoint_files.ARRAYS).read_bytes()
 
 
 def loads_or_refuses(folder, manifest, payload):
@@ -858,9 +843,7 @@ def loads_or_refuses(folder, manifest, payload):
     (folder / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     assert main(["inspect", str(folder)]) in (0, 2)
     try:
-        with PPO.load(
-            folder, "CartPole-v1", num_steps=16, num_minibatches=1, update_epochs=1, compile=False
-        ) as agent:
+        with PPO.load(folder, "CartPole-v1", num_steps=16, num_minibatches=1, update_epochs=1, compile=False) as agent:
             next(agent.iterate(ROWS))
     except (UserError, RunError):
         return False

@@ -120,17 +120,9 @@ GAMES = [("ALE/Breakout-v5", "workers", 6), ("BreakoutNoFrameskip-v4", "sync", 6
 def test_games_resume_exactly(game, engine, iterations, tmp_path):
     """With sticky actions and lost lives: in Breakout about one life every 30 steps, and a game of five lives every
     150."""
-    settings = {
-        **QUICK,
-        "num_envs": 2,
-        "num_steps": 64,
-        "engine": engine,
-        "total_timesteps": iterations * 128,
-    }
+    settings = {**QUICK, "num_envs": 2, "num_steps": 64, "engine": engine, "total_timesteps": iterations * 128}
     settings |= {"architecture": "mlp", "hidden_sizes": [8]}
-    whole, resumed, expected, found = train_and_resume(
-        game, tmp_path / "saved", stop=iterations // 2, **settings
-    )
+    whole, resumed, expected, found = train_and_resume(game, tmp_path / "saved", stop=iterations // 2, **settings)
     assert found == expected
     assert has_equal_state(whole, resumed)
 
@@ -180,9 +172,7 @@ def test_the_other_backend_resumes_from_the_same_state_with_a_note(tmp_path, cap
         next(other.iterate())
     first = np.array(observed[-ROWS:][:3])  # after the replayed steps; the three environments step in turn
     assert np.array_equal(first, agent.progress.env_state.obs[""])
-    changed = (
-        "env changed from Pendulum-v1 to an environment without an id; backend changed from jax to torch"
-    )
+    changed = "env changed from Pendulum-v1 to an environment without an id; backend changed from jax to torch"
     assert f"not the same to the bit, since {changed}" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
 
@@ -306,9 +296,7 @@ def test_hidden_state_is_detected_and_reported(tmp_path, capsys):
 def test_an_environments_snapshot_restores_it(tmp_path):
     settings = {**QUICK, "total_timesteps": 4 * ROWS}
     for env in (Restorable, lambda: gym.wrappers.TimeLimit(Restorable(), 7)):
-        whole, resumed, expected, found = train_and_resume(
-            env, tmp_path / "saved", stop=2, loaded_env=env, **settings
-        )
+        whole, resumed, expected, found = train_and_resume(env, tmp_path / "saved", stop=2, loaded_env=env, **settings)
         assert found == expected
         assert has_equal_state(whole, resumed)
 
@@ -354,13 +342,7 @@ def test_engines_without_exact_resume_start_new_episodes(tmp_path, capsys):
 
 
 def test_exact_resume_selects_engines_that_support_it(tmp_path):
-    settings = {
-        "preset": None,
-        "backend": "torch",
-        "num_steps": 8,
-        "num_minibatches": 1,
-        "exact_resume": True,
-    }
+    settings = {"preset": None, "backend": "torch", "num_steps": 8, "num_minibatches": 1, "exact_resume": True}
     with PPO("HalfCheetah-v5", num_envs=64, **settings) as agent:
         assert agent.config.engine in ("workers", "sync")  # EnvPool otherwise
     with PPO("ALE/Pong-v5", num_envs=2, **settings) as agent:
@@ -397,9 +379,7 @@ def test_generators_are_restored_from_a_file(name):
     assert np.array_equal(generator.random(5), again.random(5))
 
 
-@pytest.mark.parametrize(
-    ("name", "place"), [("MT19937", "pos"), ("Philox", "buffer_pos"), ("PCG64", "has_uint32")]
-)
+@pytest.mark.parametrize(("name", "place"), [("MT19937", "pos"), ("Philox", "buffer_pos"), ("PCG64", "has_uint32")])
 @pytest.mark.parametrize("value", [-(10**9), 10**9, "0", None])
 def test_generator_positions_outside_their_buffer_are_refused(name, place, value):
     """NumPy does not check the position in a buffer."""
@@ -457,11 +437,7 @@ def test_changes_that_affect_learning_are_reported(tmp_path, capsys):
             return again.progress.resumed[-1]
 
     assert gone_on(keep_checkpoints=7, tensorboard=False, total_timesteps=6 * ROWS)["exact"]
-    assert gone_on(gamma=0.5) == {
-        "global_step": ROWS,
-        "exact": False,
-        "why": "gamma changed from 0.99 to 0.5",
-    }
+    assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma changed from 0.99 to 0.5"}
     assert "not the same to the bit, since gamma changed from 0.99 to 0.5" in capsys.readouterr().err
     assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
 
@@ -524,11 +500,7 @@ def test_new_episodes_in_a_users_vector_environment_are_reported(tmp_path, capsy
 
 
 def test_a_snapshot_is_restored_from_a_file():
-    tree = {
-        "a": [1, 2.5, "x", None, True, b"\x00\xff"],
-        "b": {"of": np.eye(2), "array": np.float32(3)},
-        "c": (1, 2),
-    }
+    tree = {"a": [1, 2.5, "x", None, True, b"\x00\xff"], "b": {"of": np.eye(2), "array": np.float32(3)}, "c": (1, 2)}
     document, beside = encode_tree(tree, "x")
     back = decode_tree(json.loads(json.dumps(document)), beside)
     assert back["a"] == tree["a"]
@@ -606,9 +578,7 @@ def test_a_killed_run_is_resumed_by_command(tmp_path, capsys):
     flags = ["--total-timesteps", str(60 * ROWS), "--checkpoint-interval", "7"]
     assert main([*train(tmp_path / "whole", *flags)[len(PROXIMO) :], "--quiet"]) == 0
     killed = tmp_path / "killed"
-    with subprocess.Popen(
-        train(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(train(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for_rows(killed, 30, process)
         process.kill()
     assert not (killed / "learning_curve.png").exists()
@@ -677,9 +647,7 @@ def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
     path = checkpoint_files.list_checkpoints(run)[-1]
     arrays, manifest = checkpoint_files.read(path)
     checkpoint_files.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})
-    (run / "config.yaml").write_text(
-        (run / "config.yaml").read_text().replace("CartPole-v1", "canary:Canary-v0")
-    )
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("CartPole-v1", "canary:Canary-v0"))
     for command in (["resume", str(run)], ["evaluate", str(run)], ["inspect", str(run)],
                     ["train", "--config", str(run / "config.yaml"), "--run-dir", str(tmp_path / "new")]):  # fmt: skip
         assert main([*command]) == (0 if command[0] == "inspect" else 2)

@@ -61,25 +61,17 @@ def test_what_is_an_image_and_where_its_channels_are():
     assert leaf.high == 10
     spaces = Spaces((leaf,), Spaces.of(VECTOR, Discrete(2)).action)
     assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict()))) == spaces
-    for space in (
-        Box(0, 255, (7, 8), np.uint8),
-        Box(-1, 1, (84, 84)),
-        Box(-1, 1, (4, 8, 8)),
-        Box(0, 1, (3, 3, 2, 2)),
-    ):
+    for space in (Box(0, 255, (7, 8), np.uint8), Box(-1, 1, (84, 84)), Box(-1, 1, (4, 8, 8)), Box(0, 1, (3, 3, 2, 2))):
         (leaf,) = Spaces.of(space, Discrete(2)).observation
         assert (leaf.kind, leaf.dtype) == ("vector", "float32")
 
 
 @pytest.mark.parametrize(
-    "space",
-    [Box(0, 1, (84, 84, 3)), Box(0, 255, (4, 84, 84, 3), np.uint8), Box(0, 255, (3, 96, 96), np.float64)],
+    "space", [Box(0, 1, (84, 84, 3)), Box(0, 255, (4, 84, 84, 3), np.uint8), Box(0, 255, (3, 96, 96), np.float64)]
 )
 def test_what_only_looks_like_an_image_is_refused(space):
     """Rather than read as thousands of numbers, unless it is one of these in a row."""
-    with pytest.raises(
-        UserError, match=r"looks like an image, but images are uint8 or bool .*FlattenObservation"
-    ):
+    with pytest.raises(UserError, match=r"looks like an image, but images are uint8 or bool .*FlattenObservation"):
         Spaces.of(space, Discrete(2))
     (leaf,) = Spaces.of(gym.spaces.flatten_space(space), Discrete(2)).observation
     assert leaf.kind == "vector"

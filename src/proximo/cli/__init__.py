@@ -57,9 +57,7 @@ def dispatch(arguments: list[str]) -> int:
     flags = set(chosen._option_string_actions)
     options, unknown = parser.parse_known_args(normalize_arguments(arguments, flags))
     if unknown:
-        raise UserError(
-            f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see {chosen.prog} --help"
-        )
+        raise UserError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see {chosen.prog} --help")
     if options.command is None:
         parser.print_help()
         return 0

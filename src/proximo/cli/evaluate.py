@@ -26,9 +26,7 @@ def add_to(commands: Any) -> None:
         "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or checkpoint folder"
     )
     parser.add_argument("--run", dest="run_path", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--episodes", type=non_negative_int, default=100, help="number of complete episodes [100]"
-    )
+    parser.add_argument("--episodes", type=non_negative_int, default=100, help="number of complete episodes [100]")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the environments [0]")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -68,9 +66,7 @@ def run(options: argparse.Namespace) -> int:
         agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
     env = options.env or (agent.env_id if agent else None)
     if env is None:
-        raise UserError(
-            agent.envs.missing_message() if agent else "no environment is given. Add --env ENV_ID."
-        )
+        raise UserError(agent.envs.missing_message() if agent else "no environment is given. Add --env ENV_ID.")
 
     record = choose_video_file(options, path, env)
     common = {"seed": options.seed, "render": options.render, "record": record}

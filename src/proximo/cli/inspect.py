@@ -20,9 +20,7 @@ def add_to(commands: Any) -> None:
         "likely cause. Nothing is executed or imported.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "path", metavar="PATH", help="run folder, checkpoint folder, or debug bundle under faults/"
-    )
+    parser.add_argument("path", metavar="PATH", help="run folder, checkpoint folder, or debug bundle under faults/")
     parser.set_defaults(run=run)
 
 

@@ -18,13 +18,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="PNG, SVG or PDF file [curves.png, in the run folder if only one is given]",
+        "--output", metavar="FILE", help="PNG, SVG or PDF file [curves.png, in the run folder if only one is given]"
     )
-    parser.add_argument(
-        "--metric", action="append", metavar="NAME", help="plot only this metric; may be repeated"
-    )
+    parser.add_argument("--metric", action="append", metavar="NAME", help="plot only this metric; may be repeated")
     parser.set_defaults(run=run)
 
 

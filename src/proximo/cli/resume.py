@@ -27,9 +27,7 @@ def add_to(commands: Any) -> None:
         help="environment id; required for ids of the form MODULE:ID, because modules named in a file are not imported",
     )
     parser.add_argument(
-        "--total-timesteps",
-        type=non_negative_int,
-        help="new total number of steps of the run; schedules end there",
+        "--total-timesteps", type=non_negative_int, help="new total number of steps of the run; schedules end there"
     )
     parser.add_argument("--stop-at-return", type=float, help="new mean training return to stop at")
     parser.add_argument("--backend", help="new backend: jax or torch")

@@ -141,9 +141,7 @@ def _run(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _schedule(
-    jobs: Sequence[Job], env_id: str, config: Path, console: Console | None, signals: StopSignals
-) -> None:
+def _schedule(jobs: Sequence[Job], env_id: str, config: Path, console: Console | None, signals: StopSignals) -> None:
     """Run as many jobs at once as there are cores."""
     free_cores, waiting = list(range(cores())), list(jobs)
     while waiting or any(job.process and not job.has_ended for job in jobs):
@@ -169,9 +167,7 @@ def _start(job: Job, env_id: str, config: Path, core: int) -> None:
     command += ["--seed", str(job.seed), "--run-dir", str(job.folder), "--quiet", "--until-input-ends"]
     if not can_pin_to_cores():
         command += ["--threads", "1", "--engine", "sync"]
-    job.process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    job.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     job.core = core
     pin_to_core(job.process.pid, core)
 

@@ -82,6 +82,4 @@ class StopSignals:
         self.received = number
         if self._verbose:
             with contextlib.suppress(OSError, ValueError):
-                print(
-                    "\nproximo: stopping after this iteration (repeat to stop immediately)", file=sys.stderr
-                )
+                print("\nproximo: stopping after this iteration (repeat to stop immediately)", file=sys.stderr)

@@ -37,9 +37,7 @@ def add_to(commands: Any) -> None:
         "overrides the defaults, which are shown in [brackets].",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "env_id", metavar="ENV_ID", nargs="?", help="environment id, such as CartPole-v1, or MODULE:ID"
-    )
+    parser.add_argument("env_id", metavar="ENV_ID", nargs="?", help="environment id, such as CartPole-v1, or MODULE:ID")
     parser.add_argument("--env", help=argparse.SUPPRESS)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of settings, optionally with the keys env and preset"
@@ -170,9 +168,7 @@ def merge_settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any
         UserError: No environment or two environments are given, or the file is invalid.
     """
     if options.env_id and options.env:
-        raise UserError(
-            f"two environments are given: {options.env_id} and --env {options.env}. Use one of them."
-        )
+        raise UserError(f"two environments are given: {options.env_id} and --env {options.env}. Use one of them.")
     env_id, preset, settings = read_file(options.config) if options.config else (None, "auto", {})
     if env_id and ":" in env_id and not (options.env_id or options.env):
         raise UserError(

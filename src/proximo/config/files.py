@@ -58,9 +58,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"config file {path} is not a mapping; expected names with values, such as `gamma: 0.99`."
-        )
+        raise UserError(f"config file {path} is not a mapping; expected names with values, such as `gamma: 0.99`.")
     try:
         envs = [env for key in ENV_KEYS if (env := values.pop(key, None)) is not None]
         if len(envs) > 1 or not all(isinstance(env, str) for env in envs):
@@ -74,9 +72,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
     return (envs[0] if envs else None), preset, settings
 
 
-def to_yaml(
-    env_id: str | None, preset: str | None, config: Config, omit: Collection[str] = ("run_dir",)
-) -> str:
+def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collection[str] = ("run_dir",)) -> str:
     """Return the text of a settings file: environment, preset and every setting except those in `omit`.
 
     `proximo train --config` reproduces `config` from it: the settings in the file override those of the preset, whose

@@ -75,9 +75,7 @@ def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         canonical = canonical_name(name)
         if canonical in settings:
-            raise UserError(
-                f"`{given_names[canonical]}` and `{name}` both mean `{canonical}`. Use one of them."
-            )
+            raise UserError(f"`{given_names[canonical]}` and `{name}` both mean `{canonical}`. Use one of them.")
         settings[canonical], given_names[canonical] = value, name
     return settings
 

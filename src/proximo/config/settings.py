@@ -269,13 +269,9 @@ class Config:
         rates = {"learning_rate": self.learning_rate, "actor_learning_rate": self.actor_learning_rate}
         for name, rate in rates.items():
             if rate == 0 and self.lr_schedule == "adaptive":
-                raise UserError(
-                    f"`{name}` is 0, but `lr_schedule` adaptive multiplies it; expected a number > 0."
-                )
+                raise UserError(f"`{name}` is 0, but `lr_schedule` adaptive multiplies it; expected a number > 0.")
         if self.std != "fixed" and self.init_std <= self.min_std:
-            raise UserError(
-                f"`init_std` is {self.init_std}; expected a number above `min_std`, {self.min_std}."
-            )
+            raise UserError(f"`init_std` is {self.init_std}; expected a number above `min_std`, {self.min_std}.")
         if self.squash and self.tanh_mean:
             raise UserError(
                 "`squash` and `tanh_mean` both apply tanh, which would bound actions to tanh(±1). Use one of them."

@@ -57,9 +57,7 @@ def supports_vector(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool
     if spec is None or not is_atari(spec, env_kwargs):
         return False
     settings = _settings(spec, env_kwargs)
-    return isinstance(settings["frameskip"], int) and not any(
-        name in settings for name in SINGLE_GAME_SETTINGS
-    )
+    return isinstance(settings["frameskip"], int) and not any(name in settings for name in SINGLE_GAME_SETTINGS)
 
 
 def _settings(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,8 +120,7 @@ class AtariVectorEnv(VectorEnv):
         self.single_observation_space = self._games.single_observation_space
         self.single_action_space = self._games.single_action_space
         self.observation_space, self.action_space = (
-            batch_space(space, num_envs)
-            for space in (self.single_observation_space, self.single_action_space)
+            batch_space(space, num_envs) for space in (self.single_observation_space, self.single_action_space)
         )
         buttons = list(self._games.ale.get_action_set())
         has_fire = settings["use_fire_reset"] and Action.FIRE in buttons
@@ -152,9 +149,7 @@ class AtariVectorEnv(VectorEnv):
         self._lives = info["lives"].copy()
         return observation, {}
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all games with actions [N]; return observations, rewards, terminated, truncated, info."""
         if self._life_lost.any():
             actions = np.where(self._life_lost, self._action_between_lives, actions)
@@ -169,10 +164,7 @@ class AtariVectorEnv(VectorEnv):
         self._lives = lives.copy()
         report = {}
         if over.any():
-            report = {
-                "episode": {"r": self._return.copy(), "l": self._length.copy()},
-                "_episode": over.copy(),
-            }
+            report = {"episode": {"r": self._return.copy(), "l": self._length.copy()}, "_episode": over.copy()}
         if (over & between_lives).any():  # this step already is the one that resets, so restart within it
             observation, _ = self.reset(options={"reset_mask": over & between_lives})
         return (
@@ -258,9 +250,7 @@ class AtariLearnerWrapper(gym.Wrapper):
         """Step the game; losing a life terminates the episode."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         lives = info["lives"]
-        self._game_continues = (
-            self._is_episodic_life and 0 < lives < self._lives and not (terminated or truncated)
-        )
+        self._game_continues = self._is_episodic_life and 0 < lives < self._lives and not (terminated or truncated)
         self._lives = lives
         reward = float(reward)
         if self._clips_rewards:

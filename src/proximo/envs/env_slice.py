@@ -17,9 +17,7 @@ from proximo.rollout.env_state import Origin, generator_from_state, get_generato
 
 # Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
 GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
-CHECKS_PER_TIMEOUT = (
-    8  # an environment counts as stuck when this many checks in a row find it in the same call
-)
+CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
 
 
 class Declaration(NamedTuple):
@@ -53,9 +51,7 @@ class EnvSlice:
         self.last_index: int | None = None  # of the environment that is or was last made, reset or stepped
         self.activity, self.calls, self.closed = "making", 0, False
         self.thread: int | None = None  # identifier of the thread that runs the environments
-        self.overdue_call: tuple[int, int] | None = (
-            None  # a `current_call` that takes longer than `timeout_s`
-        )
+        self.overdue_call: tuple[int, int] | None = None  # a `current_call` that takes longer than `timeout_s`
         self.timeout_s = math.inf
 
     def current_call(self) -> tuple[int, int]:
@@ -73,18 +69,13 @@ class EnvSlice:
             try:
                 self.envs.append(factory())
             except SystemExit as error:
-                raise UserError(
-                    f"environment {n} called sys.exit({error.code!r}) in its constructor"
-                ) from error
+                raise UserError(f"environment {n} called sys.exit({error.code!r}) in its constructor") from error
             on_made()
         self.last_index = None
 
     def declare(self) -> Declaration:
         """Return the properties of the environments."""
-        spaces = [
-            (n, env.observation_space, env.action_space)
-            for n, env in zip(self.indices, self.envs, strict=True)
-        ]
+        spaces = [(n, env.observation_space, env.action_space) for n, env in zip(self.indices, self.envs, strict=True)]
         differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
         first = self.envs[0]
         return Declaration(
@@ -115,9 +106,7 @@ class EnvSlice:
         finally:
             self.current[0] = NO_ENVIRONMENT
 
-    def _reset(
-        self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
-    ) -> None:
+    def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None) -> None:
         """Reset the environments that the mask selects."""
         for n, env, seed, selected in zip(self.indices, self.envs, seeds, mask, strict=True):
             if selected:
@@ -140,9 +129,7 @@ class EnvSlice:
         pickled = b""
         if replayable:
             with contextlib.suppress(Exception):  # a snapshot that cannot be pickled
-                pickled = Origin(
-                    seed, get_generator_state(env) if seed is None else None, snapshot
-                ).to_bytes()
+                pickled = Origin(seed, get_generator_state(env) if seed is None else None, snapshot).to_bytes()
         size = len(pickled) if len(pickled) <= arrays.origin.shape[1] else 0
         arrays.origin[n, :size] = np.frombuffer(pickled[:size], np.uint8)
         arrays.origin_size[n], arrays.steps_since_origin[n] = size, 0

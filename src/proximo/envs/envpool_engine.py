@@ -108,11 +108,7 @@ _KEYWORDS: dict[str, dict[str, Name]] = {
 
 def supports(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> bool:
     """Whether EnvPool is installed, and the id with its version is verified and all keywords are supported."""
-    if (
-        env_id not in VERIFIED
-        or not _is_from_gymnasium(env_id)
-        or importlib.util.find_spec("envpool") is None
-    ):
+    if env_id not in VERIFIED or not _is_from_gymnasium(env_id) or importlib.util.find_spec("envpool") is None:
         return False
     try:
         _to_envpool_settings(env_id, env_kwargs or {})
@@ -144,11 +140,7 @@ class EnvPoolVectorEnv(VectorEnv):
     takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
     def __init__(
-        self,
-        example: gym.Env,
-        num_envs: int,
-        env_kwargs: Mapping[str, Any] | None = None,
-        threads: int | None = None,
+        self, example: gym.Env, num_envs: int, env_kwargs: Mapping[str, Any] | None = None, threads: int | None = None
     ) -> None:
         super().__init__()
         if example.spec is None:
@@ -156,10 +148,7 @@ class EnvPoolVectorEnv(VectorEnv):
                 "engine envpool needs an environment made with gymnasium.make(id). Use engine workers or sync."
             )
         self.spec, self._id, self.num_envs = example.spec, example.spec.id, num_envs
-        self.single_observation_space, self.single_action_space = (
-            example.observation_space,
-            example.action_space,
-        )
+        self.single_observation_space, self.single_action_space = (example.observation_space, example.action_space)
         self.observation_space = batch_space(example.observation_space, num_envs)
         self.action_space = batch_space(example.action_space, num_envs)
         self.metadata = {**example.metadata, "autoreset_mode": AutoresetMode.DISABLED}
@@ -215,9 +204,7 @@ class EnvPoolVectorEnv(VectorEnv):
             self._needs_reset = self._needs_reset & ~mask
         return self._observation, {}
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all environments with actions [N, ...].
 
         Returns:

@@ -31,10 +31,7 @@ _EXTRAS = {
     "opencv": "pip install 'proximo[atari]'",
 }
 # ... or the package, and its module that registers the environments, by namespace.
-_NAMESPACES = {
-    "BabyAI": ("minigrid", "minigrid"),
-    "MinAtar": ("minatar", "minatar.gym"),
-}
+_NAMESPACES = {"BabyAI": ("minigrid", "minigrid"), "MinAtar": ("minatar", "minatar.gym")}
 
 
 def make_envs(
@@ -120,9 +117,7 @@ def is_vectorized_atari(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
     return isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
 
 
-def _single_env_factory(
-    env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]
-) -> Callable[[], gym.Env]:
+def _single_env_factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:
     """Return a function that makes one environment, also in a process that has not registered it."""
     if isinstance(env, str):
         return partial(make_one, _find_spec(env) or env, **env_kwargs)
@@ -260,9 +255,7 @@ def explain_make_error(env_id: str, error: Exception) -> str:
     """Return an error message with a fix for an exception raised while an environment was made."""
     text = str(error)
     newer = newer_version(env_id)
-    is_retired = (
-        isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
-    )
+    is_retired = isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
     if is_retired and newer:
         return f"environment {env_id!r} is retired. Use {newer!r}."
     if atari.has_atari_id(env_id):

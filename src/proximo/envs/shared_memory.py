@@ -46,9 +46,7 @@ class SharedArrays(NamedTuple):
     reward: np.ndarray  # [N] float64
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
-    episode: (
-        np.ndarray
-    )  # [N, 2] float64: reported return and length, or NaN; [0, 2] without `reports_episodes`
+    episode: np.ndarray  # [N, 2] float64: reported return and length, or NaN; [0, 2] without `reports_episodes`
     origin: np.ndarray  # [N, any] uint8: a pickled `proximo.rollout.env_state.Origin` of each episode
     origin_size: np.ndarray  # [N] int64: bytes used of `origin`; 0 if the origin is unknown or too large
     steps_since_origin: np.ndarray  # [N] int64
@@ -105,14 +103,10 @@ class ObservationLeaf(NamedTuple):
     def error(self, problem: str) -> UserError:
         """Return the error for an observation that does not match its space."""
         name = f"observation {'.'.join(self.path)!r}" if self.path else "the observation"
-        return UserError(
-            f"{name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares"
-        )
+        return UserError(f"{name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares")
 
 
-def observation_leaves(
-    space: gym.Space[Any], tree: Any, path: tuple[str, ...] = ()
-) -> Iterator[ObservationLeaf]:
+def observation_leaves(space: gym.Space[Any], tree: Any, path: tuple[str, ...] = ()) -> Iterator[ObservationLeaf]:
     """Yield the arrays of a batched observation with their paths."""
     if isinstance(space, gym.spaces.Dict):
         for key, child in space.spaces.items():

@@ -154,18 +154,14 @@ def require_equal_spaces(spaces: Sequence[tuple[int, gym.Space[Any], gym.Space[A
     return expected[0], expected[1]
 
 
-def split_reset_options(
-    options: Mapping[str, Any] | None, num_envs: int
-) -> tuple[np.ndarray, dict[str, Any] | None]:
+def split_reset_options(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
     """Split `options` of a vector reset into the mask of environments to reset ([N] bool) and the other options."""
     if options is None or "reset_mask" not in options:
         return np.ones(num_envs, bool), None if options is None else dict(options)
     others = dict(options)
     mask = np.asarray(others.pop("reset_mask"))
     if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        raise UserError(
-            f"reset_mask is {mask.dtype} of shape {mask.shape}, expected bool of shape ({num_envs},)"
-        )
+        raise UserError(f"reset_mask is {mask.dtype} of shape {mask.shape}, expected bool of shape ({num_envs},)")
     return mask, others
 
 

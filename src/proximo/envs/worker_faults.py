@@ -24,18 +24,14 @@ def environment_error(report: ErrorReport, process: str, when: str) -> UserError
     return error
 
 
-def exit_error(
-    worker: WorkerHandle, environment: int, activity: str, when: str, is_starting: bool
-) -> RunError:
+def exit_error(worker: WorkerHandle, environment: int, activity: str, when: str, is_starting: bool) -> RunError:
     """Return the error for a worker process that ended."""
     exitcode, hint = worker.process.exitcode, ""
     if exitcode == -signal.SIGKILL:
         hint = ". The kernel does this when memory runs out."
     elif exitcode == 1 and is_starting and worker.context != "spawn":
         hint = ". A script that uses a fork server must guard its code with `if __name__ == '__main__':`."
-    where = (
-        "between calls" if environment == NO_ENVIRONMENT else f"while {activity} environment {environment}"
-    )
+    where = "between calls" if environment == NO_ENVIRONMENT else f"while {activity} environment {environment}"
     return RunError(f"{worker} {_describe_exit(exitcode)} {where}, {when}{hint}")
 
 

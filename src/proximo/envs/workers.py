@@ -109,9 +109,7 @@ class WorkerVectorEnv(SharedVectorEnv):
             self.close(grace_s=FAULT_GRACE_S)
             raise
 
-    def _start(
-        self, factory: Callable[[], gym.Env], slices: list[range], isolate: bool, context: str
-    ) -> None:
+    def _start(self, factory: Callable[[], gym.Env], slices: list[range], isolate: bool, context: str) -> None:
         """Start the workers, and make the environments of this process meanwhile."""
         pickled = _pickle_factory(factory) if isolate or len(slices) > 1 else b""
         for index, environments in enumerate(slices):

@@ -34,12 +34,7 @@ def gae(
         valid: [T, N] bool; rows that are no transition get advantage 0.
     """
     require_shape(
-        reward.shape,
-        value=value,
-        next_value=next_value,
-        terminated=terminated,
-        truncated=truncated,
-        valid=valid,
+        reward.shape, value=value, next_value=next_value, terminated=terminated, truncated=truncated, valid=valid
     )
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
     delta = jnp.where(valid, delta, 0.0)

@@ -29,11 +29,7 @@ class Part(NamedTuple):
 
 
 def custom_network(
-    policy: Any = None,
-    value: Any = None,
-    *,
-    both: Any = None,
-    features: Features = "encoded",
+    policy: Any = None, value: Any = None, *, both: Any = None, features: Features = "encoded"
 ) -> Callable[[Config, Spaces], Network]:
     """Pairs of functions as a network, for `PPO(…, backend="jax", network=custom_network(…))`.
 
@@ -69,9 +65,7 @@ def custom_network(
             parts = [_own("both", both, config, spaces, features)]
         else:
             parts = [
-                _built_in(role, config, spaces)
-                if pair is None
-                else _own(role, pair, config, spaces, features)
+                _built_in(role, config, spaces) if pair is None else _own(role, pair, config, spaces, features)
                 for role, pair in (("policy", policy), ("value", value))
             ]
         initial = {name: array for part in parts for name, array in part.initial.items()}
@@ -103,9 +97,7 @@ def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
     """One half of the built-in network."""
     half, apart = HALF[role], config.replace(shared_trunk=False)
     known, made = initial_parameters(apart, spaces), architecture(apart, spaces)
-    initial = {
-        name: array for name, array in known.items() if name.startswith(half) and name != "actor.log_std"
-    }
+    initial = {name: array for name, array in known.items() if name.startswith(half) and name != "actor.log_std"}
 
     def apply(params: Params, rows: Obs) -> Array:
         return linear(params, f"{half}.head", hidden_layers(made, spaces, params, half, rows))

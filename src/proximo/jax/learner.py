@@ -25,9 +25,7 @@ from proximo.spaces.spaces import Spaces
 Action = dict[str, Array]
 
 
-def act(
-    spec: Spec, state: State, obs: Obs, start: Array, carry: Array, noise: Array
-) -> tuple[Action, Array, Output]:
+def act(spec: Spec, state: State, obs: Obs, start: Array, carry: Array, noise: Array) -> tuple[Action, Array, Output]:
     """One step of N environments: raw action [N, ...], next recurrent state [N, H], network output [1, N]."""
     obs = jax.tree.map(lambda x: x[None], preprocess(spec, state, obs))
     output = spec.network.apply(state.params, obs, start[None], carry)

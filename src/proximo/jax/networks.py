@@ -13,13 +13,7 @@ from jax import Array, lax
 
 from proximo.config.settings import Config
 from proximo.jax.distributions import Policy, policy_from_output
-from proximo.learner.architecture import (
-    NATURE,
-    Architecture,
-    architecture,
-    convolutions,
-    initial_parameters,
-)
+from proximo.learner.architecture import NATURE, Architecture, architecture, convolutions, initial_parameters
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 

@@ -64,9 +64,7 @@ def normalize(x: Array, moments: Moments, clip: float) -> Array:
     return jnp.clip(scaled, -clip, clip)
 
 
-def discounted_returns(
-    reward: Array, start: Array, valid: Array, running: Array, gamma: Array
-) -> tuple[Array, Array]:
+def discounted_returns(reward: Array, start: Array, valid: Array, running: Array, gamma: Array) -> tuple[Array, Array]:
     """R_t = γ R_{t−1} + r_t, from 0 in each episode.
 
     Args:

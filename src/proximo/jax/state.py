@@ -51,9 +51,7 @@ def initial_state(spec: Spec, num_envs: int, dtype: str) -> State:
         moment_2=zeros,
         count=jnp.zeros((), jnp.int32),
         rate_scale=jnp.ones((), dtype),
-        obs_moments={
-            leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation
-        },
+        obs_moments={leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation},
         return_moments=moments(()),
         running_return=jnp.zeros(num_envs, dtype),
         carry=jnp.zeros((num_envs, spec.network.carry_size), dtype),
@@ -64,10 +62,7 @@ def preprocess(spec: Spec, state: State, obs: Obs) -> Obs:
     """Observations as the network reads them: normalised where configured, images channels-last where it wants that."""
     moments, clip = state.obs_moments, spec.config.clip_observation
     processed = {
-        path: normalize(value, moments[path], clip) if path in moments else value
-        for path, value in obs.items()
+        path: normalize(value, moments[path], clip) if path in moments else value for path, value in obs.items()
     }
-    images = [
-        leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.wants_channels_last
-    ]
+    images = [leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.wants_channels_last]
     return processed | {leaf.path: channels_last(leaf, obs[leaf.path]) for leaf in images}

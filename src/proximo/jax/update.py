@@ -103,21 +103,15 @@ def apply_network(spec: Spec, state: State, obs: Obs, start: Array, outputs: Out
     return rest if outputs is None else jax.tree.map(lambda *x: jnp.concatenate(x), outputs, rest)
 
 
-def scale_reward(
-    spec: Spec, state: State, data: Transitions, weight: Array, hyper: Hyper
-) -> tuple[State, Array]:
+def scale_reward(spec: Spec, state: State, data: Transitions, weight: Array, hyper: Hyper) -> tuple[State, Array]:
     """Rewards [T, N], divided by the running standard deviation of the discounted return where configured."""
     reward, clip = zero_invalid(data.valid, data.reward).astype(weight.dtype), spec.config.clip_reward
     if not spec.config.normalize_reward:
         return state, reward
-    returns, running = discounted_returns(
-        reward, data.start[:-1], data.valid, state.running_return, hyper.gamma
-    )
+    returns, running = discounted_returns(reward, data.start[:-1], data.valid, state.running_return, hyper.gamma)
     moments = merge(state.return_moments, returns, weight, spec.reduce)
     scale = lax.rsqrt(moments.variance + VARIANCE_EPSILON)
-    return state._replace(running_return=running, return_moments=moments), jnp.clip(
-        reward * scale, -clip, clip
-    )
+    return state._replace(running_return=running, return_moments=moments), jnp.clip(reward * scale, -clip, clip)
 
 
 def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Array, Metrics]:

@@ -157,9 +157,7 @@ def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ..
     """Yield (name, shape of the weight, gain) of every layer."""
     network, hidden_sizes, _, shared = architecture(config, spaces)
     images = [leaf for leaf in spaces.observation if leaf.kind == "image" and network != "mlp"]
-    inputs = sum(
-        flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation
-    )
+    inputs = sum(flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation)
     for body in ["trunk"] if shared else ["actor", "critic"]:
         for leaf in images:
             for name, channels, outputs, width, _ in convolutions(network, leaf):

@@ -75,8 +75,7 @@ def _unflatten(template: Any, flat: Mapping[str, np.ndarray], prefix: str) -> An
         return type(template)(**_unflatten(fields, flat, prefix))
     if isinstance(template, Mapping):
         return {
-            name: _unflatten(child, flat, f"{prefix}/{name}" if prefix else name)
-            for name, child in template.items()
+            name: _unflatten(child, flat, f"{prefix}/{name}" if prefix else name) for name, child in template.items()
         }
     expected = np.asarray(template)
     if prefix not in flat:

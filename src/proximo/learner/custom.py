@@ -54,9 +54,7 @@ def check_setting(config: Config, spaces: Spaces, both: bool, features: str, bac
         UserError: another backend, a shared trunk in two networks, or images among encoded features.
     """
     if config.backend not in ("auto", backend):
-        raise UserError(
-            f"proximo.{backend}.custom_network makes a network for that backend: give backend={backend!r}"
-        )
+        raise UserError(f"proximo.{backend}.custom_network makes a network for that backend: give backend={backend!r}")
     if config.shared_trunk and not both:
         raise UserError(
             "shared_trunk is for the built-in network: turn it off, or pass one network that returns "

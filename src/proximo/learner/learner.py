@@ -104,9 +104,7 @@ class Learner:
         self._acts_in_numpy = self.is_built_in and not has_convolutions
         self._dtype = np.dtype(dtype)
         parameters = num_parameters(config, spaces) if self.is_built_in else None
-        self.threads = self._start(
-            choose_num_threads(config.threads, config.minibatch_transitions, parameters)
-        )
+        self.threads = self._start(choose_num_threads(config.threads, config.minibatch_transitions, parameters))
         available, hint = self._available_devices()
         self.device = choose_device(config.device, available, has_convolutions, hint)
         self._build(config, spaces, network, reduce)
@@ -132,9 +130,7 @@ class Learner:
             self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
         )
 
-    def update(
-        self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None
-    ) -> dict[str, float]:
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
         """Update from a rollout; return metrics.
 
         Args:
@@ -156,9 +152,7 @@ class Learner:
         self._state = state
         return metrics
 
-    def inspect_rollout(
-        self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
+    def inspect_rollout(self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Evaluate the current policy and critic on the B valid transitions of a rollout; changes nothing.
 
         Args:
@@ -213,11 +207,7 @@ class Learner:
         return result
 
     def evaluate_actions(
-        self,
-        obs: Obs,
-        action: RawAction,
-        start: np.ndarray | None = None,
-        carry: np.ndarray | None = None,
+        self, obs: Obs, action: RawAction, start: np.ndarray | None = None, carry: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log π [B] of raw actions [B, ...] at observations [B, ...], V [B], and the next recurrent state [B, H].
 

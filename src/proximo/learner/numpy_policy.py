@@ -75,9 +75,7 @@ def mlp_actor(
         output = x @ weight + bias
         drawn = zero if calls is None else next(calls)
         return {
-            head.path: head.sample(
-                config, output[..., outputs], std, drawn[..., noises], [obs[path] for path in masks]
-            )
+            head.path: head.sample(config, output[..., outputs], std, drawn[..., noises], [obs[path] for path in masks])
             for head, outputs, noises, std, masks in heads
         }
 
@@ -85,11 +83,7 @@ def mlp_actor(
 
 
 def encode(
-    spaces: Spaces,
-    obs: Obs,
-    scales: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    clip: float,
-    dtype: np.dtype,
+    spaces: Spaces, obs: Obs, scales: Mapping[str, tuple[np.ndarray, np.ndarray]], clip: float, dtype: np.dtype
 ) -> np.ndarray:
     """All leaves [N, ...] as features [N, F]: vectors normalised, discrete values one-hot, images in [0, 1]."""
     parts = []

@@ -44,9 +44,7 @@ class Run(NamedTuple):
     def curve(self, metric: str) -> Curve:
         """Steps and values, [B] each, of the iterations in which the metric has a value."""
         rows = [row for row in self.rows if row.get(metric) is not None]
-        return np.array([row["global_step"] for row in rows], float), np.array(
-            [row[metric] for row in rows], float
-        )
+        return np.array([row["global_step"] for row in rows], float), np.array([row[metric] for row in rows], float)
 
 
 def plot_run(run_dir: str | Path) -> Path:

@@ -46,9 +46,7 @@ class Recorder:
     def start(self) -> None:
         """Save a first checkpoint, for a run that dies early."""
         if self.folder:
-            self._checkpoints = CheckpointManager(
-                self.folder.path, self._config, self._progress, self._save_synced
-            )
+            self._checkpoints = CheckpointManager(self.folder.path, self._config, self._progress, self._save_synced)
             self._checkpoints.save()
 
     def _save_synced(self, path: Path) -> None:

@@ -101,9 +101,7 @@ def record(
         seeds = [*environment_seeds(seed, 1, Purpose.EVALUATION), *[None] * (episodes - 1)]
         for file, episode_seed in zip(paths, seeds, strict=True):
             with open_encoder(file, Fraction(fps).limit_denominator(1001)) as write_frame:
-                result = run_episode(
-                    rendering_env, actor, config, spaces, max_frames, episode_seed, write_frame
-                )
+                result = run_episode(rendering_env, actor, config, spaces, max_frames, episode_seed, write_frame)
             videos.append(Video(file, *result))
     return videos
 
@@ -327,9 +325,7 @@ def open_encoder(path: Path, fps: Fraction) -> Iterator[WriteFrame]:
             stream.height, stream.width = padded.shape[:2]
         shapes.add(frame.shape)
         if len(shapes) > 1:
-            raise UserError(
-                f"frames have sizes {sorted(shapes)}, but all frames of a video must have the same size"
-            )
+            raise UserError(f"frames have sizes {sorted(shapes)}, but all frames of a video must have the same size")
         container.mux(stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
 
     try:

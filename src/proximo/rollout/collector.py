@@ -72,11 +72,7 @@ class Collector:
         self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
         self._set_log()
         self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
-        if (
-            isinstance(inner, AsyncVectorEnv)
-            and not inner.shared_memory
-            and self.mode is AutoresetMode.NEXT_STEP
-        ):
+        if isinstance(inner, AsyncVectorEnv) and not inner.shared_memory and self.mode is AutoresetMode.NEXT_STEP:
             raise UserError(
                 "AsyncVectorEnv(shared_memory=False) with autoreset mode NEXT_STEP resets an environment twice after "
                 "reset(). Use shared_memory=True, or autoreset mode SAME_STEP or DISABLED."
@@ -85,9 +81,7 @@ class Collector:
     def reset(self, seeds: list[int]) -> None:
         """Begin new episodes. A vector environment that takes a single seed gets the first."""
         inner = self.envs.unwrapped
-        takes_list = isinstance(inner, (SyncVectorEnv, AsyncVectorEnv)) or getattr(
-            inner, "takes_seed_list", False
-        )
+        takes_list = isinstance(inner, (SyncVectorEnv, AsyncVectorEnv)) or getattr(inner, "takes_seed_list", False)
         seed: Any = seeds if takes_list else seeds[0]
         observation, _ = self.envs.reset(seed=seed)
         self.obs: Obs = {path: np.array(value) for path, value in self.spaces.read(observation)}
@@ -101,11 +95,7 @@ class Collector:
     def capture_state(self) -> EnvState:
         """The state of the environments, from which `collect` continues, and `restore_state` in another process."""
         state = EnvState(
-            self.obs,
-            self.start.copy(),
-            self.resetting.copy(),
-            self.episode_return.copy(),
-            self.episode_length.copy(),
+            self.obs, self.start.copy(), self.resetting.copy(), self.episode_return.copy(), self.episode_length.copy()
         )
         if self._snapshots:
             state = replace(state, snapshot=copy.deepcopy(self._snapshots.snapshot()))
@@ -118,9 +108,7 @@ class Collector:
 
     def _with_origins(self, state: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
         """Add what repeats the unfinished episodes; drop actions of finished ones."""
-        while self._log and (
-            self._steps - len(self._log[0]) >= since.max() or self._log_bytes > MAX_LOG_BYTES
-        ):
+        while self._log and (self._steps - len(self._log[0]) >= since.max() or self._log_bytes > MAX_LOG_BYTES):
             oldest = self._log.popleft()
             self._steps, self._log_bytes = self._steps - len(oldest), self._log_bytes - oldest.nbytes
         if len(self._log) > MAX_LOG_PIECES:
@@ -147,9 +135,7 @@ class Collector:
         now = {leaf.path: (count, *leaf.shape) for leaf in self.spaces.observation}
         if before != now:
             return f"observations had shapes {before}, and now have {now}"
-        is_supported = (
-            state.snapshot is not None if self._snapshots else bool(self._replays and state.origins)
-        )
+        is_supported = state.snapshot is not None if self._snapshots else bool(self._replays and state.origins)
         if not is_supported:
             name = type(self.envs.unwrapped).__name__
             return f"{name} cannot restore environments of another engine"
@@ -262,9 +248,7 @@ class Collector:
         np.add(self.episode_length, 1, out=self.episode_length, where=valid)
         if not len(ended):
             return []
-        episodes = [
-            Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended
-        ]
+        episodes = [Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended]
         self.episode_return[ended] = 0.0
         self.episode_length[ended] = 0
         return episodes

@@ -36,11 +36,7 @@ GENERATORS = ("PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937")  # of NumPy
 # Key and maximum of a generator's position in its block of numbers. Beyond it, NumPy reads out of bounds.
 BLOCK_POSITIONS = {"MT19937": ("pos", 624), "Philox": ("buffer_pos", 4)}
 ARRAY, BYTES, MAPPING = "array", "bytes", "of"  # tags in a document
-FILE_KEYS = {
-    "steps_since_origin": "since",
-    "action_log": "log",
-    "reset_reason": "why",
-}  # of fields, if renamed
+FILE_KEYS = {"steps_since_origin": "since", "action_log": "log", "reset_reason": "why"}  # of fields, if renamed
 
 
 @runtime_checkable
@@ -162,9 +158,7 @@ class EnvState:
             per_environment["steps since the origin"] = (steps, "int64")
         for name, (array, dtype) in per_environment.items():
             if array.shape != (n,) or array.dtype != dtype:
-                raise ValueError(
-                    f"{name} has dtype {array.dtype} and shape {array.shape}, not {dtype} and ({n},)"
-                )
+                raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape}, not {dtype} and ({n},)")
         for name, arrays, axis in (("observations", self.obs.values(), 0), ("actions", self.action_log, 1)):
             if any(array.shape[axis : axis + 1] != (n,) for array in arrays):
                 raise ValueError(f"the number of environments in {name} is not {n}")

@@ -43,8 +43,7 @@ class Rollout:
         rows = (num_steps, num_envs)
         self.spaces = spaces
         self.obs: Obs = {
-            leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype)
-            for leaf in spaces.observation
+            leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype) for leaf in spaces.observation
         }
         self.action = spaces.action.zeros(rows)
         self.reward = np.zeros(rows, np.float32)

@@ -105,18 +105,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, learner_state, manifest, progress)
 
 
-def restore_config(
-    path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]
-) -> Config:
+def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
     """Return the checkpoint's settings, updated with `changes`; `run_dir` is not restored.
 
     Raises:
         UserError: A custom network is required but not given, or a change would alter the trained network.
     """
     changes = {
-        name: value
-        for name, value in changes.items()
-        if name not in NETWORK_SETTINGS or value not in UNSPECIFIED
+        name: value for name, value in changes.items() if name not in NETWORK_SETTINGS or value not in UNSPECIFIED
     }
     resolved = (manifest.get("resolved") or {}).get("network") or {}
     for name in NETWORK_SETTINGS & set(changes):
@@ -146,18 +142,14 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
         spaces = Spaces.from_dict(saved.manifest["spaces"])
         expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptCheckpoint(
-            saved.path, f'"spaces" is not a valid space description ({error!r})'
-        ) from error
+        raise CorruptCheckpoint(saved.path, f'"spaces" is not a valid space description ({error!r})') from error
     stored = sum(
         array.size
         for name, array in saved.arrays.items()
         if name.startswith("params/") and not name.endswith("log_std")
     )
     if expected not in (None, stored):
-        raise CorruptCheckpoint(
-            saved.path, f"it stores {stored:,} parameters, but its settings define {expected:,}"
-        )
+        raise CorruptCheckpoint(saved.path, f"it stores {stored:,} parameters, but its settings define {expected:,}")
     num_envs = saved.manifest["config"].get("num_envs")
     if saved.arrays.get("running_return", np.zeros(0)).shape != (num_envs,):
         raise CorruptCheckpoint(saved.path, f'"running_return" does not have {num_envs} entries (num_envs)')

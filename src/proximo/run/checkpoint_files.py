@@ -100,9 +100,7 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
     try:
         manifest, arrays = migrate(manifest, arrays)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptCheckpoint(
-            folder, f"the manifest does not follow schema {schema} ({error!r})"
-        ) from error
+        raise CorruptCheckpoint(folder, f"the manifest does not follow schema {schema} ({error!r})") from error
     return arrays, manifest
 
 
@@ -156,9 +154,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not found:
-        problem = (
-            "contains no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-        )
+        problem = "contains no checkpoint" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         seeds = sorted(path.glob("seed-*/checkpoints"))
         hint = f" {path} holds one run per seed: use one of them, such as {seeds[0].parent}." if seeds else ""
         raise UserError(f"{path} {problem}. Give a run folder, or a checkpoint folder with {MANIFEST}.{hint}")

@@ -92,9 +92,7 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
                 f"an observation of {max_magnitude(array):.3g} ({name}). Scale observations in the environment, or set "
                 "normalize_observation (for values up to 1e15)"
             )
-    params = {
-        name: max_magnitude(array) for name, array in arrays.items() if name.startswith("state/params/")
-    }
+    params = {name: max_magnitude(array) for name, array in arrays.items() if name.startswith("state/params/")}
     name = max(params, key=lambda key: params[key], default="")
     if name and params[name] > LARGE:
         return f"a parameter of {params[name]:.3g} ({name}). Lower learning_rate, or set max_grad_norm"

@@ -65,9 +65,7 @@ class RunFolder:
         except BaseException as error:
             self._unlock()
             if isinstance(error, FileExistsError):
-                raise UserError(
-                    f"run folder {self.path} belongs to another run. Choose another `run_dir`."
-                ) from error
+                raise UserError(f"run folder {self.path} belongs to another run. Choose another `run_dir`.") from error
             if isinstance(error, OSError):
                 raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
             raise

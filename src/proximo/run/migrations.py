@@ -50,19 +50,11 @@ def _separate_resolved(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Ar
         "schema": 3,
         "preset": None,
         "config": {**config, "engine": "auto", "device": "auto", "threads": None},  # chosen, not requested
-        "resolved": {
-            **resolved,
-            "engine": config.get("engine"),
-            "compiled": manifest["compiled"],
-            "network": None,
-        },
+        "resolved": {**resolved, "engine": config.get("engine"), "compiled": manifest["compiled"], "network": None},
         "spaces": {**manifest["spaces"], "action": [{**action, "path": ""}]},
         "progress": {**progress, "env_state": document},
     }
     return {**manifest, **changed}, arrays
 
 
-MIGRATIONS: dict[Any, Callable[[Manifest, Arrays], tuple[Manifest, Arrays]]] = {
-    1: _add_progress,
-    2: _separate_resolved,
-}
+MIGRATIONS: dict[Any, Callable[[Manifest, Arrays], tuple[Manifest, Arrays]]] = {1: _add_progress, 2: _separate_resolved}

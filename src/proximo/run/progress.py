@@ -89,9 +89,7 @@ class Progress:
             return {**document, "exact": False, "why": str(error)}, arrays
         text = json.dumps(state).encode()
         if len(text) > ENV_STATE_BYTES:
-            why = (
-                f"the environment state takes {len(text):,} bytes as JSON: store its numbers in NumPy arrays"
-            )
+            why = f"the environment state takes {len(text):,} bytes as JSON: store its numbers in NumPy arrays"
             return {**document, "exact": False, "why": why}, arrays
         return {**document, "env_state": name}, arrays | state_arrays | {name: np.frombuffer(text, np.uint8)}
 

@@ -29,9 +29,7 @@ class CheckpointManager:
         save: Writes a checkpoint folder.
     """
 
-    def __init__(
-        self, run_dir: Path, config: Config, progress: Progress, save: Callable[[Path], object]
-    ) -> None:
+    def __init__(self, run_dir: Path, config: Config, progress: Progress, save: Callable[[Path], object]) -> None:
         self.run_dir, self.config, self.progress, self._save = run_dir, config, progress, save
         self.failures, self._saved_at = 0, time.monotonic()
         self._clean_up()

@@ -146,9 +146,7 @@ def import_wandb() -> Any:
         import wandb
     except ImportError as error:
         raise UserError(NEEDS_WANDB) from error
-    if not hasattr(
-        wandb, "init"
-    ):  # a folder named wandb, left by an earlier run, imports as a namespace package
+    if not hasattr(wandb, "init"):  # a folder named wandb, left by an earlier run, imports as a namespace package
         raise UserError(NEEDS_WANDB)
     return wandb
 

@@ -93,9 +93,7 @@ class Spaces:
         obs = {path: np.asarray(value) for path, value in self.read(observation)}
         leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
         if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
-            raise UserError(
-                f"the observation has leading axes {leading}; expected one observation or a batch of them."
-            )
+            raise UserError(f"the observation has leading axes {leading}; expected one observation or a batch of them.")
         if not all(np.isfinite(value).all() for value in obs.values()):
             raise UserError("the observation is not finite; expected finite numbers.")
         is_single = leading == {()}

@@ -100,9 +100,7 @@ def _built_in(role: str, config: Config, spaces: Spaces) -> Part:
     """One half of the built-in network."""
     half, apart = HALF[role], config.replace(shared_trunk=False)
     known, made = initial_parameters(apart, spaces), architecture(apart, spaces)
-    initial = {
-        name: array for name, array in known.items() if name.startswith(half) and name != "actor.log_std"
-    }
+    initial = {name: array for name, array in known.items() if name.startswith(half) and name != "actor.log_std"}
 
     def apply(params: Params, rows: Obs) -> Tensor:
         return linear(params, f"{half}.head", hidden_layers(made, spaces, params, half, rows))
@@ -122,8 +120,7 @@ def _own(role: str, module: nn.Module, spaces: Spaces, features: Features) -> Pa
     def apply(params: Params, rows: Obs) -> Any:
         dtype, device = _dtype(params), next(iter(params.values())).device
         tensors = {
-            name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
-            for name, x in constants.items()
+            name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in constants.items()
         }
         tensors |= {name: params[f"{half}.{name}"] for name in learned}
         return functional_call(module, tensors, (_given(spaces, features, rows, dtype),))

@@ -18,14 +18,7 @@ from proximo.learner.schedules import Hyper
 from proximo.spaces.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, Output, Params, built_in
-from proximo.torch.runtime import (
-    HINT,
-    MIN_MINIBATCHES,
-    available_devices,
-    can_compile,
-    default_device,
-    num_threads,
-)
+from proximo.torch.runtime import HINT, MIN_MINIBATCHES, available_devices, can_compile, default_device, num_threads
 from proximo.torch.state import Spec, State, initial_state, preprocess
 from proximo.torch.tensors import compile_function, flatten, to_tensor, tree_map, unflatten
 from proximo.torch.update import Metrics, is_chunked, minibatch, prepare, update
@@ -36,13 +29,7 @@ FLAT = ("params", "moment_1", "moment_2")  # flat vectors of a State
 
 @torch.no_grad()
 def act(
-    spec: Spec,
-    state: State,
-    obs: Obs,
-    start: Tensor,
-    carry: Tensor,
-    noise: Tensor,
-    params: Params | None = None,
+    spec: Spec, state: State, obs: Obs, start: Tensor, carry: Tensor, noise: Tensor, params: Params | None = None
 ) -> tuple[Action, Tensor, Output]:
     """One step of N environments: raw action [N, ...], next recurrent state [N, H], network output [1, N].
 
@@ -210,9 +197,7 @@ class Learner(learner.Learner):
             return minibatch
         if shapes not in self._compiled:
             if self._may_choose:
-                notify_user(
-                    "PyTorch is compiling, which may take some ten seconds (--no-compile turns it off)"
-                )
+                notify_user("PyTorch is compiling, which may take some ten seconds (--no-compile turns it off)")
             self._compiled[shapes] = compile_function(minibatch, guarded=not self.is_built_in)
         return self._compiled[shapes]
 

@@ -12,13 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from proximo.config.settings import Config
-from proximo.learner.architecture import (
-    NATURE,
-    Architecture,
-    architecture,
-    convolutions,
-    initial_parameters,
-)
+from proximo.learner.architecture import NATURE, Architecture, architecture, convolutions, initial_parameters
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 from proximo.torch.distributions import Policy, policy_from_output
@@ -78,9 +72,7 @@ def built_in(config: Config, spaces: Spaces) -> Network:
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
         return policy, value, value.new_zeros((*value.shape, 0))
 
-    return Network(
-        lambda: initial_parameters(config, spaces), apply, wants_channels_last=True, cast_params=cast_params
-    )
+    return Network(lambda: initial_parameters(config, spaces), apply, wants_channels_last=True, cast_params=cast_params)
 
 
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:
@@ -158,9 +150,7 @@ def apply_convolutions(arch: Architecture, params: Params, part: str, leaf: Leaf
     return functional.relu(x)
 
 
-def convolve(
-    params: Params, name: str, image: Tensor, stride: int = 1, padding: int = 0, scale: float = 1.0
-) -> Tensor:
+def convolve(params: Params, name: str, image: Tensor, stride: int = 1, padding: int = 0, scale: float = 1.0) -> Tensor:
     """A convolution of `scale` · image: [B, inputs, height, width] -> [B, outputs, height', width']."""
     weight = (params[f"{name}.weight"] * scale).permute(3, 2, 0, 1)
     return functional.conv2d(image, weight, params[f"{name}.bias"], stride, padding)

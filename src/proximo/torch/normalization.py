@@ -23,9 +23,7 @@ class Moments(NamedTuple):
     variance: Tensor  # [...]
 
 
-def weighted_moments(
-    x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int, ...] | None = None
-) -> Moments:
+def weighted_moments(x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:
     """Moments of weighted samples over some axes, by default all."""
     count = reduce(torch.sum(weight))
     mean = reduce(torch.sum(weight * x, dim=axis)) / torch.clip(count, min=1.0)

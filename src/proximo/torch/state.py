@@ -50,9 +50,7 @@ def initial_state(spec: Spec, num_envs: int, dtype: torch.dtype) -> State:
     def moments(shape: tuple[int, ...]) -> Moments:
         return Moments(zeros(()), zeros(shape), ones(shape))
 
-    params = flatten(
-        spec.shapes, {name: to_tensor(value).to(dtype) for name, value in spec.network.init().items()}
-    )
+    params = flatten(spec.shapes, {name: to_tensor(value).to(dtype) for name, value in spec.network.init().items()})
     observed = [leaf for leaf in spec.spaces.observation if leaf.kind == "vector"]
     return State(
         params=params,
@@ -60,9 +58,7 @@ def initial_state(spec: Spec, num_envs: int, dtype: torch.dtype) -> State:
         moment_2=torch.zeros_like(params),
         count=torch.zeros((), dtype=torch.int32),
         rate_scale=ones(()),
-        obs_moments={
-            leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation
-        },
+        obs_moments={leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation},
         return_moments=moments(()),
         running_return=zeros(num_envs),
         carry=zeros((num_envs, spec.network.carry_size)),
@@ -73,10 +69,7 @@ def preprocess(spec: Spec, state: State, obs: Obs) -> Obs:
     """Observations as the network reads them: normalised where configured, images channels-last where it wants that."""
     moments, clip = state.obs_moments, spec.config.clip_observation
     processed = {
-        path: normalize(value, moments[path], clip) if path in moments else value
-        for path, value in obs.items()
+        path: normalize(value, moments[path], clip) if path in moments else value for path, value in obs.items()
     }
-    images = [
-        leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.wants_channels_last
-    ]
+    images = [leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.wants_channels_last]
     return processed | {leaf.path: channels_last(leaf, obs[leaf.path]).contiguous() for leaf in images}

@@ -65,10 +65,7 @@ def differentiate(objective: Callable[[Tensor], tuple[Tensor, Any]], params: Ten
 
 
 def scan(
-    step: Callable[[Tensor, Any], tuple[Tensor, Tensor]],
-    carry: Tensor,
-    rows: tuple[Tensor, ...],
-    reverse: bool = False,
+    step: Callable[[Tensor, Any], tuple[Tensor, Tensor]], carry: Tensor, rows: tuple[Tensor, ...], reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The last carry, and the outputs of all steps over the first axis of `rows`, as `jax.lax.scan` returns them."""
     order = list(zip(*(x.unbind() for x in rows), strict=True))

@@ -107,21 +107,15 @@ def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Se
     return tree_cat([*outputs, *(part(t) for t in range(len(outputs), len(start), steps))])
 
 
-def scale_reward(
-    spec: Spec, state: State, data: Transitions, weight: Tensor, hyper: Hyper
-) -> tuple[State, Tensor]:
+def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
     """Rewards [T, N], divided by the running standard deviation of the discounted return where configured."""
     reward, clip = zero_invalid(data.valid, data.reward).to(weight.dtype), spec.config.clip_reward
     if not spec.config.normalize_reward:
         return state, reward
-    returns, running = discounted_returns(
-        reward, data.start[:-1], data.valid, state.running_return, hyper.gamma
-    )
+    returns, running = discounted_returns(reward, data.start[:-1], data.valid, state.running_return, hyper.gamma)
     moments = merge(state.return_moments, returns, weight, spec.reduce)
     scale = torch.rsqrt(moments.variance + VARIANCE_EPSILON)
-    return state._replace(running_return=running, return_moments=moments), torch.clip(
-        reward * scale, -clip, clip
-    )
+    return state._replace(running_return=running, return_moments=moments), torch.clip(reward * scale, -clip, clip)
 
 
 def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
