@@ -62,7 +62,7 @@ def iteration(
         env_state, carry = carried
         obs = {"": env_state.physics}
         action, carry, _ = act(spec, state, obs, env_state.start, carry, noise)
-        after, following, terminated, truncated = env_step(env_state, action)
+        after, following, terminated, truncated = env_step(env_state, action[""])
         next_value = values(spec, state, {"": following}, jnp.zeros(N, bool), carry)
         row = (obs, action, jnp.ones(N), terminated, truncated, env_state.start, next_value)
         return (after, carry), row

@@ -65,9 +65,13 @@ def test_observations_that_do_not_fit_the_architecture_are_refused():
         (
             Config(architecture="nature"),
             picture(35, 90, 3),
-            "35 pixels is too small for architecture nature, which needs 36",
+            "`architecture` nature needs images of at least 36 pixels in height and width, but one has 35",
         ),
-        (Config(architecture="impala"), vector, "architecture impala reads images, and there is none"),
+        (
+            Config(architecture="impala"),
+            vector,
+            "`architecture` impala needs images, and the observations contain none",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             initial_parameters(config, spaces)
@@ -150,7 +154,8 @@ def test_the_network_evaluates_each_image_once_to_act_and_once_an_epoch():
 @pytest.mark.usefixtures("optimized")
 @both_backends
 def test_the_built_in_network_learns_from_images(backend):
-    """Which half is bright: 4 of 4 within 80 iterations. The run stores the resolved architecture."""
+    """Which half is bright: 4 of 4 within 80 iterations. The config keeps "auto", the resolved settings
+    the architecture."""
     settings = {
         "stop_at_return": 3.8,
         "num_envs": 8,
@@ -160,7 +165,10 @@ def test_the_built_in_network_learns_from_images(backend):
         "learning_rate": 1e-3,
     }
     with PPO(BrightHalf, backend=backend, hidden_sizes=(32,), lr_schedule="constant", **settings) as agent:
-        assert (agent.config.architecture, agent.config.shared_trunk) == ("impala", True)
+        assert (agent.config.architecture, agent.config.shared_trunk) == ("auto", None)
+        network = agent.resolved.network
+        assert network is not None
+        assert (network["architecture"], network["shared_trunk"]) == ("impala", True)
         agent.learn(8 * 16 * 80)
         assert agent.progress.return_mean is not None
         assert agent.progress.return_mean >= 3.8
@@ -225,7 +233,7 @@ def test_bfloat16_is_used_in_convolutions_and_hidden_layers_only():
 
 def test_a_precision_without_convolutions_is_refused():
     """Refused, rather than ignored."""
-    with pytest.raises(UserError, match="precision bfloat16 is for convolutions, and architecture mlp has none"):
+    with pytest.raises(UserError, match="`precision` bfloat16 is for convolutions, and `architecture` mlp has none"):
         PPO("CartPole-v1", precision="bfloat16")
     linear = (lambda key, x: jnp.zeros(x.shape[-1]), lambda weight, x: x @ weight)
     network = proximo.jax.custom_network(value=linear)
@@ -258,6 +266,7 @@ def test_training_on_rendered_images(env, backend):
         before = agent.learner.state()
         agent.learn(32)
         after = agent.learner.state()
-    assert agent.config.architecture == "nature"
+        assert agent.resolved.network is not None
+        assert agent.resolved.network["architecture"] == "nature"
     assert all(np.isfinite(value).all() for value in after.values())
     assert any(np.any(after[name] != before[name]) for name in after if "conv.0" in name)
