@@ -65,7 +65,7 @@ def train_seeds(
     preset: str,
     settings: dict[str, Any],
     signals: StopSignals,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> int:
     """Check the settings once, then train every seed in a subfolder; return the exit status.
 
@@ -93,11 +93,11 @@ def train_seeds(
     seeds: list[int] = options.seeds
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
-    say(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {presets.chosen(env_id, preset) or 'none'}")
-    say(f"run folders: {folder}/seed-…")
+    log(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {presets.chosen(env_id, preset) or 'none'}")
+    log(f"run folders: {folder}/seed-…")
     _run(jobs, folder, env_id, config, options.quiet, signals)
     for line in _summarize(jobs, folder, signals.received is not None):
-        say(line)
+        log(line)
     return 128 + signals.received if signals.received else 0
 
 
