@@ -18,7 +18,9 @@ from proximo.jax.runtime import HINT, available_devices, start
 from proximo.jax.state import Spec, State, initial_state, preprocess
 from proximo.jax.update import prepare, update
 from proximo.learner import learner
+from proximo.learner.learner import kept_outputs
 from proximo.learner.schedules import Hyper
+from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 
 Action = dict[str, Array]
@@ -106,12 +108,13 @@ class Learner(learner.Learner):
     def _call(self, name: str, *arguments: Any, state: Any = None) -> Any:
         return self._to_numpy(self._functions[name](self._state if state is None else state, *arguments))
 
-    def _run_update(
-        self, data: Transitions, order: np.ndarray, hyper: Hyper, outputs: Sequence[Output]
-    ) -> tuple[State, dict[str, float]]:
-        known = jax.tree.map(lambda *x: np.concatenate(x), *self._to_numpy(outputs)) if outputs else None
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
+        """Update from a rollout; see `proximo.learner.learner.Learner.update`."""
+        outputs = self._to_numpy(kept_outputs(actor))
+        known = jax.tree.map(lambda *x: np.concatenate(x), *outputs) if outputs else None
+        data, hyper = self.transitions(rollout), self._numbers(hyper)
         state, metrics = self._functions["update"](self._state, data, order, hyper, known)
-        return state, {name: float(value) for name, value in self._to_numpy(metrics).items()}
+        return self._accept(state, {name: float(value) for name, value in self._to_numpy(metrics).items()}, rollout)
 
     def _is_finite(self, state: State) -> bool:
         return bool(is_finite(state))

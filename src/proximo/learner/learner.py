@@ -64,6 +64,11 @@ class NetworkActor:
         return action
 
 
+def kept_outputs(actor: Actor | None) -> list[Any]:
+    """The network outputs that an actor kept."""
+    return actor.outputs if isinstance(actor, NetworkActor) else []
+
+
 class Learner:
     """Networks, their optimizer and normalisers, in one backend; takes and returns NumPy arrays.
 
@@ -143,8 +148,10 @@ class Learner:
         Raises:
             NotFinite: the update diverged; nothing is changed, except that the recurrent state advances.
         """
-        outputs = actor.outputs if isinstance(actor, NetworkActor) else []
-        state, metrics = self._run_update(self.transitions(rollout), order, self._numbers(hyper), outputs)
+        raise NotImplementedError
+
+    def _accept(self, state: Any, metrics: dict[str, float], rollout: Rollout) -> dict[str, float]:
+        """Replace the state by that after an update, if it is finite; return the metrics."""
         try:
             require_finite(metrics, self._is_finite(state))
         except NotFinite:
@@ -269,12 +276,6 @@ class Learner:
 
     def _call(self, name: str, *arguments: Any, state: Any = None) -> Any:
         """Call a function of (spec, state, *arguments) by name; return NumPy arrays."""
-        raise NotImplementedError
-
-    def _run_update(
-        self, data: Any, order: np.ndarray, hyper: Hyper, outputs: Sequence[Any]
-    ) -> tuple[Any, dict[str, float]]:
-        """The state after an update, and its metrics."""
         raise NotImplementedError
 
     def _is_finite(self, state: Any) -> bool:

@@ -15,7 +15,9 @@ from proximo.errors import notify_user
 from proximo.learner import learner
 from proximo.learner.architecture import is_critic, limits
 from proximo.learner.arrays import identity
+from proximo.learner.learner import kept_outputs
 from proximo.learner.schedules import Hyper
+from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, Output, Params, built_in
@@ -149,12 +151,12 @@ class Learner(learner.Learner):
         with default_device(self.device):
             return self._to_numpy(FUNCTIONS[name](self.spec, state, *self._to_device(arguments)))
 
-    def _run_update(
-        self, data: Transitions, order: np.ndarray, hyper: Hyper, outputs: Sequence[Output]
-    ) -> tuple[State, dict[str, float]]:
-        indices, hyper = self._to_device((order, hyper))
-        learn = partial(update, self.spec, self._state, data, indices, hyper, outputs)
-        shapes = (data.reward.shape, order.shape)
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
+        """Update from a rollout; see `proximo.learner.learner.Learner.update`."""
+        data = self.transitions(rollout)
+        indices, hyper = self._to_device((order, self._numbers(hyper)))
+        learn = partial(update, self.spec, self._state, data, indices, hyper, kept_outputs(actor))
+        shapes = (rollout.reward.shape, order.shape)
         is_tried = shapes in self._compiled
         step = self._minibatch(*shapes)
         with num_threads(self.threads), default_device(self.device):
@@ -167,7 +169,7 @@ class Learner(learner.Learner):
                 notify_user(f"PyTorch failed to compile; training continues without: {reason}")
                 self.compiled = self._may_choose = False
                 state, metrics = learn(minibatch)
-        return state, {name: value.item() for name, value in metrics.items()}
+        return self._accept(state, {name: value.item() for name, value in metrics.items()}, rollout)
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
         if not self.compiled:
