@@ -124,7 +124,7 @@ def test_an_older_environment_version_runs_without_output(tmp_path, capsys):
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_other_libraries_names_and_spellings_are_understood(tmp_path, capsys):
+def test_names_and_spellings_of_other_libraries_are_accepted(tmp_path, capsys):
     """--n_envs and --lr are translated to --num-envs and --learning-rate, with a note; 1_6 is 16."""
     run = tmp_path / "run"
     flags = "--preset none --n_envs 2 --num_steps 1_6 --lr=1e-3 --mini-batch-size 16 --n-epochs 1 --total_timesteps 32"

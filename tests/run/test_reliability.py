@@ -562,9 +562,9 @@ def test_an_error_message_states_what_is_saved(full, tmp_path, capsys):
         limit_file_size(resource.RLIM_INFINITY)
         del gym.registry["Failing-v0"]
     errors = capsys.readouterr().err
-    what, kept = ("earlier checkpoints are", 0) if full else ("all completed iterations are saved", 2)
+    what, iteration = ("earlier checkpoints are", 0) if full else ("all completed iterations are saved", 2)
     assert f"it died\n  {what} in {run}; resume with: proximo resume {run}" in errors
-    assert checkpoint.load(run).progress.iteration == kept
+    assert checkpoint.load(run).progress.iteration == iteration
 
 
 class Unclosable(FixedReward):

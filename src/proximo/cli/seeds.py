@@ -67,7 +67,7 @@ def train_seeds(
     preset: str,
     settings: dict[str, Any],
     signals: StopSignals,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> int:
     """Check the settings once, then train every seed in a subfolder; return the exit status.
 
@@ -96,12 +96,12 @@ def train_seeds(
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     name = presets.select_name(env_id, preset)
-    say(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
-    say(f"run folders: {folder}/seed-…")
+    log(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
+    log(f"run folders: {folder}/seed-…")
     settings_file = to_yaml(env_id, name, config, omit=("run_dir", "seed"))
     _run(jobs, folder, env_id, config, settings_file, options.quiet, signals)
     for line in _summarize(jobs, folder, signals.received is not None):
-        say(line)
+        log(line)
     return 128 + signals.received if signals.received else 0
 
 

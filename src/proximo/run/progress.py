@@ -66,7 +66,7 @@ class Progress:
     def to_document(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return a JSON object and the arrays it refers to.
 
-        A simulator state that cannot be stored is omitted, and the fields "exact" and "why" say so.
+        A simulator state that cannot be stored is omitted; "exact" is then false, and "why" gives the reason.
         """
         document: dict[str, Any] = {
             "global_step": self.global_step,
