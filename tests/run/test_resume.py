@@ -396,7 +396,7 @@ def test_generator_positions_outside_their_buffer_are_refused(name, place, value
 
 
 def test_only_known_generators_are_created():
-    with pytest.raises(UserError, match="expected the state of a NumPy generator .* got 'RandomState'"):
+    with pytest.raises(UserError, match=r"expected the state of a NumPy generator .* got 'RandomState'"):
         generator_from_state({"bit_generator": "RandomState"})
 
 
