@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import signal
 import subprocess
@@ -43,22 +42,6 @@ class Job:
     core: int = 0
     was_signalled: bool = False
     has_ended: bool = False
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Parse a list of seeds and ranges, such as `0-3` or `0,2,7`."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match:
-            raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise argparse.ArgumentTypeError(f"expected a range from low to high, got {part!r}")
-        found += range(first, last + 1)
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
-    return found
 
 
 def train_seeds(

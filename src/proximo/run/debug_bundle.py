@@ -57,7 +57,7 @@ def describe_bundle(path: Path) -> Iterator[str]:
     yield f"error: {manifest.get('message')}"
     yield f"likely cause: {find_likely_cause(arrays, manifest)}"
     yield ""
-    if "environment" in manifest and "rollout/action" in arrays:
+    if "environment" in manifest and "rollout/reward" in arrays:
         yield from _describe_steps(arrays, int(manifest["environment"]), int(manifest["step"]))
     metrics = manifest.get("metrics") or {}
     if metrics:
@@ -109,10 +109,13 @@ def max_magnitude(array: np.ndarray) -> float:
 
 
 def _describe_steps(arrays: dict[str, np.ndarray], n: int, step: int) -> Iterator[str]:
+    prefix = "rollout/action"  # followed by the path of a head, which may be empty
+    heads = {name.removeprefix(prefix).strip("/"): array for name, array in arrays.items() if name.startswith(prefix)}
     yield f"last steps of environment {n}:"
     for t in range(max(step - STEPS_SHOWN, 0), step + 1):
-        action, reward = arrays["rollout/action"][t, n], arrays["rollout/reward"][t, n]
-        yield f"  step {t}: action {np.array2string(np.asarray(action), precision=4)}, reward {reward:g}"
+        actions = {path: np.array2string(np.asarray(array[t, n]), precision=4) for path, array in heads.items()}
+        text = ", ".join(f"action {path + ' ' if path else ''}{value}" for path, value in actions.items())
+        yield f"  step {t}: {text}, reward {arrays['rollout/reward'][t, n]:g}"
     yield ""
 
 
