@@ -372,7 +372,7 @@ def test_networks_of_the_wrong_type_raise(backend):
         ({}, "got no network. Pass `policy`, `value`"),
         ({"policy": linear_pair(2), "both": linear_pair(2)}, "got `policy` and `both`. Pass .* only `both`"),
         ({"policy": nn.Linear(4, 2)}, r"proximo\.torch\.custom_network"),
-        ({"policy": (len,)}, "needs a pair of functions"),
+        ({"policy": (len,)}, "expected a pair of functions"),
         ({"policy": linear_pair(2), "features": "flat"}, "'encoded' or 'dict'"),
         ({"policy": linear_pair(3)}, r"shape \(64, 3\), expected \(64, 2\): one mean"),
         ({"value": linear_pair(2)}, r"value of 64 observations has shape \(64, 2\)"),

@@ -49,13 +49,13 @@ def custom_network(
 
 
 def as_pair(role: str, given: Any) -> Pair:
-    """Return the functions (init, apply) of a pair or object."""
-    pair = tuple(given) if isinstance(given, (tuple, list)) else ()
-    init, apply = pair if len(pair) == 2 else (getattr(given, "init", None), getattr(given, "apply", None))
+    """Return the functions (init, apply) of a pair or object; raise UserError for anything else."""
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+    init, apply = given if is_pair else (getattr(given, "init", None), getattr(given, "apply", None))
     if isinstance(given, type) or not callable(init) or not callable(apply):
         raise UserError(
-            f"custom_network({role}=…) needs a pair of functions (init, apply), or an object with both, got {given!r}. "
-            "For PyTorch modules, use proximo.torch.custom_network."
+            f"custom_network({role}=…) got {given!r}; expected a pair of functions (init, apply), or an object with "
+            "both. For PyTorch modules, use proximo.torch.custom_network."
         )
     return init, apply
 
@@ -63,7 +63,7 @@ def as_pair(role: str, given: Any) -> Pair:
 def make_part(role: str, pair: Pair, config: Config, spaces: Spaces, read: custom.Read) -> custom.Part:
     """Turn a pair into a function of named parameters."""
     init, function = pair
-    # Equal functions for policy and value get different initial parameters.
+    # Different keys, so that equal functions for policy and value get different initial parameters.
     seed = sequence(config.seed, Purpose.PARAMETERS).generate_state(2)[int(role == "value")]
     zeros = {leaf.path: jnp.full((1, *leaf.shape), leaf.start, leaf.dtype) for leaf in spaces.observation}
     tree = init(jax.random.key(int(seed) >> 1), read(zeros, jnp.dtype("float32")))

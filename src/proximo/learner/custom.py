@@ -1,4 +1,7 @@
-"""Custom networks: what both backends share; `proximo.<backend>.custom` contains the rest."""
+"""Custom networks: the code that both backends share.
+
+`proximo.<backend>.custom` provides the rest: `networks`, `cast(array, dtype)`, `make_part` and `evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,14 @@ from proximo.spaces.spaces import Spaces
 
 Features = Literal["encoded", "dict"]
 Read = Callable[[Mapping[str, Any], Any], Any]  # (observations [B, ...], dtype) -> input of a custom network
-Part = tuple[Parameters, Callable[[Any, Any], Any]]  # initial, (parameters, observations [B, ...]) -> output [B, ...]
+Part = tuple[Parameters, Callable[[Any, Any], Any]]  # initial parameters, (parameters, observations) -> output
 
 PREFIXES = {"policy": "actor", "value": "critic", "both": "actor"}  # of parameter names, by role
 NUM_ROWS = 64  # observations in the trial batch
 
 
 def network_builder(name: str, given: Mapping[str, Any], features: Features) -> Callable[[Config, Spaces], Any]:
-    """Return the function that builds the network of backend `name` for a config and spaces.
-
-    Args:
-        given: role -> custom network, as the backend's `make_part` takes it.
-    """
+    """Return a function that builds the network of backend `name` from role -> custom network; see `custom_network`."""
     if not given or ("both" in given and len(given) > 1):
         got = " and ".join(f"`{role}`" for role in given) or "no network"
         raise UserError(f"custom_network got {got}. Pass `policy`, `value` or these two, or only `both`.")
@@ -123,7 +122,7 @@ def check_parameters(role: str, parameters: list[tuple[str, Any]], is_real: Call
     for name, x in parameters:
         if not is_real(x):
             dtype = getattr(x, "dtype", type(x).__name__)
-            raise UserError(f"{start}: parameter {name!r} is {dtype}; expected real floating-point numbers.")
+            raise UserError(f"{start}: parameter {name!r} is {dtype}; expected real floating-point numbers. Remove it.")
     if len(set(names)) < len(names):
         raise UserError(f"{start}: parameter names are not unique: {sorted(names)}. Rename one.")
     if "actor.log_std" in names:
@@ -131,10 +130,7 @@ def check_parameters(role: str, parameters: list[tuple[str, Any]], is_real: Call
 
 
 def check_outputs(config: Config, spaces: Spaces, outputs: Any, repeated: Any, half: Any) -> None:
-    """Check outputs for the trial batch, for the same batch again, and for its first half; raise UserError.
-
-    Expected are (policy output [NUM_ROWS, K], value [NUM_ROWS] or [NUM_ROWS, 1]), three times the same numbers.
-    """
+    """Check (policy output, value) for the trial batch, the same batch again, and its first half; raise UserError."""
 
     def shape(output: Any) -> Any:
         return tuple(output.shape) if hasattr(output, "shape") else type(output).__name__

@@ -52,7 +52,7 @@ def custom_network(
     for role, module in modules.items():
         if not isinstance(module, nn.Module):
             raise UserError(
-                f"custom_network({role}=…) needs an instance of torch.nn.Module, got {module!r}. For pairs of "
+                f"custom_network({role}=…) got {module!r}; expected an instance of torch.nn.Module. For pairs of "
                 "functions, use proximo.jax.custom_network."
             )
     if len(modules) == 2 and set.intersection(*(set(map(id, module.parameters())) for module in modules.values())):
@@ -87,12 +87,11 @@ def make_part(role: str, module: nn.Module, config: Config, spaces: Spaces, read
 
 def check_buffers(module: nn.Module, inputs: Any) -> None:
     """Raise UserError if calling a copy of the module changes its buffers."""
-    module = copy.deepcopy(module).to("cpu", torch.float32)
-    before = {name: x.clone() for name, x in module.named_buffers()}
+    called = copy.deepcopy(module).to("cpu", torch.float32)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        module(inputs)
-    for name, x in module.named_buffers():
-        if not torch.equal(x, before[name]):
+        called(inputs)
+    for name, x in called.named_buffers():
+        if not torch.equal(x, module.get_buffer(name).to(x)):
             raise UserError(
                 f"custom_network: calling the module changes its buffer {name!r} (as with BatchNorm in training mode), "
                 "but buffers must stay constant. Use LayerNorm or GroupNorm, or call the module's eval() first."
