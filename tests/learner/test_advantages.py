@@ -188,3 +188,14 @@ def test_from_a_rollout_to_advantages(backend, resets):
     np.testing.assert_allclose(batch.advantage.reshape(shape), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(batch.target, batch.advantage + batch.value, rtol=1e-6)
     np.testing.assert_array_equal(batch.weight.reshape(shape), rollout.valid)
+
+
+@each_backend
+@pytest.mark.parametrize("index", range(6))
+def test_gae_refuses_arrays_of_another_rank(backend, index):
+    """[T, N, 1] with [T, N] would broadcast to [T, N, N] or [T, T, N]: each argument is checked."""
+    arguments = [np.zeros((4, 2)) for _ in range(3)] + [np.zeros((4, 2), bool) for _ in range(3)]
+    arguments[index] = arguments[index][..., None]
+    message = r"has shape \(4, 2\), expected \(4, 2, 1\)" if index == 0 else r"has shape \(4, 2, 1\), expected \(4, 2\)"
+    with pytest.raises(ValueError, match=message):
+        gae(backend)(*arguments, 0.9, 0.9)

@@ -127,8 +127,8 @@ def test_later_minibatches_have_moved_on(backend):
 def test_every_transition_affects_the_update(backend):
     """Changing the reward of any one transition changes the parameters after an epoch; that of a reset row does not.
 
-    With λ = 0 a reward enters only the advantage of its own transition. 8 × 3 rows do not divide into 5 minibatches: the
-    remainder is not dropped either.
+    With λ = 0 a reward enters only the advantage of its own transition. 5 minibatches do not
+    divide 8 × 3 rows: the remainder is not dropped either.
     """
     config = small(update_epochs=1, gae_lambda=0.0, normalize_advantage="off")
     learner = backend.learner(config, CONTINUOUS)

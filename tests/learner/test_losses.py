@@ -87,3 +87,23 @@ def test_the_terms_add_up(backend, vf_clip_coef):
     expected = policy, value, entropy, policy - 0.3 * entropy + 0.7 * value
     got = [metrics[f"losses/{name}"] for name in ("policy", "value", "entropy", "total")]
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+LOSSES = {
+    "clipped_surrogate": (2, (0.2,)), "squared_error": (2, ()), "clipped_squared_error": (3, (0.5,)),
+    "standardize": (2, (lambda x: x,)),
+}  # fmt: skip
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, index) for name, (count, _) in LOSSES.items() for index in range(count)]
+)
+@pytest.mark.parametrize("shape", [(6,), (4, 2)])
+def test_losses_refuse_arrays_of_another_rank(backend, name, index, shape):
+    """[B, 1] with [B] would broadcast to [B, B]: each argument is checked."""
+    count, others = LOSSES[name]
+    arguments = [np.ones(shape) for _ in range(count)]
+    arguments[index] = arguments[index][..., None]
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        getattr(backend.module("losses"), name)(*map(backend.array, arguments), *others)

@@ -192,3 +192,33 @@ def test_the_state_is_a_copy(backend):
     updated(learner, 1)
     assert_same(state, before)
     assert any(not np.array_equal(x, before[name]) for name, x in parameters(learner).items())
+
+
+@each_backend
+@pytest.mark.parametrize("index", range(3))
+def test_statistics_refuse_arrays_of_another_rank(backend, index):
+    """[T, N, 1] with [T, N] would broadcast: rewards and flags of returns, and samples of the explained variance."""
+    module = backend.module("normalization")
+    rows = [np.zeros((4, 2)), np.zeros((4, 2), bool), np.ones((4, 2), bool)]
+    samples = [np.zeros((4, 2)) for _ in range(3)]
+    for arguments in (rows, samples):
+        arguments[index] = arguments[index][..., None]
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        module.discounted_returns(*map(backend.array, rows), backend.array(np.zeros(2)), 0.9)
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        module.explained_variance(*map(backend.array, samples), lambda x: x)
+
+
+@each_backend
+def test_explained_variance_by_hand(backend):
+    """1 for a perfect critic, 0 for a constant one, negative for a worse one; rows without weight do not count.
+
+    Targets 1, 3 have variance 1. Values 3, 1: the errors −2, 2 have variance 4, so 1 − 4 = −3.
+    """
+    module = backend.module("normalization")
+    explained = backend.precise(
+        lambda value, target, weight: module.explained_variance(value, target, weight, lambda x: x)
+    )
+    target, weight = np.array([[1.0, 3.0, 99.0]]), np.array([[1.0, 1.0, 0.0]])
+    for value, expected in (([1.0, 3.0], 1.0), ([7.0, 7.0], 0.0), ([3.0, 1.0], -3.0)):
+        assert explained(np.array([[*value, -5.0]]), target, weight) == pytest.approx(expected, abs=1e-12)

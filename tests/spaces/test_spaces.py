@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
+from proximo.spaces.heads import Actions, CategoricalHead, GaussianHead, head_from_dict
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 
@@ -222,3 +224,79 @@ def test_bounds_too_wide_to_rescale_are_refused():
     space = Box(-1.7e308, 1.7e308, (1,), np.float64)
     with pytest.raises(UserError, match="finite action bounds"):
         Spaces.of(VECTOR, space).check(Config(rescale_actions=True))
+
+
+HEADS = [
+    CategoricalHead(3),
+    CategoricalHead(4, start=-2, path="gear"),
+    GaussianHead((2, 2), (-1.0,) * 4, (1.0, 2.0, 3.0, 4.0)),
+    GaussianHead((3,), (-np.inf, -1.0, 0.0), (np.inf, np.inf, 2.5), "float64", "arm.joints"),
+    GaussianHead((), (-np.inf,), (np.inf,), path="scalar"),
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_round_trip_through_dictionaries(head):
+    """Through strict JSON, alone and as part of Actions; infinite bounds become null and come back with their sign."""
+    assert head_from_dict(json.loads(json.dumps(head.to_dict(), allow_nan=False))) == head
+    actions = Actions(tuple(sorted({CategoricalHead(2, path="z"), head}, key=lambda head: head.path)))
+    text = json.dumps(actions.to_dict(), allow_nan=False)
+    assert Actions.from_dict(json.loads(text)) == actions
+    if isinstance(head, GaussianHead):
+        restored = head_from_dict(json.loads(json.dumps(head.to_dict())))
+        assert (restored.low, restored.high, restored.dtype) == (head.low, head.high, head.dtype)
+        assert restored.bounds[0].dtype == head.dtype
+
+
+def test_descriptions_of_unknown_heads_are_refused():
+    """An unknown kind, an unknown dtype, and a description without a kind."""
+    with pytest.raises(ValueError, match="unknown kind of action head: 'bernoulli'"):
+        head_from_dict({"kind": "bernoulli", "n": 2})
+    with pytest.raises(TypeError, match="float31"):
+        head_from_dict(GaussianHead((1,), (-1.0,), (1.0,)).to_dict() | {"dtype": "float31"})
+    with pytest.raises(KeyError, match="kind"):
+        head_from_dict({"n": 2})
+
+
+@pytest.mark.parametrize("paths", [("b", "a"), ("a", "a"), ("a", "b", "a"), ("2", "10"), ("a", "")])
+def test_heads_must_be_sorted_by_unique_paths(paths):
+    """JAX visits dictionaries in the order of their sorted keys, so slices of the output need that order; as text,
+    10 precedes 2."""
+    with pytest.raises(ValueError, match="heads must be sorted by unique paths"):
+        Actions(tuple(CategoricalHead(2, path=path) for path in paths))
+    ordered = Actions(tuple(CategoricalHead(2, path=path) for path in sorted(set(paths))))
+    assert ordered.noise_size == 2 * len(set(paths))
+
+
+def test_heads_share_outputs_noise_and_deviations():
+    """Slices follow each other in the order of the heads; `std` predicted doubles the outputs of a Gaussian head."""
+    gaussian, categorical = GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2, path="a"), CategoricalHead(3, path="b")
+    actions = Actions((gaussian, categorical, replace(gaussian, path="c")))
+    for std, outputs in (("learned", (2, 5, 7)), ("predicted", (4, 7, 11))):
+        config = Config(std=std)
+        found = [tuple((part.start, part.stop) for part in parts) for _, *parts in actions.slices(config)]
+        first, second, third = outputs
+        assert found == [
+            ((0, first), (0, 2), (0, 2)),
+            ((first, second), (2, 5), (2, 2)),
+            ((second, third), (5, 7), (2, 4)),
+        ]
+        assert (actions.output_size(config), actions.noise_size, actions.std_size) == (third, 7, 4)
+    raw = actions.zeros((5, 2))
+    assert {path: (x.shape, x.dtype) for path, x in raw.items()} == {
+        "a": ((5, 2, 2), np.float32), "b": ((5, 2), np.int32), "c": ((5, 2, 2), np.float32),
+    }  # fmt: skip
+    assert actions.noise(np.random.default_rng(0), (5, 2)).shape == (5, 2, 7)
+
+
+def test_random_raw_actions_lie_within_bounds():
+    """Uniform within finite bounds, standard normal where a dimension is unbounded, any index of a categorical head."""
+    head = GaussianHead((2,), (-2.0, -np.inf), (3.0, np.inf), path="b")
+    raw = Actions((CategoricalHead(3, start=5, path="a"), head)).random(np.random.default_rng(0), 10_000)
+    assert set(raw["a"]) == {0, 1, 2}
+    assert raw["b"].dtype == np.float32
+    bounded, unbounded = raw["b"].T
+    assert -2.0 <= bounded.min() < -1.9
+    assert 2.9 < bounded.max() <= 3.0
+    assert unbounded.mean() == pytest.approx(0.0, abs=0.05)
+    assert unbounded.std() == pytest.approx(1.0, abs=0.05)
