@@ -13,6 +13,7 @@ from proximo.config.settings import Config
 from proximo.errors import RunError, UserError, notify_user
 from proximo.run.checkpoint import open_checkpoint
 from proximo.run.checkpoint_files import MANIFEST, CorruptCheckpoint, list_checkpoints, step_folder
+from proximo.run.metrics import replace_atomically
 from proximo.run.progress import WINDOW, Progress
 
 MAX_FAILURES = 3  # consecutive failed saves that stop a run
@@ -116,13 +117,10 @@ class CheckpointManager:
         if best is None:
             return
         link = best.parent / BEST
-        temporary = link.with_name(f".{BEST}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError, NotImplementedError):
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, NotImplementedError), replace_atomically(link) as temporary:
             if link.is_dir() and not link.is_symlink():  # a copying tool has followed the link
                 shutil.rmtree(link)
             temporary.symlink_to(best.name)
-            temporary.replace(link)  # atomic
 
     def _prune(self) -> None:
         """Delete all but the latest checkpoints and the best one."""
