@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,17 +154,13 @@ def import_wandb() -> Any:
 
 @contextmanager
 def open_trackers(
-    run_dir: str | Path | None,
-    info: RunInfo,
-    console: bool,
-    resumed: Progress | None = None,
-    check: Callable[[Path], None] = lambda path: None,
+    run_dir: str | Path | None, info: RunInfo, console: bool, resumed: Progress | None, check: Callable[[Path], None]
 ) -> Iterator[tuple[RunFolder | None, list[Tracker]]]:
     """Open the run folder (None without `run_dir`) and all trackers; close them at the end.
 
     Args:
         resumed: Progress of the folder's run, which is resumed; None starts a new run.
-        check: Called with the folder of a resumed run before anything is changed; raises to refuse.
+        check: As for `RunFolder`.
 
     Raises:
         UserError: The folder is in use or cannot be written, or a tracker cannot be started.
@@ -181,8 +178,12 @@ def open_trackers(
             add(folder)
         config = info.config
         if folder and config.wandb:
-            with nullcontext() if resumed else folder.removed_on_error():
+            try:
                 add(WandB(config.wandb, folder.path, info))
+            except BaseException:
+                if not resumed:  # the run has not started
+                    shutil.rmtree(folder.path, ignore_errors=True)
+                raise
         if folder and config.tensorboard:
             add(TensorBoard(folder.path / "tensorboard", step))
         if console:
