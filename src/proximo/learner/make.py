@@ -41,8 +41,8 @@ def make_learner(config: Config, spaces: Spaces, network: Any = None, **options:
     backend = choose_backend(config, spaces, network)
     if network is not None and config.precision != "float32":
         raise UserError(
-            f"`precision` {config.precision} applies to built-in networks only. Leave it out, and set the precision in the "
-            "custom network."
+            f"`precision` {config.precision} applies to built-in networks only. Leave it out, and set the precision in "
+            "the custom network."
         )
     package = importlib.import_module(f"proximo.{backend}.learner")
     if isinstance(network, FunctionType):
