@@ -39,7 +39,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Continue training and print a summary; return the exit status."""
-    with prepare_process(options) as (signals, say):
+    with prepare_process(options) as (signals, log):
         from proximo.ppo import PPO
         from proximo.run.folder import default_run_dir, require_empty
         from proximo.train import is_solved
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         # The path as given is shown, rather than the resolved one.
         same = Path(options.path) if agent.run_dir == Path(options.path).resolve() else agent.run_dir
         new = default_run_dir(agent.env_id, agent.learner.backend, config.seed)
-        say(f"{agent.env_id}: resuming at step {progress.global_step:,} of {config.total_timesteps:,}")
+        log(f"{agent.env_id}: resuming at step {progress.global_step:,} of {config.total_timesteps:,}")
         if options.total_timesteps is not None and not options.quiet:
             notify_user(f"schedules end at step {config.total_timesteps:,}")
-        return learn(agent, Path(options.run_dir or same or new), signals, say, progress=not options.quiet)
+        return learn(agent, Path(options.run_dir or same or new), signals, log, progress=not options.quiet)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import signal
 import subprocess
@@ -45,29 +44,13 @@ class Job:
     has_ended: bool = False
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Parse a list of seeds and ranges, such as `0-3` or `0,2,7`."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match:
-            raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise argparse.ArgumentTypeError(f"expected a range from low to high, got {part!r}")
-        found += range(first, last + 1)
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
-    return found
-
-
 def train_seeds(
     options: argparse.Namespace,
     env_id: str,
     preset: str,
     settings: dict[str, Any],
     signals: StopSignals,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> int:
     """Check the settings once, then train every seed in a subfolder; return the exit status.
 
@@ -96,12 +79,12 @@ def train_seeds(
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     name = presets.select_name(env_id, preset)
-    say(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
-    say(f"run folders: {folder}/seed-…")
+    log(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
+    log(f"run folders: {folder}/seed-…")
     settings_file = to_yaml(env_id, name, config, omit=("run_dir", "seed"))
     _run(jobs, folder, env_id, config, settings_file, options.quiet, signals)
     for line in _summarize(jobs, folder, signals.received is not None):
-        say(line)
+        log(line)
     return 128 + signals.received if signals.received else 0
 
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proximo.cli.flags import QUIET, add_settings, given_settings
-from proximo.cli.seeds import parse_seeds, train_seeds
+from proximo.cli.flags import QUIET, add_settings, given_settings, parse_seeds
 from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file
@@ -62,23 +61,25 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train and print a summary; return the exit status."""
     # Signal handlers are installed before JAX is imported, because a KeyboardInterrupt would break its import.
-    with prepare_process(options) as (signals, say):
+    with prepare_process(options) as (signals, log):
         from proximo.ppo import PPO
         from proximo.run.folder import default_run_dir, require_empty
 
         env_id, preset, settings = merge_settings(options)
         if options.seeds:
-            return train_seeds(options, env_id, preset, settings, signals, say)
+            from proximo.cli.seeds import train_seeds
+
+            return train_seeds(options, env_id, preset, settings, signals, log)
         if settings.get("run_dir"):
             require_empty(Path(settings["run_dir"]))
         agent = PPO(env_id, preset=preset, **settings)
         config, env_id = agent.config, str(agent.env_id)
         run_dir = Path(config.run_dir or default_run_dir(env_id, agent.learner.backend, config.seed))
-        say(
+        log(
             f"{env_id}: {config.num_envs} environments × {config.num_steps} steps, "
             f"preset {presets.select_name(env_id, preset) or 'none'}, seed {config.seed}"
         )
-        return learn(agent, run_dir, signals, say, progress=not options.quiet)
+        return learn(agent, run_dir, signals, log, progress=not options.quiet)
 
 
 @contextlib.contextmanager
@@ -99,16 +100,16 @@ def prepare_process(options: argparse.Namespace) -> Iterator[tuple[StopSignals, 
         yield signals, (lambda line: None) if options.quiet else print_line
 
 
-def learn(agent: PPO, run_dir: Path, signals: StopSignals, say: Callable[[str], None], progress: bool) -> int:
+def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], None], progress: bool) -> int:
     """Train up to `total_timesteps`, recorded in `run_dir`; print settings and a summary; return the exit status."""
     from proximo.run.checkpoint_files import MANIFEST, step_folder
 
     learner, first_iteration = agent.learner, agent.progress.iteration
-    say(
+    log(
         f"backend {learner.backend} with {learner.threads} thread{'s' * (learner.threads > 1)}, "
         f"device {learner.device.name} ({learner.device.why}), engine {agent.resolved.engine}"
     )
-    say(f"run folder: {run_dir}")
+    log(f"run folder: {run_dir}")
     for line in list_notes(agent) if progress else []:
         notify_user(line)
     try:
@@ -126,7 +127,7 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, say: Callable[[str], 
     finally:
         agent.close()
     for line in summarize(agent, run_dir, signals.received is not None):
-        say(line)
+        log(line)
     return 128 + signals.received if signals.received else 0
 
 
@@ -145,7 +146,7 @@ def list_notes(agent: PPO) -> list[str]:
             f"total_timesteps {config.total_timesteps:,} is less than one rollout (num_envs {config.num_envs} × "
             f"num_steps {config.num_steps} = {rows:,} steps); the run takes {rows:,} steps"
         )
-    if config.compile and config.backend == "jax":
+    if config.compile and agent.learner.backend == "jax":
         notes.append("compile applies only to PyTorch; JAX always compiles")
     if not agent.envs.support_exact_resume(config, agent.spaces):
         notes.append(

@@ -20,11 +20,7 @@ STEPS_SHOWN = 3  # before the fault
 
 
 def save(run_dir: Path, error: NotFinite, learner: Learner, info: RunInfo, progress: Progress) -> Path:
-    """Write the rollout, the minibatch order, the learner state before the update, and the error's evidence.
-
-    Raises:
-        OSError: Writing failed.
-    """
+    """Write the rollout, the minibatch order, the learner state before the update, and the error's evidence."""
     evidence = dict(error.evidence)
     arrays = {f"state/{name}": value for name, value in learner.state().items()}
     arrays |= {f"rollout/{name}": value for name, value in evidence.pop("rollout", {}).items()}
@@ -57,10 +53,9 @@ def describe_bundle(path: Path) -> Iterator[str]:
     yield f"error: {manifest.get('message')}"
     yield f"likely cause: {find_likely_cause(arrays, manifest)}"
     yield ""
-    if "environment" in manifest and "rollout/action" in arrays:
+    if "environment" in manifest and "rollout/reward" in arrays:
         yield from _describe_steps(arrays, int(manifest["environment"]), int(manifest["step"]))
-    metrics = manifest.get("metrics") or {}
-    if metrics:
+    if metrics := manifest.get("metrics"):
         yield "metrics of the discarded update:"
         yield from (f"  {name:<28} {value:.6g}" for name, value in sorted(metrics.items()))
         yield ""
@@ -93,7 +88,7 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
                 "normalize_observation (for values up to 1e15)"
             )
     params = {name: max_magnitude(array) for name, array in arrays.items() if name.startswith("state/params/")}
-    name = max(params, key=lambda key: params[key], default="")
+    name = max(params, key=params.__getitem__, default="")
     if name and params[name] > LARGE:
         return f"a parameter of {params[name]:.3g} ({name}). Lower learning_rate, or set max_grad_norm"
     rate = (manifest.get("hyper") or {}).get("actor_learning_rate", 0.0)
@@ -104,15 +99,17 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
 
 def max_magnitude(array: np.ndarray) -> float:
     """Largest finite magnitude in an array; 0 if there is none."""
-    values = np.abs(array[np.isfinite(array)].astype(np.float64))
-    return float(values.max(initial=0.0))
+    return float(np.abs(array[np.isfinite(array)].astype(np.float64)).max(initial=0.0))
 
 
 def _describe_steps(arrays: dict[str, np.ndarray], n: int, step: int) -> Iterator[str]:
+    prefix = "rollout/action"  # followed by the path of a head, which may be empty
+    heads = {name.removeprefix(prefix).strip("/"): array for name, array in arrays.items() if name.startswith(prefix)}
     yield f"last steps of environment {n}:"
     for t in range(max(step - STEPS_SHOWN, 0), step + 1):
-        action, reward = arrays["rollout/action"][t, n], arrays["rollout/reward"][t, n]
-        yield f"  step {t}: action {np.array2string(np.asarray(action), precision=4)}, reward {reward:g}"
+        actions = {path: np.array2string(np.asarray(array[t, n]), precision=4) for path, array in heads.items()}
+        text = ", ".join(f"action {path + ' ' if path else ''}{value}" for path, value in actions.items())
+        yield f"  step {t}: {text}, reward {arrays['rollout/reward'][t, n]:g}"
     yield ""
 
 
@@ -123,5 +120,4 @@ def _format_range(array: np.ndarray) -> str:
         return f"{array.min()} to {array.max()}"
     finite = array[np.isfinite(array)]
     text = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "no finite value"
-    invalid = array.size - finite.size
-    return text + (f", {invalid} NaN or infinite" if invalid else "")
+    return text + (f", {array.size - finite.size} NaN or infinite" if finite.size < array.size else "")
