@@ -33,7 +33,7 @@ class NotFinite(RunError):
 
     def __init__(self, message: str, **evidence: Any) -> None:
         super().__init__(message)
-        self.evidence: dict[str, Any] = evidence
+        self.evidence = evidence
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from threadpoolctl import ThreadpoolController
 
@@ -49,11 +49,8 @@ def pin_to_core(process: int, number: int) -> None:
 def choose_num_threads(requested: int | None, rows: int, parameters: int | None) -> int:
     """Number of threads for updates: the requested number, one if minibatches are small, otherwise one per core.
 
-    OMP_NUM_THREADS is the default upper bound.
-
-    Args:
-        rows: Transitions in a minibatch.
-        parameters: Number of network parameters; None if unknown.
+    OMP_NUM_THREADS is the default upper bound. `rows` is the number of transitions in a minibatch, and `parameters`
+    that of network parameters, None if unknown.
     """
     if requested is not None:
         return requested
@@ -92,16 +89,12 @@ def choose_device(requested: str, available: Sequence[str], convolutional: bool,
     return Device("cuda", "for convolutions")
 
 
-@contextmanager
-def single_blas_thread() -> Iterator[None]:
-    """Limit NumPy's matrix multiplications to one thread within the block."""
-    with _thread_pools().limit(limits=1, user_api="blas"):
-        yield
+_thread_pools = cache(ThreadpoolController)
 
 
-@cache
-def _thread_pools() -> ThreadpoolController:
-    return ThreadpoolController()
+def single_blas_thread() -> AbstractContextManager[Any]:
+    """Limit NumPy's matrix multiplications to one thread within a `with` block."""
+    return _thread_pools().limit(limits=1, user_api="blas")
 
 
 def cache_dir() -> Path | None:

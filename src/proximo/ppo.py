@@ -223,7 +223,7 @@ class PPO:
         """
         env = self.envs.copy_for("a video", env)
         actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
-        return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)[0]
+        return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)
 
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint folder, readable by both backends.

@@ -77,28 +77,26 @@ def decoded(path):
 
 
 def test_every_frame_is_the_state_of_its_step(tmp_path):
-    """All frames of both episodes in order; odd sizes are padded by repeating the last row and column."""
+    """All frames in order; odd sizes are padded by repeating the last row and column."""
     inputs = []
 
     def actor(obs, start):
         inputs.append((float(obs[""][0, 0]), bool(start[0])))
         return {"": np.full((1, 2), 7.0, np.float32)}  # out of bounds, so to_env clips it
 
-    videos = paint(tmp_path / "new" / "film.mp4", actor, episodes=2)
-    assert [video.path.name for video in videos] == ["film-0.mp4", "film-1.mp4"]
-    assert inputs == [(t, t == 0) for t in range(8)] * 2
-    for video in videos:
-        assert video[1:] == (4.0, 8, True)
-        frames, codec, pixels, fps = decoded(video.path)
-        assert (codec, pixels, fps) == ("h264", "yuv420p", 12.5)
-        assert frames.shape == (9, 34, 48, 3)
-        expected = np.broadcast_to(10 + 20 * np.arange(9)[:, None, None, None], (9, 24, 48, 3))
-        np.testing.assert_allclose(frames[:, :24], expected, atol=4)
-        assert frames[:, -2:].max() < 40, "the last row, twice"
+    video = paint(tmp_path / "new" / "film.mp4", actor)
+    assert inputs == [(t, t == 0) for t in range(8)]
+    assert video == (tmp_path / "new" / "film.mp4", 4.0, 8, True)
+    frames, codec, pixels, fps = decoded(video.path)
+    assert (codec, pixels, fps) == ("h264", "yuv420p", 12.5)
+    assert frames.shape == (9, 34, 48, 3)
+    expected = np.broadcast_to(10 + 20 * np.arange(9)[:, None, None, None], (9, 24, 48, 3))
+    np.testing.assert_allclose(frames[:, :24], expected, atol=4)
+    assert frames[:, -2:].max() < 40, "the last row, twice"
 
 
 def test_an_episode_without_end_stops_at_the_limit(tmp_path):
-    (video,) = paint(tmp_path / "film.mp4", max_frames=5)
+    video = paint(tmp_path / "film.mp4", max_frames=5)
     assert video == (tmp_path / "film.mp4", 2.0, 4, False)
     assert len(decoded(video.path)[0]) == 5
 

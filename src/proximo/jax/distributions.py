@@ -83,22 +83,15 @@ class Gaussian(NamedTuple):
         return {"mean": self.mean, "std": self.stds()}
 
 
-class SquashedGaussian(NamedTuple):
-    """tanh of a Gaussian. Samples are stored *before* the tanh, so that no atanh is needed.
+class SquashedGaussian(Gaussian):
+    """tanh of a Gaussian. Samples, means and deviations are those before the tanh, so that no atanh is needed.
 
     The density is that of the squashed action (Haarnoja et al. 2018, arXiv:1801.01290, appendix C, eq. 21).
     """
 
-    mean: Array  # [..., D]
-    log_std: Array  # [..., D]
-
-    def sample(self, noise: Array) -> Array:
-        """Standard normal noise [..., D] -> sample before the tanh [..., D]."""
-        return Gaussian(self.mean, self.log_std).sample(noise)
-
     def log_prob(self, action: Array) -> Array:
         """log density of the tanh of a sample [..., D], summed over dimensions: [...]."""
-        normal = Gaussian(self.mean, self.log_std).log_prob(action)
+        normal = super().log_prob(action)
         return normal - jnp.sum(log_tanh_slope(action.astype(self.mean.dtype)), axis=-1)
 
     def entropy(self) -> Array:
@@ -107,15 +100,7 @@ class SquashedGaussian(NamedTuple):
         weights = jnp.asarray(QUADRATURE_WEIGHTS, self.mean.dtype)
         points = self.mean[..., None] + jnp.exp(self.log_std)[..., None] * nodes
         slope = jnp.sum(log_tanh_slope(points) * weights, axis=-1)
-        return Gaussian(self.mean, self.log_std).entropy() + jnp.sum(slope, axis=-1)
-
-    def stds(self) -> Array:
-        """Standard deviations before the tanh: [..., D]."""
-        return Gaussian(self.mean, self.log_std).stds()
-
-    def describe(self) -> dict[str, Array]:
-        """`mean` and `std` of every dimension, before the tanh: [..., D]."""
-        return Gaussian(self.mean, self.log_std).describe()
+        return super().entropy() + jnp.sum(slope, axis=-1)
 
 
 def log_tanh_slope(x: Array) -> Array:
@@ -123,7 +108,7 @@ def log_tanh_slope(x: Array) -> Array:
     return 2.0 * (math.log(2.0) - x - jax.nn.softplus(-2.0 * x))
 
 
-Distribution = Categorical | Gaussian | SquashedGaussian
+Distribution = Categorical | Gaussian
 
 
 class Policy(NamedTuple):
@@ -170,9 +155,7 @@ def categorical(
     return Categorical(logits)
 
 
-def gaussian(
-    config: Config, head: Head, output: Array, log_std: Array | None, masks: Sequence[Array]
-) -> Gaussian | SquashedGaussian:
+def gaussian(config: Config, head: Head, output: Array, log_std: Array | None, masks: Sequence[Array]) -> Gaussian:
     """The distribution of a Gaussian head from its output [..., D or 2 D]; log_std [D] where it is learned."""
     mean = output[..., : head.std_size]
     if config.tanh_mean:

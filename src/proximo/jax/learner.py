@@ -12,14 +12,15 @@ import numpy as np
 from jax import Array
 
 from proximo.config.settings import Config
-from proximo.jax.distributions import Policy
 from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import Network, Obs, Output, built_in
 from proximo.jax.runtime import HINT, available_devices, start
 from proximo.jax.state import Spec, State, initial_state, preprocess
-from proximo.jax.update import is_chunked, prepare, update
+from proximo.jax.update import prepare, update
 from proximo.learner import learner
+from proximo.learner.learner import kept_outputs
 from proximo.learner.schedules import Hyper
+from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 
 Action = dict[str, Array]
@@ -69,26 +70,19 @@ def is_finite(state: State) -> Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]))
 
 
-def identity(x: Array) -> Array:
-    """The sum over a single process."""
-    return x
-
-
 class Learner(learner.Learner):
     """The learner in JAX; see `proximo.learner.learner.Learner`."""
 
     backend = "jax"
+    transitions_type = Transitions
     pads_chunks = True
     compiled = None
 
-    def _start(self, threads: int) -> int:
-        return start(threads)
-
-    def _available_devices(self) -> tuple[Sequence[str], str]:
-        return available_devices(), HINT
+    def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
+        return start(threads), available_devices(), HINT
 
     def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Any) -> None:
-        self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce or identity)
+        self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._device = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
         self._state = self._to_device(initial_state(self.spec, config.num_envs, self._dtype.name))
         functions = (act, values, evaluate_actions, carries, inspect, update)
@@ -102,16 +96,6 @@ class Learner(learner.Learner):
     def _to_numpy(self, tree: Any) -> Any:
         return jax.device_get(tree)
 
-    def _to_transitions(self, obs: dict[str, np.ndarray], *facts: Any) -> Transitions:
-        return Transitions(*self._to_device((obs, *facts)))
-
-    def _is_chunked(self) -> bool:
-        return is_chunked(self.spec)
-
-    def _numpy_policy(self) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        params, moments = self._to_numpy((self._state.params, self._state.obs_moments))
-        return params, {path: (of.mean, of.variance) for path, of in moments.items()}
-
     def _policy_step(self) -> learner.PolicyStep:
         state, function = self._state, self._functions["act"]
 
@@ -124,12 +108,13 @@ class Learner(learner.Learner):
     def _call(self, name: str, *arguments: Any, state: Any = None) -> Any:
         return self._to_numpy(self._functions[name](self._state if state is None else state, *arguments))
 
-    def _run_update(
-        self, data: Transitions, order: np.ndarray, hyper: Hyper, outputs: Sequence[Output]
-    ) -> tuple[State, dict[str, float]]:
-        known = jax.tree.map(lambda *x: np.concatenate(x), *self._to_numpy(outputs)) if outputs else None
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
+        """Update from a rollout; see `proximo.learner.learner.Learner.update`."""
+        outputs = self._to_numpy(kept_outputs(actor))
+        known = jax.tree.map(lambda *x: np.concatenate(x), *outputs) if outputs else None
+        data, hyper = self.transitions(rollout), self._numbers(hyper)
         state, metrics = self._functions["update"](self._state, data, order, hyper, known)
-        return state, {name: float(value) for name, value in self._to_numpy(metrics).items()}
+        return self._accept(state, {name: float(value) for name, value in self._to_numpy(metrics).items()}, rollout)
 
     def _is_finite(self, state: State) -> bool:
         return bool(is_finite(state))
@@ -139,6 +124,3 @@ class Learner(learner.Learner):
 
     def _set_named_state(self, state: State) -> None:
         self._state = self._to_device(state)
-
-
-__all__ = ["Learner", "Network", "Policy", "act", "values"]

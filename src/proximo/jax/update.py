@@ -27,7 +27,7 @@ from proximo.jax.networks import Obs, Output, Params
 from proximo.jax.normalization import discounted_returns, explained_variance, merge
 from proximo.jax.optimizer import adam, adapt
 from proximo.jax.state import Spec, State, preprocess
-from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
 
 
@@ -82,11 +82,6 @@ def prepare(
     )  # fmt: skip
     batch, policy = jax.tree.map(partial(to_sequences, config.sequence_length), (batch, policy))
     return state._replace(carry=carry[-1]), batch._replace(carry=batch.carry[:1]), policy, statistics
-
-
-def is_chunked(spec: Spec) -> bool:
-    """Whether a rollout passes through the network in parts, because convolutional features of images are large."""
-    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)
 
 
 def apply_network(spec: Spec, state: State, obs: Obs, start: Array, outputs: Output | None) -> Output:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -179,3 +179,8 @@ def _layer(
     q, r = np.linalg.qr(tall)
     q *= np.sign(np.diag(r))  # unique decomposition, hence a uniformly distributed matrix
     return gain * (q if rows >= columns else q.T), np.zeros(columns)
+
+
+def is_chunked(spec: Any) -> bool:
+    """Whether a rollout passes through the network of a `Spec` in parts, because convolutional features are large."""
+    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)

@@ -13,8 +13,8 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import NotFinite
-from proximo.learner.architecture import architecture, num_parameters
-from proximo.learner.arrays import flatten, require_finite, unflatten
+from proximo.learner.architecture import architecture, is_chunked, num_parameters
+from proximo.learner.arrays import flatten, identity, require_finite, unflatten
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
 from proximo.machine import choose_device, choose_num_threads
@@ -64,6 +64,11 @@ class NetworkActor:
         return action
 
 
+def kept_outputs(actor: Actor | None) -> list[Any]:
+    """The network outputs that an actor kept."""
+    return actor.outputs if isinstance(actor, NetworkActor) else []
+
+
 class Learner:
     """Networks, their optimizer and normalisers, in one backend; takes and returns NumPy arrays.
 
@@ -86,6 +91,7 @@ class Learner:
 
     backend: ClassVar[str]
     pads_chunks: ClassVar[bool]  # evaluate final observations in calls of one shape, which compiles once
+    transitions_type: ClassVar[Callable[..., Any]]
     compiled: bool | None
     spec: Any
     _state: Any
@@ -104,10 +110,10 @@ class Learner:
         self._acts_in_numpy = self.is_built_in and not has_convolutions
         self._dtype = np.dtype(dtype)
         parameters = num_parameters(config, spaces) if self.is_built_in else None
-        self.threads = self._start(choose_num_threads(config.threads, config.minibatch_transitions, parameters))
-        available, hint = self._available_devices()
+        threads = choose_num_threads(config.threads, config.minibatch_transitions, parameters)
+        self.threads, available, hint = self._start(threads)
         self.device = choose_device(config.device, available, has_convolutions, hint)
-        self._build(config, spaces, network, reduce)
+        self._build(config, spaces, network, reduce or identity)
 
     def decide_compilation(self, num_minibatches: int, previous: bool | None = None) -> None:
         """Decide whether to compile, before an update of that many minibatches; JAX always compiles.
@@ -124,8 +130,10 @@ class Learner:
         """
         spaces = self.spec.spaces
         if self._acts_in_numpy:
-            return mlp_actor(self.spec.config, spaces, *self._numpy_policy(), noise)
-        keep_outputs = keep_outputs and self._is_chunked()
+            state = self._named_state()
+            moments = {path: (moments.mean, moments.variance) for path, moments in state.obs_moments.items()}
+            return mlp_actor(self.spec.config, spaces, state.params, moments, noise)
+        keep_outputs = keep_outputs and is_chunked(self.spec)
         return NetworkActor(
             self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
         )
@@ -140,8 +148,10 @@ class Learner:
         Raises:
             NotFinite: the update diverged; nothing is changed, except that the recurrent state advances.
         """
-        outputs = actor.outputs if isinstance(actor, NetworkActor) else []
-        state, metrics = self._run_update(self.transitions(rollout), order, self._numbers(hyper), outputs)
+        raise NotImplementedError
+
+    def _accept(self, state: Any, metrics: dict[str, float], rollout: Rollout) -> dict[str, float]:
+        """Replace the state by that after an update, if it is finite; return the metrics."""
         try:
             require_finite(metrics, self._is_finite(state))
         except NotFinite:
@@ -180,7 +190,7 @@ class Learner:
             rollout.obs, rollout.action, rollout.reward, rollout.terminated, rollout.truncated,
             rollout.valid, rollout.start, final, final_value,
         )  # fmt: skip
-        return self._to_transitions(*facts)
+        return self.transitions_type(*self._to_device(facts))
 
     def _final_values(self, rollout: Rollout, index: np.ndarray) -> np.ndarray:
         carry_size = self.spec.network.carry_size
@@ -244,12 +254,8 @@ class Learner:
 
     # Implemented by each backend
 
-    def _start(self, threads: int) -> int:
-        """Start the array library; return the number of threads."""
-        raise NotImplementedError
-
-    def _available_devices(self) -> tuple[Sequence[str], str]:
-        """Names of the devices, and how to get more."""
+    def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
+        """Start the array library; return the number of threads, names of the devices, and how to get more."""
         raise NotImplementedError
 
     def _build(self, config: Config, spaces: Spaces, network: Any, reduce: Any) -> None:
@@ -264,30 +270,12 @@ class Learner:
         """The inverse of `_to_device`."""
         raise NotImplementedError
 
-    def _to_transitions(self, obs: Obs, *facts: Any) -> Any:
-        """The backend's `Transitions`."""
-        raise NotImplementedError
-
-    def _is_chunked(self) -> bool:
-        """Whether rollouts pass through the network in parts."""
-        raise NotImplementedError
-
-    def _numpy_policy(self) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """Copies of the parameters, and path -> (mean, variance) of normalised observations."""
-        raise NotImplementedError
-
     def _policy_step(self) -> PolicyStep:
         """The step function of a `NetworkActor`."""
         raise NotImplementedError
 
     def _call(self, name: str, *arguments: Any, state: Any = None) -> Any:
         """Call a function of (spec, state, *arguments) by name; return NumPy arrays."""
-        raise NotImplementedError
-
-    def _run_update(
-        self, data: Any, order: np.ndarray, hyper: Hyper, outputs: Sequence[Any]
-    ) -> tuple[Any, dict[str, float]]:
-        """The state after an update, and its metrics."""
         raise NotImplementedError
 
     def _is_finite(self, state: Any) -> bool:

@@ -43,17 +43,9 @@ class Run(NamedTuple):
 
     def curve(self, metric: str) -> Curve:
         """Steps and values, [B] each, of the iterations in which the metric has a value."""
-        rows = [row for row in self.rows if row.get(metric) is not None]
-        return np.array([row["global_step"] for row in rows], float), np.array([row[metric] for row in rows], float)
-
-
-def plot_run(run_dir: str | Path) -> Path:
-    """Plot a run's mean training return to `learning_curve.png` in its folder; return the path.
-
-    Raises:
-        UserError: The folder has no metrics, or no episode has ended.
-    """
-    return plot([run_dir], output=Path(run_dir) / "learning_curve.png", metrics=[RETURN])
+        points = [(row["global_step"], row[metric]) for row in self.rows if row.get(metric) is not None]
+        steps, values = np.array(points, float).reshape(-1, 2).T
+        return steps, values
 
 
 def plot(
@@ -85,9 +77,13 @@ def plot(
     if not names:
         raise UserError(f"{folders} has no complete iteration yet. Plot it after the first iteration.")
 
+    from matplotlib.figure import Figure  # without pyplot, which needs a display and has global state
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure, panels = _create_panels(len(names))
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(7.0, 4.0) if len(names) == 1 else (4.2 * columns, 2.8 * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, number) for number in range(1, len(names) + 1)]
     groups = group_by_settings(runs)
     for axes, metric in zip(panels, names, strict=True):
         for label, members in groups.items():
@@ -119,10 +115,7 @@ def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     differing.sort(key=lambda name: (name != "env", name != "backend", name))
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        values = [
-            str(run.config.get(name)) if name in ("env", "backend") else f"{name} {run.config.get(name)}"
-            for name in differing
-        ]
+        values = [("" if name in ("env", "backend") else f"{name} ") + str(run.config.get(name)) for name in differing]
         groups.setdefault(tuple(values), []).append(run)
     labelled: dict[str, list[Run]] = {}
     for values, members in groups.items():
@@ -135,40 +128,19 @@ def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, mean and population standard deviation over runs, [GRID_POINTS] each.
-
-    Covers the steps that all runs have, so that every point averages the same runs.
-    """
+    """Steps, mean and population standard deviation over runs, [GRID_POINTS] each, for the steps that all runs have."""
     first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     grid = np.linspace(first, max(first, last), GRID_POINTS)
     values = np.stack([np.interp(grid, steps, value) for steps, value in curves])
     return grid, values.mean(axis=0), values.std(axis=0)
 
 
-def _create_panels(count: int) -> tuple[Any, list[Any]]:
-    # Without pyplot, which needs a display and has global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    size = (7.0, 4.0) if count == 1 else (4.2 * columns, 2.8 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in panels[count:]:
-        unused.remove()
-    return figure, panels[:count]
-
-
 def _draw(axes: Any, metric: str, label: str, members: Sequence[Run]) -> None:
-    curves = [curve for curve in (run.curve(metric) for run in members) if len(curve[0])]
-    if not curves:
-        return
+    curves = [curve for run in members if len((curve := run.curve(metric))[0])]
     if len(curves) == 1:
         steps, values = curves[0]
         axes.plot(steps, values, linewidth=1.6, label=label, marker="o" if len(steps) < 3 else None)
-        return
-    grid, mean, std = mean_curve(curves)
-    (line,) = axes.plot(grid, mean, linewidth=1.6, label=label)
-    axes.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+    elif curves:
+        grid, mean, std = mean_curve(curves)
+        (line,) = axes.plot(grid, mean, linewidth=1.6, label=label)
+        axes.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proximo.errors import Exited, NotFinite, RunError, describe_error, notify_user
 from proximo.learner.learner import Learner
-from proximo.report.plot import plot, plot_run
+from proximo.report.plot import RETURN, plot
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run import debug_bundle
 from proximo.run.folder import RunFolder
@@ -23,10 +23,10 @@ class Recorder:
     """Writes what a run records; without a run folder only progress on the terminal.
 
     Args:
-        folder: the run folder, or None.
-        trackers: receive metrics.
-        save: writes a checkpoint.
-        record_video: records an episode of the policy's mode.
+        folder: The run folder, or None.
+        trackers: Receive metrics.
+        save: Writes a checkpoint.
+        record_video: Records an episode of the policy's mode.
     """
 
     def __init__(
@@ -59,58 +59,51 @@ class Recorder:
         write_to_trackers(self._trackers, metrics, diagnostics)
 
     def after_iteration(self, evaluated: float | None) -> None:
-        """Save a checkpoint and record a video where they are due.
-
-        Args:
-            evaluated: mean return of this iteration's evaluation, if there was one.
-        """
+        """Save a checkpoint and record a video where they are due; `evaluated` is the mean return of an evaluation."""
         if self._checkpoints:
             self._checkpoints.after_iteration(evaluated)
             interval = self._config.video_interval
             if interval and self._progress.iteration % interval == 0:
-                self._film()
+                self._record_step()
 
     def finish(self) -> None:
-        """Save the last checkpoint.
-
-        Raises:
-            RunError: it could not be saved.
-        """
-        if self._checkpoints and self.folder:
+        """Save the last checkpoint; raise `RunError` if that fails."""
+        if self._checkpoints:
             self._checkpoints.save()
             if self._checkpoints.failures:
                 raise RunError(
-                    f"the last checkpoint could not be saved in {self.folder.path}. Free some space and save again."
+                    f"the last checkpoint could not be saved in {self._checkpoints.run_dir}. Free some space and save "
+                    "again."
                 )
 
     def rescue(self, error: BaseException) -> None:
         """Save what was learned before an error, and a debug bundle after a numerical one."""
-        if not self._checkpoints or not self.folder:
+        if not self._checkpoints:
             return
         try:
             if not self._checkpoints.has_given_up:
                 self._checkpoints.save()
             if isinstance(error, NotFinite):
-                path = debug_bundle.save(self.folder.path, error, self._learner, self._info, self._progress)
+                path = debug_bundle.save(self._checkpoints.run_dir, error, self._learner, self._info, self._progress)
                 notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
         except Exception as another:
             notify_user(f"not everything could be saved: {another}")
 
     def conclude(self) -> None:
-        """Record a last video and draw the curves."""
+        """Record a last video and plot the curves."""
         if not self.folder:
             return
-        self._film()
-        if not self.folder.rows:
-            return
+        self._record_step()
+        path = self.folder.path
         try:
-            plot([self.folder.path])
-            if self._progress.episodes:
-                plot_run(self.folder.path)
+            if self.folder.rows:
+                plot([path])
+            if self.folder.rows and self._progress.episodes:
+                plot([path], path / "learning_curve.png", [RETURN])
         except Exception as error:
-            notify_user(f"the curves of {self.folder.path} could not be drawn: {error}")
+            notify_user(f"the curves of {path} could not be drawn: {error}")
 
-    def _film(self) -> None:
+    def _record_step(self) -> None:
         """Record a video of this step, if videos are configured; a failure does not stop the run."""
         assert self.folder
         path = self.folder.path / "videos" / f"step_{self._progress.global_step:012d}.mp4"
@@ -138,16 +131,16 @@ def record_run(
     """Open the run folder and trackers; at the end save, and after an error rescue what was learned.
 
     Args:
-        is_continued: the run folder holds the earlier part of this run.
-        show: show progress on the terminal.
+        is_continued: The run folder holds the earlier part of this run.
+        show: Show progress on the terminal.
 
     Raises:
-        UserError: the run folder is in use or cannot be written, or a tracker does not start.
-        RunError: the last checkpoint could not be saved.
+        UserError: The run folder is in use or cannot be written, or a tracker does not start.
+        RunError: The last checkpoint could not be saved.
     """
     check = partial(require_latest, progress.global_step)
-    after = progress if is_continued else None
-    with open_trackers(run_dir, info, show, after, check) as (folder, trackers):
+    resumed = progress if is_continued else None
+    with open_trackers(run_dir, info, show, resumed, check) as (folder, trackers):
         recorder = Recorder(folder, trackers, info, learner, progress, save, record_video)
         try:
             yield recorder

@@ -25,6 +25,7 @@ from proximo.envs.make import EnvLike, explain_make_error, make_one, require_mat
 from proximo.errors import Exited, UserError
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.rollout import Actor
+from proximo.run.metrics import replace_atomically
 from proximo.spaces.spaces import Spaces
 
 MAX_FRAMES = 10_000  # over five minutes at 30 frames per second
@@ -32,8 +33,6 @@ DEFAULT_FPS = 30
 RENDER_MODE = "rgb_array"
 OPENGL_CALLERS = ("OpenGL", "glfw", "mujoco.egl", "mujoco.glfw", "mujoco.osmesa")
 OPENGL_PACKAGES = "libegl1 libgl1"  # of Debian and Ubuntu; their Mesa renders on the CPU if there is no GPU
-
-WriteFrame = Callable[[np.ndarray], None]  # of a frame, uint8 [H, W, 3]
 
 
 class Video(NamedTuple):
@@ -67,90 +66,54 @@ def record(
     env: EnvLike,
     path: str | Path,
     *,
-    episodes: int = 1,
     seed: int = 0,
-    env_kwargs: Mapping[str, Any] | None = None,
     max_frames: int = MAX_FRAMES,
-) -> list[Video]:
-    """Run episodes in one environment and write each to an MP4 file: a frame for the reset and for each step.
+) -> Video:
+    """Run an episode and write it to an MP4 file: a frame for the reset and for each step.
 
-    With a deterministic actor, the episodes are those of `evaluate` in one environment with the same seed. For
+    With a deterministic actor, the episode is that of `evaluate` in one environment with the same seed. For
     environments with `reports_episodes` (see `proximo.rollout.collector.Collector`), an episode is a whole game.
-    Files are written atomically.
+    The file is written atomically.
 
     Args:
         actor: Maps observation [1, ...] and start [1] bool to raw samples [1, ...] for `spaces.action.to_env`.
         env: Id, or function that makes one environment. A function is called with render_mode="rgb_array" if it has
             that parameter; otherwise its environment must already use that mode.
-        path: NAME.mp4. Several episodes are written to NAME-0.mp4, NAME-1.mp4, …
-        env_kwargs: Override those of `config.env_kwargs`.
-        max_frames: Recording of an episode stops after this many frames.
+        max_frames: Recording stops after this many frames.
 
     Raises:
         UserError: PyAV or a rendering dependency is not installed, the environment cannot be made, does not render or
             has other spaces, or the file cannot be written.
     """
     import_av()
-    paths = file_names(Path(path), episodes)
-    if max_frames < 2:
-        raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
-    videos = []
-    with open_rendering_env(env, {**config.env_kwargs, **(env_kwargs or {})}) as rendering_env:
-        require_matching_spaces(Spaces.of(rendering_env.observation_space, rendering_env.action_space), spaces)
-        fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
-        seeds = [*environment_seeds(seed, 1, Purpose.EVALUATION), *[None] * (episodes - 1)]
-        for file, episode_seed in zip(paths, seeds, strict=True):
-            with open_encoder(file, Fraction(fps).limit_denominator(1001)) as write_frame:
-                result = run_episode(rendering_env, actor, config, spaces, max_frames, episode_seed, write_frame)
-            videos.append(Video(file, *result))
-    return videos
-
-
-def run_episode(
-    env: gym.Env,
-    actor: Actor,
-    config: Config,
-    spaces: Spaces,
-    max_frames: int,
-    seed: int | None,
-    write_frame: WriteFrame,
-) -> tuple[float, int, bool]:
-    """Run one episode and write every frame; return its return, its length and whether it ended."""
-    observation, _ = env.reset(seed=seed)
-    write_frame(render_frame(env))
-    episode_return, length, ended = 0.0, 0, False
-    dtypes = {leaf.path: leaf.dtype for leaf in spaces.observation}
-    reports = reports_episodes(env)
-    while not ended and length + 1 < max_frames:
-        obs = {path: value.astype(dtypes[path])[None] for path, value in spaces.read(observation)}
-        raw = actor(obs, np.array([length == 0]))
-        observation, reward, terminated, truncated, info = env.step(spaces.action.to_env(raw, config)[0])
-        write_frame(render_frame(env))
-        episode_return += float(reward)
-        length += 1
-        ended = bool(terminated or truncated)
-        if ended and reports and "episode" not in info:  # a life was lost, but the game continues
-            observation, _ = env.reset()
-            ended = False
-        elif ended and reports:
-            episode_return = float(info["episode"]["r"])
-    return episode_return, length, ended
-
-
-def file_names(path: Path, episodes: int) -> list[Path]:
-    """File of each episode: `path` itself, or numbered with as many digits as needed.
-
-    Raises:
-        UserError: `episodes` is below 1, or the name does not end in .mp4.
-    """
-    if episodes < 1:
-        raise UserError(f"episodes must be a whole number in [1, ∞), got {episodes}")
+    path = Path(path)
     if path.suffix.lower() != ".mp4" or path.is_dir():
         raise UserError(f"{path} is not a video file. Use a file name that ends in .mp4.")
-    if episodes == 1:
-        return [path]
-    digits = len(str(episodes - 1))
-    return [path.with_stem(f"{path.stem}-{number:0{digits}}") for number in range(episodes)]
+    if max_frames < 2:
+        raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
+    dtypes = {leaf.path: leaf.dtype for leaf in spaces.observation}
+    with open_rendering_env(env, config.env_kwargs) as rendering_env:
+        require_matching_spaces(Spaces.of(rendering_env.observation_space, rendering_env.action_space), spaces)
+        reports = reports_episodes(rendering_env)
+        fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
+        with open_encoder(path, Fraction(fps).limit_denominator(1001)) as write_frame:
+            observation, _ = rendering_env.reset(seed=environment_seeds(seed, 1, Purpose.EVALUATION)[0])
+            write_frame(render_frame(rendering_env))
+            episode_return, length, ended = 0.0, 0, False
+            while not ended and length + 1 < max_frames:
+                obs = {name: value.astype(dtypes[name])[None] for name, value in spaces.read(observation)}
+                action = spaces.action.to_env(actor(obs, np.array([length == 0])), config)[0]
+                observation, reward, terminated, truncated, info = rendering_env.step(action)
+                write_frame(render_frame(rendering_env))
+                episode_return += float(reward)
+                length += 1
+                ended = bool(terminated or truncated)
+                if ended and reports and "episode" not in info:  # a life was lost, but the game continues
+                    observation, _ = rendering_env.reset()
+                    ended = False
+                elif ended and reports:
+                    episode_return = float(info["episode"]["r"])
+    return Video(path, episode_return, length, ended)
 
 
 @contextmanager
@@ -194,11 +157,7 @@ def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[
 
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
-    """Make one environment that renders to arrays.
-
-    Raises:
-        UserError: The environment cannot be made, or does not render to arrays.
-    """
+    """Make one environment that renders to arrays; `UserError` as in `open_rendering_env`."""
     if isinstance(env, VectorEnv) or not (isinstance(env, str) or callable(env)):
         raise UserError("recording needs an environment id or a function that makes one environment")
     kwargs = dict(env_kwargs)
@@ -234,15 +193,15 @@ def takes_render_mode(factory: Callable[..., gym.Env]) -> bool:
 
 
 def render_frame(env: gym.Env) -> np.ndarray:
-    """Render the current state, uint8 [H, W, 3].
-
-    Raises:
-        UserError: The environment returns something else, or a rendering dependency is not installed.
-    """
+    """Render the current state, uint8 [H, W, 3]; `UserError` for anything else, or if a dependency is missing."""
     try:
         frame: Any = env.render()
     except Exception as error:
-        message = explain_opengl(error) or explain_missing_package(error)
+        message = explain_opengl(error)
+        if message is None and isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
+            message = f"rendering needs a package that is not installed: {error}"
+            if "pygame" in str(error):
+                message = "rendering needs pygame: pip install 'proximo[video]'"
         if message is None:
             raise
         raise UserError(message) from error
@@ -269,15 +228,6 @@ def explain_opengl(error: Exception) -> str | None:
     )
 
 
-def explain_missing_package(error: Exception) -> str | None:
-    """Installation hint if a Python package is missing; None otherwise."""
-    if not isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
-        return None
-    if "pygame" in str(error):
-        return "rendering needs pygame: pip install 'proximo[video]'"
-    return f"rendering needs a package that is not installed: {error}"
-
-
 def import_av() -> Any:
     """Import and return PyAV, which includes FFmpeg.
 
@@ -292,7 +242,7 @@ def import_av() -> Any:
 
 
 @contextmanager
-def open_encoder(path: Path, fps: Fraction) -> Iterator[WriteFrame]:
+def open_encoder(path: Path, fps: Fraction) -> Iterator[Callable[[np.ndarray], None]]:
     """Encode frames, uint8 [H, W, 3], to a video that appears at `path` if the block completes without an error.
 
     The last row or column of odd heights and widths is repeated, because yuv420p needs even ones.
@@ -301,37 +251,33 @@ def open_encoder(path: Path, fps: Fraction) -> Iterator[WriteFrame]:
         UserError: The file cannot be written, or frames differ in size.
     """
     av = import_av()
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # faststart moves the index to the front, so that browsers can play the file while loading it.
-        container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-    try:
-        stream = container.add_stream("libx264", rate=fps)
-    except (ValueError, LookupError, OSError) as error:
-        container.close()
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"the installed PyAV has no H.264 encoder ({error}): pip install --force-reinstall av"
-        ) from error
-    stream.pix_fmt = "yuv420p"
     shapes: set[tuple[int, ...]] = set()
-
-    def write_frame(frame: np.ndarray) -> None:
-        padded = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
-        if not shapes:
-            stream.height, stream.width = padded.shape[:2]
-        shapes.add(frame.shape)
-        if len(shapes) > 1:
-            raise UserError(f"frames have sizes {sorted(shapes)}, but all frames of a video must have the same size")
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
-
-    try:
+    with replace_atomically(path) as temporary:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # faststart moves the index to the front, so that browsers can play the file while loading it.
+            container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
         with container:
+            try:
+                stream = container.add_stream("libx264", rate=fps)
+            except (ValueError, LookupError, OSError) as error:
+                raise UserError(
+                    f"the installed PyAV has no H.264 encoder ({error}): pip install --force-reinstall av"
+                ) from error
+            stream.pix_fmt = "yuv420p"
+
+            def write_frame(frame: np.ndarray) -> None:
+                padded = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+                if not shapes:
+                    stream.height, stream.width = padded.shape[:2]
+                shapes.add(frame.shape)
+                if len(shapes) > 1:
+                    raise UserError(
+                        f"frames have sizes {sorted(shapes)}, but all frames of a video must have the same size"
+                    )
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
+
             yield write_frame
             container.mux(stream.encode(None))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -29,9 +29,7 @@ REQUIRED_FIELDS = {
     "config": dict, "spaces": dict, "network": str, "backend": str, "progress": dict, "versions": dict,
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
-NETWORK_SETTINGS = frozenset(
-    ("architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash")
-)
+NETWORK_SETTINGS = {"architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"}
 UNSPECIFIED = ("auto", None)  # values of a network setting that keep the trained one
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {
@@ -40,7 +38,6 @@ NEUTRAL_SETTINGS = {
     "backend", "device", "threads", "compile",
 }  # fmt: skip
 RESOLVED = ("backend", "device", "threads", "compiled")  # choices that replace the last four
-SCHEDULES = ("lr_schedule", "clip_schedule", "ent_schedule")
 
 
 class Checkpoint(NamedTuple):
@@ -185,24 +182,21 @@ def restore_learner(
 
 
 def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
-    """List what prevents a bit-exact continuation of the saved run: changes of settings, software or environment.
-
-    Args:
-        saved: Checkpoint that training continues from.
-        info: The continuation.
-    """
-    manifest, unnamed = saved.manifest, "an environment without an id"
-    changes: list[tuple[str, Any, Any]] = [("env", manifest["env"] or unnamed, info.env_id or unnamed)]
-    before, after = manifest.get("resolved") or {}, info.resolved.to_dict()
-    common = [name for name in RESOLVED if None not in (before.get(name), after[name])]
-    changes += [(name, before[name], after[name]) for name in common]
-    before, after = manifest["config"], json.loads(json.dumps(info.config.to_dict()))
-    relevant = {name for name, setting in SETTINGS.items() if setting.group != "records"}
-    relevant -= NEUTRAL_SETTINGS
-    if all(after[name] in ("constant", "adaptive") for name in SCHEDULES):
+    """List what prevents a bit-exact continuation of the saved run: changed settings, software or environment."""
+    manifest, config = saved.manifest, json.loads(json.dumps(info.config.to_dict()))
+    relevant = {name for name, setting in SETTINGS.items() if setting.group != "records"} - NEUTRAL_SETTINGS
+    if all(config[name] in ("constant", "adaptive") for name in ("lr_schedule", "clip_schedule", "ent_schedule")):
         relevant.discard("total_timesteps")  # only the other schedules depend on it
-    changes += [(name, before[name], after[name]) for name in sorted(relevant & set(before))]
-    before, after = manifest["versions"], collect_versions()
-    common = set(before) & set(after) - {"platform", "cores"}
-    changes += [(name, before[name], after[name]) for name in sorted(common)]
-    return [f"{name} changed from {old} to {new}" for name, old, new in changes if old != new]
+
+    def conditions(env_id: str | None, resolved: dict, config: dict, versions: dict) -> dict[str, Any]:
+        return {
+            "env": env_id or "an environment without an id",
+            **{name: resolved[name] for name in RESOLVED if resolved.get(name) is not None},
+            **{name: config[name] for name in sorted(relevant & config.keys())},
+            **{name: versions[name] for name in sorted(versions.keys() - {"platform", "cores"})},
+        }
+
+    old = conditions(manifest["env"], manifest.get("resolved") or {}, manifest["config"], manifest["versions"])
+    new = conditions(info.env_id, info.resolved.to_dict(), config, collect_versions())
+    common = [name for name in old if name in new]
+    return [f"{name} changed from {old[name]} to {new[name]}" for name in common if old[name] != new[name]]

@@ -42,7 +42,7 @@ class CorruptCheckpoint(UserError):
 def save(
     path: str | Path, arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any], kind: str = CHECKPOINT
 ) -> Path:
-    """Write a checkpoint folder atomically, replacing an existing one.
+    """Write a checkpoint folder atomically, replacing an existing one. Return its path.
 
     Raises:
         UserError: `path` exists and is not a checkpoint.
@@ -53,21 +53,17 @@ def save(
         raise UserError(f"{path} exists and is not a checkpoint folder. Choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = encode({name: np.array(value, order="C") for name, value in arrays.items()})
-    manifest = {
-        "format": kind,
-        "schema": SCHEMA,
-        "proximo": __version__,
-        "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **manifest,
-    }
+    saved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest = {"format": kind, "schema": SCHEMA, "proximo": __version__, "saved": saved, **manifest}
     manifest["sha256"] = checksum(payload, manifest)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        _write(temporary / ARRAYS, payload)
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
-        _sync(temporary)
+        (temporary / ARRAYS).write_bytes(payload)
+        (temporary / MANIFEST).write_bytes(json.dumps(manifest, indent=2).encode())
+        for written in (temporary / ARRAYS, temporary / MANIFEST, temporary):
+            _sync(written)
         _replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -124,8 +120,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def checksum(payload: bytes, manifest: dict[str, Any]) -> str:
     """SHA-256 of the array bytes and the manifest without its "sha256" field."""
-    digest = hashlib.sha256(payload)
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    digest = hashlib.sha256(payload)
     digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -189,13 +185,6 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
         raise CorruptCheckpoint(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
 
 
-def _write(path: Path, payload: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _replace(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`. A non-empty folder cannot be overwritten by a rename, so it is moved away first."""
     old = path.parent / f".{path.name}.{os.getpid()}.old"
@@ -212,8 +201,9 @@ def _replace(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

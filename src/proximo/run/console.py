@@ -16,14 +16,11 @@ class Console:
     """Progress display: a line that is rewritten on a terminal, or a new line every few seconds elsewhere."""
 
     def __init__(self, total_timesteps: int, stream: IO[str] | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._is_terminal = self._stream.isatty()
-        self._total = total_timesteps
+        self._total, self._stream = total_timesteps, stream or sys.stderr
+        self._is_terminal, self._is_closed = self._stream.isatty(), False
         self._first: tuple[int, float] | None = None  # steps and seconds at the end of the first iteration
-        self._began = time.perf_counter()
-        self._printed_at = -PLAIN_SECONDS
-        self._line = ""
-        self._is_closed = False
+        self._began, self._printed_at = time.perf_counter(), -PLAIN_SECONDS
+        self._line = ""  # not finished, on a terminal; not printed, elsewhere
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
         """Show steps, speed, remaining time and the mean return."""

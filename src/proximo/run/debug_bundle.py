@@ -20,11 +20,7 @@ STEPS_SHOWN = 3  # before the fault
 
 
 def save(run_dir: Path, error: NotFinite, learner: Learner, info: RunInfo, progress: Progress) -> Path:
-    """Write the rollout, the minibatch order, the learner state before the update, and the error's evidence.
-
-    Raises:
-        OSError: Writing failed.
-    """
+    """Write the rollout, the minibatch order, the learner state before the update, and the error's evidence."""
     evidence = dict(error.evidence)
     arrays = {f"state/{name}": value for name, value in learner.state().items()}
     arrays |= {f"rollout/{name}": value for name, value in evidence.pop("rollout", {}).items()}
@@ -59,8 +55,7 @@ def describe_bundle(path: Path) -> Iterator[str]:
     yield ""
     if "environment" in manifest and "rollout/reward" in arrays:
         yield from _describe_steps(arrays, int(manifest["environment"]), int(manifest["step"]))
-    metrics = manifest.get("metrics") or {}
-    if metrics:
+    if metrics := manifest.get("metrics"):
         yield "metrics of the discarded update:"
         yield from (f"  {name:<28} {value:.6g}" for name, value in sorted(metrics.items()))
         yield ""
@@ -93,7 +88,7 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
                 "normalize_observation (for values up to 1e15)"
             )
     params = {name: max_magnitude(array) for name, array in arrays.items() if name.startswith("state/params/")}
-    name = max(params, key=lambda key: params[key], default="")
+    name = max(params, key=params.__getitem__, default="")
     if name and params[name] > LARGE:
         return f"a parameter of {params[name]:.3g} ({name}). Lower learning_rate, or set max_grad_norm"
     rate = (manifest.get("hyper") or {}).get("actor_learning_rate", 0.0)
@@ -104,8 +99,7 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
 
 def max_magnitude(array: np.ndarray) -> float:
     """Largest finite magnitude in an array; 0 if there is none."""
-    values = np.abs(array[np.isfinite(array)].astype(np.float64))
-    return float(values.max(initial=0.0))
+    return float(np.abs(array[np.isfinite(array)].astype(np.float64)).max(initial=0.0))
 
 
 def _describe_steps(arrays: dict[str, np.ndarray], n: int, step: int) -> Iterator[str]:
@@ -126,5 +120,4 @@ def _format_range(array: np.ndarray) -> str:
         return f"{array.min()} to {array.max()}"
     finite = array[np.isfinite(array)]
     text = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "no finite value"
-    invalid = array.size - finite.size
-    return text + (f", {invalid} NaN or infinite" if invalid else "")
+    return text + (f", {array.size - finite.size} NaN or infinite" if finite.size < array.size else "")

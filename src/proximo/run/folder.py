@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
+import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from proximo.errors import UserError, notify_user
@@ -36,39 +36,31 @@ class RunFolder:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        info: RunInfo,
-        resume_after: int | None = None,
-        check: Callable[[Path], None] = lambda path: None,
+        self, path: str | Path, info: RunInfo, resume_after: int | None, check: Callable[[Path], None]
     ) -> None:
         self.path, self.rows = Path(path), 0
-        self._lock: int | None = None
-        self._metrics: int | None = None
         self._unwritten: list[bytes] = []  # lines that a full disk has delayed
-        text = info.to_yaml()
         try:
-            if resume_after is None:
-                require_empty(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_run_dir(self.path)
-            if resume_after is None:
-                # Exclusive creation fails if another run has claimed the folder meanwhile.
-                with (self.path / CONFIG).open("x", encoding="utf-8") as file:
-                    file.write(text)
-            else:
-                check(self.path)
-                write_atomically(self.path / CONFIG, text)
-                truncate_metrics(self.path, resume_after)
-            write_atomically(self.path / VERSIONS, json.dumps(info.versions(), indent=2))
-            self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except BaseException as error:
-            self._unlock()
-            if isinstance(error, FileExistsError):
-                raise UserError(f"run folder {self.path} belongs to another run. Choose another `run_dir`.") from error
-            if isinstance(error, OSError):
-                raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
-            raise
+            with ExitStack() as files:
+                if resume_after is None:
+                    require_empty(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock_run_dir(self.path, files)
+                if resume_after is None:
+                    # Exclusive creation fails if another run has claimed the folder meanwhile.
+                    with (self.path / CONFIG).open("x", encoding="utf-8") as file:
+                        file.write(info.to_yaml())
+                else:
+                    check(self.path)
+                    write_atomically(self.path / CONFIG, info.to_yaml())
+                    truncate_metrics(self.path, resume_after)
+                write_atomically(self.path / VERSIONS, json.dumps(info.versions(), indent=2))
+                self._metrics = files.enter_context((self.path / METRICS).open("ab", buffering=0))
+                self._files = files.pop_all()
+        except FileExistsError as error:
+            raise UserError(f"run folder {self.path} belongs to another run. Choose another `run_dir`.") from error
+        except OSError as error:
+            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
         """Append one iteration's metrics as a line of JSON. If that fails, the line is written with a later one."""
@@ -77,72 +69,47 @@ class RunFolder:
         self._write_lines()
 
     def _write_lines(self) -> None:
-        assert self._metrics is not None
-        size, text = os.fstat(self._metrics).st_size, b"".join(self._unwritten)
+        size, text = os.fstat(self._metrics.fileno()).st_size, b"".join(self._unwritten)
         try:
-            if os.write(self._metrics, text) < len(text):
+            if self._metrics.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten.clear()
         except OSError as error:
-            os.ftruncate(self._metrics, size)  # remove an incomplete line
+            self._metrics.truncate(size)  # remove an incomplete line
             if len(self._unwritten) == 1:
                 notify_user(
                     f"metrics cannot be written to {self.path / METRICS} ({error.strerror}); "
                     "they are kept in memory and written later"
                 )
-            return
-        self._unwritten.clear()
 
     def sync(self) -> None:
         """Flush the metrics to disk, so that no checkpoint is newer than its metrics."""
-        if self._metrics is not None:
-            os.fsync(self._metrics)
+        os.fsync(self._metrics.fileno())
 
     def close(self, failed: bool = False) -> None:
         """Close the metrics file and unlock the folder."""
-        if self._metrics is None:
-            return
         if self._unwritten:
             self._write_lines()
-        os.close(self._metrics)
-        self._metrics = None
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    @contextmanager
-    def removed_on_error(self) -> Iterator[None]:
-        """Delete the folder if the block raises: the run has not started."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
+        self._files.close()
 
 
-def lock_run_dir(run_dir: Path) -> int | None:
-    """Lock a run folder for this process; return a descriptor to close for unlocking, None if locks are unsupported.
+def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
+    """Lock a run folder for this process until `files` is closed; do nothing where locks are not supported.
 
     Raises:
         UserError: Another process holds the lock.
     """
     if fcntl is None:
-        return None
-    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        return
+    file = files.enter_context((run_dir / LOCK).open("ab"))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(descriptor)
         raise UserError(
             f"run folder {run_dir} is in use by another process. Wait until it ends, or choose another `run_dir`."
         ) from error
     except OSError:  # file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
+        pass
 
 
 def require_empty(run_dir: Path) -> None:
@@ -160,6 +127,6 @@ def require_empty(run_dir: Path) -> None:
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:
     """Path of a new run folder: runs/ENV-BACKEND-sSEED-TIME."""
-    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in env_id)
+    name = re.sub(r"[^\w-]", "-", env_id)
     path = Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path

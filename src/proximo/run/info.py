@@ -11,19 +11,12 @@ from proximo.run.versions import collect_versions
 
 
 class RunInfo(NamedTuple):
-    """What identifies a run.
+    """What identifies a run."""
 
-    Attributes:
-        env_id: id of the environment; None for one without an id.
-        preset: name of the preset that the settings started from; None without one.
-        config: settings as requested.
-        resolved: choices made on this machine.
-    """
-
-    env_id: str | None
-    preset: str | None
-    config: Config
-    resolved: Resolved
+    env_id: str | None  # None for an environment without an id
+    preset: str | None  # preset that the settings started from
+    config: Config  # settings as requested
+    resolved: Resolved  # choices made on this machine
 
     def to_yaml(self) -> str:
         """The content of config.yaml, with which `proximo train --config` repeats the run."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,22 @@ METRICS, CONFIG, VERSIONS, LOCK = "metrics.jsonl", "config.yaml", "versions.json
 TAIL_BYTES = 65_536  # read from the end of metrics.jsonl; longer than any line
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file; readers see either the old or the new content."""
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which replaces `path` if the block succeeds; readers see the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, "utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file; readers see either the old or the new content."""
+    with replace_atomically(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def truncate_metrics(run_dir: Path, iteration: int) -> None:

@@ -20,18 +20,13 @@ PREFIX = "run"  # of array names in a checkpoint
 ENV_STATE_BYTES = 1 << 26  # JSON limit: parsed numbers take about ten times the memory of an array
 
 
-def last_episodes(episodes: Iterable[Episode] = ()) -> deque[Episode]:
-    """The last `WINDOW` of the episodes."""
-    return deque(episodes, maxlen=WINDOW)
-
-
 @dataclass
 class Progress:
     """Counters, latest episodes, best return and simulator state of a run."""
 
     global_step: int = 0
     iteration: int = 0
-    episodes: deque[Episode] = field(default_factory=last_episodes)
+    episodes: deque[Episode] = field(default_factory=lambda: deque(maxlen=WINDOW))  # the last ones
     skipped: int = 0  # consecutive updates that diverged
     best: float | None = None  # mean return of the best checkpoint
     best_step: int | None = None  # step of the best checkpoint
@@ -54,9 +49,8 @@ class Progress:
 
     @property
     def return_mean(self) -> float | None:
-        """Mean raw return of the last 100 training episodes; None before the first ends."""
-        returns = [episode.episode_return for episode in self.episodes]
-        return float(np.mean(returns)) if returns else None
+        """Mean raw return of the latest training episodes; None before the first ends."""
+        return float(np.mean([episode.episode_return for episode in self.episodes])) if self.episodes else None
 
     @property
     def length_mean(self) -> float | None:
@@ -68,30 +62,23 @@ class Progress:
 
         A simulator state that cannot be stored is omitted; "exact" is then false, and "why" gives the reason.
         """
-        document: dict[str, Any] = {
-            "global_step": self.global_step,
-            "iteration": self.iteration,
-            "skipped": self.skipped,
-            "best": self.best,
-            "best_step": self.best_step,
-            "resumed": self.resumed,
-            "exact": self.env_state is not None and not self.env_state.reset_reason,
-            "why": self.env_state.reset_reason if self.env_state else "no episode has started",
-            "env_state": None,
-        }
         arrays = {f"{PREFIX}/episodes": np.array(list(self.episodes), np.float64).reshape(-1, 3)}
-        if self.env_state is None:
-            return document, arrays
-        name = f"{PREFIX}/env_state"
-        try:
-            state, state_arrays = self.env_state.to_document(name)
-        except UserError as error:  # the snapshot holds an unsupported type
-            return {**document, "exact": False, "why": str(error)}, arrays
-        text = json.dumps(state).encode()
-        if len(text) > ENV_STATE_BYTES:
-            why = f"the environment state takes {len(text):,} bytes as JSON: store its numbers in NumPy arrays"
-            return {**document, "exact": False, "why": why}, arrays
-        return {**document, "env_state": name}, arrays | state_arrays | {name: np.frombuffer(text, np.uint8)}
+        name, why = None, "no episode has started"
+        if self.env_state:
+            name, why = f"{PREFIX}/env_state", self.env_state.reset_reason
+            try:
+                state, state_arrays = self.env_state.to_document(name)
+                text = json.dumps(state).encode()
+                if len(text) > ENV_STATE_BYTES:
+                    raise UserError(
+                        f"the environment state takes {len(text):,} bytes as JSON: store its numbers in NumPy arrays"
+                    )
+                arrays |= state_arrays | {name: np.frombuffer(text, np.uint8)}
+            except UserError as error:  # the snapshot holds an unsupported type, or is too large
+                name, why = None, str(error)
+        fields = ("global_step", "iteration", "skipped", "best", "best_step", "resumed")
+        document = {field: getattr(self, field) for field in fields}
+        return {**document, "exact": not why, "why": why, "env_state": name}, arrays
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Progress:
@@ -110,7 +97,7 @@ class Progress:
             raise ValueError(f"a count is negative: {counts}")
         return cls(
             **counts,
-            episodes=last_episodes(episodes),
+            episodes=deque(episodes, maxlen=WINDOW),
             best=None if document["best"] is None else float(document["best"]),
             best_step=None if document["best_step"] is None else int(document["best_step"]),
             env_state=None if text is None else EnvState.from_document(json.loads(text), arrays),

@@ -13,9 +13,9 @@ from proximo.config.settings import Config
 from proximo.errors import RunError, UserError, notify_user
 from proximo.run.checkpoint import open_checkpoint
 from proximo.run.checkpoint_files import MANIFEST, CorruptCheckpoint, list_checkpoints, step_folder
-from proximo.run.progress import WINDOW, Progress
+from proximo.run.metrics import replace_atomically
+from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
 
-MAX_FAILURES = 3  # consecutive failed saves that stop a run
 BEST = "best"  # symbolic link to the best checkpoint
 
 
@@ -42,8 +42,9 @@ class CheckpointManager:
                 leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)
         for later in list_later_checkpoints(self.progress.global_step, self.run_dir):
-            names = (f"damaged-{later.name}{suffix}" for suffix in ("", *map(".{}".format, range(1, 100))))
-            later.rename(next(path for name in names if not (path := later.with_name(name)).exists()))
+            suffixes = ("", *(f".{number}" for number in range(1, 100)))
+            paths = (later.with_name(f"damaged-{later.name}{suffix}") for suffix in suffixes)
+            later.rename(next(path for path in paths if not path.exists()))
         if self._find_best() is None:  # it is in another run folder, or was deleted
             self.progress.best = self.progress.best_step = None
         self._link_best()
@@ -54,35 +55,26 @@ class CheckpointManager:
         return self.failures >= MAX_FAILURES
 
     def after_iteration(self, evaluated: float | None) -> None:
-        """Save if a checkpoint is due, or if `evaluated`, the mean return of an evaluation, is the best so far.
-
-        Raises:
-            RunError: Saving has failed `MAX_FAILURES` times in a row.
-        """
-        config, interval, best = self.config, self.config.checkpoint_interval, self.progress.best
-        minutes = (time.monotonic() - self._saved_at) / 60
-        if (
-            (interval and self.progress.iteration % interval == 0)
-            or (config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes)
-            or (evaluated is not None and (best is None or evaluated > best))
-        ):
+        """Save if a checkpoint is due, or if `evaluated`, the mean return of an evaluation, is the best so far."""
+        interval, minutes = self.config.checkpoint_interval, self.config.checkpoint_minutes
+        is_due = interval and self.progress.iteration % interval == 0
+        is_overdue = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if is_due or is_overdue or self._is_best(evaluated):
             self.save(evaluated)
 
-    def save(self, evaluated: float | None = None) -> None:
-        """Save now. A failure is reported, and raised only if it is the last of `MAX_FAILURES` in a row.
+    def _is_best(self, score: float | None) -> bool:
+        return score is not None and (self.progress.best is None or score > self.progress.best)
 
-        Raises:
-            RunError: Saving has failed `MAX_FAILURES` times in a row.
-        """
+    def save(self, evaluated: float | None = None) -> None:
+        """Save now. A failure is reported; the last of `MAX_FAILURES` in a row raises `RunError`."""
         progress = self.progress
         path = step_folder(self.run_dir, progress.global_step)
         self._saved_at = time.monotonic()
-        if self.config.evaluation_interval:
-            score = evaluated
-        else:
-            score = progress.return_mean if len(progress.episodes) == WINDOW else None
+        score = evaluated
+        if not self.config.evaluation_interval and len(progress.episodes) == WINDOW:
+            score = progress.return_mean
         previous_best = progress.best, progress.best_step
-        if score is not None and (progress.best is None or score > progress.best):
+        if self._is_best(score):
             progress.best, progress.best_step = score, progress.global_step
         elif (path / MANIFEST).is_file():
             return
@@ -90,19 +82,16 @@ class CheckpointManager:
             self._save(path)
         except Exception as error:  # of any type: training itself is not affected
             progress.best, progress.best_step = previous_best
-            self._count_failure(path, error)
+            self.failures += 1
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            message = f"{path} could not be saved ({self.failures} of {MAX_FAILURES} failures in a row): {reason}"
+            if self.has_given_up:
+                raise RunError(message) from error
+            notify_user(f"{message}; the previous checkpoint is intact")
             return
         self.failures = 0
         self._link_best()
         self._prune()
-
-    def _count_failure(self, path: Path, error: Exception) -> None:
-        self.failures += 1
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        message = f"{path} could not be saved ({self.failures} of {MAX_FAILURES} failures in a row): {reason}"
-        if self.has_given_up:
-            raise RunError(message) from error
-        notify_user(f"{message}; the previous checkpoint is intact")
 
     def _find_best(self) -> Path | None:
         """Folder of the best checkpoint; None if there is none in this run folder."""
@@ -116,13 +105,10 @@ class CheckpointManager:
         if best is None:
             return
         link = best.parent / BEST
-        temporary = link.with_name(f".{BEST}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError, NotImplementedError):
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, NotImplementedError), replace_atomically(link) as temporary:
             if link.is_dir() and not link.is_symlink():  # a copying tool has followed the link
                 shutil.rmtree(link)
             temporary.symlink_to(best.name)
-            temporary.replace(link)  # atomic
 
     def _prune(self) -> None:
         """Delete all but the latest checkpoints and the best one."""

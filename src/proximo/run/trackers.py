@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,6 @@ from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
 WANDB_ID = ".wandb_run"  # file with the id of the folder's run
-NEEDS_WANDB = "Weights & Biases is not installed. Install it with: pip install 'proximo[wandb]'"
 
 
 class Tracker(Protocol):
@@ -29,11 +29,17 @@ class Tracker(Protocol):
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
         """Log one iteration's metrics and, in some iterations, histograms of diagnostics."""
-        ...
 
     def close(self, failed: bool = False) -> None:
         """Finish logging; `failed` if an error ended the run."""
-        ...
+
+
+def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the name, values, counts and edges of a histogram of each diagnostic that is not empty."""
+    for name, values in (diagnostics or {}).items():
+        if values.size:
+            x = np.asarray(values, np.float64).ravel()
+            yield f"histograms/{name}", x, *np.histogram(x, BINS)
 
 
 class TensorBoard:
@@ -45,48 +51,38 @@ class TensorBoard:
         resume_after: Step after which events of an earlier session are invalid.
     """
 
-    def __init__(self, folder: str | Path, resume_after: int | None = None) -> None:
+    def __init__(self, folder: Path, resume_after: int | None) -> None:
         # Imported here because it takes a fifth of a second.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._events: Any = event_pb2
         self._proto: Any = summary_pb2
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         # Unbuffered, so that errors are raised here; TensorBoard's own EventFileWriter fails silently in a thread.
-        self._writer = RecordWriter((Path(folder) / name).open("wb", buffering=0))
+        self._writer = RecordWriter((folder / name).open("wb", buffering=0))
         self._add(file_version="brain.Event:2")
         if resume_after is not None:
             start = self._events.SessionLog(status=self._events.SessionLog.START)
             self._add(step=resume_after + 1, session_log=start)
 
     def _add(self, **fields: Any) -> None:
-        event = self._events.Event(wall_time=time.time(), **fields)
-        self._writer.write(event.SerializeToString())
+        self._writer.write(self._events.Event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
         """Write scalars, and a histogram of each diagnostic."""
-        value_type = self._proto.Summary.Value
-        values = [
-            value_type(tag=name, simple_value=value)
-            for name, value in metrics.items()
-            if value is not None and name != "global_step"
-        ]
-        values += [
-            value_type(tag=f"histograms/{name}", histo=self._histogram(x))
-            for name, x in (diagnostics or {}).items()
-            if x.size
-        ]
-        self._add(step=int(metrics["global_step"] or 0), summary=self._proto.Summary(value=values))
-
-    def _histogram(self, x: np.ndarray) -> Any:
-        x = np.asarray(x, np.float64).ravel()
-        counts, edges = np.histogram(x, BINS)
-        return self._proto.HistogramProto(
-            min=x.min(), max=x.max(), num=x.size, sum=x.sum(), sum_squares=np.square(x).sum(),
-            bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
-        )  # fmt: skip
+        summary = self._proto.Summary()
+        for name, value in metrics.items():
+            if value is not None and name != "global_step":
+                summary.value.add(tag=name, simple_value=value)
+        for name, x, counts, edges in histograms(diagnostics):
+            histogram = self._proto.HistogramProto(
+                min=x.min(), max=x.max(), num=x.size, sum=x.sum(), sum_squares=np.square(x).sum(),
+                bucket_limit=edges[1:], bucket=counts,
+            )  # fmt: skip
+            summary.value.add(tag=name, histo=histogram)
+        self._add(step=int(metrics["global_step"] or 0), summary=summary)
 
     def close(self, failed: bool = False) -> None:
         """Close the event file."""
@@ -102,9 +98,12 @@ class WandB:
 
     def __init__(self, project: str, folder: Path, info: RunInfo) -> None:
         self._wandb = wandb = import_wandb()
+        run_id = None
+        with suppress(OSError):
+            run_id = (folder / WANDB_ID).read_text("utf-8").strip() or None
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), id=read_wandb_id(folder), resume="allow",
+                project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow",
                 config={"env": info.env_id, **info.config.to_dict()},
             )  # fmt: skip
             (folder / WANDB_ID).write_text(self._run.id, "utf-8")
@@ -117,23 +116,13 @@ class WandB:
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
         """Log scalars, and a histogram of each diagnostic."""
         logged: dict[str, Any] = {name: value for name, value in metrics.items() if value is not None}
-        for name, x in (diagnostics or {}).items():
-            if x.size:
-                counts = np.histogram(np.asarray(x, np.float64), BINS)
-                logged[f"histograms/{name}"] = self._wandb.Histogram(np_histogram=counts)
+        for name, _, *histogram in histograms(diagnostics):
+            logged[name] = self._wandb.Histogram(np_histogram=tuple(histogram))
         self._run.log(logged, step=int(metrics["global_step"] or 0))
 
     def close(self, failed: bool = False) -> None:
         """Finish the run with exit code 1 if it failed, 0 otherwise."""
         self._run.finish(exit_code=int(failed))
-
-
-def read_wandb_id(folder: Path) -> str | None:
-    """Weights & Biases id of the folder's run, or None."""
-    try:
-        return (folder / WANDB_ID).read_text("utf-8").strip() or None
-    except OSError:
-        return None
 
 
 def import_wandb() -> Any:
@@ -144,26 +133,23 @@ def import_wandb() -> Any:
     """
     try:
         import wandb
+
+        if not hasattr(wandb, "init"):  # a folder named wandb, left by an earlier run, imports as a namespace package
+            raise ImportError("wandb is not a package")
     except ImportError as error:
-        raise UserError(NEEDS_WANDB) from error
-    if not hasattr(wandb, "init"):  # a folder named wandb, left by an earlier run, imports as a namespace package
-        raise UserError(NEEDS_WANDB)
+        raise UserError("Weights & Biases is not installed. Install it with: pip install 'proximo[wandb]'") from error
     return wandb
 
 
 @contextmanager
 def open_trackers(
-    run_dir: str | Path | None,
-    info: RunInfo,
-    console: bool,
-    resumed: Progress | None = None,
-    check: Callable[[Path], None] = lambda path: None,
+    run_dir: str | Path | None, info: RunInfo, console: bool, resumed: Progress | None, check: Callable[[Path], None]
 ) -> Iterator[tuple[RunFolder | None, list[Tracker]]]:
     """Open the run folder (None without `run_dir`) and all trackers; close them at the end.
 
     Args:
         resumed: Progress of the folder's run, which is resumed; None starts a new run.
-        check: Called with the folder of a resumed run before anything is changed; raises to refuse.
+        check: As for `RunFolder`.
 
     Raises:
         UserError: The folder is in use or cannot be written, or a tracker cannot be started.
@@ -175,16 +161,19 @@ def open_trackers(
             trackers.append(tracker)
             stack.push(lambda kind, *_: close_tracker(tracker, failed=kind is not None))
 
-        iteration, step = (resumed.iteration, resumed.global_step) if resumed else (None, None)
-        folder = None if run_dir is None else RunFolder(run_dir, info, iteration, check)
-        if folder:
+        folder, config = None, info.config
+        if run_dir is not None:
+            folder = RunFolder(run_dir, info, resumed.iteration if resumed else None, check)
             add(folder)
-        config = info.config
-        if folder and config.wandb:
-            with nullcontext() if resumed else folder.removed_on_error():
-                add(WandB(config.wandb, folder.path, info))
-        if folder and config.tensorboard:
-            add(TensorBoard(folder.path / "tensorboard", step))
+            if config.wandb:
+                try:
+                    add(WandB(config.wandb, folder.path, info))
+                except BaseException:
+                    if not resumed:  # the run has not started
+                        shutil.rmtree(folder.path, ignore_errors=True)
+                    raise
+            if config.tensorboard:
+                add(TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None))
         if console:
             add(Console(config.total_timesteps))
         yield folder, trackers

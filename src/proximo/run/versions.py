@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,10 @@ PACKAGES = (
 @cache
 def collect_versions() -> dict[str, Any]:
     """Versions of Proximo, Python and packages (None if not installed), platform, processor and number of cores."""
-    found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version()}
+    found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version(), **dict.fromkeys(PACKAGES)}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return {**found, "platform": platform.platform(), "machine": processor_name(), "cores": os.cpu_count()}
 
 

@@ -83,22 +83,15 @@ class Gaussian(NamedTuple):
         return {"mean": self.mean, "std": self.stds()}
 
 
-class SquashedGaussian(NamedTuple):
-    """tanh of a Gaussian. Samples are stored *before* the tanh, so that no atanh is needed.
+class SquashedGaussian(Gaussian):
+    """tanh of a Gaussian. Samples, means and deviations are those before the tanh, so that no atanh is needed.
 
     The density is that of the squashed action (Haarnoja et al. 2018, arXiv:1801.01290, appendix C, eq. 21).
     """
 
-    mean: Tensor  # [..., D]
-    log_std: Tensor  # [..., D]
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Standard normal noise [..., D] -> sample before the tanh [..., D]."""
-        return Gaussian(self.mean, self.log_std).sample(noise)
-
     def log_prob(self, action: Tensor) -> Tensor:
         """log density of the tanh of a sample [..., D], summed over dimensions: [...]."""
-        normal = Gaussian(self.mean, self.log_std).log_prob(action)
+        normal = super().log_prob(action)
         return normal - torch.sum(log_tanh_slope(action.to(self.mean.dtype)), dim=-1)
 
     def entropy(self) -> Tensor:
@@ -107,15 +100,7 @@ class SquashedGaussian(NamedTuple):
         weights = torch.tensor(QUADRATURE_WEIGHTS, dtype=self.mean.dtype)
         points = self.mean[..., None] + torch.exp(self.log_std)[..., None] * nodes
         slope = torch.sum(log_tanh_slope(points) * weights, dim=-1)
-        return Gaussian(self.mean, self.log_std).entropy() + torch.sum(slope, dim=-1)
-
-    def stds(self) -> Tensor:
-        """Standard deviations before the tanh: [..., D]."""
-        return Gaussian(self.mean, self.log_std).stds()
-
-    def describe(self) -> dict[str, Tensor]:
-        """`mean` and `std` of every dimension, before the tanh: [..., D]."""
-        return Gaussian(self.mean, self.log_std).describe()
+        return super().entropy() + torch.sum(slope, dim=-1)
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:
@@ -128,7 +113,7 @@ def softplus(x: Tensor) -> Tensor:
     return functional.softplus(x, threshold=80.0)
 
 
-Distribution = Categorical | Gaussian | SquashedGaussian
+Distribution = Categorical | Gaussian
 
 
 class Policy(NamedTuple):
@@ -175,9 +160,7 @@ def categorical(
     return Categorical(logits)
 
 
-def gaussian(
-    config: Config, head: Head, output: Tensor, log_std: Tensor | None, masks: Sequence[Tensor]
-) -> Gaussian | SquashedGaussian:
+def gaussian(config: Config, head: Head, output: Tensor, log_std: Tensor | None, masks: Sequence[Tensor]) -> Gaussian:
     """The distribution of a Gaussian head from its output [..., D or 2 D]; log_std [D] where it is learned."""
     mean = output[..., : head.std_size]
     if config.tanh_mean:

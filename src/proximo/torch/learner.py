@@ -14,14 +14,17 @@ from proximo.config.settings import Config
 from proximo.errors import notify_user
 from proximo.learner import learner
 from proximo.learner.architecture import is_critic, limits
+from proximo.learner.arrays import identity
+from proximo.learner.learner import kept_outputs
 from proximo.learner.schedules import Hyper
+from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 from proximo.torch.minibatches import Transitions
 from proximo.torch.networks import Network, Obs, Output, Params, built_in
 from proximo.torch.runtime import HINT, MIN_MINIBATCHES, available_devices, can_compile, default_device, num_threads
 from proximo.torch.state import Spec, State, initial_state, preprocess
 from proximo.torch.tensors import compile_function, flatten, to_tensor, tree_map, unflatten
-from proximo.torch.update import Metrics, is_chunked, minibatch, prepare, update
+from proximo.torch.update import Metrics, minibatch, prepare, update
 
 Action = dict[str, Tensor]
 FLAT = ("params", "moment_1", "moment_2")  # flat vectors of a State
@@ -84,22 +87,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def identity(x: Tensor) -> Tensor:
-    """The sum over a single process."""
-    return x
-
-
 class Learner(learner.Learner):
     """The learner in PyTorch; see `proximo.learner.learner.Learner`."""
 
     backend = "torch"
+    transitions_type = Transitions
     pads_chunks = False
 
-    def _start(self, threads: int) -> int:
-        return threads
-
-    def _available_devices(self) -> tuple[Sequence[str], str]:
-        return available_devices(), HINT
+    def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
+        return threads, available_devices(), HINT
 
     def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Any) -> None:
         network = network or built_in(config, spaces)
@@ -115,12 +111,12 @@ class Learner(learner.Learner):
         low = per_parameter(lambda name: limits(name, config)[0], self._torch_dtype)
         high = per_parameter(lambda name: limits(name, config)[1], self._torch_dtype)
         is_limited = bool((torch.isfinite(low) | torch.isfinite(high)).any())
-        self.spec = Spec(config, spaces, network, reduce or identity, shapes, critic, low, high, is_limited)
+        self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high, is_limited)
         state = initial_state(self.spec, config.num_envs, self._torch_dtype)
         self._state = tree_map(lambda x: x.to(self.device.name), state)
         self.compiled, self._expected = bool(config.compile), 0
         # Custom networks and reductions may not compile; compiling convolutions was not found to pay.
-        self._may_choose = config.compile is None and self._acts_in_numpy and reduce is None
+        self._may_choose = config.compile is None and self._acts_in_numpy and reduce is identity
         # By shapes of rollout and order.
         self._compiled: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
 
@@ -136,23 +132,6 @@ class Learner(learner.Learner):
 
     def _to_numpy(self, tree: Any) -> Any:
         return tree_map(lambda x: x.cpu().numpy(), tree)
-
-    def _to_transitions(self, obs: dict[str, np.ndarray], *facts: Any) -> Transitions:
-        # Images are large; on a CPU the update reads the rollout's memory.
-        on_device = {
-            path: torch.from_numpy(x).to(self.device.name) if x.dtype == np.uint8 else self._to_device(x)
-            for path, x in obs.items()
-        }
-        return Transitions(on_device, *self._to_device(facts))
-
-    def _is_chunked(self) -> bool:
-        return is_chunked(self.spec)
-
-    def _numpy_policy(self) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        params, moments = self._to_numpy(
-            (unflatten(self.spec.shapes, self._state.params.clone()), self._state.obs_moments)
-        )
-        return params, {path: (of.mean, of.variance) for path, of in moments.items()}
 
     def _policy_step(self) -> learner.PolicyStep:
         state = self._state
@@ -172,12 +151,12 @@ class Learner(learner.Learner):
         with default_device(self.device):
             return self._to_numpy(FUNCTIONS[name](self.spec, state, *self._to_device(arguments)))
 
-    def _run_update(
-        self, data: Transitions, order: np.ndarray, hyper: Hyper, outputs: Sequence[Output]
-    ) -> tuple[State, dict[str, float]]:
-        indices, hyper = self._to_device((order, hyper))
-        learn = partial(update, self.spec, self._state, data, indices, hyper, outputs)
-        shapes = (data.reward.shape, order.shape)
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
+        """Update from a rollout; see `proximo.learner.learner.Learner.update`."""
+        data = self.transitions(rollout)
+        indices, hyper = self._to_device((order, self._numbers(hyper)))
+        learn = partial(update, self.spec, self._state, data, indices, hyper, kept_outputs(actor))
+        shapes = (rollout.reward.shape, order.shape)
         is_tried = shapes in self._compiled
         step = self._minibatch(*shapes)
         with num_threads(self.threads), default_device(self.device):
@@ -190,7 +169,7 @@ class Learner(learner.Learner):
                 notify_user(f"PyTorch failed to compile; training continues without: {reason}")
                 self.compiled = self._may_choose = False
                 state, metrics = learn(minibatch)
-        return state, {name: value.item() for name, value in metrics.items()}
+        return self._accept(state, {name: value.item() for name, value in metrics.items()}, rollout)
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
         if not self.compiled:
@@ -214,6 +193,3 @@ class Learner(learner.Learner):
         state = self._to_device(state)
         flat = {name: flatten(self.spec.shapes, getattr(state, name)) for name in FLAT}
         self._state = state._replace(**flat)
-
-
-__all__ = ["Learner", "Network", "act", "values"]

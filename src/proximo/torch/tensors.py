@@ -38,8 +38,11 @@ def tree_cat(trees: list[Any]) -> Any:
 
 
 def to_tensor(array: np.ndarray | Tensor) -> Tensor:
-    """A copy, because rollout arrays are reused; tensors are returned as they are."""
-    return array if isinstance(array, Tensor) else torch.from_numpy(np.array(array, order="C"))
+    """A copy, because rollout arrays are reused; but images, which are large, are shared, and tensors returned."""
+    if isinstance(array, Tensor):
+        return array
+    is_image = array.dtype == np.uint8 and array.flags.writeable
+    return torch.from_numpy(array if is_image else np.array(array, order="C"))
 
 
 def unflatten(shapes: Shapes, flat: Tensor) -> Params:

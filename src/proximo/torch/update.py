@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
 from proximo.torch.advantages import gae
 from proximo.torch.distributions import Policy
@@ -86,11 +86,6 @@ def prepare(
     )  # fmt: skip
     batch, policy = tree_map(partial(to_sequences, config.sequence_length), (batch, policy))
     return state._replace(carry=carry[-1]), batch._replace(carry=batch.carry[:1]), policy, statistics
-
-
-def is_chunked(spec: Spec) -> bool:
-    """Whether a rollout passes through the network in parts, because convolutional features of images are large."""
-    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)
 
 
 def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Sequence[Output]) -> Output:
