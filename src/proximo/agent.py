@@ -25,7 +25,7 @@ from proximo.rollout.collector import Collected, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run import checkpoint_files
-from proximo.run.checkpoint import load, restore_config, restore_spaces, serialize
+from proximo.run.checkpoint import load, restore_config, restore_learner, restore_spaces, serialize
 from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics, update_from
@@ -93,13 +93,13 @@ class Agent:
         **settings: Any,
     ) -> None:
         config = from_mapping({**DEFAULTS, **agent_settings(settings)})
-        self._bind(config, spaces_from(observation, action), network, None)
+        spaces = spaces_from(observation, action)
+        self._bind(config, spaces, make_learner(config, spaces, network), None)
 
-    def _bind(self, config: Config, spaces: Spaces, network: Any, env_id: str | None) -> None:
-        self.config, self.spaces = config, spaces
-        self.learner: Learner = make_learner(config, spaces, network)
+    def _bind(self, config: Config, spaces: Spaces, learner: Learner, env_id: str | None) -> None:
+        self.config, self.spaces, self.learner = config, spaces, learner
         self.progress = Progress()
-        self._network, self._env_id = network, env_id
+        self._env_id = env_id
         count = self.config.num_envs
         self._rollout = Rollout(spaces, self.config.num_steps, count)
         self._extra_rng = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
@@ -269,14 +269,15 @@ class Agent:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
         saved = load(path)
-        config = restore_config(path, saved.manifest, network, agent_settings(changes))
+        given = agent_settings(changes)
+        config = restore_config(path, saved.manifest, network, given)
         spaces = restore_spaces(saved, config)
+        config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
         agent = cls.__new__(cls)
-        agent._bind(config, spaces, network, saved.manifest["env"])
-        agent.learner.load(saved.arrays)
+        agent._bind(config, spaces, learner, saved.manifest["env"])
         agent.progress.global_step = saved.progress.global_step
         agent.progress.iteration = saved.progress.iteration
-        agent._begin()
+        agent._begin()  # with the noise of that iteration
         return agent
 
     @property
