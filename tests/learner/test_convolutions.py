@@ -67,11 +67,7 @@ def test_observations_that_do_not_fit_the_architecture_are_refused():
             picture(35, 90, 3),
             "`architecture` nature needs images of at least 36 pixels in height and width, but one has 35",
         ),
-        (
-            Config(architecture="impala"),
-            vector,
-            "`architecture` impala needs images, and the observations contain none",
-        ),
+        (Config(architecture="impala"), vector, "`architecture` impala needs images, .* contain none"),
     ]:
         with pytest.raises(UserError, match=message):
             initial_parameters(config, spaces)
@@ -237,7 +233,7 @@ def test_a_precision_without_convolutions_is_refused():
         PPO("CartPole-v1", precision="bfloat16")
     linear = (lambda key, x: jnp.zeros(x.shape[-1]), lambda weight, x: x @ weight)
     network = proximo.jax.custom_network(value=linear)
-    with pytest.raises(UserError, match="one of your own decides for itself"):
+    with pytest.raises(UserError, match="`precision` bfloat16 applies to built-in networks only"):
         PPO("CartPole-v1", network=network, precision="bfloat16")
 
 
