@@ -102,7 +102,8 @@ def main() -> int:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             time.sleep(rng.uniform(0.5, 25))
             if process.poll() is not None:
-                print(f"the run ended without a fault, with status {process.returncode}:\n{process.stderr.read().decode()}")
+                errors = process.stderr.read().decode()
+                print(f"the run ended without a fault, with status {process.returncode}:\n{errors}")
                 return 1
             fault, workers = rng.choice(list(FAULTS)), children(process.pid)
             fault = fault if workers or "worker" not in fault else "kill the trainer"

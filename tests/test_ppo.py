@@ -1,4 +1,4 @@
-"""The Python interface, checkpoints that cross backends, and learning on real environments."""
+"""The class PPO: environments, seeds, prediction, checkpoints across backends, and learning."""
 
 import json
 
@@ -19,7 +19,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 @each_backend
 def test_environments_are_accepted_in_every_form(backend):
-    """An id, a factory, and ready vector environments in each autoreset mode, native ones included."""
+    """An id, a function, and vector environments in every autoreset mode, also a native one."""
     ready = [SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode) for mode in AutoresetMode]
     native = gym.make_vec("CartPole-v1", 4, vectorization_mode="vector_entry_point")
     for env in ["CartPole-v1", lambda: gym.make("CartPole-v1"), *ready, native]:
@@ -31,7 +31,7 @@ def test_environments_are_accepted_in_every_form(backend):
 
 
 def test_engines_give_the_same_training():
-    """In this process and in workers: the same metrics, number for number."""
+    """Stepping in this process and in workers gives identical metrics."""
     rows = []
     for engine in ("sync", "workers"):
         agent = PPO("CartPole-v1", engine=engine, **SMALL)
@@ -52,7 +52,7 @@ def test_a_run_is_a_function_of_its_seed(backend):
 
 
 class Recorder(gym.Wrapper):
-    """Keeps what was done to the environment and what came of it."""
+    """Records actions, observations and rewards."""
 
     def __init__(self, env, log):
         super().__init__(env)
@@ -66,9 +66,9 @@ class Recorder(gym.Wrapper):
 
 @pytest.mark.parametrize(("env", "tolerance"), [("CartPole-v1", 0.0), ("Pendulum-v1", 1e-3)])
 def test_both_backends_act_alike_in_a_real_environment(env, tolerance):
-    """The same seed gives the same trajectories over five iterations of acting and learning: every discrete
-    action exactly, so that the observations are equal bit for bit; real ones to 1e-3, since float32
-    differs in its last place and learning carries that on."""
+    """The same seed gives the same trajectories over five iterations of acting and learning. Discrete actions are
+    equal, so observations are bit-identical; continuous ones agree to 1e-3, because float32 rounding differs and
+    learning amplifies it."""
     logs = {}
     for backend in BACKENDS:
         log = logs[backend] = []
@@ -77,16 +77,16 @@ def test_both_backends_act_alike_in_a_real_environment(env, tolerance):
         agent.learn(4 * 64 * 5)
         agent.close()
     assert len(logs["jax"]) == len(logs["torch"]) == 4 * 64 * 5
-    for mine, its in zip(logs["jax"], logs["torch"], strict=True):
-        for one, other in zip(mine, its, strict=True):
+    for jax_step, torch_step in zip(logs["jax"], logs["torch"], strict=True):
+        for one, other in zip(jax_step, torch_step, strict=True):
             np.testing.assert_allclose(one, other, atol=tolerance, rtol=0)
 
 
 @each_backend
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_a_checkpoint_crosses_backends(backend, env, tmp_path):
-    """Saved by one backend, loaded by the other: the same actions to 1e-5, the same arrays bit for bit, and
-    training goes on from the same step."""
+    """A checkpoint of one backend, loaded by the other, gives the same actions to 1e-5 and bit-identical arrays, and
+    training continues from the same step."""
     settings = {**SMALL, "normalize_observation": True, "normalize_reward": True}
     agent = PPO(env, backend=backend, **settings).learn(4 * 16 * 3)
     path = agent.save(tmp_path / "checkpoint")
@@ -106,7 +106,7 @@ def test_a_checkpoint_crosses_backends(backend, env, tmp_path):
 
 
 @each_backend
-def test_predict_takes_one_observation_or_many(backend):
+def test_predict_takes_one_observation_or_a_batch(backend):
     agent = PPO("CartPole-v1", backend=backend, **SMALL)
     one = agent.predict(np.zeros(4, np.float32))
     assert one.shape == ()
@@ -117,13 +117,14 @@ def test_predict_takes_one_observation_or_many(backend):
     agent = PPO("Pendulum-v1", backend=backend, rescale_actions=True, **SMALL)
     sampled = np.stack([agent.predict(np.zeros(3), deterministic=False) for _ in range(50)])
     assert sampled.shape == (50, 1)
-    assert np.abs(sampled).max() <= 2.0  # the torque's bounds
+    assert np.abs(sampled).max() <= 2.0  # bounds of the torque
     assert sampled.std() > 0.5
     agent.close()
 
 
 def test_checkpoint_refusals(tmp_path):
-    """Nothing there, a flipped byte, another schema, something else in the place: each said, nothing lost."""
+    """A missing path, a flipped byte, another schema and a folder that is not a checkpoint are refused, and nothing is
+    overwritten. So are changes of the network and of the environment."""
     agent = PPO("CartPole-v1", **SMALL)
     path = agent.save(tmp_path / "checkpoint")
     agent.close()
@@ -135,11 +136,11 @@ def test_checkpoint_refusals(tmp_path):
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
     arrays.write_bytes(whole)
-    said = (path / checkpoint_files.MANIFEST).read_text()
-    (path / checkpoint_files.MANIFEST).write_text(said.replace('"global_step": 0', '"global_step": 9'))
+    text = (path / checkpoint_files.MANIFEST).read_text()
+    (path / checkpoint_files.MANIFEST).write_text(text.replace('"global_step": 0', '"global_step": 9'))
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
-    (path / checkpoint_files.MANIFEST).write_text(said)
+    (path / checkpoint_files.MANIFEST).write_text(text)
     manifest = {**json.loads((path / checkpoint_files.MANIFEST).read_text()), "schema": 99}
     manifest["sha256"] = checkpoint_files.checksum(whole, manifest)
     (path / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
@@ -159,7 +160,7 @@ def test_checkpoint_refusals(tmp_path):
 
 
 def test_a_second_call_of_learn_extends_the_schedule():
-    """64 steps, then 64 more: the second call starts half-way down a line that now ends at 128."""
+    """After 64 steps and 64 more, the second call starts half-way along a schedule that now ends at 128."""
     agent = PPO("CartPole-v1", learning_rate=1e-3, **SMALL).learn(64)
     (row,) = agent.iterate(64)
     assert agent.config.total_timesteps == 128
@@ -168,8 +169,8 @@ def test_a_second_call_of_learn_extends_the_schedule():
 
 
 def test_learn_goes_up_to_the_configured_total():
-    """Without a number there is nothing left to do once the total is reached; a bad number is refused; an iterator
-    that is not used changes nothing."""
+    """Without a number, a call after the total is reached does nothing. A bad number is refused, and an iterator that
+    is not used changes nothing."""
     agent = PPO("CartPole-v1", total_timesteps=128, **SMALL).learn(64)
     assert agent.progress.global_step == 64
     agent.iterate(1000)
@@ -182,7 +183,7 @@ def test_learn_goes_up_to_the_configured_total():
 
 
 def test_a_run_can_be_continued_from_its_folder(tmp_path):
-    """The folder is the first call's alone: the loaded agent goes on, and may be given another folder."""
+    """The run folder belongs to the first call only. A loaded agent continues, also in another folder."""
     run = tmp_path / "run"
     PPO("CartPole-v1", run_dir=run, **SMALL).learn(64).learn(64).close()
     with PPO.load(run) as agent:
@@ -197,7 +198,7 @@ def test_a_run_can_be_continued_from_its_folder(tmp_path):
 
 
 class Faulty(gym.Env):
-    """Pays one good reward a step, and after 100 steps the one that it was made with."""
+    """Reward 1 in each step, and the given reward after 100 steps."""
 
     observation_space = gym.spaces.Box(-1, 1, (1,))
     action_space = gym.spaces.Discrete(2)
@@ -216,9 +217,9 @@ class Faulty(gym.Env):
 @each_backend
 @pytest.mark.parametrize(("reward", "message"), [(np.nan, "reward is not finite"), (1e30, "diverged")])
 def test_a_run_that_fails_loses_nothing(reward, message, backend, tmp_path):
-    """Rollouts of 16 steps; the environment goes wrong in the seventh. NaN is found before the update, an overflow
-    (1e30² is infinite in float32) in it, twice without ending the run: either way the state that is saved is that of
-    the sixth, finite."""
+    """Rollouts of 16 steps; the environment fails in the seventh. NaN is detected before the update. An overflow (1e30²
+    is infinite in float32) is detected in the update, and the run continues twice. In both cases the saved state is the
+    finite one of the sixth iteration."""
     run = tmp_path / "run"
     agent = PPO(lambda: Faulty(reward), backend=backend, run_dir=run, checkpoint_interval=0, **SMALL)
     with pytest.raises(RunError, match=message):
@@ -235,7 +236,7 @@ def test_a_run_that_fails_loses_nothing(reward, message, backend, tmp_path):
 
 
 def test_environments_that_do_not_fit_are_refused():
-    """Other spaces, an environment where its maker is expected, settings that could not be saved."""
+    """Other spaces, an environment instead of a function that makes one, and settings that cannot be saved."""
     agent = PPO("CartPole-v1", **SMALL)
     with pytest.raises(UserError, match="the policy was made for"):
         agent.evaluate(1, env="Acrobot-v1")
@@ -251,8 +252,8 @@ def test_environments_that_do_not_fit_are_refused():
 
 
 def test_evaluation_counts_the_same_number_of_episodes_everywhere():
-    """An environment whose episodes last 1 step or 9, by its seed: the mean over a fixed number of episodes in
-    each of 8 environments is 5 up to chance, and not drawn to the short ones that end first."""
+    """Episodes last 1 or 9 steps, depending on the seed. With a fixed number of episodes in each of 8 environments the
+    mean is 5 up to chance; short episodes, which end first, are not favoured."""
 
     class Lottery(gym.Env):
         observation_space = gym.spaces.Box(-1, 1, (1,))
@@ -286,14 +287,14 @@ def test_cartpole_is_solved(backend):
 
 
 def test_loading_does_not_change_the_network(tmp_path):
-    """Other settings may change; those that give parameters their meaning may not, though they may be left open."""
+    """Settings that define the network cannot change, though they may be unspecified; others can."""
     saved = PPO("CartPole-v1", **SMALL)
-    saved.save(tmp_path / "kept")
-    same = PPO.load(tmp_path / "kept", architecture="auto", hidden_sizes=None, shared_trunk=None)
+    saved.save(tmp_path / "saved")
+    same = PPO.load(tmp_path / "saved", architecture="auto", hidden_sizes=None, shared_trunk=None)
     assert same.config == saved.config
     with pytest.raises(UserError, match=r"`hidden_sizes` is \(8,\), but .* was trained with"):
-        PPO.load(tmp_path / "kept", hidden_sizes=[8])
-    assert PPO.load(tmp_path / "kept", learning_rate=0.5).config.learning_rate == 0.5
+        PPO.load(tmp_path / "saved", hidden_sizes=[8])
+    assert PPO.load(tmp_path / "saved", learning_rate=0.5).config.learning_rate == 0.5
 
 
 def test_a_function_must_make_an_environment():

@@ -65,7 +65,7 @@ class Working(gym.Env):
 gym.register("Working-v0", Working)
 
 
-def test_the_environments_own_vectorised_version_is_taken_for_sixteen_or_more():
+def test_sixteen_environments_use_the_native_vectorised_version():
     assert resolve_engine("CartPole-v1", 15) != "native"
     assert resolve_engine("CartPole-v1", 16) == "native"
     assert resolve_engine("CartPole-v1", 16, env_kwargs={"sutton_barto_reward": True}) != "native"
@@ -78,7 +78,7 @@ def test_the_removed_engine_async_suggests_workers():
 
 
 @several_cores
-def test_workers_are_taken_where_they_save_more_than_they_cost():
+def test_workers_are_chosen_if_they_save_more_than_their_start():
     """A step of Humanoid takes 0.2 ms or more: 16 of them 3.2 ms, on two cores 1.8 ms. Over a million steps (62,500
     of the vector environment) that saves more than a minute; over a thousand, a tenth of a second."""
     assert resolve_engine("Humanoid-v5", 16) == "workers"
@@ -86,7 +86,7 @@ def test_workers_are_taken_where_they_save_more_than_they_cost():
     assert resolve_engine("Humanoid-v5", 1) == "sync"
 
 
-def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
+def test_workers_must_save_a_sixth_of_the_time(monkeypatch):
     """16 environments on two cores take 16 (s + 2) µs with sync and 8 (s + 3) 1.1 + 20 µs with workers: 96 (five sixths
     are 80) and 81.6 at s = 4; 192 and 134.4 at s = 10. The trial measures a step of a millisecond correctly."""
     monkeypatch.setattr("proximo.envs.auto_engine.cores", lambda: 2)
@@ -99,7 +99,7 @@ def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
     assert 1e-3 <= min(trials) < 3e-3  # other processes slow some down
 
 
-def test_what_belongs_to_a_program_cannot_be_sent_or_fails_stays_here():
+def test_environments_that_workers_cannot_make_stay_in_this_process():
     """A program's own environment may share state with it. One that fails is made in this process, to report why."""
     assert resolve_engine("Working-v0", 16, env_kwargs={"seconds": 1e-3}) == "sync"
     made = []
@@ -135,7 +135,7 @@ def test_a_trial_leaves_a_programs_random_numbers_alone():
     assert drawn == (random.Random(1).random(), np.random.RandomState(1).random_sample())
 
 
-def test_workers_run_what_only_the_program_registered():
+def test_workers_run_environments_that_only_the_program_registered():
     """The learned parameters equal those of engine sync."""
     settings = {"num_envs": 2, **SMALL}
     states = [PPO("Working-v0", engine=engine, **settings).learn(64).learner.state() for engine in ("workers", "sync")]
@@ -158,7 +158,7 @@ def test_the_chosen_engine_is_recorded_and_chosen_anew_for_another_environment(t
     assert (same.config.engine, same.resolved.engine) == ("sync", "sync")
 
 
-def test_small_networks_learn_on_one_thread(monkeypatch):
+def test_small_networks_use_one_thread(monkeypatch):
     """CartPole, two networks of 64 64: 2 (4·64 + 64 + 64·64 + 64) + 65·2 + 65 = 9155 parameters. Minibatches of 64
     cost 585,920 multiplications; of 1024, 9,374,720, which is above 5 million."""
     agent = PPO("CartPole-v1", num_envs=2, **SMALL)
@@ -185,7 +185,7 @@ class Watching(Working):
         return super().step(action)
 
 
-def test_numpy_acts_on_one_thread_and_has_its_own_again_afterwards():
+def test_numpy_acts_on_one_thread_and_its_threads_are_restored():
     Watching.seen.clear()
     with threadpool_limits(2, user_api="blas"):
         before = [pool["num_threads"] for pool in threadpool_info()]
@@ -195,7 +195,7 @@ def test_numpy_acts_on_one_thread_and_has_its_own_again_afterwards():
         assert [pool["num_threads"] for pool in threadpool_info()] == before
 
 
-def test_pytorch_learns_on_so_many_threads_and_has_its_own_again_afterwards(monkeypatch):
+def test_pytorch_updates_on_the_given_threads_and_its_threads_are_restored(monkeypatch):
     import torch
 
     before, seen = torch.get_num_threads(), []
@@ -210,9 +210,9 @@ def test_pytorch_learns_on_so_many_threads_and_has_its_own_again_afterwards(monk
     assert torch.get_num_threads() == before
 
 
-def test_the_device_is_the_one_asked_for_or_the_one_that_pays():
+def test_the_device_is_the_requested_or_the_faster_one():
     """Requesting an unavailable device raises an error that lists the available ones."""
-    for asked, there, convolutional, name in [
+    for requested, available, convolutional, name in [
         ("auto", ["cpu"], True, "cpu"),
         ("auto", ["cpu", "mps"], True, "cpu"),
         ("auto", ["cpu", "cuda"], True, "cuda"),
@@ -221,7 +221,7 @@ def test_the_device_is_the_one_asked_for_or_the_one_that_pays():
         ("cuda", ["cpu", "cuda"], False, "cuda"),
         ("mps", ["cpu", "mps"], True, "mps"),
     ]:
-        device = choose_device(asked, there, convolutional, "hint")
+        device = choose_device(requested, available, convolutional, "hint")
         assert device.name == name
         assert device.why
     with pytest.raises(UserError, match=r"`device` mps is not available here; expected one of auto, cpu, cuda\. hint"):
@@ -230,15 +230,15 @@ def test_the_device_is_the_one_asked_for_or_the_one_that_pays():
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_refused(backend, device, capsys):
+def test_a_missing_device_is_refused(backend, device, capsys):
     if device in (torch_runtime if backend == "torch" else jax_runtime).available_devices():
-        pytest.skip("it is there")
+        pytest.skip(f"{device} is available")
     assert main([*TRAIN, "--backend", backend, "--device", device]) == 2
     assert f"`device` {device} is not available here; expected one of auto, cpu" in capsys.readouterr().err
 
 
-def test_a_checkpoint_goes_where_there_is_a_device(tmp_path):
-    """It records the device it was trained on, but does not require it."""
+def test_a_checkpoint_keeps_its_requested_device(tmp_path):
+    """A device that does not exist is refused."""
     agent = PPO("CartPole-v1", num_envs=2, device="cpu", **SMALL).learn(32)
     assert agent.config.device == "cpu"
     assert PPO.load(agent.save(tmp_path / "saved")).config.device == "cpu"
@@ -246,11 +246,11 @@ def test_a_checkpoint_goes_where_there_is_a_device(tmp_path):
         PPO.load(tmp_path / "saved", device="gpu")
 
 
-def test_a_second_run_compiles_nothing_and_learns_the_same(tmp_path):
+def test_a_second_run_compiles_nothing_and_has_the_same_result(tmp_path):
     """The second run adds no file to the cache: it finds every compiled program of the first."""
     env = {**os.environ, "PROXIMO_CACHE_DIR": str(tmp_path / "cache")}
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        del env[name]  # the tests' own
+        del env[name]  # set by conftest.py
 
     def learned(run):
         subprocess.run([*PROXIMO, *TRAIN, "--total-timesteps", "192", "--run-dir", str(run)], env=env, check=True)
@@ -266,22 +266,22 @@ def test_a_second_run_compiles_nothing_and_learns_the_same(tmp_path):
     assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
 
 
-def test_several_seeds_are_the_runs_that_each_seed_gives_alone(tmp_path, capsys):
-    folder, alone = tmp_path / "all", tmp_path / "alone"
+def test_several_seeds_equal_single_runs(tmp_path, capsys):
+    """Metrics of a seed are those of a run with this seed only."""
+    folder, single = tmp_path / "all", tmp_path / "single"
     assert main([*TRAIN, "--total-timesteps", "640", "--seeds", "0,2", "--run-dir", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "finished after 1,280 steps over 2 seeds" in said
+    assert "finished after 1,280 steps over 2 seeds" in capsys.readouterr().out
     assert (folder / "learning_curve.png").exists()
-    assert main([*TRAIN, "--total-timesteps", "640", "--seed", "2", "--run-dir", str(alone)]) == 0
-    own, lone = ([{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]
-                 for run in (folder / "seed-2", alone))  # fmt: skip
-    assert own == lone
+    assert main([*TRAIN, "--total-timesteps", "640", "--seed", "2", "--run-dir", str(single)]) == 0
+    several, one = ([{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]
+                 for run in (folder / "seed-2", single))  # fmt: skip
+    assert several == one
     assert main(["evaluate", str(folder / "seed-0"), "--episodes", "2"]) == 0
 
 
 @contextmanager
 def training(folder):
-    """Train two seeds without end, past their first iteration; killed at the end."""
+    """Train two seeds without end; yield after their first iteration, and kill the runs at the end."""
     command = [
         *HEARD,
         *PROXIMO,
@@ -299,7 +299,7 @@ def training(folder):
         try:
             until = time.monotonic() + 90
             while not all(read_last_metrics(folder / f"seed-{seed}") for seed in (0, 1)):
-                assert time.monotonic() < until, "the runs did not begin"
+                assert time.monotonic() < until, "the runs did not start"
                 time.sleep(0.2)
             yield process
         finally:
@@ -327,7 +327,7 @@ def test_runs_of_seeds_end_with_the_command(number, tmp_path):
         status = process.wait(60)
         until = time.monotonic() + 60
         while list(runs_in(folder)):
-            assert time.monotonic() < until, "runs are left behind"
+            assert time.monotonic() < until, "runs are still active"
             time.sleep(0.2)
     assert status == (-number if number == signal.SIGKILL else 128 + number)
     for run in (folder / "seed-0", folder / "seed-1"):
@@ -352,7 +352,7 @@ def test_bad_seeds(arguments, message, tmp_path, capsys):
     assert not run.exists()
 
 
-def test_an_environment_that_is_missing_is_said_once(tmp_path, capsys):
+def test_an_unknown_environment_is_reported_once_for_all_seeds(tmp_path, capsys):
     assert main(["train", "CartPole-v9", "--seeds", "0-3", "--run-dir", str(tmp_path / "all")]) == 2
     assert capsys.readouterr().err.count("CartPole-v9") == 1
     assert not Path(tmp_path / "all").exists()
@@ -370,7 +370,7 @@ def decide(learner, num_minibatches, previous=None):
     return learner.compiled
 
 
-def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
+def test_pytorch_compiles_if_it_saves_time(monkeypatch, tmp_path):
     """32 rollouts make 20,480 minibatches, 31 make 19,840; expected counts add up. Without a compiler or Python's
     headers nothing is compiled."""
     monkeypatch.setenv("CXX", sys.executable)
@@ -390,11 +390,11 @@ def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
     assert decide(learner_of(), 20_480, previous=True) is False
 
 
-def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
-    """Only where nobody asked for it; the update is that without compiling."""
+def test_a_failed_compilation_does_not_stop_the_run(monkeypatch, capsys):
+    """Unless `compile` was requested; the update equals that without compiling."""
     monkeypatch.setattr("proximo.torch.learner.MIN_MINIBATCHES", 0)
     monkeypatch.setattr("proximo.torch.learner.compile_function", lambda *_, **__: broken)
-    learner, plain, asked = learner_of(), learner_of(compile=False), learner_of(compile=True)
+    learner, plain, requested = learner_of(), learner_of(compile=False), learner_of(compile=True)
     rollout = act_rollout(plain, seed=0)
     order = minibatch_order(rollout.valid, 1, 4, np.random.default_rng(0))
     hyper = hyper_at(plain.spec.config, 0)
@@ -403,7 +403,7 @@ def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
     assert "PyTorch failed to compile; training continues without: no compiler" in capsys.readouterr().err
     assert decide(learner, 1) is False
     with pytest.raises(RuntimeError, match=r"no\s+compiler"):
-        asked.update(rollout, order, hyper)
+        requested.update(rollout, order, hyper)
 
 
 def broken(*_):
@@ -433,8 +433,8 @@ class Crashing(Working):
         return np.zeros(3, np.float32), 1.0, False, False, {}
 
 
-def test_isolated_environments_leave_the_run_alive_when_they_crash():
-    """Of functions, too; engines that run in this process are refused."""
+def test_a_crash_of_an_isolated_environment_does_not_end_the_process():
+    """Also of environments made by functions. Engines that run in this process are refused."""
     assert resolve_engine("CartPole-v1", 16, isolate=True) == "workers"
     assert resolve_engine(lambda: Working(0.0), 2, isolate=True) == "workers"
     with pytest.raises(UserError, match="`isolate_envs` needs worker processes, but `engine` is sync"):
