@@ -8,32 +8,20 @@ from typing import Any
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import UserError, suggest
 
-# Name in another library → name of the same setting here.
-ALIASES = {
-    "n_steps": "num_steps",
-    "num_rollout_steps": "num_steps",
-    "rollout_length": "num_steps",
-    "n_envs": "num_envs",
-    "num_workers": "num_envs",
-    "n_epochs": "update_epochs",
-    "epochs": "update_epochs",
-    "ppo_epochs": "update_epochs",
-    "num_batches": "num_minibatches",
-    "mini_batch_size": "minibatch_size",
-    "clip_range": "clip_coef",
-    "clip_ratio": "clip_coef",
-    "clip_eps": "clip_coef",
-    "clip_epsilon": "clip_coef",
-    "epsilon": "clip_coef",
-    "surrogate_clip_threshold": "clip_coef",
-    "lam": "gae_lambda",
-    "lr": "learning_rate",
-    "entropy_coef": "ent_coef",
-    "entropy_loss_coefficient": "ent_coef",
-    "value_coef": "vf_coef",
-    "value_loss_coef": "vf_coef",
-    "value_function_loss_coefficient": "vf_coef",
+# Setting → its names in other libraries.
+OTHER_NAMES = {
+    "num_steps": ("n_steps", "num_rollout_steps", "rollout_length"),
+    "num_envs": ("n_envs", "num_workers"),
+    "update_epochs": ("n_epochs", "epochs", "ppo_epochs"),
+    "num_minibatches": ("num_batches",),
+    "minibatch_size": ("mini_batch_size",),
+    "clip_coef": ("clip_range", "clip_ratio", "clip_eps", "clip_epsilon", "epsilon", "surrogate_clip_threshold"),
+    "gae_lambda": ("lam",),
+    "learning_rate": ("lr",),
+    "ent_coef": ("entropy_coef", "entropy_loss_coefficient"),
+    "vf_coef": ("value_coef", "value_loss_coef", "value_function_loss_coefficient"),
 }
+ALIASES = {alias: name for name, aliases in OTHER_NAMES.items() for alias in aliases}
 
 # Names without one clear meaning → error message.
 AMBIGUOUS = {
@@ -70,14 +58,12 @@ def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a name is unknown or ambiguous, or two names mean the same setting.
     """
-    settings: dict[str, Any] = {}
-    given_names: dict[str, str] = {}
-    for name, value in values.items():
+    given: dict[str, str] = {}
+    for name in values:
         canonical = canonical_name(name)
-        if canonical in settings:
-            raise UserError(f"`{given_names[canonical]}` and `{name}` both mean `{canonical}`. Use one of them.")
-        settings[canonical], given_names[canonical] = value, name
-    return settings
+        if (other := given.setdefault(canonical, name)) != name:
+            raise UserError(f"`{other}` and `{name}` both mean `{canonical}`. Use one of them.")
+    return {canonical: values[name] for canonical, name in given.items()}
 
 
 def convert_settings(values: Mapping[str, Any]) -> dict[str, Any]:

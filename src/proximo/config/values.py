@@ -19,28 +19,19 @@ from proximo.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table of settings.
-
-    Args:
-        kind: int, float, bool, str, tuple (of ints) or Mapping.
-        optional: whether None is a value.
-        choices: the accepted strings; empty if `kind` or the range decides.
-        meaning: one sentence for `--help` and the documentation.
-        low, high, above: the range; `low` and `high` are inclusive, `above` is exclusive.
-        source: where the setting or its default comes from.
-    """
+    """One row of the table of settings."""
 
     name: str
     default: Any
-    kind: type
-    optional: bool
-    choices: tuple[str, ...]
-    meaning: str
+    kind: type  # int, float, bool, str, tuple (of ints) or Mapping
+    optional: bool  # whether None is a value
+    choices: tuple[str, ...]  # the accepted strings; empty if `kind` or the range decides
     group: str
-    low: float | None
-    high: float | None
-    above: float | None
-    source: str
+    meaning: str  # one sentence for `--help` and the documentation
+    low: float | None  # inclusive
+    high: float | None  # inclusive
+    above: float | None  # exclusive lower bound
+    source: str  # publication that the setting or its default comes from
 
     @classmethod
     def from_field(cls, field: dataclasses.Field[Any], annotation: Any) -> Setting:
@@ -121,17 +112,10 @@ def _to_float(value: Any) -> float:
 
 def _to_bool(value: Any) -> bool:
     words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
+    value = words.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError
     return bool(value)
-
-
-def _to_str(value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError
-    return os.fspath(value)
 
 
 def _to_ints(value: Any) -> tuple[int, ...]:
@@ -160,7 +144,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     int: ("an integer", to_int),
     float: ("a number", _to_float),
     bool: ("true or false", _to_bool),
-    str: ("a string", _to_str),
+    str: ("a string", os.fsdecode),
     tuple: ("integers", _to_ints),
     Mapping: ("a mapping of names to plain values (numbers, strings, lists and the like)", _to_mapping),
 }
