@@ -41,6 +41,24 @@ def load_plain_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of names and values.
+
+    Raises:
+        UserError: the file cannot be read, or is not a YAML mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} is not a mapping; expected names with values, such as `gamma: 0.99`.")
+    return values
+
+
 def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, Any]]:
     """Read a settings file.
 
@@ -50,15 +68,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
     Raises:
         UserError: the file cannot be read, is not a YAML mapping, or has a bad name or value.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} is not a mapping; expected names with values, such as `gamma: 0.99`.")
+    values = read_mapping(path)
     try:
         envs = [env for key in ENV_KEYS if (env := values.pop(key, None)) is not None]
         if len(envs) > 1 or not all(isinstance(env, str) for env in envs):

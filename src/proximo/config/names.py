@@ -67,7 +67,7 @@ def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under their canonical names, each converted and checked on its own.
+    """Return settings under their canonical names, each converted and checked.
 
     Raises:
         UserError: a bad name (see `canonical_names`), or a value of the wrong type or out of range.

@@ -42,14 +42,11 @@ def select_name(env_id: str | None, preset: str | None) -> str | None:
     Args:
         preset: a name, "none" or None, or "auto" for the preset of the environment or its family, if there is one.
     """
-    if preset is None or preset == "none":
-        return None
     if preset != "auto":
-        return preset
-    env_id = env_id or ""
+        return None if preset == "none" else preset
     if env_id in _files():
         return env_id
-    return next((family for family, pattern in FAMILIES.items() if pattern.match(env_id)), None)
+    return next((family for family, pattern in FAMILIES.items() if pattern.match(env_id or "")), None)
 
 
 def load_settings(env_id: str | None, preset: str | None) -> dict[str, Any]:
