@@ -20,7 +20,6 @@ def add_to(commands: Any) -> None:
         "evaluate",
         help="evaluate a trained or a random policy",
         usage="proximo evaluate RUN [options]\n       proximo evaluate --policy random --env ENV_ID [options]",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or checkpoint folder"
@@ -49,7 +48,6 @@ def add_to(commands: Any) -> None:
         help="also record an episode as MP4 [FILE: in videos/ of the run folder]",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print only a JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

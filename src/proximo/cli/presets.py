@@ -18,10 +18,8 @@ def add_to(commands: Any) -> None:
         help="list presets, or print one",
         usage="proximo presets [NAME]",
         description="List the presets, or print one as a file for `proximo train --config`.",
-        allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="preset to print")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -19,7 +19,6 @@ def add_to(commands: Any) -> None:
         usage="proximo resume RUN [options]",
         description="Continue a run from its latest checkpoint, in its folder. If the simulator state can be restored, "
         "the result is bit-identical to an uninterrupted run. An older checkpoint continues in a new folder.",
-        allow_abbrev=False,
     )
     parser.add_argument("path", metavar="RUN", help="run folder, or checkpoint folder")
     parser.add_argument(
@@ -34,7 +33,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--engine", help="new environment engine")
     parser.add_argument("--run-dir", help="new folder to continue in")
     parser.add_argument("--quiet", action="store_true", help=QUIET)
-    parser.set_defaults(run=run, until_input_ends=False)
+    parser.set_defaults(until_input_ends=False)
 
 
 def run(options: argparse.Namespace) -> int:

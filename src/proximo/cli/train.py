@@ -35,7 +35,6 @@ def add_to(commands: Any) -> None:
         usage="proximo train ENV_ID [options]\n       proximo train --config FILE.yaml [options]",
         description="Train on an environment. Flags override the file, the file overrides the preset, and the preset "
         "overrides the defaults, which are shown in [brackets].",
-        allow_abbrev=False,
     )
     parser.add_argument("env_id", metavar="ENV_ID", nargs="?", help="environment id, such as CartPole-v1, or MODULE:ID")
     parser.add_argument("--env", help=argparse.SUPPRESS)
@@ -56,7 +55,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     add_settings(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
