@@ -54,12 +54,11 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and print the result; return the exit status."""
     from proximo.ppo import PPO, evaluate_random
 
-    path = options.path or options.run_path
+    path, agent = options.path or options.run_path, None
     if options.record and not options.record.lower().endswith(".mp4"):
         raise UserError(f"--record FILE must end in .mp4, got {options.record!r}. Put RUN before --record.")
     if path is None and options.policy == "trained":
         raise UserError("no run is given. Use proximo evaluate RUN with a run folder or a checkpoint folder.")
-    agent = None
     if path is not None:
         agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
     env = options.env or (agent.env_id if agent else None)
@@ -68,18 +67,15 @@ def run(options: argparse.Namespace) -> int:
 
     record = choose_video_file(options, path, env)
     common = {"seed": options.seed, "render": options.render, "record": record}
-    if options.policy == "random":
+    if agent is not None and options.policy == "trained":
+        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
+    else:
         env_kwargs = agent.config.env_kwargs if agent else {}
         result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
-    else:
-        assert agent is not None
-        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
     if options.json:
         print(json.dumps(result.to_dict() | ({"video": str(record)} if record else {})))
-        return 0
-    print(format_result(result, env, options.policy))
-    if record:
-        print(f"video: {record}")
+    else:
+        print(format_result(result, env, options.policy) + (f"\nvideo: {record}" if record else ""))
     return 0
 
 

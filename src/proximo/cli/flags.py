@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -13,7 +13,7 @@ from proximo.config.files import load_plain_yaml
 from proximo.config.names import ALIASES, AMBIGUOUS
 from proximo.config.settings import SETTINGS
 from proximo.config.values import to_int
-from proximo.errors import UserError
+from proximo.errors import UserError, notify_user
 
 GROUPS = {
     "run": "run",
@@ -56,10 +56,9 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def yaml_mapping(text: str) -> dict[str, Any]:
     """Parse an argument that is a YAML or JSON mapping."""
-    try:
+    value = None
+    with suppress(yaml.YAMLError):
         value = load_plain_yaml(text)
-    except yaml.YAMLError:
-        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a mapping; expected names with values, such as '{{gravity: -5}}'."
@@ -69,10 +68,9 @@ def yaml_mapping(text: str) -> dict[str, Any]:
 
 def non_negative_int(text: str) -> int:
     """Parse a whole number of at least 0."""
-    try:
+    number = -1
+    with suppress(ValueError, OverflowError):
         number = to_int(text)
-    except (ValueError, OverflowError):
-        number = -1
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number in [0, ∞), got {text!r}")
     return number
@@ -108,14 +106,13 @@ def _canonical_flag(word: str, flags: set[str]) -> str:
     if not word.startswith("--") or word == "--":
         return word
     flag, equals, value = word.partition("=")
-    flag = "--" + flag[2:].replace("_", "-")
+    flag = flag.replace("_", "-")
     if flag not in flags:
         name = flag[2:].replace("-", "_")
         if name in AMBIGUOUS:
             raise UserError(AMBIGUOUS[name])
-        canonical = "--" + {**ALIASES, **FLAG_ALIASES}.get(name, name).replace("_", "-")
-        if canonical not in flags:
-            return flag + equals + value
-        print(f"proximo: note: {flag} is called {canonical} in Proximo", file=sys.stderr)
-        flag = canonical
+        canonical = "--" + (ALIASES | FLAG_ALIASES).get(name, name).replace("_", "-")
+        if canonical in flags:
+            notify_user(f"{flag} is called {canonical} in Proximo")
+            flag = canonical
     return flag + equals + value

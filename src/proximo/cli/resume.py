@@ -52,15 +52,11 @@ def run(options: argparse.Namespace) -> int:
         if agent.env_id is None:
             raise UserError(agent.envs.missing_message())
         if progress.global_step >= config.total_timesteps:
-            raise UserError(
-                f"{options.path} has already completed its {config.total_timesteps:,} steps. Use a larger "
-                "--total-timesteps."
-            )
+            steps = f"{config.total_timesteps:,} steps"
+            raise UserError(f"{options.path} has already completed its {steps}. Use a larger --total-timesteps.")
         if is_solved(config, progress):
-            raise UserError(
-                f"{options.path} has already reached stop_at_return {config.stop_at_return:g}. Use a higher "
-                "--stop-at-return."
-            )
+            goal = f"stop_at_return {config.stop_at_return:g}"
+            raise UserError(f"{options.path} has already reached {goal}. Use a higher --stop-at-return.")
         # The path as given is shown, rather than the resolved one.
         same = Path(options.path) if agent.run_dir == Path(options.path).resolve() else agent.run_dir
         new = default_run_dir(agent.env_id, agent.learner.backend, config.seed)
