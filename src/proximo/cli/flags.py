@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -74,6 +75,22 @@ def non_negative_int(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number in [0, ∞), got {text!r}")
     return number
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Parse a list of seeds and ranges, such as `0-3` or `0,2,7`."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"expected a range from low to high, got {part!r}")
+        found += range(first, last + 1)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
+    return found
 
 
 def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +18,17 @@ import numpy as np
 from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
+from proximo.envs.make import with_version
 from proximo.errors import RunError, UserError
+from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
+from proximo.ppo import config_for, read_spaces
 from proximo.report.plot import RETURN, plot
+from proximo.report.video import require_video
 from proximo.run.console import Console
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
+from proximo.run.trackers import import_wandb
 
 POLL_S = 0.5
 
@@ -69,22 +73,6 @@ class Job:
             self.process.stdin.close()
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Parse a list of seeds and ranges, such as `0-3` or `0,2,7`."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match:
-            raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise argparse.ArgumentTypeError(f"expected a range from low to high, got {part!r}")
-        found += range(first, last + 1)
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
-    return found
-
-
 def train_seeds(
     options: argparse.Namespace,
     env_id: str,
@@ -99,12 +87,6 @@ def train_seeds(
         UserError: A setting is invalid, the folder is in use, or a run could not start.
         RunError: A run failed; the others have stopped after their current iteration.
     """
-    from proximo.envs.make import with_version
-    from proximo.learner.make import choose_backend
-    from proximo.ppo import config_for, read_spaces
-    from proximo.report.video import require_video
-    from proximo.run.trackers import import_wandb
-
     if options.seed is not None:
         raise UserError("--seed and --seeds are both given. Use one of them.")
     env_id = with_version(env_id)

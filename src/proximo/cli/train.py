@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proximo.cli.flags import QUIET, add_settings, given_settings
-from proximo.cli.seeds import parse_seeds, train_seeds
+from proximo.cli.flags import QUIET, add_settings, given_settings, parse_seeds
 from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file
@@ -63,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
 
         env_id, preset, settings = merge_settings(options)
         if options.seeds:
+            from proximo.cli.seeds import train_seeds
+
             return train_seeds(options, env_id, preset, settings, signals, log)
         if settings.get("run_dir"):
             require_empty(Path(settings["run_dir"]))
