@@ -185,13 +185,3 @@ def close_tracker(tracker: Tracker, failed: bool) -> None:
         tracker.close(failed)
     except Exception as error:
         notify_user(f"{type(tracker).__name__} could not be closed properly: {error}")
-
-
-def write_to_trackers(trackers: list[Tracker], metrics: Metrics, diagnostics: Diagnostics | None) -> None:
-    """Write to all trackers. One that fails is removed from the list, and training continues."""
-    for tracker in list(trackers):
-        try:
-            tracker.write(metrics, diagnostics)
-        except Exception as error:
-            trackers.remove(tracker)
-            notify_user(f"logging to {type(tracker).__name__} failed and is disabled for this run: {error}")
