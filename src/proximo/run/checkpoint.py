@@ -60,7 +60,7 @@ def serialize(
         "preset": info.preset,
         "network": "built-in" if learner.is_built_in else CUSTOM_NETWORK,
         "config": {**info.config.to_dict(), "run_dir": None},
-        "resolved": info.resolved.to_dict(),
+        "resolved": info.resolved._asdict(),
         "spaces": spaces.to_dict(),
         "versions": collect_versions(),
         "progress": document,
@@ -169,6 +169,6 @@ def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
         }
 
     old = conditions(manifest["env"], manifest.get("resolved") or {}, manifest["config"], manifest["versions"])
-    new = conditions(info.env_id, info.resolved.to_dict(), config, collect_versions())
+    new = conditions(info.env_id, info.resolved._asdict(), config, collect_versions())
     common = [name for name in old if name in new]
     return [f"{name} changed from {old[name]} to {new[name]}" for name in common if old[name] != new[name]]

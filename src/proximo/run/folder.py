@@ -11,10 +11,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from proximo.config.files import to_yaml
 from proximo.errors import UserError, notify_user
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.info import RunInfo
 from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics, write_atomically
+from proximo.run.versions import collect_versions
 
 try:
     import fcntl
@@ -40,6 +42,8 @@ class RunFolder:
     ) -> None:
         self.path, self.rows = Path(path), 0
         self._unwritten: list[bytes] = []  # lines that a full disk has delayed
+        settings = to_yaml(info.env_id, info.preset, info.config)
+        versions = {**collect_versions(), "resolved": info.resolved._asdict()}
         try:
             with ExitStack() as files:
                 if resume_after is None:
@@ -49,12 +53,12 @@ class RunFolder:
                 if resume_after is None:
                     # Exclusive creation fails if another run has claimed the folder meanwhile.
                     with (self.path / CONFIG).open("x", encoding="utf-8") as file:
-                        file.write(info.to_yaml())
+                        file.write(settings)
                 else:
                     check(self.path)
-                    write_atomically(self.path / CONFIG, info.to_yaml())
+                    write_atomically(self.path / CONFIG, settings)
                     truncate_metrics(self.path, resume_after)
-                write_atomically(self.path / VERSIONS, json.dumps(info.versions(), indent=2))
+                write_atomically(self.path / VERSIONS, json.dumps(versions, indent=2))
                 self._metrics = files.enter_context((self.path / METRICS).open("ab", buffering=0))
                 self._files = files.pop_all()
         except FileExistsError as error:
