@@ -18,17 +18,16 @@ import numpy as np
 from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
+from proximo.environments import TrainingEnvs
 from proximo.envs.make import with_version
 from proximo.errors import RunError, UserError
 from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
-from proximo.ppo import config_for, read_spaces
+from proximo.ppo import check_records, config_for, read_spaces
 from proximo.report.plot import RETURN, plot
-from proximo.report.video import require_video
 from proximo.run.console import Console
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
-from proximo.run.trackers import import_wandb
 
 POLL_S = 0.5
 
@@ -94,12 +93,9 @@ def train_seeds(
     spaces = read_spaces(env_id, config.env_kwargs)
     spaces.check(config)
     backend = choose_backend(config, spaces)
-    if config.capture_video:
-        require_video(env_id, config.env_kwargs)
-    if config.wandb:
-        import_wandb()
     seeds: list[int] = options.seeds
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
+    check_records(config, TrainingEnvs(env_id), folder)
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     name = presets.select_name(env_id, preset)
     log(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
