@@ -82,9 +82,7 @@ def train_seeds(
 ) -> int:
     """Check the settings once, then train every seed in a subfolder; return the exit status.
 
-    Raises:
-        UserError: A setting is invalid, the folder is in use, or a run could not start.
-        RunError: A run failed; the others have stopped after their current iteration.
+    Raises `UserError` or `RunError` if a run fails; the others have then stopped after their current iteration.
     """
     if options.seed is not None:
         raise UserError("--seed and --seeds are both given. Use one of them.")

@@ -42,11 +42,7 @@ def load_plain_yaml(text: str) -> Any:
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file of names and values.
-
-    Raises:
-        UserError: the file cannot be read, or is not a YAML mapping.
-    """
+    """Read a YAML file of names and values; raise `UserError` if it cannot be read or is something else."""
     try:
         with open(path, encoding="utf-8") as file:
             values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
@@ -60,13 +56,9 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, Any]]:
-    """Read a settings file.
+    """Return a settings file's environment id or None, preset (by default "auto"), and converted settings.
 
-    Returns:
-        The environment id, or None; the preset, by default "auto"; the settings, converted.
-
-    Raises:
-        UserError: the file cannot be read, is not a YAML mapping, or has a bad name or value.
+    Raises `UserError` if the file cannot be read, is not a YAML mapping, or has a bad name or value.
     """
     values = read_mapping(path)
     try:
@@ -83,10 +75,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
 
 
 def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collection[str] = ("run_dir",)) -> str:
-    """Return the text of a settings file: environment, preset and every setting except those in `omit`.
+    """Return the text of a settings file, from which `proximo train --config` reproduces `config`.
 
-    `proximo train --config` reproduces `config` from it: the settings in the file override those of the preset, whose
-    name is only a record.
+    All settings except those in `omit` are in it and override those of the preset, whose name is only a record.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in omit}
     values = {"env": env_id, "preset": preset or "none", **settings}

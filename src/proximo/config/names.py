@@ -36,11 +36,7 @@ AMBIGUOUS = {
 
 
 def canonical_name(name: str) -> str:
-    """Return the setting that `name` stands for, here or in another library.
-
-    Raises:
-        UserError: the name is unknown or ambiguous.
-    """
+    """Return the setting that `name` stands for, here or in another library; raise `UserError` if it is not clear."""
     if not isinstance(name, str):
         raise UserError(f"setting name {name!r} is not a string; expected a name such as gamma.")
     name = name.replace("-", "_")
@@ -53,11 +49,7 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under their canonical names.
-
-    Raises:
-        UserError: a name is unknown or ambiguous, or two names mean the same setting.
-    """
+    """Return settings under their canonical names; raise `UserError` for a bad name, or two names of one setting."""
     given: dict[str, str] = {}
     for name in values:
         canonical = canonical_name(name)
@@ -67,11 +59,7 @@ def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under their canonical names, each converted and checked.
-
-    Raises:
-        UserError: a bad name (see `canonical_names`), or a value of the wrong type or out of range.
-    """
+    """Return converted settings under their canonical names; raise `UserError` for a bad name or value."""
     return {name: SETTINGS[name].convert(value) for name, value in canonical_names(values).items()}
 
 
@@ -82,9 +70,5 @@ def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Build a Config from names and values, as in YAML or keyword arguments.
-
-    Raises:
-        UserError: a bad name or value (see `convert_settings`), or settings that contradict each other.
-    """
+    """Build a Config from names and values, as in YAML or keyword arguments; raise `UserError` if any is invalid."""
     return Config(**canonical_names(values))

@@ -56,11 +56,7 @@ class Setting:
         return text + (", or none" if self.optional else "")
 
     def convert(self, value: Any) -> Any:
-        """Convert a value to the type of the setting and check its range.
-
-        Raises:
-            UserError: the value has the wrong type or is out of range.
-        """
+        """Convert a value to the type of the setting; raise `UserError` if that fails or the value is out of range."""
         if (self.name, value) == ("engine", "async"):
             raise UserError("`engine` async was removed. Use workers.")
         if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -90,11 +86,7 @@ class Setting:
 
 
 def to_int(value: Any) -> int:
-    """Convert an integer, also one written as `1e6` or `1_000_000`.
-
-    Raises:
-        TypeError, ValueError, OverflowError: anything else.
-    """
+    """Convert an integer, also one written as `1e6` or `1_000_000`; else TypeError, ValueError or OverflowError."""
     if isinstance(value, bool):
         raise TypeError
     digits = value.replace("_", "") if isinstance(value, str) else ""

@@ -84,12 +84,7 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Load one checkpoint folder.
-
-    Raises:
-        CorruptCheckpoint: The files cannot be read, do not match their checksum, or lack a required field.
-        UserError: The schema is not supported.
-    """
+    """Load one checkpoint folder. Raises `CorruptCheckpoint`, or `UserError` if the schema is not supported."""
     arrays, manifest = read(folder)
     for name, kind in REQUIRED_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
@@ -130,10 +125,7 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
 def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     """Return the observation and action spaces that the policy was trained for.
 
-    Checks the sizes of the stored arrays before a learner allocates memory for them.
-
-    Raises:
-        CorruptCheckpoint: The spaces are invalid, or the arrays do not fit settings and spaces.
+    Raises `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory.
     """
     try:
         spaces = Spaces.from_dict(saved.manifest["spaces"])

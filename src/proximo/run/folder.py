@@ -98,11 +98,7 @@ class RunFolder:
 
 
 def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
-    """Lock a run folder for this process until `files` is closed; do nothing where locks are not supported.
-
-    Raises:
-        UserError: Another process holds the lock.
-    """
+    """Lock a run folder until `files` is closed, if locks are supported; raise `UserError` if another process did."""
     if fcntl is None:
         return
     file = files.enter_context((run_dir / LOCK).open("ab"))
@@ -117,11 +113,7 @@ def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
 
 
 def require_empty(run_dir: Path) -> None:
-    """Check that a new run would not overwrite anything.
-
-    Raises:
-        UserError: `run_dir` is a file or a folder that is not empty.
-    """
+    """Raise `UserError` if a new run in `run_dir` would overwrite anything."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} is a file. Choose another `run_dir`.")
     if run_dir.is_dir() and any(run_dir.iterdir()):

@@ -88,11 +88,7 @@ def read_last_metrics(run_dir: str | Path) -> Metrics | None:
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """Settings of a run, with its environment as `env`.
-
-    Raises:
-        UserError: The folder has no valid settings file.
-    """
+    """Settings of a run, with its environment as `env`; raise `UserError` if the folder has no valid settings file."""
     try:
         return read_mapping(Path(run_dir) / CONFIG)
     except UserError as error:

@@ -21,11 +21,7 @@ def list_names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return a preset: `settings`, `source` and, if it has been benchmarked, `measured`.
-
-    Raises:
-        UserError: no preset has this name.
-    """
+    """Return a preset: `settings`, `source` and, if it has been benchmarked, `measured`."""
     files = _files()
     if name not in files:
         hint = suggest(name, files) or "."
@@ -37,11 +33,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def select_name(env_id: str | None, preset: str | None) -> str | None:
-    """Return the name of the preset to use, or None.
-
-    Args:
-        preset: a name, "none" or None, or "auto" for the preset of the environment or its family, if there is one.
-    """
+    """Return the name of the preset to use, or None. "auto" selects that of the environment or its family, if any."""
     if preset != "auto":
         return None if preset == "none" else preset
     if env_id in _files():
