@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proximo.cli.flags import non_negative_int
 from proximo.errors import UserError
-
-if TYPE_CHECKING:
-    from proximo.evaluate import Evaluation
 
 
 def add_to(commands: Any) -> None:
@@ -72,10 +69,18 @@ def run(options: argparse.Namespace) -> int:
     else:
         env_kwargs = agent.config.env_kwargs if agent else {}
         result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
+    values = result.to_dict()
     if options.json:
-        print(json.dumps(result.to_dict() | ({"video": str(record)} if record else {})))
-    else:
-        print(format_result(result, env, options.policy) + (f"\nvideo: {record}" if record else ""))
+        print(json.dumps(values | ({"video": str(record)} if record else {})))
+        return 0
+    low, high = values["return_ci95"]
+    mode = "random" if options.policy == "random" else "deterministic" if result.deterministic else "stochastic"
+    print(f"{env}: {values['episodes']} episodes, {mode} policy")
+    print(
+        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
+        f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]"
+    )
+    print(f"length {values['length_mean']:.1f}" + (f"\nvideo: {record}" if record else ""))
     return 0
 
 
@@ -96,16 +101,3 @@ def choose_video_file(options: argparse.Namespace, path: str | None, env: str) -
     if (folder / MANIFEST).exists():  # not inside, because saving replaces the whole checkpoint folder
         return folder.with_name(f"{folder.name}-{name}")
     return folder / "videos" / name
-
-
-def format_result(result: Evaluation, env: str, policy: str) -> str:
-    """Mean return with its spread and confidence interval, and mean length."""
-    values = result.to_dict()
-    low, high = values["return_ci95"]
-    mode = "random" if policy == "random" else "deterministic" if result.deterministic else "stochastic"
-    return (
-        f"{env}: {values['episodes']} episodes, {mode} policy\n"
-        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
-        f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]\n"
-        f"length {values['length_mean']:.1f}"
-    )

@@ -16,14 +16,7 @@ from proximo.config.settings import SETTINGS
 from proximo.config.values import to_int
 from proximo.errors import UserError, notify_user
 
-GROUPS = {
-    "run": "run",
-    "records": "records",
-    "update": "update (the algorithm)",
-    "network": "network",
-    "policy": "policy (continuous actions)",
-    "normalisation": "normalisation",
-}
+GROUP_TITLES = {"update": "update (the algorithm)", "policy": "policy (continuous actions)"}
 # Other libraries' names of flags that are not settings.
 FLAG_ALIASES = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
 QUIET = "print only errors and notes, no progress and no summary"
@@ -31,7 +24,8 @@ QUIET = "print only errors and notes, no progress and no summary"
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting, in groups, with its meaning, default and range."""
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    names = dict.fromkeys(setting.group for setting in SETTINGS.values())
+    groups = {name: parser.add_argument_group(GROUP_TITLES.get(name, name)) for name in names}
     for name, setting in SETTINGS.items():
         text = f"{setting.meaning} [{str(setting.default).lower()}]"
         options: dict[str, Any] = {}
