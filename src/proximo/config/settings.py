@@ -7,11 +7,11 @@ the same checks everywhere.
 from __future__ import annotations
 
 import dataclasses
-import math
 from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import inf, isqrt
 from typing import Any, Literal, get_type_hints
 
 from proximo.config.values import Setting
@@ -24,14 +24,7 @@ WHAT_MATTERS = "Andrychowicz et al. 2020, arXiv:2006.05990"
 
 
 def option(
-    group: str,
-    default: Any,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    source: str = "",
+    group: str, default: Any, meaning: str, low: float = -inf, high: float = inf, above: float = -inf, source: str = ""
 ) -> Any:
     """Return the field of one setting; its annotation gives the type and the choices. See `Setting`."""
     rules = dict(group=group, meaning=meaning, low=low, high=high, above=above, source=source)
@@ -297,7 +290,7 @@ class Config:
 
 def nearest_divisors(total: int, value: int, unit: int = 1) -> str:
     """Return, as "50, 80 or 100", `unit` times divisors of `total`: the nearest below `value` and two above."""
-    small = [number for number in range(1, min(math.isqrt(total), 100_000) + 1) if total % number == 0]
+    small = [number for number in range(1, min(isqrt(total), 100_000) + 1) if total % number == 0]
     divisors = [unit * number for number in sorted({*small, *(total // number for number in small)})]
     above = bisect(divisors, value)
     *others, last = map(str, divisors[max(above - 1, 0) : above + 2])

@@ -28,9 +28,9 @@ class Setting:
     choices: tuple[str, ...]  # the accepted strings; empty if `kind` or the range decides
     group: str
     meaning: str  # one sentence for `--help` and the documentation
-    low: float | None  # inclusive
-    high: float | None  # inclusive
-    above: float | None  # exclusive lower bound
+    low: float  # inclusive; infinite without a bound, as are the others
+    high: float  # inclusive
+    above: float  # exclusive lower bound
     source: str  # publication that the setting or its default comes from
 
     @classmethod
@@ -48,11 +48,11 @@ class Setting:
     def expected(self) -> str:
         """The accepted values in words, such as "a number in [0, 1]" or "an integer ≥ 1, or none"."""
         text = "one of " + ", ".join(self.choices) if self.choices else _KINDS[self.kind][0]
-        if self.high is not None:
-            lower = f"({self.above:g}" if self.low is None else f"[{self.low:g}"
-            text += f" in {lower}, {self.high:g}]"
-        elif self.low is not None or self.above is not None:
-            text += f" > {self.above:g}" if self.low is None else f" ≥ {self.low:g}"
+        is_open = math.isfinite(self.above)
+        if math.isfinite(self.high):
+            text += f" in {f'({self.above:g}' if is_open else f'[{self.low:g}'}, {self.high:g}]"
+        elif is_open or math.isfinite(self.low):
+            text += f" > {self.above:g}" if is_open else f" ≥ {self.low:g}"
         return text + (", or none" if self.optional else "")
 
     def convert(self, value: Any) -> Any:
@@ -76,13 +76,7 @@ class Setting:
         if self.choices:
             return value in self.choices
         numbers = value if self.kind is tuple else [value] if self.kind in (int, float) else []
-        return all(
-            math.isfinite(number)
-            and (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            for number in numbers
-        )
+        return all(math.isfinite(x) and self.low <= x <= self.high and x > self.above for x in numbers)
 
 
 def to_int(value: Any) -> int:
