@@ -70,7 +70,7 @@ def train(options: argparse.Namespace) -> None:
             rows.append(metrics)
         stages["the first rollout and update"] = ticks[0][0] - common.BEGAN
         returns = [episode.episode_return for episode in agent.progress.episodes]
-        kind = type(agent._envs.unwrapped).__name__
+        kind = type(agent.envs.open(agent.config).unwrapped).__name__
         report = partial(common.report, options, ticks, returns, packages(), vec=kind, engine=options.engine)
         report(backend=options.backend, stages=stages, fractions=fractions(rows[options.warmup :]))
 

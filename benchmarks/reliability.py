@@ -34,7 +34,7 @@ SIDES = ("plain", "checkpoints", "unchecked")
 def one(side: str, iterations: int) -> dict[str, float]:
     """Steps per second of a run in this process, less its first iterations, and what share of it being safe takes."""
     from proximo.envs.env_slice import EnvSlice
-    from proximo.learner import arrays as trees
+    from proximo.learner import learner
     from proximo.ppo import PPO
     from proximo.rollout import collector
     from proximo.rollout.rollout import Rollout
@@ -45,14 +45,14 @@ def one(side: str, iterations: int) -> dict[str, float]:
         CheckpointManager.after_iteration = timed(CheckpointManager.after_iteration, spent, SHARES[0])
         Rollout.check_finite = timed(Rollout.check_finite, spent, SHARES[1])
         collector.Collector.capture_state = timed(collector.Collector.capture_state, spent, SHARES[1])
-        trees.require_finite = timed(trees.require_finite, spent, SHARES[1])
+        learner.require_finite = timed(learner.require_finite, spent, SHARES[1])
 
     if side == "unchecked":
         Rollout.check_finite = lambda self: None
         collector.Collector.capture_state = lambda self: None
         collector.state_adapters = lambda envs: (None, None)
         EnvSlice._record_origin = lambda self, *what, **how: None
-        trees.require_finite = lambda metrics, sound: None
+        learner.require_finite = lambda metrics, sound: None
     moments, before = {}, {}
     with tempfile.TemporaryDirectory() as folder, PPO(
         "HalfCheetah-v5", preset=None, num_envs=8, num_steps=256, minibatch_size=64, normalize_observation=True,

@@ -1,4 +1,4 @@
-"""Rollouts without environments: random facts, but actions that the learner really takes."""
+"""Rollouts without environments: random observations, rewards and flags, and actions of a real learner."""
 
 from __future__ import annotations
 
@@ -51,11 +51,15 @@ def act_rollout(
     begins: np.ndarray | bool = True,
     actor: Any = None,
 ) -> Rollout:
-    """A random rollout of the learner's size, in which its own actor acts.
+    """A random rollout of the learner's size, with actions of its policy.
 
-    `resets` says what follows the end of an episode: "next_step" a row that is no transition, "same_step"
-    the next episode at once. `begins` [N] says where the first row starts an episode. `actor` acts
-    instead of a new one of the learner's.
+    Args:
+        resets: what follows the end of an episode: "next_step", a row that only resets, or "same_step", the next
+            episode.
+        ends: probability per step of a termination, and of a truncation.
+        noise: [T, N, K] of the actions; by default drawn from `seed`.
+        begins: [N] whether the first row starts an episode.
+        actor: acts instead of `learner.actor(noise)`.
     """
     spaces, config = learner.spec.spaces, learner.spec.config
     rng = np.random.default_rng(seed)
@@ -89,7 +93,7 @@ def act_rollout(
 
 
 def scramble(learner: Any, seed: int = 0, scale: float = 0.5) -> None:
-    """Replace the parameters by larger random ones, so that policy and value depend on what they see."""
+    """Replace the parameters by larger random ones, so that policy and value depend on the observation."""
     rng = np.random.default_rng(seed)
     state = learner.state()
     for name in sorted(state):

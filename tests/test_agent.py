@@ -104,12 +104,12 @@ def memory(backend):
     if backend == "jax":
         import jax.numpy as xp
 
-        from proximo.jax.distributions import Categorical
+        from proximo.jax.distributions import Categorical, Policy
         from proximo.jax.networks import Network
     else:
         import torch as xp
 
-        from proximo.torch.distributions import Categorical
+        from proximo.torch.distributions import Categorical, Policy
         from proximo.torch.networks import Network
 
     def init():
@@ -124,7 +124,8 @@ def memory(backend):
             carry = xp.tanh(x @ params["actor.in"] + carry @ params["actor.back"])
             hidden.append(carry)
         hidden = xp.stack(hidden)
-        return Categorical(hidden @ params["actor.head"]), (hidden @ params["critic.head"])[..., 0], hidden
+        policy = Policy({"": Categorical(hidden @ params["actor.head"])})
+        return policy, (hidden @ params["critic.head"])[..., 0], hidden
 
     return Network(init, apply, 5)
 
@@ -154,7 +155,7 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
         step = agent.act(obs)
         said.append((step.log_prob, step.value))
         following, over = rng.normal(size=4).astype(np.float32), t == end
-        short.obs[""][t], short.start[t], short.action[t] = obs, begins, step.action
+        short.obs[""][t], short.start[t], short.action[""][t] = obs, begins, step.action
         short.obs[""][t + 1], short.start[t + 1] = following, over
         short.reward[t], short.truncated[t] = t, over
         agent.observe(t, False, over, following)
@@ -241,22 +242,22 @@ ACT, SAW = ("act", np.zeros(4)), ("observe", 1.0, False, False, np.zeros(4))
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ([SAW], "call act"),
-        ([ACT, SAW, SAW], "call act"),
-        ([ACT, SAW, ACT, SAW, ACT], "call update"),
-        ([ACT, ("update",)], "nothing is stored"),
+        ([SAW], r"without act\(\)\. Call act\(\) first"),
+        ([ACT, SAW, SAW], r"without act\(\)\. Call act\(\) first"),
+        ([ACT, SAW, ACT, SAW, ACT], r"the buffer is full \(2 steps\)\. Call update\(\) first"),
+        ([ACT, ("update",)], "the buffer is empty"),
         ([("act", np.zeros(3))], "shape"),
-        ([("act", np.zeros((1, 4)))], r"obs has shape \(1, 4\), expected \(4,\)"),
+        ([("act", np.zeros((1, 4)))], r"obs has shape \(1, 4\); expected \(4,\)"),
         ([("act", [0, 0, np.nan, 0])], "not finite"),
         ([("act", ["a"] * 4)], "expected numbers"),
-        ([ACT, ("observe", "1", False, False, np.zeros(4))], "reward must be a finite number"),
-        ([ACT, ("observe", True, False, False, np.zeros(4))], "reward must be a finite number"),
-        ([ACT, ("observe", [1.0], False, False, np.zeros(4))], "reward must be a finite number"),
+        ([ACT, ("observe", "1", False, False, np.zeros(4))], "reward is '1'; expected a finite number"),
+        ([ACT, ("observe", True, False, False, np.zeros(4))], "reward is True; expected a finite number"),
+        ([ACT, ("observe", [1.0], False, False, np.zeros(4))], r"reward is \[1\.0\]; expected a finite number"),
         ([ACT, ("observe", np.inf, False, False, np.zeros(4))], "reward is inf"),
-        ([ACT, ("observe", 1.0, 0, False, np.zeros(4))], "terminated must be a bool"),
-        ([ACT, ("observe", 1.0, False, None, np.zeros(4))], "truncated must be a bool"),
+        ([ACT, ("observe", 1.0, 0, False, np.zeros(4))], "terminated is 0; expected a bool"),
+        ([ACT, ("observe", 1.0, False, None, np.zeros(4))], "truncated is None; expected a bool"),
         ([ACT, ("observe", 1.0, False, False, np.full(4, np.inf))], "next_obs is not finite"),
-        ([ACT, SAW, ("act", np.ones(4)), SAW], "hand back truncated=True"),
+        ([ACT, SAW, ("act", np.ones(4)), SAW], r"Call observe\(\) with truncated=True before a reset"),
     ],
 )
 def test_what_a_loop_can_do_wrong(calls, message):
@@ -275,13 +276,13 @@ def test_a_refused_observe_stores_nothing():
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ((0, 2), {}, "whole number above 0"),
-        ((4, True), {}, "whole number above 0"),
-        (("4", 2), {}, "whole number above 0"),
-        ((4, gym.spaces.MultiBinary(3)), {}, "not supported"),
-        ((4, 2), {"engine": "sync"}, "engine is a setting of PPO's own loop"),
-        ((4, 2), {"run_dir": "runs"}, "run_dir is a setting"),
-        ((4, 2), {"capture_video": True}, "capture_video is a setting"),
+        ((0, 2), {}, "observation is 0; expected a space, an integer ≥ 1"),
+        ((4, True), {}, "action is True; expected a space, or an integer ≥ 1"),
+        (("4", 2), {}, "observation is '4'; expected a space, an integer ≥ 1"),
+        ((4, gym.spaces.MultiBinary(3)), {}, "is not supported"),
+        ((4, 2), {"engine": "sync"}, "`engine` belongs to PPO's training loop"),
+        ((4, 2), {"run_dir": "runs"}, "`run_dir` belongs to PPO's training loop"),
+        ((4, 2), {"capture_video": True}, "`capture_video` belongs to PPO's training loop"),
         ((4, 2), {"lerning_rate": 1e-3}, "did you mean 'learning_rate'"),
         ((4, 2), {"num_steps": 100}, "does not divide"),
     ],

@@ -25,7 +25,7 @@ from proximo.rollout.collector import Collected, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run import checkpoint_files
-from proximo.run.checkpoint import load, restore_config, restore_spaces, serialize
+from proximo.run.checkpoint import load, restore_config, restore_learner, restore_spaces, serialize
 from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics, update_from
@@ -93,13 +93,13 @@ class Agent:
         **settings: Any,
     ) -> None:
         config = from_mapping({**DEFAULTS, **agent_settings(settings)})
-        self._bind(config, spaces_from(observation, action), network, None)
+        spaces = spaces_from(observation, action)
+        self._bind(config, spaces, make_learner(config, spaces, network), None)
 
-    def _bind(self, config: Config, spaces: Spaces, network: Any, env_id: str | None) -> None:
-        self.config, self.spaces = config, spaces
-        self.learner: Learner = make_learner(config, spaces, network)
+    def _bind(self, config: Config, spaces: Spaces, learner: Learner, env_id: str | None) -> None:
+        self.config, self.spaces, self.learner = config, spaces, learner
         self.progress = Progress()
-        self._network, self._env_id = network, env_id
+        self._env_id = env_id
         count = self.config.num_envs
         self._rollout = Rollout(spaces, self.config.num_steps, count)
         self._extra_rng = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
@@ -150,7 +150,7 @@ class Agent:
             raise UserError(
                 "act() was called twice without observe(), which a recurrent network needs in between. Call observe()."
             )
-        read = self._read("obs", obs)
+        read = read_observation(self.spaces, self.config.num_envs, "obs", obs)
         self._row_noise = self._draw_noise(deterministic)
         raw = self._actor(read, self._start)
         log_prob, value, carry = self.learner.evaluate_actions(read, raw, self._start, self._carry)
@@ -181,13 +181,13 @@ class Agent:
         if self._pending is None:
             raise UserError("observe() was called without act(). Call act() first.")
         count, rollout, t = self.config.num_envs, self._rollout, self._filled
-        rewards = self._per_env("reward", reward, "iuf", "a finite number")
+        rewards = read_values(count, "reward", reward, "iuf", "a finite number")
         if not np.isfinite(rewards.astype(np.float32)).all():
             raise UserError(f"reward is {reward}; expected a number that is finite as float32.")
-        terminations = self._per_env("terminated", terminated, "b", "a bool")
-        truncations = self._per_env("truncated", truncated, "b", "a bool")
-        valids = np.ones(count, bool) if valid is None else self._per_env("valid", valid, "b", "a bool")
-        following = self._read("next_obs", next_obs)
+        terminations = read_values(count, "terminated", terminated, "b", "a bool")
+        truncations = read_values(count, "truncated", truncated, "b", "a bool")
+        valids = np.ones(count, bool) if valid is None else read_values(count, "valid", valid, "b", "a bool")
+        following = read_observation(self.spaces, count, "next_obs", next_obs)
         self._check_continues(self._pending.obs)
 
         for path, array in self._pending.obs.items():
@@ -269,14 +269,15 @@ class Agent:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
         saved = load(path)
-        config = restore_config(path, saved.manifest, network, agent_settings(changes))
+        given = agent_settings(changes)
+        config = restore_config(path, saved.manifest, network, given)
         spaces = restore_spaces(saved, config)
+        config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
         agent = cls.__new__(cls)
-        agent._bind(config, spaces, network, saved.manifest["env"])
-        agent.learner.load(saved.arrays)
+        agent._bind(config, spaces, learner, saved.manifest["env"])
         agent.progress.global_step = saved.progress.global_step
         agent.progress.iteration = saved.progress.iteration
-        agent._begin()
+        agent._begin()  # with the noise of that iteration
         return agent
 
     @property
@@ -292,43 +293,41 @@ class Agent:
             return self._noise[self._filled]
         return self.spaces.action.noise(self._extra_rng, (self.config.num_envs,))
 
-    def _read(self, name: str, observation: Any) -> Obs:
-        """path -> copies [N, ...] with the stored types."""
-        leading = (self.config.num_envs,) if self._is_batched else ()
-        obs: Obs = {}
-        for leaf, (path, value) in zip(self.spaces.observation, self.spaces.read(observation), strict=True):
-            what = f"{name} {path!r}" if path else name
-            if value.shape != leading + leaf.shape:
-                raise UserError(
-                    f"{what} has shape {value.shape}; expected {leading + leaf.shape} with `num_envs` "
-                    f"{self.config.num_envs}."
-                )
-            if value.dtype.kind not in "biuf":
-                raise UserError(f"{what} has type {value.dtype}; expected numbers.")
-            array = np.array(value, leaf.dtype).reshape(self.config.num_envs, *leaf.shape)
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise UserError(f"{what} is not finite. Fix the environment, or end the episode before.")
-            obs[path] = array
-        return obs
-
-    def _per_env(self, name: str, value: Any, kinds: str, expected: str) -> np.ndarray:
-        """One value for each environment, [N]."""
-        array = np.asarray(value)
-        shape = (self.config.num_envs,) if self._is_batched else ()
-        if array.shape != shape or array.dtype.kind not in kinds:
-            each = f" for each of the {self.config.num_envs} environments" if self._is_batched else ""
-            raise UserError(f"{name} is {value!r}; expected {expected}{each}.")
-        return array.reshape(self.config.num_envs)
-
-    def _check_continues(self, seen: Obs) -> None:
+    def _check_continues(self, obs: Obs) -> None:
         """Raise UserError for a jump inside an episode, which an unreported reset causes."""
-        for path, array in seen.items():
+        for path, array in obs.items():
             same = (array == self._next_obs[path]).reshape(len(array), -1).all(axis=1) | self._start
             if not same.all():
                 raise UserError(
                     f"act() got another observation of environment {int(np.argmin(same))} than the previous next_obs, "
                     "although its episode had not ended. Call observe() with truncated=True before a reset."
                 )
+
+
+def read_observation(spaces: Spaces, num_envs: int, name: str, observation: Any) -> Obs:
+    """path -> copies [N, ...] with the stored types; UserError for anything else than N finite observations."""
+    leading = (num_envs,) if num_envs > 1 else ()
+    obs: Obs = {}
+    for leaf, (path, value) in zip(spaces.observation, spaces.read(observation), strict=True):
+        what = f"{name} {path!r}" if path else name
+        if value.shape != leading + leaf.shape:
+            expected = leading + leaf.shape
+            raise UserError(f"{what} has shape {value.shape}; expected {expected} with `num_envs` {num_envs}.")
+        if value.dtype.kind not in "biuf":
+            raise UserError(f"{what} has type {value.dtype}; expected numbers.")
+        obs[path] = np.array(value, leaf.dtype).reshape(num_envs, *leaf.shape)
+        if obs[path].dtype.kind == "f" and not np.isfinite(obs[path]).all():
+            raise UserError(f"{what} is not finite. Fix the environment, or end the episode before.")
+    return obs
+
+
+def read_values(num_envs: int, name: str, value: Any, kinds: str, expected: str) -> np.ndarray:
+    """One value for each environment, [N]; UserError for another shape or type."""
+    array = np.asarray(value)
+    if array.shape != ((num_envs,) if num_envs > 1 else ()) or array.dtype.kind not in kinds:
+        each = f" for each of the {num_envs} environments" if num_envs > 1 else ""
+        raise UserError(f"{name} is {value!r}; expected {expected}{each}.")
+    return array.reshape(num_envs)
 
 
 def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

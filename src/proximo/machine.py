@@ -74,7 +74,8 @@ def choose_device(requested: str, available: Sequence[str], convolutional: bool,
     """
     if requested != "auto":
         if requested not in available:
-            raise DeviceUnavailable(f"device {requested} is not available. Available: {', '.join(available)}; {hint}")
+            expected = ", ".join(("auto", *available))
+            raise DeviceUnavailable(f"`device` {requested} is not available here; expected one of {expected}. {hint}.")
         return Device(requested, "requested")
     if "cuda" not in available:
         return Device("cpu", "no CUDA device found")

@@ -16,7 +16,7 @@ from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.environments import TrainingEnvs, record_resume
 from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
-from proximo.errors import DeviceUnavailable, UserError, notify_user
+from proximo.errors import UserError, notify_user
 from proximo.evaluate import Evaluation, PeriodicEvaluation, evaluate, random_policy, trained_policy
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
@@ -26,7 +26,7 @@ from proximo.report.video import record as record_video
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Metrics
 from proximo.run import checkpoint_files
-from proximo.run.checkpoint import Checkpoint, load, restore_config, restore_spaces, serialize
+from proximo.run.checkpoint import Checkpoint, load, restore_config, restore_learner, restore_spaces, serialize
 from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.run.trackers import import_wandb
@@ -63,7 +63,8 @@ class PPO:
         self._bind(TrainingEnvs(env), config_for(env, preset, settings))
         self.preset = presets.select_name(self.env_id, preset)
         try:
-            self._build(spaces_of(self.envs.open(self.config)), network)
+            self.spaces = spaces_of(self.envs.open(self.config))
+            self.learner: Learner = make_learner(self.config, self.spaces, network)
         except BaseException:
             self.close()
             raise
@@ -80,10 +81,6 @@ class PPO:
         self.run_dir: Path | None = None
         self._saved: Checkpoint | None = None  # the loaded checkpoint, until training continues
         self._prediction_rng = generator(config.seed, Purpose.EVALUATION, iteration=2)
-
-    def _build(self, spaces: Spaces, network: Any) -> None:
-        self.spaces = spaces
-        self.learner: Learner = make_learner(self.config, spaces, network)
 
     @property
     def env_id(self) -> str | None:
@@ -260,26 +257,14 @@ class PPO:
         if env is None and not is_unimported:
             env = known
         env = with_version(env) if isinstance(env, str) else env
+        config = restore_config(path, saved.manifest, network, given)
+        spaces = restore_spaces(saved, config)
+        config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
         agent = cls.__new__(cls)
-        agent._bind(
-            TrainingEnvs(env, known if is_unimported else None), restore_config(path, saved.manifest, network, given)
-        )
-        spaces = restore_spaces(saved, agent.config)
-        try:
-            agent._build(spaces, network)
-        except DeviceUnavailable as error:
-            if "device" in given:
-                raise
-            notify_user(f"{error} The device is chosen automatically.")
-            agent.config = agent.config.replace(device="auto")
-            agent._build(spaces, network)
-        agent.learner.load(saved.arrays)
-        agent.preset = saved.manifest.get("preset")
-        agent.progress, agent._saved, agent.run_dir = (
-            saved.progress,
-            saved,
-            checkpoint_files.find_resumable_run_dir(path),
-        )
+        agent._bind(TrainingEnvs(env, known if is_unimported else None), config)
+        agent.spaces, agent.learner, agent.preset = spaces, learner, saved.manifest.get("preset")
+        agent.progress, agent._saved = saved.progress, saved
+        agent.run_dir = checkpoint_files.find_resumable_run_dir(path)
         return agent
 
     def close(self) -> None:

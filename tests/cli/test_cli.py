@@ -78,7 +78,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
         ("train CartPole-v1 --squash", "`squash` needs a Box action space"),
         ("train Blackjack-v1", "observation space Tuple"),
-        ("train CartPole-v1 --env-kwargs 3", "expected a mapping such as"),
+        ("train CartPole-v1 --env-kwargs 3", "'3' is not a mapping; expected names with values"),
         ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),
         ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
         ("train", "no environment is given"),
@@ -113,7 +113,7 @@ def test_a_retired_environment_names_its_successor(retired, successor, capsys):
     """One line, without Gymnasium's own warning."""
     assert main(["train", retired]) == 2
     errors = capsys.readouterr().err
-    assert errors == f"proximo: error: environment '{retired}' is retired: use '{successor}'\n"
+    assert errors == f"proximo: error: environment '{retired}' is retired. Use '{successor}'.\n"
 
 
 def test_an_older_environment_version_runs_without_output(tmp_path, capsys):

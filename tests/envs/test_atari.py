@@ -30,7 +30,7 @@ def random_collector(env, engine, num_steps, num_envs=2, **env_kwargs):
     rng = np.random.default_rng(0)
     collector = Collector(envs, spaces, Config(num_envs=num_envs))
     collector.reset(list(range(num_envs)))
-    actor = lambda obs, start: rng.integers(spaces.action.n, size=num_envs).astype(np.int32)
+    actor = lambda obs, start: {"": rng.integers(spaces.action.heads[0].n, size=num_envs).astype(np.int32)}
     return collector, Rollout(spaces, num_steps, num_envs), actor
 
 
@@ -168,7 +168,7 @@ def test_a_game_is_learned_evaluated_and_filmed(backend, tmp_path):
     """Train, evaluate and record; the video shows a whole game, with more than one life."""
     with PPO(BREAKOUT, backend=backend, **TINY) as agent:
         agent.learn(32)
-        assert agent.config.architecture == "nature"
+        assert agent.resolved.network["architecture"] == "nature"
         result = agent.evaluate(2)
         assert result.returns == tuple(int(value) for value in result.returns)
         video = agent.record(tmp_path / "game.mp4", deterministic=False, max_frames=400)

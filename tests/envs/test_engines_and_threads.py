@@ -1,5 +1,6 @@
 """Automatic choices of a run: engine, threads, device, compilation; and the compilation cache."""
 
+import json
 import os
 import random
 import signal
@@ -24,11 +25,12 @@ from proximo.envs.auto_engine import step_seconds
 from proximo.envs.make import resolve_engine
 from proximo.errors import RunError, UserError
 from proximo.jax import runtime as jax_runtime
-from proximo.learner.architecture import initial_parameters, size
+from proximo.learner.architecture import initial_parameters, num_parameters
 from proximo.learner.schedules import hyper_at
 from proximo.machine import choose_device, choose_num_threads, cores
 from proximo.ppo import PPO
 from proximo.rollout.minibatches import minibatch_order
+from proximo.run import checkpoint
 from proximo.run.metrics import read_last_metrics, read_metrics
 from proximo.torch import runtime as torch_runtime
 from proximo.torch.learner import Learner as TorchLearner
@@ -92,9 +94,9 @@ def test_a_sixth_of_the_time_is_to_be_saved(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("proximo.envs.auto_engine.step_seconds", lambda make, micro=micro: micro * 1e-6)
             assert resolve_engine("Humanoid-v5", 16, total_timesteps=10**9) == engine
-    seconds = step_seconds(lambda: Working(1e-3))
-    assert seconds is not None
-    assert 1e-3 <= seconds < 3e-3
+    trials = [step_seconds(lambda: Working(1e-3)) for _ in range(3)]
+    assert None not in trials
+    assert 1e-3 <= min(trials) < 3e-3  # other processes slow some down
 
 
 def test_what_belongs_to_a_program_cannot_be_sent_or_fails_stays_here():
@@ -141,15 +143,19 @@ def test_workers_run_what_only_the_program_registered():
         np.testing.assert_array_equal(states[1][name], value)
 
 
-def test_the_engine_that_was_taken_is_kept_and_does_not_bind_another_environment(tmp_path):
+def test_the_chosen_engine_is_recorded_and_chosen_anew_for_another_environment(tmp_path):
+    """config.yaml keeps what was requested; versions.json has what was chosen. A requested engine is kept."""
     run, settings = tmp_path / "run", {**SMALL, "num_envs": 16, "backend": "torch"}
     PPO("CartPole-v1", **settings).learn(64, run_dir=run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["engine"], config["threads"]) == ("native", 1)
+    assert (config["engine"], config["threads"]) == ("auto", None)
+    resolved = json.loads((run / "versions.json").read_text())["resolved"]
+    assert (resolved["engine"], resolved["threads"]) == ("native", 1)
     other = PPO.load(run, env=lambda: gym.make("CartPole-v1")).learn(64)
-    assert other.config.engine == "sync"
+    assert (other.config.engine, other.resolved.engine) == ("auto", "sync")
     PPO("CartPole-v1", engine="sync", **settings).learn(64, run_dir=tmp_path / "sync")
-    assert PPO.load(tmp_path / "sync").learn(64).config.engine == "sync"
+    same = PPO.load(tmp_path / "sync").learn(64)
+    assert (same.config.engine, same.resolved.engine) == ("sync", "sync")
 
 
 def test_small_networks_learn_on_one_thread(monkeypatch):
@@ -157,7 +163,7 @@ def test_small_networks_learn_on_one_thread(monkeypatch):
     cost 585,920 multiplications; of 1024, 9,374,720, which is above 5 million."""
     agent = PPO("CartPole-v1", num_envs=2, **SMALL)
     parameters = initial_parameters(agent.config, agent.spaces)
-    assert size(agent.config, agent.spaces) == sum(value.size for value in parameters.values()) == 9155
+    assert num_parameters(agent.config, agent.spaces) == sum(value.size for value in parameters.values()) == 9155
     assert choose_num_threads(None, 64, 9155) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert choose_num_threads(None, 1024, 9155) == cores()
@@ -218,17 +224,17 @@ def test_the_device_is_the_one_asked_for_or_the_one_that_pays():
         device = choose_device(asked, there, convolutional, "hint")
         assert device.name == name
         assert device.why
-    with pytest.raises(UserError, match=r"device mps is not available\. Available: cpu, cuda; hint"):
+    with pytest.raises(UserError, match=r"`device` mps is not available here; expected one of auto, cpu, cuda\. hint"):
         choose_device("mps", ["cpu", "cuda"], True, "hint")
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(backend, device, capsys):
-    if device in (torch_runtime if backend == "torch" else jax_runtime).devices():
+    if device in (torch_runtime if backend == "torch" else jax_runtime).available_devices():
         pytest.skip("it is there")
     assert main([*TRAIN, "--backend", backend, "--device", device]) == 2
-    assert f"device {device} is not available. Available: cpu" in capsys.readouterr().err
+    assert f"`device` {device} is not available here; expected one of auto, cpu" in capsys.readouterr().err
 
 
 def test_a_checkpoint_goes_where_there_is_a_device(tmp_path):
@@ -358,6 +364,12 @@ def learner_of(**settings) -> TorchLearner:
     return TorchLearner(Config(**shape, **settings), CONTINUOUS)
 
 
+def decide(learner, num_minibatches, previous=None):
+    """Whether the learner compiles, after its decision for that many more minibatches."""
+    learner.decide_compilation(num_minibatches, previous)
+    return learner.compiled
+
+
 def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
     """32 rollouts make 20,480 minibatches, 31 make 19,840; expected counts add up. Without a compiler or Python's
     headers nothing is compiled."""
@@ -365,15 +377,17 @@ def test_pytorch_compiles_what_wins_the_time_back(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     count_minibatches = learner_of().spec.config.count_minibatches
     assert (count_minibatches(31 * 64), count_minibatches(31 * 64 + 1)) == (19_840, 20_480)
-    assert learner_of().decide_compilation(20_480) is False, "no headers"
+    assert decide(learner_of(), 20_480) is False, "no headers"
     (tmp_path / "Python.h").touch()
     learner = learner_of()
-    assert [learner.decide_compilation(count) for count in (19_840, 159, 1, 0)] == [False, False, True, True]
-    assert learner_of(compile=False).decide_compilation(20_480) is False
-    assert learner_of(compile=True).decide_compilation(0) is True
+    assert [decide(learner, count) for count in (19_840, 159, 1, 0)] == [False, False, True, True]
+    assert decide(learner_of(), 0, previous=True) is True
+    assert decide(learner_of(), 20_480, previous=False) is False
+    assert decide(learner_of(compile=False), 20_480) is False
+    assert decide(learner_of(compile=True), 0) is True
     monkeypatch.setenv("CXX", "no compiler of this name")
-    assert learner_of().decide_compilation(20_480) is False
-    assert learner_of().decide_compilation(20_480, as_before=True) is False
+    assert decide(learner_of(), 20_480) is False
+    assert decide(learner_of(), 20_480, previous=True) is False
 
 
 def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
@@ -384,10 +398,10 @@ def test_a_compiler_that_fails_ends_no_run(monkeypatch, capsys):
     rollout = act_rollout(plain, seed=0)
     order = minibatch_order(rollout.valid, 1, 4, np.random.default_rng(0))
     hyper = hyper_at(plain.spec.config, 0)
-    assert learner.decide_compilation(1) is True
+    assert decide(learner, 1) is True
     assert learner.update(rollout, order, hyper) == plain.update(rollout, order, hyper)
-    assert "goes on without compiling, which failed: no compiler" in capsys.readouterr().err
-    assert learner.decide_compilation(1) is False
+    assert "PyTorch failed to compile; training continues without: no compiler" in capsys.readouterr().err
+    assert decide(learner, 1) is False
     with pytest.raises(RuntimeError, match=r"no\s+compiler"):
         asked.update(rollout, order, hyper)
 
@@ -396,11 +410,13 @@ def broken(*_):
     raise RuntimeError("no\n compiler")
 
 
-def test_how_pytorch_learned_is_kept_with_the_run(tmp_path):
-    """As a resolved setting, so that the run can be repeated; a loaded agent decides again."""
+def test_the_decision_to_compile_is_recorded_with_the_run(tmp_path):
+    """As a resolved choice in versions.json and in the checkpoint; the setting stays as requested."""
     arguments = [*TRAIN, "--backend", "torch", "--total-timesteps", "64", "--run-dir", str(tmp_path / "run")]
     assert main([*arguments, "--minibatch-size", "32"]) == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is False
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is None
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["resolved"]["compiled"] is False
+    assert checkpoint.load(tmp_path / "run").manifest["resolved"]["compiled"] is False
     assert PPO.load(tmp_path / "run").config.compile is None
     arguments[-1] = str(tmp_path / "other")
     assert main([*arguments, "--minibatch-size", "32", "--no-compile"]) == 0
@@ -423,7 +439,7 @@ def test_isolated_environments_leave_the_run_alive_when_they_crash():
     assert resolve_engine(lambda: Working(0.0), 2, isolate=True) == "workers"
     with pytest.raises(UserError, match="`isolate_envs` needs worker processes, but `engine` is sync"):
         PPO("CartPole-v1", engine="sync", isolate_envs=True)
-    with pytest.raises(UserError, match="isolate_envs is for environments that Proximo makes"):
+    with pytest.raises(UserError, match="`isolate_envs` does not apply to a vector environment"):
         PPO(gym.make_vec("CartPole-v1", 2), isolate_envs=True)
     with PPO(lambda: Crashing(5), num_envs=2, isolate_envs=True, **SMALL) as agent:
         with pytest.raises(RunError, match=r"worker \d .* was killed by SIGKILL .* at step 5"):

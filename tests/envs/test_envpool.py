@@ -405,7 +405,7 @@ def test_rollouts_hold_true_final_observations_and_returns():
     collector = Collector(pool, spaces, Config(num_envs=5, num_steps=100, num_minibatches=1))
     collector.reset(list(range(5)))
     rollout = Rollout(spaces, 100, 5)
-    result = collector.collect(lambda obs, start: rng.integers(2, size=5), rollout)
+    result = collector.collect(lambda obs, start: {"": rng.integers(2, size=5)}, rollout)
     assert rollout.valid.all()
     assert len(result.episodes) == rollout.terminated.sum() > 10
     assert all(episode.episode_return == episode.length for episode in result.episodes)
@@ -424,7 +424,8 @@ def test_returns_are_the_sums_of_raw_rewards():
     collector = Collector(pool, spaces, Config(num_envs=3, num_steps=100, num_minibatches=1))
     collector.reset([4, 5, 6])
     rollout = Rollout(spaces, 100, 3)
-    episodes = collector.collect(lambda obs, start: rng.uniform(-1, 1, (3, 2)).astype(np.float32), rollout).episodes
+    actor = lambda obs, start: {"": rng.uniform(-1, 1, (3, 2)).astype(np.float32)}
+    episodes = collector.collect(actor, rollout).episodes
     assert [(episode.length, episode.env_index) for episode in episodes] == [(50, n) for n in (0, 1, 2)] * 2
     expected = rollout.reward.astype(np.float64).reshape(2, 50, 3).sum(axis=1).reshape(-1)
     np.testing.assert_allclose([episode.episode_return for episode in episodes], expected, rtol=1e-12)

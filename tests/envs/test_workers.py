@@ -134,11 +134,7 @@ def assert_same_rollouts(ours: VectorEnv, theirs: VectorEnv) -> None:
         collector, rollout = Collector(envs, spaces, config), Rollout(spaces, 32, theirs.num_envs)
         collector.reset(list(range(70, 70 + theirs.num_envs)))
         rng = np.random.default_rng(0)
-        actor = lambda obs, start, rng=rng: (
-            spaces.action.noise(rng, start.shape)
-            if spaces.action.raw_dtype == "float32"
-            else rng.integers(2, size=len(start)).astype(np.int32)
-        )
+        actor = lambda obs, start, rng=rng: spaces.action.random(rng, len(start))
         collected.append([])
         for _ in range(4):
             episodes = collector.collect(actor, rollout).episodes

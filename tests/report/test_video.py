@@ -61,7 +61,7 @@ SPACES = Spaces.of(Painter.observation_space, Painter.action_space)
 
 
 def zeros(obs, start):
-    return np.zeros((1, 2), np.float32)
+    return {"": np.zeros((1, 2), np.float32)}
 
 
 def paint(path, actor=zeros, env=Painter, **options):
@@ -82,7 +82,7 @@ def test_every_frame_is_the_state_of_its_step(tmp_path):
 
     def actor(obs, start):
         inputs.append((float(obs[""][0, 0]), bool(start[0])))
-        return np.full((1, 2), 7.0, np.float32)  # out of bounds, so to_env clips it
+        return {"": np.full((1, 2), 7.0, np.float32)}  # out of bounds, so to_env clips it
 
     video = paint(tmp_path / "new" / "film.mp4", actor)
     assert inputs == [(t, t == 0) for t in range(8)]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from proximo.run.diagnostics import collect_diagnostics
 from rollouts import act_rollout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,6 +16,7 @@ from proximo.errors import UserError
 from proximo.learner.schedules import hyper_at
 from proximo.ppo import PPO
 from proximo.report.plot import Run, group_by_settings, mean_curve, plot
+from proximo.rollout.diagnostics import histograms_of
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.console import Console
 from proximo.run.metrics import read_metrics
@@ -248,9 +248,9 @@ def test_a_failed_recording_does_not_stop_the_run(tmp_path, monkeypatch, capsys)
     """It is reported, and the run completes and has a checkpoint."""
     run = tmp_path / "run"
     with PPO("CartPole-v1", **SMALL, num_envs=2, capture_video=True) as agent:
-        monkeypatch.setattr("proximo.ppo.CAPTURED_FRAMES", 1)  # invalid: a video has at least two frames
+        monkeypatch.setattr("proximo.ppo.MAX_TRAINING_FRAMES", 1)  # invalid: a video has at least two frames
         agent.learn(64, run_dir=run)
-    assert "was not recorded: max_frames must be" in capsys.readouterr().err
+    assert "could not be recorded: max_frames must be" in capsys.readouterr().err
     assert list((run / "checkpoints").iterdir())
 
 
@@ -264,7 +264,7 @@ def test_ratios_compare_the_policies_before_and_after_the_update(backend):
             before = agent.learner.inspect_rollout(rollout, hyper)
             agent.learner.update(rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper)
             after = agent.learner.inspect_rollout(rollout, hyper, before["carry"])
-            ratio = collect_diagnostics(rollout, agent.config, before, after)["ratio"]
+            ratio = histograms_of(rollout, agent.config, before, after)["ratio"]
         assert len(ratio) == rollout.valid.sum()
         assert lowest <= ratio.min() <= ratio.max() <= highest * (1 + 1e-6)
         assert np.isfinite(ratio).all()

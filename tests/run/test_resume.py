@@ -93,7 +93,7 @@ def test_resumed_equals_uninterrupted(env, settings, tmp_path, capsys):
     whole, resumed, expected, found = train_and_resume(env, tmp_path / "saved", **{**EVERYTHING, **settings})
     assert found == expected
     assert has_equal_state(whole, resumed)
-    assert "environments go on exactly where they stood" in capsys.readouterr().err
+    assert "training resumes from the exact simulator state of" in capsys.readouterr().err
     assert [one["exact"] for one in resumed.progress.resumed] == [True]
 
 
@@ -173,7 +173,7 @@ def test_the_other_backend_resumes_from_the_same_state_with_a_note(tmp_path, cap
     first = np.array(observed[-ROWS:][:3])  # after the replayed steps; the three environments step in turn
     assert np.array_equal(first, agent.progress.env_state.obs[""])
     changed = "env changed from Pendulum-v1 to an environment without an id; backend changed from jax to torch"
-    assert f"not the same to the bit, since {changed}" in capsys.readouterr().err
+    assert f"it is not bit-identical, because {changed}" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
 
 
@@ -198,7 +198,7 @@ def test_a_second_learn_continues_the_first(tmp_path):
     assert has_equal_state(whole, agent)
 
 
-@pytest.mark.parametrize("where", ["update", "examine", "capture_state"])
+@pytest.mark.parametrize("where", ["update", "inspect_rollout", "capture_state"])
 def test_an_interrupt_anywhere_in_an_iteration_discards_it(where, tmp_path, monkeypatch):
     """After Ctrl-C, whether environments or learner have already changed, the previous iteration is saved; the same
     agent and a loaded one then end like an uninterrupted one."""
@@ -250,7 +250,7 @@ def test_a_simulator_that_keeps_state_over_resets_is_detected(tmp_path, capsys):
     """BipedalWalker keeps its physics engine, with the order of contacts, across episodes."""
     settings = {**EVERYTHING, "engine": "sync", "num_steps": 128}
     *_, found = train_and_resume("BipedalWalker-v3", tmp_path / "saved", **settings)
-    assert "new episodes begin, since environments could not be brought back" in capsys.readouterr().err
+    assert "the simulator state could not be restored, so every environment was reset" in capsys.readouterr().err
     assert len(found) == ITERATIONS - STOP
 
 
@@ -289,7 +289,7 @@ def test_hidden_state_is_detected_and_reported(tmp_path, capsys):
     settings = {**QUICK, "total_timesteps": 4 * ROWS}
     *_, found = train_and_resume(Hidden, tmp_path / "saved", stop=2, loaded_env=Hidden, **settings)
     errors = capsys.readouterr().err
-    assert re.search(r"new episodes begin.* environment \d's observation came back another", errors)
+    assert re.search(r"so every environment was reset: environment \d's observation differs after restoring", errors)
     assert len(found) == 2
 
 
@@ -313,7 +313,7 @@ def test_a_snapshot_that_cannot_be_stored(tmp_path, capsys):
         agent.save(tmp_path / "saved")
     with PPO.load(tmp_path / "saved", Bad) as agent:
         agent.learn()
-    assert "new episodes begin" in capsys.readouterr().err
+    assert "the simulator state could not be restored, so every environment was reset" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "saved")]) == 0
     assert "a snapshot holds object" in capsys.readouterr().out
 
@@ -344,12 +344,12 @@ def test_engines_without_exact_resume_start_new_episodes(tmp_path, capsys):
 def test_exact_resume_selects_engines_that_support_it(tmp_path):
     settings = {"preset": None, "backend": "torch", "num_steps": 8, "num_minibatches": 1, "exact_resume": True}
     with PPO("HalfCheetah-v5", num_envs=64, **settings) as agent:
-        assert agent.config.engine in ("workers", "sync")  # EnvPool otherwise
+        assert agent.resolved.engine in ("workers", "sync")  # EnvPool otherwise
     with PPO("ALE/Pong-v5", num_envs=2, **settings) as agent:
-        assert agent.config.engine in ("workers", "sync")
+        assert agent.resolved.engine in ("workers", "sync")
     with PPO("CartPole-v1", num_envs=16, **settings) as agent:
-        assert agent.config.engine == "native"
-    with pytest.raises(UserError, match="engine native cannot bring"):
+        assert agent.resolved.engine == "native"
+    with pytest.raises(UserError, match="engine native cannot restore its environments"):
         PPO("ALE/Pong-v5", num_envs=2, engine="native", **settings)
 
 
@@ -363,7 +363,7 @@ def test_the_log_of_a_long_episode_is_dropped_and_reported(monkeypatch, tmp_path
 
     with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **QUICK) as agent:
         agent.learn()
-        assert agent._log_bytes <= 4000
+        assert agent.envs._source.collector._log_bytes <= 4000
         assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.reset_reason
 
 
@@ -396,7 +396,7 @@ def test_generator_positions_outside_their_buffer_are_refused(name, place, value
 
 
 def test_only_known_generators_are_created():
-    with pytest.raises(UserError, match="one of NumPy's generators"):
+    with pytest.raises(UserError, match=r"expected the state of a NumPy generator .* got 'RandomState'"):
         generator_from_state({"bit_generator": "RandomState"})
 
 
@@ -438,7 +438,7 @@ def test_changes_that_affect_learning_are_reported(tmp_path, capsys):
 
     assert gone_on(keep_checkpoints=7, tensorboard=False, total_timesteps=6 * ROWS)["exact"]
     assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma changed from 0.99 to 0.5"}
-    assert "not the same to the bit, since gamma changed from 0.99 to 0.5" in capsys.readouterr().err
+    assert "it is not bit-identical, because gamma changed from 0.99 to 0.5" in capsys.readouterr().err
     assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
 
 
@@ -460,12 +460,10 @@ def test_another_environment_or_compilation_is_reported(tmp_path, capsys):
         next(agent.iterate())
         agent.save(tmp_path / "saved")
     saved = checkpoint.load(tmp_path / "saved")
-    config = agent.config
-    compiled = agent.learner.compiled
-    assert not checkpoint.find_differences(saved, config, "CartPole-v1", compiled)
-    saved.manifest["compiled"] = not compiled
-    became = f"compiled changed from {not compiled} to {compiled}"
-    assert checkpoint.find_differences(saved, config, "CartPole-v1", compiled) == [became]
+    info, compiled = agent._info(), agent.learner.compiled
+    assert not checkpoint.find_differences(saved, info)
+    saved.manifest["resolved"]["compiled"] = not compiled
+    assert checkpoint.find_differences(saved, info) == [f"compiled changed from {not compiled} to {compiled}"]
     for env, changed in [
         ("CartPole", ""),
         ("CartPole-v0", "env changed from CartPole-v1 to CartPole-v0"),
@@ -474,7 +472,7 @@ def test_another_environment_or_compilation_is_reported(tmp_path, capsys):
         with PPO.load(tmp_path / "saved", env, engine="sync") as again:
             next(again.iterate())
         assert again.progress.resumed[-1] == {"global_step": ROWS, "exact": not changed, "why": changed}
-        assert f"not the same to the bit, since {changed}" in capsys.readouterr().err or not changed
+        assert f"it is not bit-identical, because {changed}" in capsys.readouterr().err or not changed
 
 
 def test_compilation_is_decided_once_per_plan():
@@ -496,7 +494,7 @@ def test_new_episodes_in_a_users_vector_environment_are_reported(tmp_path, capsy
         agent.save(tmp_path / "saved")
     with PPO.load(tmp_path / "saved", envs) as agent:
         next(agent.iterate())
-    assert "new episodes begin" in capsys.readouterr().err
+    assert "the simulator state could not be restored, so every environment was reset" in capsys.readouterr().err
 
 
 def test_a_snapshot_is_restored_from_a_file():
@@ -585,7 +583,7 @@ def test_a_killed_run_is_resumed_by_command(tmp_path, capsys):
     done = subprocess.run([*PROXIMO, "resume", str(killed)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stdout
-    assert "go on exactly where they stood" in done.stderr
+    assert "training resumes from the exact simulator state of 3 environments" in done.stderr
     whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "killed"))
     assert all(whole.arrays[name].tobytes() == resumed.arrays[name].tobytes() for name in whole.arrays)
     assert without_time(read_metrics(killed)) == without_time(read_metrics(tmp_path / "whole"))
@@ -652,7 +650,9 @@ def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
                     ["train", "--config", str(run / "config.yaml"), "--run-dir", str(tmp_path / "new")]):  # fmt: skip
         assert main([*command]) == (0 if command[0] == "inspect" else 2)
         assert not (tmp_path / "imported").exists()
-    assert "what a file names is not imported" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert errors.count("modules named in a file are not imported") == 2
+    assert errors.count("a module named in a file is not imported") == 1
     assert main(["resume", str(run), "--env", "canary:Canary-v0", "--quiet"]) == 0
     assert (tmp_path / "imported").exists()
 

@@ -136,7 +136,7 @@ def notify_of_surprises(agent: PPO) -> None:
             f"total_timesteps {config.total_timesteps:,} is less than one rollout (num_envs {config.num_envs} × "
             f"num_steps {config.num_steps} = {rows:,} steps); the run takes {rows:,} steps"
         )
-    if config.compile and config.backend == "jax":
+    if config.compile and agent.learner.backend == "jax":
         notify_user("compile applies only to PyTorch; JAX always compiles")
     if not agent.envs.support_exact_resume(config, agent.spaces):
         notify_user(

@@ -16,23 +16,20 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 
 from proximo.envs.shared_vector_env import seed_per_env, split_reset_options
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
 
 INSTALL = "pip install 'proximo[envpool]'"
+FIX = "Use engine workers or sync."
 NO_TIME_LIMIT = 2**31 - 1  # steps
 
+_MUJOCO = "Ant HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d"
 VERIFIED = frozenset(
-    [
-        *("Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"),
-        *("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "Walker2d-v5"),
-        *("InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Reacher-v5"),
-        *("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Swimmer-v4", "Walker2d-v4"),
-        *("InvertedDoublePendulum-v4", "InvertedPendulum-v4", "Reacher-v4"),
-    ]
+    ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
+    + [f"{task}-v{version}" for task in _MUJOCO.split() for version in (4, 5)]
 )
 """Ids whose implementation in EnvPool is verified to match Gymnasium's.
 
@@ -45,69 +42,35 @@ Known differences:
 - Humanoid-v4: observations include contact forces in Gymnasium but not in EnvPool.
 """
 
-# Keywords of Gymnasium's environments with their names in EnvPool. A range has two names there; None means that EnvPool
-# has no such bound.
-Name = str | tuple[str | None, str | None]
-
-
-def _same_names(*names: str) -> dict[str, Name]:
-    return {name: name for name in names}
-
-
-_GAIT = _same_names(
-    "ctrl_cost_weight",
-    "exclude_current_positions_from_observation",
-    "forward_reward_weight",
-    "frame_skip",
-    "reset_noise_scale",
-)
-_HEALTH = _same_names("healthy_reward", "terminate_when_unhealthy")
-_UPRIGHT: dict[str, Name] = {"healthy_z_range": ("healthy_z_min", "healthy_z_max")}
-_LEANING: dict[str, Name] = {"healthy_angle_range": ("healthy_angle_min", "healthy_angle_max")}
-_KEYWORDS: dict[str, dict[str, Name]] = {
-    "Ant": {
-        **_GAIT,
-        **_HEALTH,
-        **_UPRIGHT,
-        "contact_cost_weight": "contact_cost_weight",
-        "contact_force_range": ("contact_force_min", "contact_force_max"),
-    },
+_SIMULATION = ("frame_skip", "reset_noise_scale")
+_POSITIONS = "exclude_current_positions_from_observation"
+_GAIT = (*_SIMULATION, _POSITIONS, "forward_reward_weight", "ctrl_cost_weight")
+_UPRIGHT = (*_GAIT, "healthy_reward", "healthy_z_range", "terminate_when_unhealthy")
+_ARM = ("frame_skip", "reward_control_weight", "reward_dist_weight")
+_KEYWORDS: dict[str, tuple[str, ...]] = {  # Gymnasium's keywords that EnvPool supports
+    "Ant": (*_UPRIGHT, "contact_cost_weight", "contact_force_range"),
     "HalfCheetah": _GAIT,
-    "Hopper": {
-        **_GAIT,
-        **_HEALTH,
-        **_LEANING,
-        "healthy_z_range": ("healthy_z_min", None),
-        "healthy_state_range": ("healthy_state_min", "healthy_state_max"),
-    },
-    "Humanoid": {
-        **_GAIT,
-        **_HEALTH,
-        **_UPRIGHT,
-        "contact_cost_weight": "contact_cost_weight",
-        "contact_cost_range": (None, "contact_cost_max"),
-    },
-    "HumanoidStandup": _same_names("exclude_current_positions_from_observation"),
-    "InvertedDoublePendulum": _same_names("frame_skip", "healthy_reward", "reset_noise_scale"),
-    "InvertedPendulum": _same_names("frame_skip", "reset_noise_scale"),
-    "Pusher": {
-        "frame_skip": "frame_skip",
-        "reward_control_weight": "ctrl_cost_weight",
-        "reward_dist_weight": "dist_cost_weight",
-        "reward_near_weight": "near_cost_weight",
-    },
-    "Reacher": {
-        "frame_skip": "frame_skip",
-        "reward_control_weight": "ctrl_cost_weight",
-        "reward_dist_weight": "dist_cost_weight",
-    },
+    "Hopper": (*_UPRIGHT, "healthy_angle_range", "healthy_state_range"),
+    "Humanoid": (*_UPRIGHT, "contact_cost_weight", "contact_cost_range"),
+    "HumanoidStandup": (_POSITIONS,),
+    "InvertedDoublePendulum": (*_SIMULATION, "healthy_reward"),
+    "InvertedPendulum": _SIMULATION,
+    "Pusher": (*_ARM, "reward_near_weight"),
+    "Reacher": _ARM,
     "Swimmer": _GAIT,
-    "Walker2d": {**_GAIT, **_HEALTH, **_UPRIGHT, **_LEANING},
+    "Walker2d": (*_UPRIGHT, "healthy_angle_range"),
 }
+# EnvPool uses the same names, except for these; for `x_range` it has `x_min` and `x_max`, if not listed as unbounded.
+_RENAMED = {
+    "reward_control_weight": "ctrl_cost_weight",
+    "reward_dist_weight": "dist_cost_weight",
+    "reward_near_weight": "near_cost_weight",
+}
+_UNBOUNDED = {("Hopper", "healthy_z_range"): "max", ("Humanoid", "contact_cost_range"): "min"}
 
 
 def supports(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether EnvPool is installed, and the id with its version is verified and all keywords are supported."""
+    """Whether EnvPool is installed, the id with its version is verified, and all keywords are supported."""
     if env_id not in VERIFIED or not _is_from_gymnasium(env_id) or importlib.util.find_spec("envpool") is None:
         return False
     try:
@@ -144,11 +107,9 @@ class EnvPoolVectorEnv(VectorEnv):
     ) -> None:
         super().__init__()
         if example.spec is None:
-            raise UserError(
-                "engine envpool needs an environment made with gymnasium.make(id). Use engine workers or sync."
-            )
+            raise UserError(f"engine envpool needs an environment made with gymnasium.make(id). {FIX}")
         self.spec, self._id, self.num_envs = example.spec, example.spec.id, num_envs
-        self.single_observation_space, self.single_action_space = (example.observation_space, example.action_space)
+        self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
         self.observation_space = batch_space(example.observation_space, num_envs)
         self.action_space = batch_space(example.action_space, num_envs)
         self.metadata = {**example.metadata, "autoreset_mode": AutoresetMode.DISABLED}
@@ -163,7 +124,7 @@ class EnvPoolVectorEnv(VectorEnv):
         }
         _require_same_env(self._id, example, self._settings)
         self._pool: Any = None  # made by `reset`, since EnvPool takes seeds only in its constructor
-        self._observation = np.zeros(0)
+        self._observation: Any = create_empty_array(example.observation_space, num_envs)
         self._needs_reset = np.ones(num_envs, bool)
 
     def reset(
@@ -179,8 +140,7 @@ class EnvPoolVectorEnv(VectorEnv):
             Observations [N, ...], unchanged for environments that are not reset, and an empty info.
 
         Raises:
-            UserError: the number of seeds or the mask is wrong, there are other options, or a seed is combined with a
-                mask.
+            UserError: the number of seeds or the mask is wrong, there are other options, or a seed has a mask.
         """
         if self.closed:
             raise RunError("this vector environment is closed. Make a new one.")
@@ -195,20 +155,13 @@ class EnvPoolVectorEnv(VectorEnv):
         selected = np.flatnonzero(mask).astype(np.int32)
         if len(selected):
             observation, info = self._call(self._pool.reset, selected)
-            observation = self._convert(observation)
-            result = np.empty_like(observation, shape=(self.num_envs, *observation.shape[1:]))
-            if not mask.all():
-                result[:] = self._observation
-            result[info["env_id"]] = observation
-            self._observation = result
+            self._observation = self._observation.copy()
+            self._observation[info["env_id"]] = self._convert(observation)
             self._needs_reset = self._needs_reset & ~mask
         return self._observation, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all environments with actions [N, ...].
-
-        Returns:
-            Observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and an empty info.
+        """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and an empty info.
 
         Raises:
             UserError: the actions' shape is wrong, or an environment that ended was not reset.
@@ -245,21 +198,16 @@ class EnvPoolVectorEnv(VectorEnv):
         self._pool = None
 
     def _convert(self, observation: np.ndarray) -> np.ndarray:
-        """Convert to the shape and dtype of Gymnasium's observation space."""
+        """Return the observations with the shape and dtype of Gymnasium's space."""
         space = self.single_observation_space
         return observation.reshape(-1, *(space.shape or ())).astype(space.dtype, copy=False)
 
 
 def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]) -> None:
-    """Check that EnvPool has an environment of this name with the same spaces.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise UserError unless EnvPool has an environment of this name with the same spaces."""
     envpool = _envpool()
-    fix = "Use engine workers or sync."
     if not _is_from_gymnasium(env_id) or env_id not in envpool.list_all_envs():
-        raise UserError(f"engine envpool: EnvPool has no {env_id}. {fix}")
+        raise UserError(f"engine envpool: EnvPool has no {env_id}. {FIX}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spec = envpool.make_spec(env_id, **settings)
@@ -269,8 +217,7 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
         has_same_type = type(expected) is type(space) and expected.shape == space.shape
         if not has_same_type or getattr(expected, "n", 0) != getattr(space, "n", 0):
             raise UserError(
-                f"engine envpool: the {kind} space of EnvPool's {env_id} is {space}, but Gymnasium's is {expected}. "
-                f"{fix}"
+                f"engine envpool: EnvPool's {kind} space of {env_id} is {space}, but Gymnasium's is {expected}. {FIX}"
             )
 
 
@@ -299,35 +246,28 @@ def _is_from_gymnasium(env_id: str) -> bool:
 
 
 def _to_envpool_settings(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate Gymnasium's keywords to EnvPool's, without the time limit.
-
-    Raises:
-        UserError: EnvPool does not support a keyword or value.
-    """
-    known = _KEYWORDS.get(env_id.rpartition("-v")[0], {})
+    """Translate Gymnasium's keywords to EnvPool's, without the time limit; raise UserError for unsupported ones."""
+    task = env_id.rpartition("-v")[0]
+    known = (*_KEYWORDS.get(task, ()), "max_episode_steps")
     settings: dict[str, Any] = {}
     for keyword, value in env_kwargs.items():
+        if keyword not in known:
+            supported = ", ".join(sorted(known))
+            raise UserError(f"engine envpool does not support {keyword!r} for {env_id}, only {supported}. {FIX}")
         if keyword == "max_episode_steps":
             continue
-        if keyword not in known:
-            supported = ", ".join(sorted([*known, "max_episode_steps"]))
-            raise UserError(
-                f"engine envpool does not support {keyword!r} for {env_id}, only {supported}. "
-                "Use engine workers or sync."
-            )
-        name = known[keyword]
-        if isinstance(name, str):
-            settings[name] = value
+        if not keyword.endswith("_range"):
+            settings[_RENAMED.get(keyword, keyword)] = value
             continue
         if not (isinstance(value, Sequence) and len(value) == 2):
             raise UserError(f"{keyword} must be two numbers, got {value!r}")
-        for bound, envpool_name, infinity in zip(value, name, (-math.inf, math.inf), strict=True):
-            if envpool_name is not None:
-                settings[envpool_name] = bound
+        for end, bound, infinity in zip(("min", "max"), value, (-math.inf, math.inf), strict=True):
+            if _UNBOUNDED.get((task, keyword)) != end:
+                settings[f"{keyword.removesuffix('_range')}_{end}"] = bound
             elif bound != infinity:
                 raise UserError(
                     f"engine envpool does not support {keyword} {value} for {env_id}: EnvPool only has {infinity} "
-                    f"instead of {bound}. Use engine workers or sync."
+                    f"instead of {bound}. {FIX}"
                 )
     return settings
 

@@ -1,4 +1,4 @@
-"""The trainer's handle of a worker process: start, send commands, receive answers, end."""
+"""The trainer's handle of a worker process: start it, send commands, receive answers, describe faults."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from typing import Any
 
 from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, Declaration
 from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays
-from proximo.envs.worker_process import DECLARED, FAILED, run_worker
+from proximo.envs.worker_process import DECLARED, DONE, FAILED, MADE_ONE, ErrorReport, run_worker
+from proximo.errors import RunError
 from proximo.machine import STOP_SIGNALS
+
+KILL_WAIT_S = 1.0  # for a killed process to end
 
 
 class _SpawnedProcess:
@@ -87,6 +90,7 @@ class WorkerHandle:
     worker_connection: Connection
     context: str
     declaration: Declaration | None = None
+    is_pending: bool = True  # has not answered the last command, or has not made its environments
     num_made: int = 0  # environments made so far
     unchanged_checks: int = 0  # checks in a row that found the worker at `last_position`
     last_position: tuple[int, int] = (NO_ENVIRONMENT, 0)
@@ -120,7 +124,7 @@ class WorkerHandle:
 
     def send(self, code: bytes, message: bytes | None = None, descriptor: int | None = None) -> None:
         """Send a command, its pickled arguments and a file descriptor."""
-        self.unchanged_checks = 0
+        self.is_pending, self.unchanged_checks = True, 0
         with contextlib.suppress(OSError):  # the worker died; `receive` reports that
             os.write(self.connection.fileno(), code)
             if message is not None:
@@ -128,15 +132,26 @@ class WorkerHandle:
             if descriptor is not None:
                 reduction.send_handle(self.connection, descriptor, self.process.pid or 0)
 
-    def receive(self) -> tuple[bytes, bytes]:
-        """Return the answer and its pickled message; both are empty if the worker died."""
+    def receive(self, arrays: SharedArrays | None, activity: str, when: str) -> None:
+        """Receive one answer; raise UserError or RunError if the worker failed or died."""
         try:
             answer = os.read(self.connection.fileno(), 1)
-            return answer, self.connection.recv_bytes() if answer in (DECLARED, FAILED) else b""
+            message = self.connection.recv_bytes() if answer in (DECLARED, FAILED) else b""
         except (EOFError, OSError):
-            return b"", b""
+            answer = message = b""
+        if answer == MADE_ONE:
+            self.num_made += 1
+        elif answer in (DONE, DECLARED):
+            self.is_pending = False
+            self.declaration = pickle.loads(message) if message else self.declaration
+        elif answer == FAILED:
+            report: ErrorReport = pickle.loads(message)
+            raise report.to_error(str(self), when)
+        else:
+            self.process.join(KILL_WAIT_S)
+            raise self._exit_error(arrays, activity, when)
 
-    def position(self, arrays: SharedArrays | None) -> tuple[int, int]:
+    def _position(self, arrays: SharedArrays | None) -> tuple[int, int]:
         """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the count of replayed steps."""
         if arrays is not None:
             index, step = arrays.current[self.index, :2].tolist()
@@ -144,13 +159,44 @@ class WorkerHandle:
         all_made = self.num_made == len(self.environments)
         return NO_ENVIRONMENT if all_made else self.environments[self.num_made], 0
 
-    def is_stuck(self, arrays: SharedArrays | None) -> bool:
-        """Check once whether the worker has moved. Checks are counted instead of seconds, so that suspending the
-        trainer causes no timeout."""
-        position = self.position(arrays)
+    def check_progress(
+        self, arrays: SharedArrays | None, activity: str, when: str, timeout_s: float, setting: str
+    ) -> None:
+        """Kill the worker and raise RunError if many checks in a row find it in the same call.
+
+        Checks are counted instead of seconds, so that suspending the trainer causes no timeout.
+        """
+        position = self._position(arrays)
         self.unchanged_checks = self.unchanged_checks + 1 if position == self.last_position else 0
         self.last_position = position
-        return self.unchanged_checks >= CHECKS_PER_TIMEOUT
+        if self.unchanged_checks < CHECKS_PER_TIMEOUT:
+            return
+        self.process.kill()
+        limit = f"within {timeout_s:g} s"
+        text = f"environment {position[0]} did not return {limit} while {activity}, {when}; {self} was killed"
+        if position[0] == NO_ENVIRONMENT:
+            text = f"{self} did not answer {limit} between calls, {when}, and was killed"
+        raise RunError(f"{text}. Fix the environment, or increase `{setting}`.")
+
+    def _exit_error(self, arrays: SharedArrays | None, activity: str, when: str) -> RunError:
+        environment, exitcode, hint = self._position(arrays)[0], self.process.exitcode, ""
+        if exitcode == -signal.SIGKILL:
+            hint = ". The kernel does this when memory runs out."
+        elif exitcode == 1 and arrays is None and self.context != "spawn":
+            hint = ". A script that uses a fork server must guard its code with `if __name__ == '__main__':`."
+        where = "between calls" if environment == NO_ENVIRONMENT else f"while {activity} environment {environment}"
+        return RunError(f"{self} {_describe_exit(exitcode)} {where}, {when}{hint}")
+
+
+def _describe_exit(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "closed its connection"
+    if exitcode >= 0:
+        return f"exited with status {exitcode}"
+    try:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    except ValueError:
+        return f"was killed by signal {-exitcode}"
 
 
 def join_all(workers: Sequence[WorkerHandle], seconds: float) -> None:

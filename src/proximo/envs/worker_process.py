@@ -23,7 +23,7 @@ import cloudpickle
 
 from proximo.envs.env_slice import REPLAY, RESET, STEP, EnvSlice
 from proximo.envs.shared_memory import Allocator, Layout
-from proximo.errors import UserError
+from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS
 
 COMMANDS = {command.code: command for command in (STEP, RESET, REPLAY)}
@@ -59,6 +59,18 @@ class ErrorReport(NamedTuple):
             "".join(traceback.format_exception(error)),
             pickled,
         )
+
+    def to_error(self, process: str, when: str) -> UserError | RunError:
+        """Return the error to raise, with the traceback, and with the exception as its cause if it can be unpickled."""
+        subject, location = process, ""
+        if self.environment is not None:
+            subject, location = f"environment {self.environment}", f", in {process}"
+        error = (UserError if self.is_user_error else RunError)(
+            f"{subject} raised {self.summary}\nwhile {self.activity}, {when}{location}\n{self.traceback.rstrip()}"
+        )
+        with contextlib.suppress(Exception):
+            error.__cause__ = pickle.loads(self.error) if self.error else None
+        return error
 
 
 def main(descriptor: int) -> None:

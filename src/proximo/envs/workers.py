@@ -24,6 +24,7 @@ import select
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -34,23 +35,12 @@ from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, STEP, Command, EnvSlice
 from proximo.envs.shared_memory import Allocator
 from proximo.envs.shared_vector_env import SharedVectorEnv, SliceArguments
 from proximo.envs.timeout import start_timeout_thread
-from proximo.envs.worker_faults import environment_error, exit_error, stuck_error
-from proximo.envs.worker_handle import WorkerHandle, join_all
-from proximo.envs.worker_process import (
-    ATTACH,
-    CLOSE,
-    CLOSE_GRACE_S,
-    DECLARED,
-    DONE,
-    MADE_ONE,
-    ErrorReport,
-    poll_briefly,
-)
+from proximo.envs.worker_handle import KILL_WAIT_S, WorkerHandle, join_all
+from proximo.envs.worker_process import ATTACH, CLOSE, CLOSE_GRACE_S, ErrorReport, poll_briefly
 from proximo.errors import RunError, UserError
 from proximo.machine import cores, pin_to_core
 
 FAULT_GRACE_S = 0.5  # like CLOSE_GRACE_S after a fault, which should be reported soon
-KILL_WAIT_S = 1.0  # for a killed process to end
 
 
 class WorkerVectorEnv(SharedVectorEnv):
@@ -60,7 +50,6 @@ class WorkerVectorEnv(SharedVectorEnv):
 
     Args:
         factory: makes one environment; called N times, in these processes. May be a lambda.
-        num_envs: N.
         workers: W; by default the number of cores, and never more than N. Environments are assigned in order, as
             evenly as possible.
         isolate: run all W slices in worker processes. Environments that crash or never return, in C code as well,
@@ -70,7 +59,6 @@ class WorkerVectorEnv(SharedVectorEnv):
         timeout_s: limit in seconds for one step or reset of one environment. Environments in this process can only be
             interrupted in Python code (`proximo.envs.timeout`).
         start_timeout_s: limit in seconds for a constructor, and for starting a process.
-        copy: whether returned observations are copies. Otherwise the next step overwrites them.
 
     Raises:
         UserError: an argument is invalid, an environment cannot be made, or the spaces differ or are not supported.
@@ -91,17 +79,16 @@ class WorkerVectorEnv(SharedVectorEnv):
         super().__init__(num_envs, copy)
         self._slice: EnvSlice | None = None  # the environments in this process
         self._workers: list[WorkerHandle] = []
-        self._pending: set[int] = set()  # indices of workers that have not answered
         self._activity, self._steps = "making", 0
         workers = cores() if workers is None else workers
         _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
         workers = min(workers, num_envs)
-        self._timeout_s, self._timeout_name = start_timeout_s, "start_timeout_s"
+        self._timeout = start_timeout_s, "start_timeout_s"  # and the setting for it
         self._poller = select.poll()
         try:
-            self._start(factory, list(_slices(num_envs, workers)), isolate, context)
+            self._start(factory, _slices(num_envs, workers), isolate, context)
             self._wait()
-            self._timeout_s, self._timeout_name = timeout_s, "env_timeout"
+            self._timeout = timeout_s, "env_timeout"
             self._attach(workers)
             if self._slice:
                 start_timeout_thread(self._slice, timeout_s)
@@ -122,7 +109,6 @@ class WorkerVectorEnv(SharedVectorEnv):
             if len(slices) == cores() and worker.process.pid:
                 pin_to_core(worker.process.pid, index)
             self._poller.register(worker.connection.fileno(), select.POLLIN)
-            self._pending.add(index)
         self._by_descriptor = {worker.connection.fileno(): worker for worker in self._workers}
         self._run_here(lambda env_slice: env_slice.make(factory))
 
@@ -134,7 +120,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         size = layout.size()
         with _anonymous_file(size) as descriptor:
             for worker in self._workers:
-                self._send(worker, ATTACH, pickle.dumps((size, *layout[2:])), descriptor)
+                worker.send(ATTACH, pickle.dumps((size, *layout[2:])), descriptor)
             self._wait()
             memory = mmap.mmap(descriptor, size)
         arrays = self._arrays = layout.allocate(Allocator(memory))
@@ -143,7 +129,7 @@ class WorkerVectorEnv(SharedVectorEnv):
     def close_extras(self, grace_s: float = CLOSE_GRACE_S, **kwargs: Any) -> None:
         """End the workers; kill those that do not close their environments within `grace_s` seconds."""
         for worker in self._workers:
-            self._send(worker, CLOSE)
+            worker.send(CLOSE)
         try:
             join_all(self._workers, grace_s)
         finally:
@@ -169,7 +155,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         self._activity, self._interrupted = command.activity, True
         self._steps += command is STEP
         for worker, message in messages:
-            self._send(worker, command.code, message)
+            worker.send(command.code, message)
         if own is not None:
             self._run_here(lambda env_slice: env_slice.run(command, *own))
         self._wait()
@@ -183,53 +169,22 @@ class WorkerVectorEnv(SharedVectorEnv):
         except RunError as error:  # the timeout
             self._fail(error)
         except (Exception, SystemExit) as error:  # not KeyboardInterrupt
-            report = ErrorReport.of(self._slice, error)
-            fault = environment_error(report, "the trainer's process", self._when())
+            fault = ErrorReport.of(self._slice, error).to_error("the trainer's process", self._when())
             fault.__cause__ = error
             self._fail(fault)
 
-    def _send(
-        self, worker: WorkerHandle, code: bytes, message: bytes | None = None, descriptor: int | None = None
-    ) -> None:
-        self._pending.add(worker.index)
-        worker.send(code, message, descriptor)
-
     def _wait(self) -> None:
-        """Wait until all workers have answered.
-
-        Raises:
-            UserError, RunError: one of them failed, died or did not answer in time; all are ended.
-        """
-        while self._pending:
-            interval_ms = 1000 * self._timeout_s / CHECKS_PER_TIMEOUT
+        """Wait until all workers have answered; if one fails, dies or is stuck, end all and raise the error."""
+        while any(worker.is_pending for worker in self._workers):
+            interval_ms = 1000 * self._timeout[0] / CHECKS_PER_TIMEOUT
             ready = poll_briefly(self._poller) or self._poller.poll(interval_ms)
-            for descriptor, _ in ready:
-                self._receive(self._by_descriptor[descriptor])
-            if not ready:
-                self._check_for_stuck_workers()
-
-    def _receive(self, worker: WorkerHandle) -> None:
-        answer, message = worker.receive()
-        if answer == MADE_ONE:
-            worker.num_made += 1
-        elif answer in (DONE, DECLARED):
-            self._pending.discard(worker.index)
-            worker.declaration = pickle.loads(message) if message else worker.declaration
-        elif message:
-            self._fail(environment_error(pickle.loads(message), str(worker), self._when()))
-        else:
-            environment, _ = worker.position(self._arrays)
-            worker.process.join(KILL_WAIT_S)
-            is_starting = self._arrays is None
-            self._fail(exit_error(worker, environment, self._activity, self._when(), is_starting))
-
-    def _check_for_stuck_workers(self) -> None:
-        for worker in self._workers:
-            if worker.index in self._pending and worker.is_stuck(self._arrays):
-                environment, _ = worker.last_position
-                limit = self._timeout_s, self._timeout_name
-                error = stuck_error(worker, environment, self._activity, self._when(), *limit)
-                worker.process.kill()
+            try:
+                for descriptor, _ in ready:
+                    self._by_descriptor[descriptor].receive(self._arrays, self._activity, self._when())
+                for worker in self._workers:
+                    if worker.is_pending and not ready:
+                        worker.check_progress(self._arrays, self._activity, self._when(), *self._timeout)
+            except (UserError, RunError) as error:
                 self._fail(error)
 
     def _when(self) -> str:
@@ -263,14 +218,11 @@ def _check_arguments(num_envs: int, workers: int, context: str, timeout_s: float
         raise UserError(f"timeout_s and start_timeout_s must be numbers above 0, got {timeout_s!r}")
 
 
-def _slices(num_envs: int, workers: int) -> Iterator[range]:
-    """Yield the environment indices of each process; sizes differ by at most one."""
+def _slices(num_envs: int, workers: int) -> list[range]:
+    """Return the environment indices of each process; sizes differ by at most one."""
     size, remainder = divmod(num_envs, workers)
-    start = 0
-    for index in range(workers):
-        stop = start + size + (index < remainder)
-        yield range(start, stop)
-        start = stop
+    starts = [index * size + min(index, remainder) for index in range(workers + 1)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def is_sendable(factory: Callable[[], gym.Env]) -> bool:

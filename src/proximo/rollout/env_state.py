@@ -103,60 +103,42 @@ class EnvState:
 
     def actions(self) -> list[np.ndarray]:
         """Return the actions of each environment since its origin: N arrays [steps_since_origin, ...]."""
-        counts = np.zeros(0, np.int64) if self.steps_since_origin is None else self.steps_since_origin
-        log = self._needed_actions()
-        return [log[len(log) - count :, n] if count else log[:0] for n, count in enumerate(counts)]
+        log, counts = self._needed_actions(), self.steps_since_origin
+        return [] if counts is None else [log[len(log) - count :, n] for n, count in enumerate(counts)]
 
     def _needed_actions(self) -> np.ndarray:
         """Return the end of the log [any number, N, ...] that covers every episode."""
-        missing = 0 if self.steps_since_origin is None else int(self.steps_since_origin.max())
-        pieces = [np.zeros((0, len(self.start)))]
-        for piece in reversed(self.action_log):
-            if missing <= 0:
-                break
-            pieces.insert(1, piece[-missing:])
-            missing -= len(pieces[1])
-        return np.concatenate(pieces[1:]) if pieces[1:] else pieces[0]
+        if self.steps_since_origin is None or not self.action_log:
+            return np.zeros((0, len(self.start)))
+        log = np.concatenate(self.action_log)
+        return log[max(len(log) - self.steps_since_origin.max(), 0) :]
 
     def to_document(self, name: str) -> tuple[Any, dict[str, np.ndarray]]:
-        """Return a JSON document, and arrays whose names begin with `name`.
-
-        Raises:
-            UserError: a snapshot has a type that cannot be stored.
-        """
-        names = [field.name for field in dataclasses.fields(self)]
-        tree = {FILE_KEYS.get(name, name): getattr(self, name) for name in names}
+        """Return a JSON document, and arrays whose names begin with `name`; see `encode_tree`."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        tree = {FILE_KEYS.get(field, field): getattr(self, field) for field in fields}
         tree["origins"] = [Origin.from_bytes(pickled) for pickled in self.origins]
         tree["log"] = [self._needed_actions()]
         return encode_tree(tree, name)
 
     @classmethod
     def from_document(cls, document: Any, arrays: Mapping[str, np.ndarray]) -> EnvState:
-        """Invert `to_document`.
-
-        Raises:
-            KeyError, TypeError, ValueError: the document is invalid.
-        """
+        """Invert `to_document`; raise KeyError, TypeError or ValueError if the document is invalid."""
         tree = decode_tree(document, arrays)
         tree["origins"] = [Origin(*origin).to_bytes() for origin in tree["origins"]]
         names = {key: name for name, key in FILE_KEYS.items()}
-        fields: dict[Any, Any] = {names.get(key, key): value for key, value in tree.items()}
-        state = cls(**fields)
+        state = cls(**{str(names.get(key, key)): value for key, value in tree.items()})
         state._check()
         return state
 
     def _check(self) -> None:
         """Raise ValueError unless shapes and dtypes are those of N environments."""
         n, steps = len(self.start), self.steps_since_origin
-        per_environment = {
-            "start": (self.start, "bool"),
-            "resetting": (self.resetting, "bool"),
-            "episode_return": (self.episode_return, "float64"),
-            "episode_length": (self.episode_length, "int64"),
-        }
+        dtypes = {"start": "bool", "resetting": "bool", "episode_return": "float64", "episode_length": "int64"}
         if steps is not None:
-            per_environment["steps since the origin"] = (steps, "int64")
-        for name, (array, dtype) in per_environment.items():
+            dtypes["steps_since_origin"] = "int64"
+        for name, dtype in dtypes.items():
+            array = getattr(self, name)
             if array.shape != (n,) or array.dtype != dtype:
                 raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape}, not {dtype} and ({n},)")
         for name, arrays, axis in (("observations", self.obs.values(), 0), ("actions", self.action_log, 1)):
@@ -175,11 +157,7 @@ def get_generator_state(env: Any) -> dict[str, Any] | None:
 
 
 def generator_from_state(state: Mapping[str, Any]) -> np.random.Generator:
-    """Return a generator in the given state.
-
-    Raises:
-        UserError: it is not a valid state of a NumPy generator.
-    """
+    """Return a generator in the given state; raise UserError if that is not a valid state of a NumPy generator."""
     name = state.get("bit_generator")
     if name not in GENERATORS:
         raise UserError(f"expected the state of a NumPy generator ({', '.join(GENERATORS)}), got {name!r}")
@@ -222,10 +200,11 @@ def encode_tree(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
             return value
         if isinstance(value, np.generic):
             value = np.asarray(value)
-        if isinstance(value, bytes) or (isinstance(value, np.ndarray) and is_storable(value.dtype)):
+        is_bytes = isinstance(value, bytes)
+        if is_bytes or (isinstance(value, np.ndarray) and is_storable(value.dtype)):
             key = f"{name}/{len(arrays)}"
-            arrays[key] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
-            return {BYTES if isinstance(value, bytes) else ARRAY: key}
+            arrays[key] = np.frombuffer(value, np.uint8) if is_bytes else value
+            return {BYTES if is_bytes else ARRAY: key}
         if isinstance(value, (list, tuple)):
             return [encode(item) for item in value]
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -245,11 +224,7 @@ def is_storable(dtype: np.dtype) -> bool:
 
 
 def decode_tree(document: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Invert `encode_tree`; tuples have become lists.
-
-    Raises:
-        KeyError, TypeError: the document is invalid.
-    """
+    """Invert `encode_tree`, except that tuples become lists; raise KeyError or TypeError for an invalid document."""
     if isinstance(document, list):
         return [decode_tree(item, arrays) for item in document]
     if not isinstance(document, dict):

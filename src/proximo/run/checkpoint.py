@@ -14,9 +14,10 @@ import numpy as np
 
 from proximo.config.names import from_mapping, override
 from proximo.config.settings import SETTINGS, Config
-from proximo.errors import UserError, notify_user
+from proximo.errors import DeviceUnavailable, UserError, notify_user
 from proximo.learner.architecture import num_parameters
 from proximo.learner.learner import Learner
+from proximo.learner.make import make_learner
 from proximo.run.checkpoint_files import CorruptCheckpoint, find_checkpoints, read
 from proximo.run.info import RunInfo
 from proximo.run.progress import PREFIX, Progress
@@ -143,6 +144,33 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     if saved.arrays.get("running_return", np.zeros(0)).shape != (num_envs,):
         raise CorruptCheckpoint(saved.path, f'"running_return" does not have {num_envs} entries (num_envs)')
     return spaces
+
+
+def restore_learner(
+    saved: Checkpoint, config: Config, spaces: Spaces, network: Any, may_change_device: bool
+) -> tuple[Config, Learner]:
+    """Build the learner of a checkpoint.
+
+    Args:
+        may_change_device: use device auto, with a note, if this machine does not have the configured one.
+
+    Returns:
+        The settings, in which only `device` may differ, and the learner.
+
+    Raises:
+        DeviceUnavailable: This machine does not have the device.
+        UserError: The stored arrays belong to other settings or spaces.
+    """
+    try:
+        learner = make_learner(config, spaces, network)
+    except DeviceUnavailable as error:
+        if not may_change_device:
+            raise
+        notify_user(f"{error} The checkpoint is loaded with device auto.")
+        config = config.replace(device="auto")
+        learner = make_learner(config, spaces, network)
+    learner.load(saved.arrays)
+    return config, learner
 
 
 def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:

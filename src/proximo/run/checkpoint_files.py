@@ -69,7 +69,7 @@ def save(
 
 
 def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays and the manifest of a checkpoint folder, migrated to the current schema.
+    """Return the arrays and the manifest of a folder; those of a checkpoint are migrated to the current schema.
 
     Raises:
         CorruptCheckpoint: The files cannot be read, have another format, or do not match their checksum.
@@ -91,6 +91,8 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
         arrays = decode(payload)
     except Exception as error:  # safetensors documents no exception types for invalid bytes
         raise CorruptCheckpoint(folder, f"{ARRAYS} is not a valid safetensors file ({error})") from error
+    if kind != CHECKPOINT:
+        return arrays, manifest
     try:
         manifest, arrays = migrate(manifest, arrays)
     except (KeyError, TypeError, ValueError, OverflowError) as error:

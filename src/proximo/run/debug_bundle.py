@@ -49,13 +49,8 @@ def describe_bundle(path: Path) -> Iterator[str]:
     yield f"error: {manifest.get('message')}"
     yield f"likely cause: {find_likely_cause(arrays, manifest)}"
     yield ""
-    if "environment" in manifest and "rollout/action" in arrays:
-        n, step = int(manifest["environment"]), int(manifest["step"])
-        yield f"last steps of environment {n}:"
-        for t in range(max(step - STEPS_SHOWN, 0), step + 1):
-            action, reward = arrays["rollout/action"][t, n], arrays["rollout/reward"][t, n]
-            yield f"  step {t}: action {np.array2string(np.asarray(action), precision=4)}, reward {reward:g}"
-        yield ""
+    if "environment" in manifest and "rollout/reward" in arrays:
+        yield from _describe_steps(arrays, int(manifest["environment"]), int(manifest["step"]))
     if metrics := manifest.get("metrics"):
         yield "metrics of the discarded update:"
         yield from (f"  {name:<28} {value:.6g}" for name, value in sorted(metrics.items()))
@@ -101,6 +96,17 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
 def max_magnitude(array: np.ndarray) -> float:
     """Largest finite magnitude in an array; 0 if there is none."""
     return float(np.abs(array[np.isfinite(array)].astype(np.float64)).max(initial=0.0))
+
+
+def _describe_steps(arrays: dict[str, np.ndarray], n: int, step: int) -> Iterator[str]:
+    prefix = "rollout/action"  # followed by the path of a head, which may be empty
+    heads = {name.removeprefix(prefix).strip("/"): array for name, array in arrays.items() if name.startswith(prefix)}
+    yield f"last steps of environment {n}:"
+    for t in range(max(step - STEPS_SHOWN, 0), step + 1):
+        actions = {path: np.array2string(np.asarray(array[t, n]), precision=4) for path, array in heads.items()}
+        text = ", ".join(f"action {path + ' ' if path else ''}{value}" for path, value in actions.items())
+        yield f"  step {t}: {text}, reward {arrays['rollout/reward'][t, n]:g}"
+    yield ""
 
 
 def _format_range(array: np.ndarray) -> str:
