@@ -30,7 +30,6 @@ REQUIRED_FIELDS = {
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
 NETWORK_SETTINGS = {"architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"}
-UNSPECIFIED = ("auto", None)  # values of a network setting that keep the trained one
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {
     "run_dir", "stop_at_return", "exact_resume", "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints",
@@ -104,11 +103,10 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
     Raises:
         UserError: A custom network is required but not given, or a change would alter the trained network.
     """
-    changes = {
-        name: value for name, value in changes.items() if name not in NETWORK_SETTINGS or value not in UNSPECIFIED
-    }
+    unspecified = {name for name in NETWORK_SETTINGS & changes.keys() if changes[name] in ("auto", None)}
+    changes = {name: value for name, value in changes.items() if name not in unspecified}
     resolved = (manifest.get("resolved") or {}).get("network") or {}
-    for name in NETWORK_SETTINGS & set(changes):
+    for name in NETWORK_SETTINGS & changes.keys():
         trained, given = resolved.get(name, manifest["config"].get(name)), changes[name]
         if given != (tuple(trained) if isinstance(trained, list) else trained):
             raise UserError(
@@ -133,11 +131,8 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
         expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpoint(saved.path, f'"spaces" is not a valid space description ({error!r})') from error
-    stored = sum(
-        array.size
-        for name, array in saved.arrays.items()
-        if name.startswith("params/") and not name.endswith("log_std")
-    )
+    names = [name for name in saved.arrays if name.startswith("params/") and not name.endswith("log_std")]
+    stored = sum(saved.arrays[name].size for name in names)
     if expected not in (None, stored):
         raise CorruptCheckpoint(saved.path, f"it stores {stored:,} parameters, but its settings define {expected:,}")
     num_envs = saved.manifest["config"].get("num_envs")
@@ -149,17 +144,9 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
 def restore_learner(
     saved: Checkpoint, config: Config, spaces: Spaces, network: Any, may_change_device: bool
 ) -> tuple[Config, Learner]:
-    """Build the learner of a checkpoint.
+    """Return the learner of a checkpoint, after the settings, in which only `device` may differ.
 
-    Args:
-        may_change_device: use device auto, with a note, if this machine does not have the configured one.
-
-    Returns:
-        The settings, in which only `device` may differ, and the learner.
-
-    Raises:
-        DeviceUnavailable: This machine does not have the device.
-        UserError: The stored arrays belong to other settings or spaces.
+    With `may_change_device`, a device that this machine does not have is replaced by auto, with a note.
     """
     try:
         learner = make_learner(config, spaces, network)

@@ -155,8 +155,7 @@ def find_resumable_run_dir(path: str | Path) -> Path | None:
     if not (folder / MANIFEST).is_file():
         return folder
     run_dir = folder.parent.parent
-    checkpoints = list_checkpoints(run_dir) if folder.parent.name == "checkpoints" else []
-    return run_dir if checkpoints and checkpoints[-1] == folder else None
+    return run_dir if list_checkpoints(run_dir)[-1:] == [folder] else None
 
 
 def _read_bounded(path: Path, max_bytes: int) -> bytes:
