@@ -70,12 +70,7 @@ class Device(NamedTuple):
 def choose_device(requested: str, available: Sequence[str], convolutional: bool, hint: str) -> Device:
     """Return the requested device. "auto" chooses CUDA for networks with convolutions, otherwise the CPU.
 
-    Args:
-        available: Devices that the array library supports on this machine.
-        hint: How to install support for others.
-
-    Raises:
-        DeviceUnavailable: The requested device does not exist here.
+    Raises `DeviceUnavailable` if the device is not in `available`; `hint` tells how to install support for others.
     """
     if requested != "auto":
         if requested not in available:

@@ -7,18 +7,23 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from proximo.cli import evaluate, inspect, plot, presets, resume, train
 from proximo.cli.flags import normalize_arguments
 from proximo.errors import RunError, UserError, suggest
 from proximo.version import __version__
 
-COMMANDS = (train, resume, evaluate, inspect, plot, presets)
+COMMANDS = {
+    "train": train, "resume": resume, "evaluate": evaluate, "inspect": inspect, "plot": plot, "presets": presets,
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that raises `UserError` for invalid usage, instead of printing the usage and exiting."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which `main` reports like any invalid input."""
@@ -49,11 +54,10 @@ def dispatch(arguments: list[str]) -> int:
     """Parse and run one command; return the exit status."""
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    chosen = commands.choices.get(arguments[0], parser) if arguments else parser
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        raise UserError(
-            f"unknown command {arguments[0]!r}{suggest(arguments[0], commands.choices)}; see proximo --help"
-        )
+    name = arguments[0] if arguments else ""
+    if name and not name.startswith("-") and name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{suggest(name, COMMANDS)}; see proximo --help")
+    chosen = commands.choices.get(name, parser)
     flags = set(chosen._option_string_actions)
     options, unknown = parser.parse_known_args(normalize_arguments(arguments, flags))
     if unknown:
@@ -61,18 +65,14 @@ def dispatch(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    return options.run(options)
+    return COMMANDS[options.command].run(options)
 
 
 def build_parser() -> Parser:
     """Build the parser of all commands. Flags for settings come from the table in `proximo.config.settings`."""
-    parser = Parser(prog="proximo", description="PPO for Gymnasium environments.", allow_abbrev=False)
+    parser = Parser(prog="proximo", description="PPO for Gymnasium environments.")
     parser.add_argument("--version", action="version", version=f"proximo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
+    for command in COMMANDS.values():
         command.add_to(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proximo.cli.flags import non_negative_int
 from proximo.errors import UserError
-
-if TYPE_CHECKING:
-    from proximo.evaluate import Evaluation
 
 
 def add_to(commands: Any) -> None:
@@ -20,7 +17,6 @@ def add_to(commands: Any) -> None:
         "evaluate",
         help="evaluate a trained or a random policy",
         usage="proximo evaluate RUN [options]\n       proximo evaluate --policy random --env ENV_ID [options]",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or checkpoint folder"
@@ -49,19 +45,17 @@ def add_to(commands: Any) -> None:
         help="also record an episode as MP4 [FILE: in videos/ of the run folder]",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print only a JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the result; return the exit status."""
     from proximo.ppo import PPO, evaluate_random
 
-    path = options.path or options.run_path
+    path, agent = options.path or options.run_path, None
     if options.record and not options.record.lower().endswith(".mp4"):
         raise UserError(f"--record FILE must end in .mp4, got {options.record!r}. Put RUN before --record.")
     if path is None and options.policy == "trained":
         raise UserError("no run is given. Use proximo evaluate RUN with a run folder or a checkpoint folder.")
-    agent = None
     if path is not None:
         agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
     env = options.env or (agent.env_id if agent else None)
@@ -70,18 +64,23 @@ def run(options: argparse.Namespace) -> int:
 
     record = choose_video_file(options, path, env)
     common = {"seed": options.seed, "render": options.render, "record": record}
-    if options.policy == "random":
+    if agent is not None and options.policy == "trained":
+        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
+    else:
         env_kwargs = agent.config.env_kwargs if agent else {}
         result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
-    else:
-        assert agent is not None
-        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
+    values = result.to_dict()
     if options.json:
-        print(json.dumps(result.to_dict() | ({"video": str(record)} if record else {})))
+        print(json.dumps(values | ({"video": str(record)} if record else {})))
         return 0
-    print(format_result(result, env, options.policy))
-    if record:
-        print(f"video: {record}")
+    low, high = values["return_ci95"]
+    mode = "random" if options.policy == "random" else "deterministic" if result.deterministic else "stochastic"
+    print(f"{env}: {values['episodes']} episodes, {mode} policy")
+    print(
+        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
+        f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]"
+    )
+    print(f"length {values['length_mean']:.1f}" + (f"\nvideo: {record}" if record else ""))
     return 0
 
 
@@ -102,16 +101,3 @@ def choose_video_file(options: argparse.Namespace, path: str | None, env: str) -
     if (folder / MANIFEST).exists():  # not inside, because saving replaces the whole checkpoint folder
         return folder.with_name(f"{folder.name}-{name}")
     return folder / "videos" / name
-
-
-def format_result(result: Evaluation, env: str, policy: str) -> str:
-    """Mean return with its spread and confidence interval, and mean length."""
-    values = result.to_dict()
-    low, high = values["return_ci95"]
-    mode = "random" if policy == "random" else "deterministic" if result.deterministic else "stochastic"
-    return (
-        f"{env}: {values['episodes']} episodes, {mode} policy\n"
-        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
-        f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]\n"
-        f"length {values['length_mean']:.1f}"
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -14,16 +14,9 @@ from proximo.config.files import load_plain_yaml
 from proximo.config.names import ALIASES, AMBIGUOUS
 from proximo.config.settings import SETTINGS
 from proximo.config.values import to_int
-from proximo.errors import UserError
+from proximo.errors import UserError, notify_user
 
-GROUPS = {
-    "run": "run",
-    "records": "records",
-    "update": "update (the algorithm)",
-    "network": "network",
-    "policy": "policy (continuous actions)",
-    "normalisation": "normalisation",
-}
+GROUP_TITLES = {"update": "update (the algorithm)", "policy": "policy (continuous actions)"}
 # Other libraries' names of flags that are not settings.
 FLAG_ALIASES = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
 QUIET = "print only errors and notes, no progress and no summary"
@@ -31,7 +24,8 @@ QUIET = "print only errors and notes, no progress and no summary"
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting, in groups, with its meaning, default and range."""
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    names = dict.fromkeys(setting.group for setting in SETTINGS.values())
+    groups = {name: parser.add_argument_group(GROUP_TITLES.get(name, name)) for name in names}
     for name, setting in SETTINGS.items():
         text = f"{setting.meaning} [{str(setting.default).lower()}]"
         options: dict[str, Any] = {}
@@ -57,10 +51,9 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def yaml_mapping(text: str) -> dict[str, Any]:
     """Parse an argument that is a YAML or JSON mapping."""
-    try:
+    value = None
+    with suppress(yaml.YAMLError):
         value = load_plain_yaml(text)
-    except yaml.YAMLError:
-        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a mapping; expected names with values, such as '{{gravity: -5}}'."
@@ -70,10 +63,9 @@ def yaml_mapping(text: str) -> dict[str, Any]:
 
 def non_negative_int(text: str) -> int:
     """Parse a whole number of at least 0."""
-    try:
+    number = -1
+    with suppress(ValueError, OverflowError):
         number = to_int(text)
-    except (ValueError, OverflowError):
-        number = -1
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number in [0, ∞), got {text!r}")
     return number
@@ -125,14 +117,13 @@ def _canonical_flag(word: str, flags: set[str]) -> str:
     if not word.startswith("--") or word == "--":
         return word
     flag, equals, value = word.partition("=")
-    flag = "--" + flag[2:].replace("_", "-")
+    flag = flag.replace("_", "-")
     if flag not in flags:
         name = flag[2:].replace("-", "_")
         if name in AMBIGUOUS:
             raise UserError(AMBIGUOUS[name])
-        canonical = "--" + {**ALIASES, **FLAG_ALIASES}.get(name, name).replace("_", "-")
-        if canonical not in flags:
-            return flag + equals + value
-        print(f"proximo: note: {flag} is called {canonical} in Proximo", file=sys.stderr)
-        flag = canonical
+        canonical = "--" + (ALIASES | FLAG_ALIASES).get(name, name).replace("_", "-")
+        if canonical in flags:
+            notify_user(f"{flag} is called {canonical} in Proximo")
+            flag = canonical
     return flag + equals + value

@@ -18,10 +18,8 @@ def add_to(commands: Any) -> None:
         usage="proximo inspect PATH",
         description="Describe a checkpoint (of a run folder, the latest), or a debug bundle of a failed run with the "
         "likely cause. Nothing is executed or imported.",
-        allow_abbrev=False,
     )
     parser.add_argument("path", metavar="PATH", help="run folder, checkpoint folder, or debug bundle under faults/")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

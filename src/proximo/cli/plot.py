@@ -14,14 +14,12 @@ def add_to(commands: Any) -> None:
         usage="proximo plot RUN [RUN …] [options]",
         description="Plot learning curves. Runs that differ only in their seed are combined: a line for their mean, a "
         "band of one standard deviation.",
-        allow_abbrev=False,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     parser.add_argument(
         "--output", metavar="FILE", help="PNG, SVG or PDF file [curves.png, in the run folder if only one is given]"
     )
     parser.add_argument("--metric", action="append", metavar="NAME", help="plot only this metric; may be repeated")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

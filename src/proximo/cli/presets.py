@@ -18,16 +18,16 @@ def add_to(commands: Any) -> None:
         help="list presets, or print one",
         usage="proximo presets [NAME]",
         description="List the presets, or print one as a file for `proximo train --config`.",
-        allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="preset to print")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table, or one preset; return the exit status."""
+    """Print the table, or one preset as a file of settings; return the exit status."""
     if options.name:
-        print(format_preset(options.name), end="")
+        preset = presets.load(options.name)
+        print(f"# {options.name}\n# source: {preset['source']}\n# measured: {format_measured(preset)}")
+        print(yaml.safe_dump({"env": options.name, **preset["settings"]}, sort_keys=False), end="")
         return 0
     rows = [("preset", "steps", "measured return (mean ± std over seeds)", "source")]
     for name in presets.list_names():
@@ -47,10 +47,3 @@ def format_measured(preset: dict[str, Any]) -> str:
         for backend, result in preset.get("measured", {}).items()
     ]
     return "; ".join(results) or "not measured"
-
-
-def format_preset(name: str) -> str:
-    """A preset as a YAML file of settings, with its source and results in comments."""
-    preset = presets.load(name)
-    head = f"# {name}\n# source: {preset['source']}\n# measured: {format_measured(preset)}\n"
-    return head + yaml.safe_dump({"env": name, **preset["settings"]}, sort_keys=False)

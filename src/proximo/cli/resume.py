@@ -19,7 +19,6 @@ def add_to(commands: Any) -> None:
         usage="proximo resume RUN [options]",
         description="Continue a run from its latest checkpoint, in its folder. If the simulator state can be restored, "
         "the result is bit-identical to an uninterrupted run. An older checkpoint continues in a new folder.",
-        allow_abbrev=False,
     )
     parser.add_argument("path", metavar="RUN", help="run folder, or checkpoint folder")
     parser.add_argument(
@@ -34,7 +33,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--engine", help="new environment engine")
     parser.add_argument("--run-dir", help="new folder to continue in")
     parser.add_argument("--quiet", action="store_true", help=QUIET)
-    parser.set_defaults(run=run, until_input_ends=False)
+    parser.set_defaults(until_input_ends=False)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,15 +52,11 @@ def run(options: argparse.Namespace) -> int:
         if agent.env_id is None:
             raise UserError(agent.envs.missing_message())
         if progress.global_step >= config.total_timesteps:
-            raise UserError(
-                f"{options.path} has already completed its {config.total_timesteps:,} steps. Use a larger "
-                "--total-timesteps."
-            )
+            steps = f"{config.total_timesteps:,} steps"
+            raise UserError(f"{options.path} has already completed its {steps}. Use a larger --total-timesteps.")
         if is_solved(config, progress):
-            raise UserError(
-                f"{options.path} has already reached stop_at_return {config.stop_at_return:g}. Use a higher "
-                "--stop-at-return."
-            )
+            goal = f"stop_at_return {config.stop_at_return:g}"
+            raise UserError(f"{options.path} has already reached {goal}. Use a higher --stop-at-return.")
         # The path as given is shown, rather than the resolved one.
         same = Path(options.path) if agent.run_dir == Path(options.path).resolve() else agent.run_dir
         new = default_run_dir(agent.env_id, agent.learner.backend, config.seed)

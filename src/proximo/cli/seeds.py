@@ -11,23 +11,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
 from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
+from proximo.environments import TrainingEnvs
+from proximo.envs.make import with_version
 from proximo.errors import RunError, UserError
+from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
+from proximo.ppo import check_records, config_for, read_spaces
 from proximo.report.plot import RETURN, plot
-from proximo.rollout.rollout import Metrics
 from proximo.run.console import Console
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
-
-if TYPE_CHECKING:
-    from proximo.config.settings import Config
 
 POLL_S = 0.5
 
@@ -39,9 +39,37 @@ class Job:
     seed: int
     folder: Path
     process: subprocess.Popen[bytes] | None = None  # None before it starts
-    core: int = 0
     was_signalled: bool = False
-    has_ended: bool = False
+
+    def start(self, command: Sequence[str], core: int) -> None:
+        """Start `proximo train` on a core, in a session of its own, so that Ctrl-C reaches it only from here."""
+        command = [*command, "--seed", str(self.seed), "--run-dir", str(self.folder)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        pin_to_core(self.process.pid, core)
+
+    def stop(self, number: int) -> None:
+        """Send a signal; a second one ends the run immediately."""
+        self.was_signalled = True
+        if self.process:
+            self.process.send_signal(number)
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; raise `UserError` or `RunError` if it failed."""
+        status = self.process.poll() if self.process else None
+        stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
+        if status in (None, 0) or (self.was_signalled and status in stop_statuses):
+            return status is not None
+        if status == 2:
+            raise UserError(f"seed {self.seed} could not start; see its error message above")
+        raise RunError(f"seed {self.seed} failed with status {status}. Its checkpoints are in {self.folder}.")
+
+    def wait(self) -> None:
+        """Wait for the process, and close its standard input only then, because that stops the run."""
+        if self.process and self.process.stdin:
+            self.process.wait()
+            self.process.stdin.close()
 
 
 def train_seeds(
@@ -54,16 +82,8 @@ def train_seeds(
 ) -> int:
     """Check the settings once, then train every seed in a subfolder; return the exit status.
 
-    Raises:
-        UserError: A setting is invalid, the folder is in use, or a run could not start.
-        RunError: A run failed; the others have stopped after their current iteration.
+    Raises `UserError` or `RunError` if a run fails; the others have then stopped after their current iteration.
     """
-    from proximo.envs.make import with_version
-    from proximo.learner.make import choose_backend
-    from proximo.ppo import config_for, read_spaces
-    from proximo.report.video import require_video
-    from proximo.run.trackers import import_wandb
-
     if options.seed is not None:
         raise UserError("--seed and --seeds are both given. Use one of them.")
     env_id = with_version(env_id)
@@ -71,123 +91,79 @@ def train_seeds(
     spaces = read_spaces(env_id, config.env_kwargs)
     spaces.check(config)
     backend = choose_backend(config, spaces)
-    if config.capture_video:
-        require_video(env_id, config.env_kwargs)
-    if config.wandb:
-        import_wandb()
     seeds: list[int] = options.seeds
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
+    check_records(config, TrainingEnvs(env_id), folder)
     jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
     name = presets.select_name(env_id, preset)
     log(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
     log(f"run folders: {folder}/seed-…")
-    settings_file = to_yaml(env_id, name, config, omit=("run_dir", "seed"))
-    _run(jobs, folder, env_id, config, settings_file, options.quiet, signals)
+    require_empty(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(to_yaml(env_id, name, config, omit=("run_dir", "seed")), "utf-8")
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
+    # -P: files in the current folder do not shadow packages.
+    command = [sys.executable, "-P", "-m", "proximo", "train", env_id, "--config", str(folder / CONFIG)]
+    command += ["--quiet", "--until-input-ends"]
+    if not can_pin_to_cores():
+        command += ["--threads", "1", "--engine", "sync"]
+    console = None if options.quiet else Console(config.total_timesteps * len(jobs))
+    try:
+        _run(jobs, command, console, signals)
+    finally:
+        if console:
+            console.close()
+        if not any(job.folder.exists() for job in jobs):
+            shutil.rmtree(folder, ignore_errors=True)
     for line in _summarize(jobs, folder, signals.received is not None):
         log(line)
     return 128 + signals.received if signals.received else 0
 
 
-def _run(
-    jobs: Sequence[Job],
-    folder: Path,
-    env_id: str,
-    config: Config,
-    settings_file: str,
-    quiet: bool,
-    signals: StopSignals,
-) -> None:
-    """Run all jobs; whatever happens, no process remains afterwards."""
-    require_empty(folder)
+def _run(jobs: Sequence[Job], command: Sequence[str], console: Console | None, signals: StopSignals) -> None:
+    """Run as many jobs at once as there are cores; whatever happens, no process remains afterwards."""
+    waiting, free_cores, running = list(jobs), list(range(cores())), dict[Job, int]()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(settings_file, "utf-8")
-    except OSError as error:
-        raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
-    console = None if quiet else Console(config.total_timesteps * len(jobs))
-    try:
-        _schedule(jobs, env_id, folder / CONFIG, console, signals)
-    except (UserError, RunError):
-        _send_signal([job for job in jobs if not job.was_signalled], signal.SIGTERM)
-        raise
-    except BaseException:
-        _send_signal(jobs, signal.SIGTERM)  # the second signal for some, which ends them immediately
+        while waiting or running:
+            if signals.received:
+                waiting.clear()
+                for job in jobs:
+                    if not job.was_signalled:
+                        job.stop(signals.received)
+            while waiting and free_cores:
+                job = waiting.pop(0)
+                running[job] = free_cores.pop(0)
+                job.start(command, running[job])
+            time.sleep(POLL_S)
+            for job in [job for job in running if job.has_ended()]:
+                free_cores.append(running.pop(job))
+            steps, count, returns = _read_progress(jobs)
+            if console and count:
+                mean = float(np.mean(list(returns.values()))) if returns else None
+                console.write({"global_step": steps, RETURN: mean})
+    except BaseException as error:
+        for job in jobs:
+            # A failed run stops the others after their iteration; an interrupt ends them immediately.
+            if not (job.was_signalled and isinstance(error, (UserError, RunError))):
+                job.stop(signal.SIGTERM)
         raise
     finally:
         for job in jobs:
-            if job.process is not None:
-                job.process.wait()
-                cast(IO[bytes], job.process.stdin).close()  # only now, because closing it stops the run
-        if console:
-            console.close()
-        if not any(job.folder.exists() for job in jobs):
-            shutil.rmtree(folder, ignore_errors=True)
+            job.wait()
 
 
-def _schedule(jobs: Sequence[Job], env_id: str, config: Path, console: Console | None, signals: StopSignals) -> None:
-    """Run as many jobs at once as there are cores."""
-    free_cores, waiting = list(range(cores())), list(jobs)
-    while waiting or any(job.process and not job.has_ended for job in jobs):
-        if signals.received:
-            waiting = []
-            _send_signal([job for job in jobs if not job.was_signalled], signals.received)
-        while waiting and free_cores:
-            _start(waiting.pop(0), env_id, config, free_cores.pop(0))
-        time.sleep(POLL_S)
-        for job in jobs:
-            if job.process is not None and not job.has_ended and job.process.poll() is not None:
-                job.has_ended = True
-                free_cores.append(job.core)
-                _require_success(job, job.process.returncode)
-        if console and (metrics := _combine_metrics(jobs)):
-            console.write(metrics)
-
-
-def _start(job: Job, env_id: str, config: Path, core: int) -> None:
-    # -P: files in the current folder do not shadow packages. The run has its own session, so that Ctrl-C reaches it
-    # only from here, and stops when its standard input ends, which happens when this process ends.
-    command = [sys.executable, "-P", "-m", "proximo", "train", env_id, "--config", str(config)]
-    command += ["--seed", str(job.seed), "--run-dir", str(job.folder), "--quiet", "--until-input-ends"]
-    if not can_pin_to_cores():
-        command += ["--threads", "1", "--engine", "sync"]
-    job.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-    job.core = core
-    pin_to_core(job.process.pid, core)
-
-
-def _require_success(job: Job, status: int) -> None:
-    stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
-    if status == 0 or (job.was_signalled and status in stop_statuses):
-        return
-    if status == 2:
-        raise UserError(f"seed {job.seed} could not start; see its error message above")
-    raise RunError(f"seed {job.seed} failed with status {status}. Its checkpoints are in {job.folder}.")
-
-
-def _send_signal(jobs: Sequence[Job], number: int) -> None:
-    for job in jobs:
-        job.was_signalled = True
-        if job.process is not None:
-            job.process.send_signal(number)
-
-
-def _combine_metrics(jobs: Sequence[Job]) -> Metrics | None:
-    """Total steps of all runs, and the mean of their returns."""
-    rows = [row for job in jobs if (row := read_last_metrics(job.folder))]
-    if not rows:
-        return None
-    returns = [value for row in rows if (value := row[RETURN]) is not None]
-    return {
-        "global_step": sum(int(row["global_step"] or 0) for row in rows),
-        RETURN: float(np.mean(returns)) if returns else None,
-    }
+def _read_progress(jobs: Sequence[Job]) -> tuple[int, int, dict[Job, float]]:
+    """Total steps of the runs that have metrics, their number, and the mean returns of those that have one."""
+    rows = {job: row for job in jobs if (row := read_last_metrics(job.folder))}
+    steps = sum(int(row["global_step"] or 0) for row in rows.values())
+    return steps, len(rows), {job: value for job, row in rows.items() if (value := row[RETURN]) is not None}
 
 
 def _summarize(jobs: Sequence[Job], folder: Path, interrupted: bool) -> Iterator[str]:
-    rows = {job: row for job in jobs if (row := read_last_metrics(job.folder))}
-    steps = sum(int(row["global_step"] or 0) for row in rows.values())
-    yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {len(rows)} seeds"
-    returns = {job: value for job, row in rows.items() if (value := row[RETURN]) is not None}
+    steps, count, returns = _read_progress(jobs)
+    yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seeds"
     if not returns:
         return
     values = np.array(list(returns.values()), float)

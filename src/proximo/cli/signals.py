@@ -45,10 +45,8 @@ class StopSignals:
     """Signal handlers for training.
 
     The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current iteration. A second
-    SIGINT or SIGTERM raises KeyboardInterrupt.
-
-    If C code keeps Python from handling the second signal, the process exits after `GRACE_S` seconds. An ignored SIGHUP
-    (as under nohup) stays ignored.
+    SIGINT or SIGTERM raises KeyboardInterrupt; if C code keeps Python from handling it, the process exits after
+    `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored.
     """
 
     def __init__(self, verbose: bool = True) -> None:
@@ -62,10 +60,10 @@ class StopSignals:
             if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         # The wakeup socket receives a signal at once, even while C code blocks Python's handlers.
-        self._reader, self._writer = socket.socketpair()
+        reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=exit_after_second_signal, args=(self._reader,), daemon=True).start()
+        threading.Thread(target=exit_after_second_signal, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import math
 import os
 import shlex
 import sys
@@ -34,7 +33,6 @@ def add_to(commands: Any) -> None:
         usage="proximo train ENV_ID [options]\n       proximo train --config FILE.yaml [options]",
         description="Train on an environment. Flags override the file, the file overrides the preset, and the preset "
         "overrides the defaults, which are shown in [brackets].",
-        allow_abbrev=False,
     )
     parser.add_argument("env_id", metavar="ENV_ID", nargs="?", help="environment id, such as CartPole-v1, or MODULE:ID")
     parser.add_argument("--env", help=argparse.SUPPRESS)
@@ -47,15 +45,12 @@ def add_to(commands: Any) -> None:
         "by `proximo presets`",
     )
     parser.add_argument(
-        "--seeds",
-        type=parse_seeds,
-        metavar="SEEDS",
+        "--seeds", type=parse_seeds, metavar="SEEDS",
         help="train several seeds in parallel, one core per seed: 0-3 or 0,2,7",
-    )
+    )  # fmt: skip
     parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     add_settings(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,12 +79,14 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def prepare_process(options: argparse.Namespace) -> Iterator[tuple[StopSignals, Callable[[str], None]]]:
-    """Set up signal handlers, tracebacks of crashes and the compilation cache; yield the signals and a print function.
+    """Set up signal handlers, tracebacks of crashes and the compilation cache; yield the signals and a log function."""
 
-    The print function does nothing with --quiet.
-    """
-    folder = cache_dir()
-    if folder is not None:
+    def log(line: str) -> None:
+        if not options.quiet:
+            with contextlib.suppress(OSError):  # a closed output must not stop a run
+                print(line, flush=True)
+
+    if folder := cache_dir():
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
@@ -97,7 +94,7 @@ def prepare_process(options: argparse.Namespace) -> Iterator[tuple[StopSignals, 
     with StopSignals(verbose=not options.until_input_ends) as signals:
         if options.until_input_ends:
             threading.Thread(target=stop_when_input_ends, daemon=True).start()
-        yield signals, (lambda line: None) if options.quiet else print_line
+        yield signals, log
 
 
 def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], None], progress: bool) -> int:
@@ -110,8 +107,8 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
         f"device {learner.device.name} ({learner.device.why}), engine {agent.resolved.engine}"
     )
     log(f"run folder: {run_dir}")
-    for line in list_notes(agent) if progress else []:
-        notify_user(line)
+    if progress:
+        notify_of_surprises(agent)
     try:
         if signals.received is None:
             agent.learn(run_dir=run_dir, progress=progress, stop=lambda: signals.received is not None)
@@ -131,29 +128,21 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
     return 128 + signals.received if signals.received else 0
 
 
-def print_line(line: str) -> None:
-    """Print a line; ignore a closed output, which must not stop a run."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
-
-
-def list_notes(agent: PPO) -> list[str]:
-    """Consequences of the settings that a user may not expect."""
-    config, notes = agent.config, []
-    rows = config.num_envs * config.num_steps
+def notify_of_surprises(agent: PPO) -> None:
+    """Notify the user of consequences of the settings that they may not expect."""
+    config, rows = agent.config, agent.config.rollout_transitions
     if config.total_timesteps < rows:
-        notes.append(
+        notify_user(
             f"total_timesteps {config.total_timesteps:,} is less than one rollout (num_envs {config.num_envs} × "
             f"num_steps {config.num_steps} = {rows:,} steps); the run takes {rows:,} steps"
         )
     if config.compile and agent.learner.backend == "jax":
-        notes.append("compile applies only to PyTorch; JAX always compiles")
+        notify_user("compile applies only to PyTorch; JAX always compiles")
     if not agent.envs.support_exact_resume(config, agent.spaces):
-        notes.append(
+        notify_user(
             f"engine {agent.resolved.engine} does not support exact resume: every environment is reset when the run is "
             "resumed. Use --exact-resume to choose an engine that does"
         )
-    return notes
 
 
 def run_arguments(agent: PPO, run_dir: Path) -> str:
@@ -163,11 +152,7 @@ def run_arguments(agent: PPO, run_dir: Path) -> str:
 
 
 def merge_settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
-    """Return the environment, preset and settings from flags and file; flags override the file.
-
-    Raises:
-        UserError: No environment or two environments are given, or the file is invalid.
-    """
+    """Return the environment, preset and settings from flags and file; flags override the file."""
     if options.env_id and options.env:
         raise UserError(f"two environments are given: {options.env_id} and --env {options.env}. Use one of them.")
     env_id, preset, settings = read_file(options.config) if options.config else (None, "auto", {})
@@ -188,12 +173,9 @@ def summarize(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     if not run_dir.exists():
         return ["interrupted before the first iteration"]
     progress, goal = agent.progress, agent.config.stop_at_return
-    mean = progress.return_mean
-    result = (
-        "no episode ended"
-        if mean is None
-        else f"mean return over the last {len(progress.episodes)} episodes {mean:.1f}"
-    )
+    mean, result = progress.return_mean, "no episode ended"
+    if mean is not None:
+        result = f"mean return over the last {len(progress.episodes)} episodes {mean:.1f}"
     names = ("learning_curve.png", "curves.png", "videos")
     files = [str(run_dir / name) for name in names if (run_dir / name).exists()]
     lines = [
@@ -203,6 +185,6 @@ def summarize(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     ]
     if interrupted:
         lines.append(f"resume with: proximo resume {run_arguments(agent, run_dir)}")
-    elif goal is not None and (-math.inf if mean is None else mean) < goal:
+    elif goal is not None and (mean is None or mean < goal):
         lines.append(f"stop_at_return {goal:g} was not reached")
     return lines

@@ -41,24 +41,26 @@ def load_plain_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, Any]]:
-    """Read a settings file.
-
-    Returns:
-        The environment id, or None; the preset, by default "auto"; the settings, converted.
-
-    Raises:
-        UserError: the file cannot be read, is not a YAML mapping, or has a bad name or value.
-    """
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of names and values; raise `UserError` if it cannot be read or is something else."""
     try:
         with open(path, encoding="utf-8") as file:
             values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from error
+        raise UserError(f"config file {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UserError(f"config file {path} is not a mapping; expected names with values, such as `gamma: 0.99`.")
+    return values
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, Any]]:
+    """Return a settings file's environment id or None, preset (by default "auto"), and converted settings.
+
+    Raises `UserError` if the file cannot be read, is not a YAML mapping, or has a bad name or value.
+    """
+    values = read_mapping(path)
     try:
         envs = [env for key in ENV_KEYS if (env := values.pop(key, None)) is not None]
         if len(envs) > 1 or not all(isinstance(env, str) for env in envs):
@@ -73,10 +75,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, 
 
 
 def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collection[str] = ("run_dir",)) -> str:
-    """Return the text of a settings file: environment, preset and every setting except those in `omit`.
+    """Return the text of a settings file, from which `proximo train --config` reproduces `config`.
 
-    `proximo train --config` reproduces `config` from it: the settings in the file override those of the preset, whose
-    name is only a record.
+    All settings except those in `omit` are in it and override those of the preset, whose name is only a record.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in omit}
     values = {"env": env_id, "preset": preset or "none", **settings}

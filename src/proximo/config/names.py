@@ -8,32 +8,20 @@ from typing import Any
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import UserError, suggest
 
-# Name in another library → name of the same setting here.
-ALIASES = {
-    "n_steps": "num_steps",
-    "num_rollout_steps": "num_steps",
-    "rollout_length": "num_steps",
-    "n_envs": "num_envs",
-    "num_workers": "num_envs",
-    "n_epochs": "update_epochs",
-    "epochs": "update_epochs",
-    "ppo_epochs": "update_epochs",
-    "num_batches": "num_minibatches",
-    "mini_batch_size": "minibatch_size",
-    "clip_range": "clip_coef",
-    "clip_ratio": "clip_coef",
-    "clip_eps": "clip_coef",
-    "clip_epsilon": "clip_coef",
-    "epsilon": "clip_coef",
-    "surrogate_clip_threshold": "clip_coef",
-    "lam": "gae_lambda",
-    "lr": "learning_rate",
-    "entropy_coef": "ent_coef",
-    "entropy_loss_coefficient": "ent_coef",
-    "value_coef": "vf_coef",
-    "value_loss_coef": "vf_coef",
-    "value_function_loss_coefficient": "vf_coef",
+# Setting → its names in other libraries.
+OTHER_NAMES = {
+    "num_steps": ("n_steps", "num_rollout_steps", "rollout_length"),
+    "num_envs": ("n_envs", "num_workers"),
+    "update_epochs": ("n_epochs", "epochs", "ppo_epochs"),
+    "num_minibatches": ("num_batches",),
+    "minibatch_size": ("mini_batch_size",),
+    "clip_coef": ("clip_range", "clip_ratio", "clip_eps", "clip_epsilon", "epsilon", "surrogate_clip_threshold"),
+    "gae_lambda": ("lam",),
+    "learning_rate": ("lr",),
+    "ent_coef": ("entropy_coef", "entropy_loss_coefficient"),
+    "vf_coef": ("value_coef", "value_loss_coef", "value_function_loss_coefficient"),
 }
+ALIASES = {alias: name for name, aliases in OTHER_NAMES.items() for alias in aliases}
 
 # Names without one clear meaning → error message.
 AMBIGUOUS = {
@@ -48,11 +36,7 @@ AMBIGUOUS = {
 
 
 def canonical_name(name: str) -> str:
-    """Return the setting that `name` stands for, here or in another library.
-
-    Raises:
-        UserError: the name is unknown or ambiguous.
-    """
+    """Return the setting that `name` stands for, here or in another library; raise `UserError` if it is not clear."""
     if not isinstance(name, str):
         raise UserError(f"setting name {name!r} is not a string; expected a name such as gamma.")
     name = name.replace("-", "_")
@@ -65,27 +49,17 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under their canonical names.
-
-    Raises:
-        UserError: a name is unknown or ambiguous, or two names mean the same setting.
-    """
-    settings: dict[str, Any] = {}
-    given_names: dict[str, str] = {}
-    for name, value in values.items():
+    """Return settings under their canonical names; raise `UserError` for a bad name, or two names of one setting."""
+    given: dict[str, str] = {}
+    for name in values:
         canonical = canonical_name(name)
-        if canonical in settings:
-            raise UserError(f"`{given_names[canonical]}` and `{name}` both mean `{canonical}`. Use one of them.")
-        settings[canonical], given_names[canonical] = value, name
-    return settings
+        if (other := given.setdefault(canonical, name)) != name:
+            raise UserError(f"`{other}` and `{name}` both mean `{canonical}`. Use one of them.")
+    return {canonical: values[name] for canonical, name in given.items()}
 
 
 def convert_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings under their canonical names, each converted and checked on its own.
-
-    Raises:
-        UserError: a bad name (see `canonical_names`), or a value of the wrong type or out of range.
-    """
+    """Return converted settings under their canonical names; raise `UserError` for a bad name or value."""
     return {name: SETTINGS[name].convert(value) for name, value in canonical_names(values).items()}
 
 
@@ -96,9 +70,5 @@ def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Build a Config from names and values, as in YAML or keyword arguments.
-
-    Raises:
-        UserError: a bad name or value (see `convert_settings`), or settings that contradict each other.
-    """
+    """Build a Config from names and values, as in YAML or keyword arguments; raise `UserError` if any is invalid."""
     return Config(**canonical_names(values))

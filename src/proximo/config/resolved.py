@@ -18,7 +18,3 @@ class Resolved(NamedTuple):
     threads: int
     compiled: bool | None  # None in JAX, which always compiles
     network: dict[str, Any] | None  # the built-in architecture; None for a custom network
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return self._asdict()

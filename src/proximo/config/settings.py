@@ -7,10 +7,11 @@ the same checks everywhere.
 from __future__ import annotations
 
 import dataclasses
-import math
 from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import inf, isqrt
 from typing import Any, Literal, get_type_hints
 
 from proximo.config.values import Setting
@@ -23,20 +24,19 @@ WHAT_MATTERS = "Andrychowicz et al. 2020, arXiv:2006.05990"
 
 
 def option(
-    default: Any,
-    meaning: str,
-    *,
-    group: str,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    source: str = "",
+    group: str, default: Any, meaning: str, low: float = -inf, high: float = inf, above: float = -inf, source: str = ""
 ) -> Any:
     """Return the field of one setting; its annotation gives the type and the choices. See `Setting`."""
-    rules = dict(meaning=meaning, group=group, low=low, high=high, above=above, source=source)
+    rules = dict(group=group, meaning=meaning, low=low, high=high, above=above, source=source)
     if default == {}:
         return dataclasses.field(default_factory=dict, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
+
+
+# Groups of settings.
+run, records, update, network, policy, normalisation = (
+    partial(option, group) for group in ("run", "records", "update", "network", "policy", "normalisation")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,212 +48,165 @@ class Config:
     """
 
     # fmt: off
-    # Run
-    total_timesteps: int = option(
-        1_000_000, "agent steps to train for over all environments; a frame-skipped step counts once",
-        group="run", low=1
+    total_timesteps: int = run(
+        1_000_000, "agent steps to train for over all environments; a frame-skipped step counts once", low=1
     )
-    num_envs: int = option(8, "environments stepped in parallel (N)", group="run", low=1)
-    num_steps: int = option(256, "steps per environment in one rollout (T)", group="run", low=1)
-    seed: int = option(0, "seed of all random numbers", group="run", low=0)
-    backend: Literal["auto", "jax", "torch"] = option(
-        "auto", "array library of the learner; auto selects PyTorch for convolutions if it is installed, else JAX",
-        group="run"
+    num_envs: int = run(8, "environments stepped in parallel (N)", low=1)
+    num_steps: int = run(256, "steps per environment in one rollout (T)", low=1)
+    seed: int = run(0, "seed of all random numbers", low=0)
+    backend: Literal["auto", "jax", "torch"] = run(
+        "auto", "array library of the learner; auto selects PyTorch for convolutions if it is installed, else JAX"
     )
-    engine: Literal["auto", "sync", "workers", "envpool", "native"] = option(
-        "auto",
-        "how environments run: sync (in this process), workers (in a few processes, many in each), envpool (in "
-        "C++), native (the environment's own vectorised version), or auto (the fastest of these, by rule)",
-        group="run"
+    engine: Literal["auto", "sync", "workers", "envpool", "native"] = run(
+        "auto", "how environments run: sync (in this process), workers (in a few processes, many in each), envpool (in "
+        "C++), native (the environment's own vectorised version), or auto (the fastest of these, by rule)"
     )
-    isolate_envs: bool = option(
-        False,
-        "run all environments in worker processes (engine workers): slower, but a crash or hang ends the run with "
-        "an error message; videos still use an environment in the main process",
-        group="run"
+    isolate_envs: bool = run(
+        False, "run all environments in worker processes (engine workers): slower, but a crash or hang ends the run "
+        "with an error message; videos still use an environment in the main process"
     )
-    env_timeout: float = option(
+    env_timeout: float = run(
         60.0, "seconds after which a step or reset counts as stuck and stops the run (engines workers and sync)",
-        group="run", above=0
+        above=0
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = option(
-        "auto",
-        "device of the learner (mps: PyTorch on a Mac); auto selects cuda for convolutions if available, else cpu",
-        group="run"
+    device: Literal["auto", "cpu", "cuda", "mps"] = run(
+        "auto", "device of the learner (mps: PyTorch on a Mac); auto selects cuda for convolutions if available, "
+        "else cpu"
     )
-    threads: int | None = option(
-        None, "CPU threads of the learner; by default 1 for small networks, otherwise one per core",
-        group="run", low=1, high=1024
+    threads: int | None = run(
+        None, "CPU threads of the learner; by default 1 for small networks, otherwise one per core", low=1, high=1024
     )
-    compile: bool | None = option(
-        None, "compile PyTorch's minibatch step; by default in runs long enough to recover the compile time",
-        group="run"
+    compile: bool | None = run(
+        None, "compile PyTorch's minibatch step; by default in runs long enough to recover the compile time"
     )
-    run_dir: str | None = option(None, "run folder; by default a new folder under runs/", group="run")
-    env_kwargs: Mapping[str, Any] = option({}, "keyword arguments of the environment, as YAML or JSON", group="run")
-    stop_at_return: float | None = option(
-        None, "stop when the mean return of the last 100 training episodes reaches this value", group="run"
+    run_dir: str | None = run(None, "run folder; by default a new folder under runs/")
+    env_kwargs: Mapping[str, Any] = run({}, "keyword arguments of the environment, as YAML or JSON")
+    stop_at_return: float | None = run(
+        None, "stop when the mean return of the last 100 training episodes reaches this value"
     )
-    exact_resume: bool = option(False, "let auto select only engines that support exact resume", group="run")
-    checkpoint_interval: int = option(50, "iterations between checkpoints; 0 disables", group="run", low=0)
-    checkpoint_minutes: float | None = option(
-        10.0, "minutes after which a checkpoint is written in any case; none disables", group="run", above=0
+    exact_resume: bool = run(False, "let auto select only engines that support exact resume")
+    checkpoint_interval: int = run(50, "iterations between checkpoints; 0 disables", low=0)
+    checkpoint_minutes: float | None = run(
+        10.0, "minutes after which a checkpoint is written in any case; none disables", above=0
     )
-    keep_checkpoints: int = option(3, "latest checkpoints to keep, besides the best one", group="run", low=1)
-    evaluation_interval: int = option(
-        0,
-        "iterations between evaluations of the deterministic policy, which then select the best checkpoint; 0 "
-        "disables",
-        group="run", low=0
+    keep_checkpoints: int = run(3, "latest checkpoints to keep, besides the best one", low=1)
+    evaluation_interval: int = run(
+        0, "iterations between evaluations of the deterministic policy, which then select the best checkpoint; "
+        "0 disables", low=0
     )
-    evaluation_episodes: int = option(20, "complete episodes per such evaluation", group="run", low=1)
+    evaluation_episodes: int = run(20, "complete episodes per such evaluation", low=1)
 
-    # Records
-    tensorboard: bool = option(True, "write TensorBoard events to the run folder", group="records")
-    wandb: str | None = option(
-        None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account", group="records"
+    tensorboard: bool = records(True, "write TensorBoard events to the run folder")
+    wandb: str | None = records(None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account")
+    histogram_interval: int = records(
+        20, "iterations between histograms of returns, advantages, values, actions and ratios, with statistics per "
+        "action dimension; 0 disables", low=0
     )
-    histogram_interval: int = option(
-        20,
-        "iterations between histograms of returns, advantages, values, actions and ratios, with statistics per "
-        "action dimension; 0 disables",
-        group="records", low=0
-    )
-    capture_video: bool = option(False, "record videos of the policy during training and at the end", group="records")
-    video_interval: int = option(100, "iterations between videos; 0 records only at the end", group="records", low=0)
+    capture_video: bool = records(False, "record videos of the policy during training and at the end")
+    video_interval: int = records(100, "iterations between videos; 0 records only at the end", low=0)
 
-    # Update
-    update_epochs: int = option(10, "passes over each rollout", group="update", low=1, source=PPO_PAPER)
-    minibatch_size: int | None = option(
-        None, "transitions per minibatch; by default 64, unless num_minibatches is given",
-        group="update", low=1, source=PPO_PAPER
+    update_epochs: int = update(10, "passes over each rollout", low=1, source=PPO_PAPER)
+    minibatch_size: int | None = update(
+        None, "transitions per minibatch; by default 64, unless num_minibatches is given", low=1, source=PPO_PAPER
     )
-    num_minibatches: int | None = option(
-        None, "minibatches per epoch, as an alternative to minibatch_size", group="update", low=1, source=DETAILS
+    num_minibatches: int | None = update(
+        None, "minibatches per epoch, as an alternative to minibatch_size", low=1, source=DETAILS
     )
-    sequence_length: int = option(
-        1, "steps per training sequence, a divisor of num_steps; above 1 for custom recurrent networks only",
-        group="update", low=1
+    sequence_length: int = update(
+        1, "steps per training sequence, a divisor of num_steps; above 1 for custom recurrent networks only", low=1
     )
-    learning_rate: float = option(3e-4, "initial learning rate of Adam", group="update", low=0, source=PPO_PAPER)
-    actor_learning_rate: float | None = option(
-        None, "learning rate of the actor and of a shared trunk; by default learning_rate", group="update", low=0
+    learning_rate: float = update(3e-4, "initial learning rate of Adam", low=0, source=PPO_PAPER)
+    actor_learning_rate: float | None = update(
+        None, "learning rate of the actor and of a shared trunk; by default learning_rate", low=0
     )
-    critic_learning_rate: float | None = option(
-        None, "learning rate of the critic; by default learning_rate", group="update", low=0
+    critic_learning_rate: float | None = update(None, "learning rate of the critic; by default learning_rate", low=0)
+    final_learning_rate: float = update(0.0, "learning rate at the end of a linear or cosine schedule", low=0)
+    lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = update(
+        "linear", "schedule of the learning rate; adaptive adjusts it to reach desired_kl", source=DETAILS
     )
-    final_learning_rate: float = option(
-        0.0, "learning rate at the end of a linear or cosine schedule", group="update", low=0
-    )
-    lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = option(
-        "linear", "schedule of the learning rate; adaptive adjusts it to reach desired_kl",
-        group="update", source=DETAILS
-    )
-    adam_epsilon: float = option(
-        1e-5, "term added to the denominator of Adam", group="update", above=0, source=DETAILS
-    )
-    gamma: float = option(0.99, "discount factor", group="update", low=0, high=1, source=PPO_PAPER)
-    gae_lambda: float = option(
+    adam_epsilon: float = update(1e-5, "term added to the denominator of Adam", above=0, source=DETAILS)
+    gamma: float = update(0.99, "discount factor", low=0, high=1, source=PPO_PAPER)
+    gae_lambda: float = update(
         0.95, "λ of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo",
-        group="update", low=0, high=1, source=GAE_PAPER
+        low=0, high=1, source=GAE_PAPER
     )
-    clip_coef: float = option(
-        0.2, "clip range of the probability ratio, 1 ± this value", group="update", above=0, source=PPO_PAPER
+    clip_coef: float = update(0.2, "clip range of the probability ratio, 1 ± this value", above=0, source=PPO_PAPER)
+    clip_schedule: Literal["constant", "linear"] = update("constant", "schedule of clip_coef", source=PPO_PAPER)
+    final_clip_coef: float = update(0.0, "clip_coef at the end of a linear schedule", low=0)
+    vf_clip_coef: float | None = update(
+        None, "clip range of the new value around the old value; off by default", above=0, source=DETAILS
     )
-    clip_schedule: Literal["constant", "linear"] = option(
-        "constant", "schedule of clip_coef", group="update", source=PPO_PAPER
+    ent_coef: float = update(0.0, "weight of the entropy bonus", low=0, source=PPO_PAPER)
+    ent_schedule: Literal["constant", "linear"] = update("constant", "schedule of ent_coef")
+    final_ent_coef: float = update(0.0, "ent_coef at the end of a linear schedule", low=0)
+    vf_coef: float = update(
+        0.5, "weight of the value loss, which is half the mean squared error", low=0, source=PPO_PAPER
     )
-    final_clip_coef: float = option(0.0, "clip_coef at the end of a linear schedule", group="update", low=0)
-    vf_clip_coef: float | None = option(
-        None, "clip range of the new value around the old value; off by default",
-        group="update", above=0, source=DETAILS
+    max_grad_norm: float | None = update(
+        0.5, "maximum norm of the gradient over all parameters; none disables clipping", above=0, source=DETAILS
     )
-    ent_coef: float = option(0.0, "weight of the entropy bonus", group="update", low=0, source=PPO_PAPER)
-    ent_schedule: Literal["constant", "linear"] = option("constant", "schedule of ent_coef", group="update")
-    final_ent_coef: float = option(0.0, "ent_coef at the end of a linear schedule", group="update", low=0)
-    vf_coef: float = option(
-        0.5, "weight of the value loss, which is half the mean squared error", group="update", low=0, source=PPO_PAPER
-    )
-    max_grad_norm: float | None = option(
-        0.5, "maximum norm of the gradient over all parameters; none disables clipping",
-        group="update", above=0, source=DETAILS
-    )
-    target_kl: float | None = option(
+    target_kl: float | None = update(
         None, "stop the update before the minibatch whose KL divergence exceeds this value; off by default",
-        group="update", above=0, source=DETAILS
+        above=0, source=DETAILS
     )
-    desired_kl: float = option(
+    desired_kl: float = update(
         0.01, "target KL divergence of the adaptive learning rate schedule",
-        group="update", above=0, source="Rudin et al. 2021, arXiv:2109.11978"
+        above=0, source="Rudin et al. 2021, arXiv:2109.11978"
     )
-    normalize_advantage: Literal["minibatch", "rollout", "off"] = option(
+    normalize_advantage: Literal["minibatch", "rollout", "off"] = update(
         "minibatch", "scope in which advantages are scaled to mean 0 and standard deviation 1; off disables",
-        group="update", source=DETAILS
+        source=DETAILS
     )
 
-    # Network
-    architecture: Literal["auto", "mlp", "nature", "impala"] = option(
-        "auto",
-        "built-in network: mlp, or nature or impala with convolutions; auto selects mlp without images, nature "
+    architecture: Literal["auto", "mlp", "nature", "impala"] = network(
+        "auto", "built-in network: mlp, or nature or impala with convolutions; auto selects mlp without images, nature "
         "with images, and impala for images too small for nature",
-        group="network", source="Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv:1802.01561 (impala)"
+        source="Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv:1802.01561 (impala)"
     )
-    hidden_sizes: tuple[int, ...] | None = option(
+    hidden_sizes: tuple[int, ...] | None = network(
         None, "widths of the hidden layers; by default 64 64 (mlp), 512 (nature) or 256 (impala)",
-        group="network", low=1, source=PPO_PAPER
+        low=1, source=PPO_PAPER
     )
-    activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] | None = option(
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] | None = network(
         None, "activation function of the hidden layers; by default tanh (mlp) or relu (nature, impala)",
-        group="network", source=WHAT_MATTERS
+        source=WHAT_MATTERS
     )
-    shared_trunk: bool | None = option(
-        None, "one body with a policy and a value head, not two networks; by default with nature and impala",
-        group="network"
+    shared_trunk: bool | None = network(
+        None, "one body with a policy and a value head, not two networks; by default with nature and impala"
     )
-    precision: Literal["float32", "bfloat16"] = option(
+    precision: Literal["float32", "bfloat16"] = network(
         "float32", "precision of convolutions and the hidden layers after them; everything else is float32",
-        group="network", source="Micikevicius et al. 2018, arXiv:1710.03740"
+        source="Micikevicius et al. 2018, arXiv:1710.03740"
     )
-    orthogonal_init: bool = option(
-        True,
-        "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
-        "default, uniform in ±1/sqrt(inputs)",
-        group="network", source=DETAILS
+    orthogonal_init: bool = network(
+        True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
+        "default, uniform in ±1/sqrt(inputs)", source=DETAILS
     )
 
-    # Policy
-    std: Literal["learned", "predicted", "fixed"] = option(
+    std: Literal["learned", "predicted", "fixed"] = policy(
         "learned", "standard deviation of a Gaussian policy: learned, predicted from the observation, or fixed",
-        group="policy", source=WHAT_MATTERS
+        source=WHAT_MATTERS
     )
-    init_std: float = option(1.0, "initial standard deviation", group="policy", above=0, high=7)
-    min_std: float = option(1e-3, "lower bound of the standard deviation", group="policy", above=0)
-    tanh_mean: bool = option(False, "bound the mean of the Gaussian to [-1, 1] with tanh", group="policy")
-    squash: bool = option(
+    init_std: float = policy(1.0, "initial standard deviation", above=0, high=7)
+    min_std: float = policy(1e-3, "lower bound of the standard deviation", above=0)
+    tanh_mean: bool = policy(False, "bound the mean of the Gaussian to [-1, 1] with tanh")
+    squash: bool = policy(
         False, "squash actions into (-1, 1) with tanh and correct their density",
-        group="policy", source="Haarnoja et al. 2018, arXiv:1801.01290, appendix C"
+        source="Haarnoja et al. 2018, arXiv:1801.01290, appendix C"
     )
-    rescale_actions: bool = option(
-        False, "map actions from [-1, 1] to the bounds of the action space", group="policy"
-    )
-    clip_actions: bool = option(
-        True, "clip actions to the bounds of the action space", group="policy", source=DETAILS
-    )
+    rescale_actions: bool = policy(False, "map actions from [-1, 1] to the bounds of the action space")
+    clip_actions: bool = policy(True, "clip actions to the bounds of the action space", source=DETAILS)
 
-    # Normalisation
-    normalize_observation: bool = option(
-        False, "scale observations to running mean 0 and standard deviation 1", group="normalisation", source=DETAILS
+    normalize_observation: bool = normalisation(
+        False, "scale observations to running mean 0 and standard deviation 1", source=DETAILS
     )
-    normalize_reward: bool = option(
-        False, "divide rewards by the running standard deviation of the discounted return",
-        group="normalisation", source=DETAILS
+    normalize_reward: bool = normalisation(
+        False, "divide rewards by the running standard deviation of the discounted return", source=DETAILS
     )
-    clip_observation: float = option(
-        10.0, "clip normalised observations to ± this value", group="normalisation", above=0, source=DETAILS
+    clip_observation: float = normalisation(
+        10.0, "clip normalised observations to ± this value", above=0, source=DETAILS
     )
-    clip_reward: float = option(
-        10.0, "clip normalised rewards to ± this value", group="normalisation", above=0, source=DETAILS
-    )
+    clip_reward: float = normalisation(10.0, "clip normalised rewards to ± this value", above=0, source=DETAILS)
 
     # fmt: on
     def __post_init__(self) -> None:
@@ -266,9 +219,8 @@ class Config:
             raise UserError(
                 f"`isolate_envs` needs worker processes, but `engine` is {self.engine}. Use `engine` workers or auto."
             )
-        rates = {"learning_rate": self.learning_rate, "actor_learning_rate": self.actor_learning_rate}
-        for name, rate in rates.items():
-            if rate == 0 and self.lr_schedule == "adaptive":
+        for name in ("learning_rate", "actor_learning_rate"):
+            if self.lr_schedule == "adaptive" and getattr(self, name) == 0:
                 raise UserError(f"`{name}` is 0, but `lr_schedule` adaptive multiplies it; expected a number > 0.")
         if self.std != "fixed" and self.init_std <= self.min_std:
             raise UserError(f"`init_std` is {self.init_std}; expected a number above `min_std`, {self.min_std}.")
@@ -338,7 +290,7 @@ class Config:
 
 def nearest_divisors(total: int, value: int, unit: int = 1) -> str:
     """Return, as "50, 80 or 100", `unit` times divisors of `total`: the nearest below `value` and two above."""
-    small = [number for number in range(1, min(math.isqrt(total), 100_000) + 1) if total % number == 0]
+    small = [number for number in range(1, min(isqrt(total), 100_000) + 1) if total % number == 0]
     divisors = [unit * number for number in sorted({*small, *(total // number for number in small)})]
     above = bisect(divisors, value)
     *others, last = map(str, divisors[max(above - 1, 0) : above + 2])

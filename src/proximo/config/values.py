@@ -19,28 +19,19 @@ from proximo.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table of settings.
-
-    Args:
-        kind: int, float, bool, str, tuple (of ints) or Mapping.
-        optional: whether None is a value.
-        choices: the accepted strings; empty if `kind` or the range decides.
-        meaning: one sentence for `--help` and the documentation.
-        low, high, above: the range; `low` and `high` are inclusive, `above` is exclusive.
-        source: where the setting or its default comes from.
-    """
+    """One row of the table of settings."""
 
     name: str
     default: Any
-    kind: type
-    optional: bool
-    choices: tuple[str, ...]
-    meaning: str
+    kind: type  # int, float, bool, str, tuple (of ints) or Mapping
+    optional: bool  # whether None is a value
+    choices: tuple[str, ...]  # the accepted strings; empty if `kind` or the range decides
     group: str
-    low: float | None
-    high: float | None
-    above: float | None
-    source: str
+    meaning: str  # one sentence for `--help` and the documentation
+    low: float  # inclusive; infinite without a bound, as are the others
+    high: float  # inclusive
+    above: float  # exclusive lower bound
+    source: str  # publication that the setting or its default comes from
 
     @classmethod
     def from_field(cls, field: dataclasses.Field[Any], annotation: Any) -> Setting:
@@ -57,19 +48,15 @@ class Setting:
     def expected(self) -> str:
         """The accepted values in words, such as "a number in [0, 1]" or "an integer ≥ 1, or none"."""
         text = "one of " + ", ".join(self.choices) if self.choices else _KINDS[self.kind][0]
-        if self.high is not None:
-            lower = f"({self.above:g}" if self.low is None else f"[{self.low:g}"
-            text += f" in {lower}, {self.high:g}]"
-        elif self.low is not None or self.above is not None:
-            text += f" > {self.above:g}" if self.low is None else f" ≥ {self.low:g}"
+        is_open = math.isfinite(self.above)
+        if math.isfinite(self.high):
+            text += f" in {f'({self.above:g}' if is_open else f'[{self.low:g}'}, {self.high:g}]"
+        elif is_open or math.isfinite(self.low):
+            text += f" > {self.above:g}" if is_open else f" ≥ {self.low:g}"
         return text + (", or none" if self.optional else "")
 
     def convert(self, value: Any) -> Any:
-        """Convert a value to the type of the setting and check its range.
-
-        Raises:
-            UserError: the value has the wrong type or is out of range.
-        """
+        """Convert a value to the type of the setting; raise `UserError` if that fails or the value is out of range."""
         if (self.name, value) == ("engine", "async"):
             raise UserError("`engine` async was removed. Use workers.")
         if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -89,21 +76,11 @@ class Setting:
         if self.choices:
             return value in self.choices
         numbers = value if self.kind is tuple else [value] if self.kind in (int, float) else []
-        return all(
-            math.isfinite(number)
-            and (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            for number in numbers
-        )
+        return all(math.isfinite(x) and self.low <= x <= self.high and x > self.above for x in numbers)
 
 
 def to_int(value: Any) -> int:
-    """Convert an integer, also one written as `1e6` or `1_000_000`.
-
-    Raises:
-        TypeError, ValueError, OverflowError: anything else.
-    """
+    """Convert an integer, also one written as `1e6` or `1_000_000`; else TypeError, ValueError or OverflowError."""
     if isinstance(value, bool):
         raise TypeError
     digits = value.replace("_", "") if isinstance(value, str) else ""
@@ -121,17 +98,10 @@ def _to_float(value: Any) -> float:
 
 def _to_bool(value: Any) -> bool:
     words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
+    value = words.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError
     return bool(value)
-
-
-def _to_str(value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError
-    return os.fspath(value)
 
 
 def _to_ints(value: Any) -> tuple[int, ...]:
@@ -160,7 +130,7 @@ _KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     int: ("an integer", to_int),
     float: ("a number", _to_float),
     bool: ("true or false", _to_bool),
-    str: ("a string", _to_str),
+    str: ("a string", os.fsdecode),
     tuple: ("integers", _to_ints),
     Mapping: ("a mapping of names to plain values (numbers, strings, lists and the like)", _to_mapping),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,75 +17,69 @@ from proximo.run.folder import RunFolder
 from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager, require_latest
-from proximo.run.trackers import Tracker, open_trackers, write_to_trackers
+from proximo.run.trackers import Tracker, open_trackers
 
 
+@dataclass
 class Recorder:
-    """Writes what a run records; without a run folder only progress on the terminal.
+    """Writes what a run records; without a run folder only progress on the terminal."""
 
-    Args:
-        folder: The run folder, or None.
-        trackers: Receive metrics.
-        save: Writes a checkpoint.
-        record_video: Records an episode of the policy's mode.
-    """
-
-    def __init__(
-        self,
-        folder: RunFolder | None,
-        trackers: list[Tracker],
-        info: RunInfo,
-        learner: Learner,
-        progress: Progress,
-        save: Callable[[Path], object],
-        record_video: Callable[[Path], object],
-    ) -> None:
-        self.folder, self._trackers, self._info, self._config = folder, trackers, info, info.config
-        self._learner, self._progress, self._save, self._record_video = learner, progress, save, record_video
-        self._checkpoints: CheckpointManager | None = None
+    folder: RunFolder | None
+    trackers: list[Tracker]  # receive metrics
+    info: RunInfo
+    learner: Learner
+    progress: Progress
+    save: Callable[[Path], object]  # writes a checkpoint
+    record_video: Callable[[Path], object]  # records an episode of the policy's mode
+    checkpoints: CheckpointManager | None = None  # None before `start`
 
     def start(self) -> None:
         """Save a first checkpoint, for a run that dies early."""
         if self.folder:
-            self._checkpoints = CheckpointManager(self.folder.path, self._config, self._progress, self._save_synced)
-            self._checkpoints.save()
+            self.checkpoints = CheckpointManager(self.folder.path, self.info.config, self.progress, self._save_synced)
+            self.checkpoints.save()
 
     def _save_synced(self, path: Path) -> None:
         assert self.folder
         self.folder.sync()  # metrics first: a checkpoint never precedes them on disk
-        self._save(path)
+        self.save(path)
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
-        """Send the metrics of an iteration to all trackers."""
-        write_to_trackers(self._trackers, metrics, diagnostics)
+        """Write the metrics of an iteration to all trackers. One that fails is removed, and training continues."""
+        for tracker in list(self.trackers):
+            try:
+                tracker.write(metrics, diagnostics)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                notify_user(f"logging to {type(tracker).__name__} failed and is disabled for this run: {error}")
 
     def after_iteration(self, evaluated: float | None) -> None:
         """Save a checkpoint and record a video where they are due; `evaluated` is the mean return of an evaluation."""
-        if self._checkpoints:
-            self._checkpoints.after_iteration(evaluated)
-            interval = self._config.video_interval
-            if interval and self._progress.iteration % interval == 0:
+        if self.checkpoints:
+            self.checkpoints.after_iteration(evaluated)
+            interval = self.info.config.video_interval
+            if interval and self.progress.iteration % interval == 0:
                 self._record_step()
 
     def finish(self) -> None:
         """Save the last checkpoint; raise `RunError` if that fails."""
-        if self._checkpoints:
-            self._checkpoints.save()
-            if self._checkpoints.failures:
+        if self.checkpoints:
+            self.checkpoints.save()
+            if self.checkpoints.failures:
                 raise RunError(
-                    f"the last checkpoint could not be saved in {self._checkpoints.run_dir}. Free some space and save "
+                    f"the last checkpoint could not be saved in {self.checkpoints.run_dir}. Free some space and save "
                     "again."
                 )
 
     def rescue(self, error: BaseException) -> None:
         """Save what was learned before an error, and a debug bundle after a numerical one."""
-        if not self._checkpoints:
+        if not self.checkpoints:
             return
         try:
-            if not self._checkpoints.has_given_up:
-                self._checkpoints.save()
+            if not self.checkpoints.has_given_up:
+                self.checkpoints.save()
             if isinstance(error, NotFinite):
-                path = debug_bundle.save(self._checkpoints.run_dir, error, self._learner, self._info, self._progress)
+                path = debug_bundle.save(self.checkpoints.run_dir, error, self.learner, self.info, self.progress)
                 notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
         except Exception as another:
             notify_user(f"not everything could be saved: {another}")
@@ -98,7 +93,7 @@ class Recorder:
         try:
             if self.folder.rows:
                 plot([path])
-            if self.folder.rows and self._progress.episodes:
+            if self.folder.rows and self.progress.episodes:
                 plot([path], path / "learning_curve.png", [RETURN])
         except Exception as error:
             notify_user(f"the curves of {path} could not be drawn: {error}")
@@ -106,11 +101,11 @@ class Recorder:
     def _record_step(self) -> None:
         """Record a video of this step, if videos are configured; a failure does not stop the run."""
         assert self.folder
-        path = self.folder.path / "videos" / f"step_{self._progress.global_step:012d}.mp4"
-        if not self._config.capture_video or path.exists():
+        path = self.folder.path / "videos" / f"step_{self.progress.global_step:012d}.mp4"
+        if not self.info.config.capture_video or path.exists():
             return
         try:
-            self._record_video(path)
+            self.record_video(path)
         except Exited:
             raise
         except Exception as error:

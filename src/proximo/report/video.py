@@ -36,23 +36,16 @@ OPENGL_PACKAGES = "libegl1 libgl1"  # of Debian and Ubuntu; their Mesa renders o
 
 
 class Video(NamedTuple):
-    """A recorded episode: file, undiscounted sum of raw rewards, number of steps, and whether it ended.
+    """A recorded episode."""
 
-    The file has `length + 1` frames. If `ended` is false, recording stopped at the frame limit.
-    """
-
-    path: Path
-    episode_return: float
-    length: int
-    ended: bool
+    path: Path  # of `length + 1` frames
+    episode_return: float  # undiscounted sum of raw rewards
+    length: int  # steps
+    ended: bool  # False if recording stopped at the frame limit
 
 
 def require_video(env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
-    """Check that `record` will work: PyAV is installed, and the environment renders a frame.
-
-    Raises:
-        UserError: As `record`.
-    """
+    """Raise `UserError` as `record` would: PyAV must be installed, and the environment must render a frame."""
     import_av()
     with open_rendering_env(env, env_kwargs or {}) as rendering_env:
         rendering_env.reset(seed=0)
@@ -140,9 +133,7 @@ def without_display() -> Iterator[None]:
 def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[gym.Env]:
     """Make one environment that renders to arrays, with or without a display; close it afterwards.
 
-    Raises:
-        UserError: The environment cannot be made, or does not render to arrays.
-        Exited: The environment called `sys.exit`.
+    Raises `UserError` if that fails, and `Exited` if the environment calls `sys.exit`.
     """
     with without_display():
         try:
@@ -157,7 +148,7 @@ def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[
 
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
-    """Make one environment that renders to arrays; `UserError` as in `open_rendering_env`."""
+    """Make one environment that renders to arrays; raise `UserError` as in `open_rendering_env`."""
     if isinstance(env, VectorEnv) or not (isinstance(env, str) or callable(env)):
         raise UserError("recording needs an environment id or a function that makes one environment")
     kwargs = dict(env_kwargs)
@@ -193,7 +184,7 @@ def takes_render_mode(factory: Callable[..., gym.Env]) -> bool:
 
 
 def render_frame(env: gym.Env) -> np.ndarray:
-    """Render the current state, uint8 [H, W, 3]; `UserError` for anything else, or if a dependency is missing."""
+    """Render the current state, uint8 [H, W, 3]; raise `UserError` for anything else, or if a dependency is missing."""
     try:
         frame: Any = env.render()
     except Exception as error:
@@ -229,11 +220,7 @@ def explain_opengl(error: Exception) -> str | None:
 
 
 def import_av() -> Any:
-    """Import and return PyAV, which includes FFmpeg.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """Import and return PyAV, which includes FFmpeg; raise `UserError` if it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -246,9 +233,6 @@ def open_encoder(path: Path, fps: Fraction) -> Iterator[Callable[[np.ndarray], N
     """Encode frames, uint8 [H, W, 3], to a video that appears at `path` if the block completes without an error.
 
     The last row or column of odd heights and widths is repeated, because yuv420p needs even ones.
-
-    Raises:
-        UserError: The file cannot be written, or frames differ in size.
     """
     av = import_av()
     shapes: set[tuple[int, ...]] = set()

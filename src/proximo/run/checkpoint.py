@@ -30,7 +30,6 @@ REQUIRED_FIELDS = {
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
 NETWORK_SETTINGS = {"architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"}
-UNSPECIFIED = ("auto", None)  # values of a network setting that keep the trained one
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {
     "run_dir", "stop_at_return", "exact_resume", "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints",
@@ -61,7 +60,7 @@ def serialize(
         "preset": info.preset,
         "network": "built-in" if learner.is_built_in else CUSTOM_NETWORK,
         "config": {**info.config.to_dict(), "run_dir": None},
-        "resolved": info.resolved.to_dict(),
+        "resolved": info.resolved._asdict(),
         "spaces": spaces.to_dict(),
         "versions": collect_versions(),
         "progress": document,
@@ -85,12 +84,7 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Load one checkpoint folder.
-
-    Raises:
-        CorruptCheckpoint: The files cannot be read, do not match their checksum, or lack a required field.
-        UserError: The schema is not supported.
-    """
+    """Load one checkpoint folder. Raises `CorruptCheckpoint`, or `UserError` if the schema is not supported."""
     arrays, manifest = read(folder)
     for name, kind in REQUIRED_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
@@ -109,11 +103,10 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
     Raises:
         UserError: A custom network is required but not given, or a change would alter the trained network.
     """
-    changes = {
-        name: value for name, value in changes.items() if name not in NETWORK_SETTINGS or value not in UNSPECIFIED
-    }
+    unspecified = {name for name in NETWORK_SETTINGS & changes.keys() if changes[name] in ("auto", None)}
+    changes = {name: value for name, value in changes.items() if name not in unspecified}
     resolved = (manifest.get("resolved") or {}).get("network") or {}
-    for name in NETWORK_SETTINGS & set(changes):
+    for name in NETWORK_SETTINGS & changes.keys():
         trained, given = resolved.get(name, manifest["config"].get(name)), changes[name]
         if given != (tuple(trained) if isinstance(trained, list) else trained):
             raise UserError(
@@ -131,21 +124,15 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
 def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     """Return the observation and action spaces that the policy was trained for.
 
-    Checks the sizes of the stored arrays before a learner allocates memory for them.
-
-    Raises:
-        CorruptCheckpoint: The spaces are invalid, or the arrays do not fit settings and spaces.
+    Raises `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory.
     """
     try:
         spaces = Spaces.from_dict(saved.manifest["spaces"])
         expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpoint(saved.path, f'"spaces" is not a valid space description ({error!r})') from error
-    stored = sum(
-        array.size
-        for name, array in saved.arrays.items()
-        if name.startswith("params/") and not name.endswith("log_std")
-    )
+    names = [name for name in saved.arrays if name.startswith("params/") and not name.endswith("log_std")]
+    stored = sum(saved.arrays[name].size for name in names)
     if expected not in (None, stored):
         raise CorruptCheckpoint(saved.path, f"it stores {stored:,} parameters, but its settings define {expected:,}")
     num_envs = saved.manifest["config"].get("num_envs")
@@ -157,17 +144,9 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
 def restore_learner(
     saved: Checkpoint, config: Config, spaces: Spaces, network: Any, may_change_device: bool
 ) -> tuple[Config, Learner]:
-    """Build the learner of a checkpoint.
+    """Return the learner of a checkpoint, after the settings, in which only `device` may differ.
 
-    Args:
-        may_change_device: use device auto, with a note, if this machine does not have the configured one.
-
-    Returns:
-        The settings, in which only `device` may differ, and the learner.
-
-    Raises:
-        DeviceUnavailable: This machine does not have the device.
-        UserError: The stored arrays belong to other settings or spaces.
+    With `may_change_device`, a device that this machine does not have is replaced by auto, with a note.
     """
     try:
         learner = make_learner(config, spaces, network)
@@ -197,6 +176,6 @@ def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
         }
 
     old = conditions(manifest["env"], manifest.get("resolved") or {}, manifest["config"], manifest["versions"])
-    new = conditions(info.env_id, info.resolved.to_dict(), config, collect_versions())
+    new = conditions(info.env_id, info.resolved._asdict(), config, collect_versions())
     common = [name for name in old if name in new]
     return [f"{name} changed from {old[name]} to {new[name]}" for name in common if old[name] != new[name]]

@@ -42,11 +42,9 @@ class CorruptCheckpoint(UserError):
 def save(
     path: str | Path, arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any], kind: str = CHECKPOINT
 ) -> Path:
-    """Write a checkpoint folder atomically, replacing an existing one. Return its path.
+    """Write a checkpoint folder atomically; return its path. Only a checkpoint is replaced, otherwise `UserError`.
 
-    Raises:
-        UserError: `path` exists and is not a checkpoint.
-        OSError: Writing failed; an existing checkpoint is unchanged.
+    If writing fails with an OSError, an existing checkpoint is unchanged.
     """
     path = Path(path)
     if path.exists() and not (path / MANIFEST).is_file():
@@ -103,11 +101,7 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder, without checking its format, schema or checksum.
-
-    Raises:
-        CorruptCheckpoint: The file cannot be read or is not a JSON object.
-    """
+    """Return the manifest of a folder, without checking its format, schema or checksum."""
     text = _read_bounded(folder / MANIFEST, MAX_MANIFEST_BYTES)
     try:
         manifest = json.loads(text)
@@ -138,11 +132,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
-    """Return `path` itself if it is a checkpoint folder, or the checkpoints of a run folder, latest first.
-
-    Raises:
-        UserError: There is no checkpoint.
-    """
+    """Return `path` itself if it is a checkpoint folder, or the checkpoints of a run folder, latest first."""
     path = Path(path)
     try:
         if (path / MANIFEST).is_file():
@@ -165,8 +155,7 @@ def find_resumable_run_dir(path: str | Path) -> Path | None:
     if not (folder / MANIFEST).is_file():
         return folder
     run_dir = folder.parent.parent
-    checkpoints = list_checkpoints(run_dir) if folder.parent.name == "checkpoints" else []
-    return run_dir if checkpoints and checkpoints[-1] == folder else None
+    return run_dir if list_checkpoints(run_dir)[-1:] == [folder] else None
 
 
 def _read_bounded(path: Path, max_bytes: int) -> bytes:

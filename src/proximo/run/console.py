@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from contextlib import suppress
 from typing import IO
 
 from proximo.rollout.rollout import Diagnostics, Metrics
@@ -17,20 +18,29 @@ class Console:
 
     def __init__(self, total_timesteps: int, stream: IO[str] | None = None) -> None:
         self._total, self._stream = total_timesteps, stream or sys.stderr
-        self._is_terminal, self._is_closed = self._stream.isatty(), False
+        self._is_terminal = self._stream.isatty()
         self._first: tuple[int, float] | None = None  # steps and seconds at the end of the first iteration
         self._began, self._printed_at = time.perf_counter(), -PLAIN_SECONDS
         self._line = ""  # not finished, on a terminal; not printed, elsewhere
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
         """Show steps, speed, remaining time and the mean return."""
-        now = time.perf_counter() - self._began
-        self._line = self._format(metrics, now)
+        step, seconds = int(metrics["global_step"] or 0), time.perf_counter() - self._began
+        if self._first is None:  # compiles, so its time is excluded from the speed
+            self._first = step, seconds
+        speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
+        remaining = _clock(max(self._total - step, 0) / speed) if speed else "?"
+        mean = metrics["rollout/episode_return_mean"]
+        self._line = (
+            f"{step:>11,} / {self._total:,} steps  {min(100 * step / self._total, 100):5.1f} %  "
+            f"{f'{speed:,.0f}' if speed else '?':>8} steps/s  {remaining} left  "
+            f"mean return {'none yet' if mean is None else f'{mean:.1f}'}"
+        )
         if self._is_terminal:
             self._print("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])
-        elif now - self._printed_at >= PLAIN_SECONDS:
+        elif seconds - self._printed_at >= PLAIN_SECONDS:
             self._print(self._line + "\n")
-            self._printed_at, self._line = now, ""
+            self._printed_at, self._line = seconds, ""
 
     def close(self, failed: bool = False) -> None:
         """Finish the current line."""
@@ -38,26 +48,8 @@ class Console:
             self._print("\n" if self._is_terminal else self._line + "\n")
 
     def _print(self, text: str) -> None:
-        if self._is_closed:
-            return
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:  # the terminal was closed; training continues
-            self._is_closed = True
-
-    def _format(self, metrics: Metrics, seconds: float) -> str:
-        step = int(metrics["global_step"] or 0)
-        if self._first is None:  # compiles, so its time is excluded from the speed
-            self._first = step, seconds
-        speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
-        remaining = _clock(max(self._total - step, 0) / speed) if speed else "?"
-        mean = metrics["rollout/episode_return_mean"]
-        return (
-            f"{step:>11,} / {self._total:,} steps  {min(100 * step / self._total, 100):5.1f} %  "
-            f"{f'{speed:,.0f}' if speed else '?':>8} steps/s  {remaining} left  "
-            f"mean return {'none yet' if mean is None else f'{mean:.1f}'}"
-        )
+        with suppress(OSError):  # the terminal was closed; training continues
+            print(text, end="", file=self._stream, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -39,11 +39,7 @@ def save(run_dir: Path, error: NotFinite, learner: Learner, info: RunInfo, progr
 
 
 def describe_bundle(path: Path) -> Iterator[str]:
-    """Yield a description of a debug bundle, line by line.
-
-    Raises:
-        UserError: The folder is not a debug bundle, or is corrupt.
-    """
+    """Yield a description of a debug bundle, line by line."""
     arrays, manifest = checkpoint_files.read(path, checkpoint_files.DEBUG_BUNDLE)
     config = manifest.get("config") or {}
     yield f"{path}: debug bundle, saved {manifest.get('saved')}"

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from proximo.config.files import to_yaml
 from proximo.errors import UserError, notify_user
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.info import RunInfo
 from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics, write_atomically
+from proximo.run.versions import collect_versions
 
 try:
     import fcntl
@@ -40,6 +42,8 @@ class RunFolder:
     ) -> None:
         self.path, self.rows = Path(path), 0
         self._unwritten: list[bytes] = []  # lines that a full disk has delayed
+        settings = to_yaml(info.env_id, info.preset, info.config)
+        versions = {**collect_versions(), "resolved": info.resolved._asdict()}
         try:
             with ExitStack() as files:
                 if resume_after is None:
@@ -49,12 +53,12 @@ class RunFolder:
                 if resume_after is None:
                     # Exclusive creation fails if another run has claimed the folder meanwhile.
                     with (self.path / CONFIG).open("x", encoding="utf-8") as file:
-                        file.write(info.to_yaml())
+                        file.write(settings)
                 else:
                     check(self.path)
-                    write_atomically(self.path / CONFIG, info.to_yaml())
+                    write_atomically(self.path / CONFIG, settings)
                     truncate_metrics(self.path, resume_after)
-                write_atomically(self.path / VERSIONS, json.dumps(info.versions(), indent=2))
+                write_atomically(self.path / VERSIONS, json.dumps(versions, indent=2))
                 self._metrics = files.enter_context((self.path / METRICS).open("ab", buffering=0))
                 self._files = files.pop_all()
         except FileExistsError as error:
@@ -94,11 +98,7 @@ class RunFolder:
 
 
 def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
-    """Lock a run folder for this process until `files` is closed; do nothing where locks are not supported.
-
-    Raises:
-        UserError: Another process holds the lock.
-    """
+    """Lock a run folder until `files` is closed, if locks are supported; raise `UserError` if another process did."""
     if fcntl is None:
         return
     file = files.enter_context((run_dir / LOCK).open("ab"))
@@ -113,11 +113,7 @@ def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
 
 
 def require_empty(run_dir: Path) -> None:
-    """Check that a new run would not overwrite anything.
-
-    Raises:
-        UserError: `run_dir` is a file or a folder that is not empty.
-    """
+    """Raise `UserError` if a new run in `run_dir` would overwrite anything."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} is a file. Choose another `run_dir`.")
     if run_dir.is_dir() and any(run_dir.iterdir()):

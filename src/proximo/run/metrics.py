@@ -9,9 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from proximo.config.files import MAX_CHARACTERS, load_plain_yaml
+from proximo.config.files import read_mapping
 from proximo.errors import UserError, notify_user
 from proximo.rollout.rollout import Metrics
 
@@ -90,17 +88,8 @@ def read_last_metrics(run_dir: str | Path) -> Metrics | None:
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """Settings of a run, with its environment as `env`.
-
-    Raises:
-        UserError: The folder has no valid settings file.
-    """
-    path = Path(run_dir) / CONFIG
+    """Settings of a run, with its environment as `env`; raise `UserError` if the folder has no valid settings file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Give a run folder.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a mapping of setting names to values. Give a run folder.")
-    return values
+        return read_mapping(Path(run_dir) / CONFIG)
+    except UserError as error:
+        raise UserError(f"{error} Give a run folder.") from error

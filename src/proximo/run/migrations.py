@@ -16,10 +16,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def migrate(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Arrays]:
-    """Bring a checkpoint of any schema in `MIGRATIONS` to `SCHEMA`.
+    """Migrate a checkpoint of any schema in `MIGRATIONS` to `SCHEMA`.
 
-    Raises:
-        KeyError, TypeError, ValueError, OverflowError: The manifest does not follow its schema.
+    A manifest that does not follow its schema raises KeyError, TypeError, ValueError or OverflowError.
     """
     while manifest["schema"] != SCHEMA:
         manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)

@@ -82,11 +82,7 @@ class Progress:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Progress:
-        """Invert `to_document`.
-
-        Raises:
-            KeyError, TypeError, ValueError: The document is invalid.
-        """
+        """Invert `to_document`; an invalid document raises KeyError, TypeError or ValueError."""
         rows = arrays[f"{PREFIX}/episodes"]
         episodes = [Episode(float(total), int(length), int(index)) for total, length, index in rows]
         text = None if document["env_state"] is None else arrays[document["env_state"]].tobytes()

@@ -129,11 +129,7 @@ def list_later_checkpoints(step: int, run_dir: Path) -> list[Path]:
 
 
 def require_latest(step: int, run_dir: Path) -> None:
-    """Check that no other process has continued the run beyond `step`.
-
-    Raises:
-        UserError: There is a later, intact checkpoint.
-    """
+    """Raise `UserError` if another process has continued the run beyond `step`."""
     for later in list_later_checkpoints(step, run_dir):
         with contextlib.suppress(CorruptCheckpoint):
             open_checkpoint(later)

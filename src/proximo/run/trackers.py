@@ -90,11 +90,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run. With WANDB_MODE=offline it needs no account and writes to the run folder.
-
-    Raises:
-        UserError: The package is not installed, or the run cannot be started.
-    """
+    """A Weights & Biases run. With WANDB_MODE=offline it needs no account and writes to the run folder."""
 
     def __init__(self, project: str, folder: Path, info: RunInfo) -> None:
         self._wandb = wandb = import_wandb()
@@ -126,11 +122,7 @@ class WandB:
 
 
 def import_wandb() -> Any:
-    """Import and return the wandb package.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """Import and return the wandb package; raise `UserError` if it is not installed."""
     try:
         import wandb
 
@@ -150,9 +142,6 @@ def open_trackers(
     Args:
         resumed: Progress of the folder's run, which is resumed; None starts a new run.
         check: As for `RunFolder`.
-
-    Raises:
-        UserError: The folder is in use or cannot be written, or a tracker cannot be started.
     """
     with ExitStack() as stack:
         trackers: list[Tracker] = []
@@ -185,13 +174,3 @@ def close_tracker(tracker: Tracker, failed: bool) -> None:
         tracker.close(failed)
     except Exception as error:
         notify_user(f"{type(tracker).__name__} could not be closed properly: {error}")
-
-
-def write_to_trackers(trackers: list[Tracker], metrics: Metrics, diagnostics: Diagnostics | None) -> None:
-    """Write to all trackers. One that fails is removed from the list, and training continues."""
-    for tracker in list(trackers):
-        try:
-            tracker.write(metrics, diagnostics)
-        except Exception as error:
-            trackers.remove(tracker)
-            notify_user(f"logging to {type(tracker).__name__} failed and is disabled for this run: {error}")

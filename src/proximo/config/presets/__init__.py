@@ -21,11 +21,7 @@ def list_names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return a preset: `settings`, `source` and, if it has been benchmarked, `measured`.
-
-    Raises:
-        UserError: no preset has this name.
-    """
+    """Return a preset: `settings`, `source` and, if it has been benchmarked, `measured`."""
     files = _files()
     if name not in files:
         hint = suggest(name, files) or "."
@@ -37,19 +33,12 @@ def load(name: str) -> dict[str, Any]:
 
 
 def select_name(env_id: str | None, preset: str | None) -> str | None:
-    """Return the name of the preset to use, or None.
-
-    Args:
-        preset: a name, "none" or None, or "auto" for the preset of the environment or its family, if there is one.
-    """
-    if preset is None or preset == "none":
-        return None
+    """Return the name of the preset to use, or None. "auto" selects that of the environment or its family, if any."""
     if preset != "auto":
-        return preset
-    env_id = env_id or ""
+        return None if preset == "none" else preset
     if env_id in _files():
         return env_id
-    return next((family for family, pattern in FAMILIES.items() if pattern.match(env_id)), None)
+    return next((family for family, pattern in FAMILIES.items() if pattern.match(env_id or "")), None)
 
 
 def load_settings(env_id: str | None, preset: str | None) -> dict[str, Any]:
