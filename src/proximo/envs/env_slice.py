@@ -32,14 +32,13 @@ class Declaration(NamedTuple):
 
 def reports_episodes(env: gym.Env) -> bool:
     """Whether an environment reports its own episodes; see `proximo.rollout.collector.Collector`."""
-    name = "reports_episodes"
-    return env.has_wrapper_attr(name) and bool(env.get_wrapper_attr(name))
+    return env.has_wrapper_attr("reports_episodes") and bool(env.get_wrapper_attr("reports_episodes"))
 
 
 def snapshot_method(env: gym.Env) -> Callable[[], Any] | None:
     """Return `env.snapshot` if the environment has both `snapshot` and `restore`, otherwise None."""
-    names = ("snapshot", "restore")
-    return env.get_wrapper_attr(names[0]) if all(map(env.has_wrapper_attr, names)) else None
+    has_both = env.has_wrapper_attr("snapshot") and env.has_wrapper_attr("restore")
+    return env.get_wrapper_attr("snapshot") if has_both else None
 
 
 class EnvSlice:
@@ -59,11 +58,7 @@ class EnvSlice:
         return self.current[0], self.calls
 
     def make(self, factory: Callable[[], gym.Env], on_made: Callable[[], None] = lambda: None) -> None:
-        """Make the environments, calling `on_made` after each.
-
-        Raises:
-            UserError: a constructor calls `sys.exit`.
-        """
+        """Make the environments, calling `on_made` after each; raise UserError if a constructor calls `sys.exit`."""
         for n in self.indices:
             self.last_index = n
             try:
@@ -107,7 +102,6 @@ class EnvSlice:
             self.current[0] = NO_ENVIRONMENT
 
     def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None) -> None:
-        """Reset the environments that the mask selects."""
         for n, env, seed, selected in zip(self.indices, self.envs, seeds, mask, strict=True):
             if selected:
                 self.last_index = self.current[0] = n

@@ -22,9 +22,7 @@ class LocalVectorEnv(SharedVectorEnv):
 
     Args:
         factory: makes one environment; called N times.
-        num_envs: N.
         timeout_s: limit in seconds for one step or reset of one environment (`proximo.envs.timeout`).
-        copy: whether returned observations are copies. Otherwise the next step overwrites them.
 
     Raises:
         UserError: the spaces differ, or Proximo does not support them.

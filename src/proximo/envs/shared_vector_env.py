@@ -45,11 +45,7 @@ class SharedVectorEnv(VectorEnv):
         raise NotImplementedError
 
     def _set_spaces(self, declarations: Sequence[Declaration], workers: int) -> Layout:
-        """Set Gymnasium's attributes, and return the layout of the arrays.
-
-        Raises:
-            UserError: the spaces differ, or Proximo does not support them.
-        """
+        """Set Gymnasium's attributes; return the layout of the arrays. Raise UserError for different spaces."""
         first = declarations[0]
         spaces = require_equal_spaces([item for declaration in declarations for item in declaration.spaces])
         Spaces.of(*spaces)
@@ -74,12 +70,8 @@ class SharedVectorEnv(VectorEnv):
     ) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
-        Args:
-            seed: one seed for each environment; or one number, and environment n is seeded with seed + n.
-            options: passed to each environment's `reset`, without the mask.
-
-        Returns:
-            Observations [N, ...], unchanged for environments that are not reset, and an empty info.
+        Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number, and the other options. Observations
+        [N, ...] are unchanged for environments that are not reset; info is empty.
 
         Raises:
             UserError: the number of seeds or the mask is wrong, or an observation does not match its space.
@@ -99,10 +91,7 @@ class SharedVectorEnv(VectorEnv):
         return self._observations(), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all environments with actions [N, ...].
-
-        Returns:
-            Observations [N, ...], rewards [N] float64, terminated [N], truncated [N], info.
+        """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and info.
 
         Raises:
             UserError: the actions' shape or dtype is wrong, or an observation does not match its space.
@@ -126,10 +115,9 @@ class SharedVectorEnv(VectorEnv):
         return [row[:size].tobytes() for row, size in rows], arrays.steps_since_origin.copy()
 
     def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
-        """Repeat episodes: start each environment from its origin and apply its actions ([any number, ...]).
+        """Start each environment from its origin and apply its actions ([any number, ...]).
 
-        Returns:
-            Observations [N, ...], and the returns of the episodes so far [N] float64.
+        Return observations [N, ...], and the returns of the episodes so far [N] float64.
         """
         episodes = list(zip(origins, actions, strict=True))
         self._run(REPLAY, lambda indices: (episodes[indices.start : indices.stop],))
@@ -138,11 +126,7 @@ class SharedVectorEnv(VectorEnv):
 
 
 def require_equal_spaces(spaces: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:
-    """Return the common observation and action space of (index, observation space, action space) tuples.
-
-    Raises:
-        UserError: the spaces differ.
-    """
+    """Return the spaces of (index, observation space, action space) tuples; raise UserError if they differ."""
     first, *expected = spaces[0]
     for n, *given in spaces[1:]:
         for kind, space, common in zip(("observation", "action"), given, expected, strict=True):
