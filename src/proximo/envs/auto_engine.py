@@ -10,6 +10,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
@@ -54,18 +55,15 @@ def choose_engine(
     rollouts and the trial only affects speed.
 
     Args:
-        spec: registered specification of the environment.
         make: makes one environment.
         exact: exclude engines without exact resume: EnvPool, and all vectorised versions except CartPole's.
     """
-    if num_envs >= MIN_ENVS:
-        has_native = spec.vector_entry_point is not None and not env_kwargs and not spec.additional_wrappers
-        if has_native and (spec.vector_entry_point == CARTPOLE or not exact):
-            return "native"
-        is_mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-        has_enough = num_envs >= (MIN_ENVS_MUJOCO if is_mujoco else MIN_ENVS)
-        if has_enough and not exact and supports(spec.id, env_kwargs):
-            return "envpool"
+    has_native = spec.vector_entry_point is not None and not env_kwargs and not spec.additional_wrappers
+    if num_envs >= MIN_ENVS and has_native and (spec.vector_entry_point == CARTPOLE or not exact):
+        return "native"
+    is_mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+    if num_envs >= (MIN_ENVS_MUJOCO if is_mujoco else MIN_ENVS) and not exact and supports(spec.id, env_kwargs):
+        return "envpool"
     workers = min(cores(), num_envs)
     if workers < 2 or not is_installed(spec) or not is_sendable(make):
         return "sync"
@@ -94,13 +92,9 @@ def step_seconds(make: Callable[[], gym.Env]) -> float | None:
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings appear again when the environments are made
-            env = make()
-            try:
-                return _time_steps(env)
-            finally:
-                env.close()
+        # Warnings appear again when the environments are made.
+        with warnings.catch_warnings(action="ignore"), closing(make()) as env:
+            return _time_steps(env)
     except (Exception, SystemExit):  # reported when the environments are made
         return None
     finally:

@@ -208,8 +208,7 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
     envpool = _envpool()
     if not _is_from_gymnasium(env_id) or env_id not in envpool.list_all_envs():
         raise UserError(f"engine envpool: EnvPool has no {env_id}. {FIX}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         spec = envpool.make_spec(env_id, **settings)
         spaces = spec.gymnasium_observation_space, spec.gymnasium_action_space
     expected_spaces = example.observation_space, example.action_space
@@ -222,8 +221,7 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
 
 
 def _make_pool(env_id: str, settings: Mapping[str, Any], seeds: list[int]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about bounds that float32 rounds
+    with warnings.catch_warnings(action="ignore"):  # about bounds that float32 rounds
         pool = _envpool().make(env_id, env_type="gymnasium", env_seed=seeds, **settings)
         _ = pool.observation_space  # made, with the warning, on first access
     return pool
