@@ -11,7 +11,7 @@ Rewards are clipped to −1, 0 or 1. Reported episodes are whole games with uncl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from proximo.envs.shared_vector_env import seed_per_env, split_reset_options
+from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import UserError, suggest
 
 ENTRY_POINT = "ale_py.env:AtariEnv"
@@ -91,14 +91,9 @@ class AtariVectorEnv(VectorEnv):
             )
         settings = _settings(spec, env_kwargs)
         self.num_envs, self.spec = num_envs, spec
-        self._is_episodic_life, self._clips_rewards = (settings.pop(name) for name in LEARNER_ONLY)
-        self._games = vector_env.AtariVectorEnv(
-            num_envs=num_envs,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            episodic_life=False,
-            reward_clipping=False,
-            **settings,
-        )
+        self._is_episodic_life, self._clips_rewards = (settings[name] for name in LEARNER_ONLY)
+        settings |= {**dict.fromkeys(LEARNER_ONLY, False), "autoreset_mode": AutoresetMode.NEXT_STEP}
+        self._games = vector_env.AtariVectorEnv(num_envs=num_envs, **settings)
         self.metadata = {**self._games.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
         for space in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
             setattr(self, space, getattr(self._games, space))
@@ -113,9 +108,7 @@ class AtariVectorEnv(VectorEnv):
         self._life_lost[where] = self._game_over[where] = False
         self._return[where] = self._length[where] = 0
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Restart all games, or those that `options["reset_mask"]` ([N] bool) selects, with `seed[n]` or seed + n."""
         mask, _ = split_reset_options(options, self.num_envs)
         seeds = np.array([-1 if one is None else one for one in seed_per_env(seed, self.num_envs)])

@@ -9,7 +9,7 @@ import random
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from proximo.envs.env_slice import EnvFactory
 from proximo.envs.envpool_engine import supports
 from proximo.envs.workers import is_sendable
 from proximo.machine import cores
@@ -33,12 +34,7 @@ TRIAL_S, TRIAL_STEPS, WARM_UP_STEPS = 0.05, 200, 5
 
 
 def choose_engine(
-    spec: EnvSpec,
-    make: Callable[[], gym.Env],
-    num_envs: int,
-    total_timesteps: int,
-    env_kwargs: Mapping[str, Any],
-    exact: bool = False,
+    spec: EnvSpec, make: EnvFactory, num_envs: int, total_timesteps: int, env_kwargs: Mapping[str, Any], exact: bool
 ) -> str:
     """Return the engine that is expected to be fastest for a registered environment.
 
@@ -52,11 +48,8 @@ def choose_engine(
     4. sync.
 
     Environments of an installed package share no state with the program, so `workers` and `sync` give the same
-    rollouts and the trial only affects speed.
-
-    Args:
-        make: makes one environment.
-        exact: exclude engines without exact resume: EnvPool, and all vectorised versions except CartPole's.
+    rollouts and the trial only affects speed. `exact` excludes engines without exact resume: EnvPool, and all
+    vectorised versions except CartPole's.
     """
     has_native = spec.vector_entry_point is not None and not env_kwargs and not spec.additional_wrappers
     if num_envs >= MIN_ENVS and has_native and (spec.vector_entry_point == CARTPOLE or not exact):
@@ -65,9 +58,8 @@ def choose_engine(
     if num_envs >= (MIN_ENVS_MUJOCO if is_mujoco else MIN_ENVS) and not exact and supports(spec.id, env_kwargs):
         return "envpool"
     workers = min(cores(), num_envs)
-    if workers < 2 or not is_installed(spec) or not is_sendable(make):
-        return "sync"
-    seconds = step_seconds(make)
+    is_possible = workers > 1 and is_installed(spec) and is_sendable(make)
+    seconds = step_seconds(make) if is_possible else None
     if seconds is None:
         return "sync"
     sync_s = num_envs * (seconds + SYNC_OVERHEAD_S)
@@ -85,7 +77,7 @@ def is_installed(spec: EnvSpec) -> bool:
     return module is not None and any(str(module.origin).startswith(folder + os.sep) for folder in folders)
 
 
-def step_seconds(make: Callable[[], gym.Env]) -> float | None:
+def step_seconds(make: EnvFactory) -> float | None:
     """Return the mean time of a step with random actions, including resets; None if the environment fails.
 
     The global random states of Python and NumPy are restored afterwards.

@@ -15,8 +15,10 @@ from proximo.envs.shared_memory import Layout, SharedArrays, final_info, map_arr
 from proximo.errors import RunError, UserError
 from proximo.spaces.spaces import Spaces
 
+Seeds = int | Sequence[int | None] | None
 # From the indices of a slice to the arguments of a command; None if the slice has nothing to do.
 SliceArguments = Callable[[range], tuple[Any, ...] | None]
+NO_ARGUMENTS: SliceArguments = lambda indices: ()
 
 
 class SharedVectorEnv(VectorEnv):
@@ -28,7 +30,6 @@ class SharedVectorEnv(VectorEnv):
     `proximo.rollout.collector.Collector`) add `episode` and `_episode`. The `info` of `reset` is empty.
 
     Args:
-        num_envs: N.
         copy: whether returned observations are copies. Otherwise the next step overwrites them.
     """
 
@@ -40,7 +41,7 @@ class SharedVectorEnv(VectorEnv):
         self._arrays: SharedArrays | None = None
         self._interrupted = False  # whether only some environments executed the last command
 
-    def _run(self, command: Command, arguments: SliceArguments | None = None) -> None:
+    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
         """Set `_interrupted`, then execute a command on all slices."""
         raise NotImplementedError
 
@@ -65,9 +66,7 @@ class SharedVectorEnv(VectorEnv):
         observation = self._open_arrays().observation
         return map_arrays(np.copy, observation) if self.copy else observation
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
         Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number, and the other options. Observations
@@ -115,10 +114,7 @@ class SharedVectorEnv(VectorEnv):
         return [row[:size].tobytes() for row, size in rows], arrays.steps_since_origin.copy()
 
     def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
-        """Start each environment from its origin and apply its actions ([any number, ...]).
-
-        Return observations [N, ...], and the returns of the episodes so far [N] float64.
-        """
+        """Apply `actions[n]` [any number, ...] from `origins[n]`; return observations and returns so far [N]."""
         episodes = list(zip(origins, actions, strict=True))
         self._run(REPLAY, lambda indices: (episodes[indices.start : indices.stop],))
         self._interrupted = False
@@ -149,7 +145,7 @@ def split_reset_options(options: Mapping[str, Any] | None, num_envs: int) -> tup
     return mask, others
 
 
-def seed_per_env(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
+def seed_per_env(seed: Seeds, num_envs: int) -> list[int | None]:
     """Return one seed for each environment: from a single seed, environment n gets seed + n."""
     if seed is None:
         return [None] * num_envs

@@ -50,14 +50,10 @@ class ErrorReport(NamedTuple):
         pickled = None
         with contextlib.suppress(Exception):
             pickled = pickle.dumps(error)
-        return cls(
-            env_slice.last_index,
-            env_slice.activity,
-            env_slice.activity == "making" or isinstance(error, UserError),
-            "".join(traceback.format_exception_only(error)).strip(),
-            "".join(traceback.format_exception(error)),
-            pickled,
-        )
+        is_user_error = env_slice.activity == "making" or isinstance(error, UserError)
+        summary = "".join(traceback.format_exception_only(error)).strip()
+        text = "".join(traceback.format_exception(error))
+        return cls(env_slice.last_index, env_slice.activity, is_user_error, summary, text, pickled)
 
     def to_error(self, process: str, when: str) -> UserError | RunError:
         """Return the error to raise, with the traceback, and with the exception as its cause if it can be unpickled."""
@@ -83,10 +79,7 @@ def run_worker(
 ) -> None:
     """Serve the trainer until it closes the connection.
 
-    Args:
-        inherited: the trainer's ends of connections, which a fork inherits and has to close.
-        factory: makes one environment, pickled.
-        environments: indices of the environments of this worker.
+    A fork inherits the trainer's ends of connections, and has to close them. The factory is pickled.
     """
     for other in inherited:
         other.close()
