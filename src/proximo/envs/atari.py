@@ -11,16 +11,15 @@ Rewards are clipped to −1, 0 or 1. Reported episodes are whole games with uncl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from proximo.envs.shared_vector_env import seed_per_env, split_reset_options
+from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import UserError, suggest
 
 ENTRY_POINT = "ale_py.env:AtariEnv"
@@ -28,16 +27,8 @@ RAW = "obs_type"  # this keyword selects Gymnasium's environment without preproc
 LEARNER_ONLY = ("episodic_life", "reward_clipping")  # settings that do not affect reported episodes
 NOOP = 0
 
-# Preprocessing, unless `env_kwargs` change it.
-DEFAULTS: dict[str, Any] = {
-    "frameskip": 4,
-    "stack_num": 4,
-    "img_height": 84,
-    "img_width": 84,
-    "noop_max": 30,
-    "use_fire_reset": True,
-    **dict.fromkeys(LEARNER_ONLY, True),
-}
+DEFAULTS: dict[str, Any] = dict.fromkeys(LEARNER_ONLY, True)
+DEFAULTS |= {"frameskip": 4, "stack_num": 4, "img_height": 84, "img_width": 84, "noop_max": 30, "use_fire_reset": True}
 GAME_SETTINGS = ("repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
 SINGLE_GAME_SETTINGS = ("mode", "difficulty", "render_mode")  # not available in ALE's vector environment
 
@@ -61,11 +52,7 @@ def supports_vector(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool
 
 
 def _settings(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings of a game.
-
-    Raises:
-        UserError: a setting is unknown.
-    """
+    """Return all settings of a game; raise UserError if one is unknown."""
     known = {*DEFAULTS, *GAME_SETTINGS, *SINGLE_GAME_SETTINGS}
     for name in env_kwargs:
         if name not in known:
@@ -73,22 +60,18 @@ def _settings(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
                 f"{spec.id} has no setting {name!r}{suggest(name, known)}. It has {', '.join(sorted(known))}; with "
                 f"{RAW} it is Gymnasium's environment without preprocessing."
             )
-    settings = {**spec.kwargs, **DEFAULTS, **env_kwargs}
-    random_skip = spec.kwargs.get("frameskip")
-    if isinstance(random_skip, (tuple, list)) and "frameskip" not in env_kwargs:
-        settings["frameskip"] = tuple(random_skip)
-    return settings
+    skip = spec.kwargs.get("frameskip")
+    random_skip = {"frameskip": tuple(skip)} if isinstance(skip, (tuple, list)) else {}
+    return {**spec.kwargs, **DEFAULTS, **random_skip, **env_kwargs}
 
 
 class AtariVectorEnv(VectorEnv):
     """N games in ALE's threads.
 
-    Both a lost life and the end of a game end an episode: `terminated`. In the step after that
-    (AutoresetMode.NEXT_STEP) the action is ignored: a finished game restarts, and in a game that continues the fire
-    button is pressed if there is one, since some games wait for it.
-
-    `info` reports the whole games that ended in a step: `episode`, with `r` [N] (undiscounted sum of unclipped
-    rewards) and `l` [N] (steps), where `_episode` [N] is True.
+    A lost life terminates an episode, like the end of a game. In the step after that (AutoresetMode.NEXT_STEP) the
+    action is ignored: a finished game restarts, and in a game that continues the fire button is pressed if there is
+    one, since some games wait for it. `info` reports the games that ended in a step: see
+    `proximo.rollout.collector.Collector`.
 
     Raises:
         UserError: a setting is unknown or not supported by ALE's vector environment.
@@ -108,20 +91,12 @@ class AtariVectorEnv(VectorEnv):
             )
         settings = _settings(spec, env_kwargs)
         self.num_envs, self.spec = num_envs, spec
-        self._is_episodic_life, self._clips_rewards = (settings.pop(name) for name in LEARNER_ONLY)
-        self._games = vector_env.AtariVectorEnv(
-            num_envs=num_envs,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            episodic_life=False,
-            reward_clipping=False,
-            **settings,
-        )
+        self._is_episodic_life, self._clips_rewards = (settings[name] for name in LEARNER_ONLY)
+        settings |= {**dict.fromkeys(LEARNER_ONLY, False), "autoreset_mode": AutoresetMode.NEXT_STEP}
+        self._games = vector_env.AtariVectorEnv(num_envs=num_envs, **settings)
         self.metadata = {**self._games.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.single_observation_space = self._games.single_observation_space
-        self.single_action_space = self._games.single_action_space
-        self.observation_space, self.action_space = (
-            batch_space(space, num_envs) for space in (self.single_observation_space, self.single_action_space)
-        )
+        for space in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
+            setattr(self, space, getattr(self._games, space))
         buttons = list(self._games.ale.get_action_set())
         has_fire = settings["use_fire_reset"] and Action.FIRE in buttons
         self._action_between_lives = buttons.index(Action.FIRE) if has_fire else NOOP
@@ -133,14 +108,8 @@ class AtariVectorEnv(VectorEnv):
         self._life_lost[where] = self._game_over[where] = False
         self._return[where] = self._length[where] = 0
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Restart all games, or those that `options["reset_mask"]` ([N] bool) selects.
-
-        Args:
-            seed: one seed for each game; or one number, and game n is seeded with seed + n.
-        """
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Restart all games, or those that `options["reset_mask"]` ([N] bool) selects, with `seed[n]` or seed + n."""
         mask, _ = split_reset_options(options, self.num_envs)
         seeds = np.array([-1 if one is None else one for one in seed_per_env(seed, self.num_envs)])
         self._begin_games(mask)
@@ -150,7 +119,7 @@ class AtariVectorEnv(VectorEnv):
         return observation, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all games with actions [N]; return observations, rewards, terminated, truncated, info."""
+        """Return observations, rewards [N], terminated [N], truncated [N], and the games that ended, as info."""
         if self._life_lost.any():
             actions = np.where(self._life_lost, self._action_between_lives, actions)
         observation, reward, terminated, truncated, info = self._games.step(np.asarray(actions, np.int64))
@@ -167,13 +136,8 @@ class AtariVectorEnv(VectorEnv):
             report = {"episode": {"r": self._return.copy(), "l": self._length.copy()}, "_episode": over.copy()}
         if (over & between_lives).any():  # this step already is the one that resets, so restart within it
             observation, _ = self.reset(options={"reset_mask": over & between_lives})
-        return (
-            observation,
-            np.sign(reward) if self._clips_rewards else reward,
-            terminated | self._life_lost,
-            truncated,
-            report,
-        )
+        reward = np.sign(reward) if self._clips_rewards else reward
+        return observation, reward, terminated | self._life_lost, truncated, report
 
     def close_extras(self, **kwargs: Any) -> None:
         """End ALE's threads."""
@@ -181,61 +145,45 @@ class AtariVectorEnv(VectorEnv):
 
 
 def make_game(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> gym.Env:
-    """Make one game from Gymnasium's environment and wrappers.
-
-    Raises:
-        UserError: a setting is unknown.
-        gymnasium.error.DependencyNotInstalled: OpenCV is missing.
-    """
+    """Make one game from Gymnasium's environment and wrappers; raise UserError if a setting is unknown."""
     settings = _settings(spec, env_kwargs)
+    skip, size = settings["frameskip"], (settings["img_width"], settings["img_height"])
     # The environment itself can skip a random number of frames, the wrapper a fixed one.
-    is_random_skip = not isinstance(settings["frameskip"], int)
-    frameskip = settings["frameskip"] if is_random_skip else 1
+    game_skip, wrapper_skip = (1, skip) if isinstance(skip, int) else (skip, 1)
     kwargs = {name: settings[name] for name in (*GAME_SETTINGS, *SINGLE_GAME_SETTINGS) if name in settings}
-    env = gym.make(spec, frameskip=frameskip, disable_env_checker=True, **kwargs)
-    env = gym.wrappers.AtariPreprocessing(
-        env,
-        noop_max=settings["noop_max"],
-        frame_skip=1 if is_random_skip else settings["frameskip"],
-        screen_size=(settings["img_width"], settings["img_height"]),
-    )
+    env = gym.make(spec, frameskip=game_skip, disable_env_checker=True, **kwargs)
+    env = gym.wrappers.AtariPreprocessing(env, settings["noop_max"], wrapper_skip, size)
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = gym.wrappers.FrameStackObservation(env, settings["stack_num"], padding_type="zero")
     return AtariLearnerWrapper(env, settings["use_fire_reset"], *(settings[name] for name in LEARNER_ONLY))
 
 
 class AtariLearnerWrapper(gym.Wrapper):
-    """Episodes and rewards for the learner, as in `AtariVectorEnv`.
-
-    `reset` after a lost life continues the game, unless a seed is given. `info["episode"]` reports the whole game when
-    it ends.
-    """
+    """Episodes and rewards for the learner, as in `AtariVectorEnv`; `info["episode"]` reports a game when it ends."""
 
     reports_episodes = True
 
     def __init__(self, env: gym.Env, uses_fire: bool, is_episodic_life: bool, clips_rewards: bool) -> None:
         super().__init__(env)
-        game: Any = env.unwrapped
-        buttons = game.get_action_meanings()
+        self._game: Any = env.unwrapped
+        buttons = self._game.get_action_meanings()
         self._fire = buttons.index("FIRE") if uses_fire and "FIRE" in buttons else None
         self._is_episodic_life, self._clips_rewards = is_episodic_life, clips_rewards
         self._lives, self._game_continues = 0, False
 
     def snapshot(self) -> bytes | None:
         """Return the emulator state with its random state before a new game; None inside a game."""
-        game: Any = self.env.unwrapped
-        return None if self._game_continues else game.clone_state(include_rng=True).serialize()
+        return None if self._game_continues else self._game.clone_state(include_rng=True).serialize()
 
     def restore(self, snapshot: bytes) -> None:
         """Set the state to that of a snapshot."""
         from ale_py import ALEState
 
-        game: Any = self.env.unwrapped
-        game.restore_state(ALEState(snapshot))
+        self._game.restore_state(ALEState(snapshot))
         self._game_continues = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """Begin a new game, or continue the game after a lost life."""
+        """Begin a new game, or continue the game after a lost life if there is no seed."""
         continues = self._game_continues and seed is None
         observation, info = (None, {}) if continues else self.env.reset(seed=seed, options=options)
         if continues or self._fire is not None:
@@ -252,7 +200,5 @@ class AtariLearnerWrapper(gym.Wrapper):
         lives = info["lives"]
         self._game_continues = self._is_episodic_life and 0 < lives < self._lives and not (terminated or truncated)
         self._lives = lives
-        reward = float(reward)
-        if self._clips_rewards:
-            reward = float(np.sign(reward))
+        reward = float(np.sign(float(reward)) if self._clips_rewards else reward)
         return observation, reward, terminated or self._game_continues, truncated, info

@@ -9,13 +9,15 @@ import random
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from proximo.envs.env_slice import EnvFactory
 from proximo.envs.envpool_engine import supports
 from proximo.envs.workers import is_sendable
 from proximo.machine import cores
@@ -32,12 +34,7 @@ TRIAL_S, TRIAL_STEPS, WARM_UP_STEPS = 0.05, 200, 5
 
 
 def choose_engine(
-    spec: EnvSpec,
-    make: Callable[[], gym.Env],
-    num_envs: int,
-    total_timesteps: int,
-    env_kwargs: Mapping[str, Any],
-    exact: bool = False,
+    spec: EnvSpec, make: EnvFactory, num_envs: int, total_timesteps: int, env_kwargs: Mapping[str, Any], exact: bool
 ) -> str:
     """Return the engine that is expected to be fastest for a registered environment.
 
@@ -51,25 +48,18 @@ def choose_engine(
     4. sync.
 
     Environments of an installed package share no state with the program, so `workers` and `sync` give the same
-    rollouts and the trial only affects speed.
-
-    Args:
-        spec: registered specification of the environment.
-        make: makes one environment.
-        exact: exclude engines without exact resume: EnvPool, and all vectorised versions except CartPole's.
+    rollouts and the trial only affects speed. `exact` excludes engines without exact resume: EnvPool, and all
+    vectorised versions except CartPole's.
     """
-    if num_envs >= MIN_ENVS:
-        has_native = spec.vector_entry_point is not None and not env_kwargs and not spec.additional_wrappers
-        if has_native and (spec.vector_entry_point == CARTPOLE or not exact):
-            return "native"
-        is_mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-        has_enough = num_envs >= (MIN_ENVS_MUJOCO if is_mujoco else MIN_ENVS)
-        if has_enough and not exact and supports(spec.id, env_kwargs):
-            return "envpool"
+    has_native = spec.vector_entry_point is not None and not env_kwargs and not spec.additional_wrappers
+    if num_envs >= MIN_ENVS and has_native and (spec.vector_entry_point == CARTPOLE or not exact):
+        return "native"
+    is_mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+    if num_envs >= (MIN_ENVS_MUJOCO if is_mujoco else MIN_ENVS) and not exact and supports(spec.id, env_kwargs):
+        return "envpool"
     workers = min(cores(), num_envs)
-    if workers < 2 or not is_installed(spec) or not is_sendable(make):
-        return "sync"
-    seconds = step_seconds(make)
+    is_possible = workers > 1 and is_installed(spec) and is_sendable(make)
+    seconds = step_seconds(make) if is_possible else None
     if seconds is None:
         return "sync"
     sync_s = num_envs * (seconds + SYNC_OVERHEAD_S)
@@ -87,20 +77,16 @@ def is_installed(spec: EnvSpec) -> bool:
     return module is not None and any(str(module.origin).startswith(folder + os.sep) for folder in folders)
 
 
-def step_seconds(make: Callable[[], gym.Env]) -> float | None:
+def step_seconds(make: EnvFactory) -> float | None:
     """Return the mean time of a step with random actions, including resets; None if the environment fails.
 
     The global random states of Python and NumPy are restored afterwards.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings appear again when the environments are made
-            env = make()
-            try:
-                return _time_steps(env)
-            finally:
-                env.close()
+        # Warnings appear again when the environments are made.
+        with warnings.catch_warnings(action="ignore"), closing(make()) as env:
+            return _time_steps(env)
     except (Exception, SystemExit):  # reported when the environments are made
         return None
     finally:

@@ -15,6 +15,7 @@ from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation
 from proximo.errors import UserError
 from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 
+EnvFactory = Callable[[], gym.Env]
 # Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
 GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
 CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
@@ -32,14 +33,13 @@ class Declaration(NamedTuple):
 
 def reports_episodes(env: gym.Env) -> bool:
     """Whether an environment reports its own episodes; see `proximo.rollout.collector.Collector`."""
-    name = "reports_episodes"
-    return env.has_wrapper_attr(name) and bool(env.get_wrapper_attr(name))
+    return env.has_wrapper_attr("reports_episodes") and bool(env.get_wrapper_attr("reports_episodes"))
 
 
 def snapshot_method(env: gym.Env) -> Callable[[], Any] | None:
     """Return `env.snapshot` if the environment has both `snapshot` and `restore`, otherwise None."""
-    names = ("snapshot", "restore")
-    return env.get_wrapper_attr(names[0]) if all(map(env.has_wrapper_attr, names)) else None
+    has_both = env.has_wrapper_attr("snapshot") and env.has_wrapper_attr("restore")
+    return env.get_wrapper_attr("snapshot") if has_both else None
 
 
 class EnvSlice:
@@ -58,12 +58,8 @@ class EnvSlice:
         """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the number of the call."""
         return self.current[0], self.calls
 
-    def make(self, factory: Callable[[], gym.Env], on_made: Callable[[], None] = lambda: None) -> None:
-        """Make the environments, calling `on_made` after each.
-
-        Raises:
-            UserError: a constructor calls `sys.exit`.
-        """
+    def make(self, factory: EnvFactory, on_made: Callable[[], None] = lambda: None) -> None:
+        """Make the environments, calling `on_made` after each; raise UserError if a constructor calls `sys.exit`."""
         for n in self.indices:
             self.last_index = n
             try:
@@ -78,12 +74,9 @@ class EnvSlice:
         spaces = [(n, env.observation_space, env.action_space) for n, env in zip(self.indices, self.envs, strict=True)]
         differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
         first = self.envs[0]
+        origin_bytes = SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES
         return Declaration(
-            [spaces[0], *differing[:1]],
-            dict(first.metadata),
-            first.render_mode,
-            reports_episodes(first),
-            SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES,
+            [spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports_episodes(first), origin_bytes
         )
 
     def attach(self, arrays: SharedArrays, process: int) -> None:
@@ -107,7 +100,6 @@ class EnvSlice:
             self.current[0] = NO_ENVIRONMENT
 
     def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None) -> None:
-        """Reset the environments that the mask selects."""
         for n, env, seed, selected in zip(self.indices, self.envs, seeds, mask, strict=True):
             if selected:
                 self.last_index = self.current[0] = n
@@ -118,8 +110,7 @@ class EnvSlice:
     def _record_origin(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
         """Store the origin of the episode that the next reset begins."""
         arrays, snapshot = self.arrays, None
-        if n not in self.never_reset and has_hidden_state(env):
-            replayable = False
+        replayable = replayable and (n in self.never_reset or not has_hidden_state(env))
         self.never_reset.discard(n)
         take_snapshot = self.snapshot_methods[n - self.indices.start]
         if take_snapshot is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array
 
-from proximo.envs.shared_vector_env import seed_per_env, split_reset_options
+from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
 
@@ -92,7 +92,6 @@ class EnvPoolVectorEnv(VectorEnv):
 
     Args:
         example: an environment made by Gymnasium, for its id, spaces and time limit.
-        num_envs: N.
         env_kwargs: keywords that `example` was made with.
         threads: number of stepping threads; by default the number of cores, and never more than N.
 
@@ -115,11 +114,11 @@ class EnvPoolVectorEnv(VectorEnv):
         self.metadata = {**example.metadata, "autoreset_mode": AutoresetMode.DISABLED}
 
         limit = example.spec.max_episode_steps
-        self._limit = limit if limit is not None and limit > 0 else None
+        self._limit = limit if limit is not None and limit > 0 else math.inf
         self._settings = {
             "num_envs": num_envs,
             "num_threads": min(cores() if threads is None else threads, num_envs),
-            "max_episode_steps": NO_TIME_LIMIT if self._limit is None else self._limit + 1,
+            "max_episode_steps": min(self._limit + 1, NO_TIME_LIMIT),
             **_to_envpool_settings(self._id, env_kwargs or {}),
         }
         _require_same_env(self._id, example, self._settings)
@@ -127,17 +126,12 @@ class EnvPoolVectorEnv(VectorEnv):
         self._observation: Any = create_empty_array(example.observation_space, num_envs)
         self._needs_reset = np.ones(num_envs, bool)
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
-        Args:
-            seed: one seed for each environment; or one number, and environment n is seeded with seed + n. A seed
-                recreates all environments, since EnvPool takes seeds only in its constructor.
-
-        Returns:
-            Observations [N, ...], unchanged for environments that are not reset, and an empty info.
+        Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number. A seed recreates all environments,
+        since EnvPool takes seeds only in its constructor. Observations [N, ...] are unchanged for environments that
+        are not reset; info is empty.
 
         Raises:
             UserError: the number of seeds or the mask is wrong, there are other options, or a seed has a mask.
@@ -179,8 +173,7 @@ class EnvPoolVectorEnv(VectorEnv):
                 f"actions have shape {actions.shape}, expected {self.action_space.shape}, as the action space declares"
             )
         observation, reward, terminated, truncated, info = self._call(self._pool.step, actions)
-        if self._limit is not None:
-            truncated = truncated | (info["elapsed_step"] >= self._limit)
+        truncated = truncated | (info["elapsed_step"] >= self._limit)
         self._needs_reset = terminated | truncated
         self._observation = self._convert(observation)
         return self._observation, reward.astype(np.float64), terminated, truncated, {}
@@ -205,11 +198,15 @@ class EnvPoolVectorEnv(VectorEnv):
 
 def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]) -> None:
     """Raise UserError unless EnvPool has an environment of this name with the same spaces."""
-    envpool = _envpool()
+    try:
+        import envpool
+    except ImportError as error:
+        raise UserError(
+            f"engine envpool needs a package that is not installed. Run: {INSTALL}, or use engine auto."
+        ) from error
     if not _is_from_gymnasium(env_id) or env_id not in envpool.list_all_envs():
         raise UserError(f"engine envpool: EnvPool has no {env_id}. {FIX}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         spec = envpool.make_spec(env_id, **settings)
         spaces = spec.gymnasium_observation_space, spec.gymnasium_action_space
     expected_spaces = example.observation_space, example.action_space
@@ -222,21 +219,12 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
 
 
 def _make_pool(env_id: str, settings: Mapping[str, Any], seeds: list[int]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about bounds that float32 rounds
-        pool = _envpool().make(env_id, env_type="gymnasium", env_seed=seeds, **settings)
+    import envpool
+
+    with warnings.catch_warnings(action="ignore"):  # about bounds that float32 rounds
+        pool = envpool.make(env_id, env_type="gymnasium", env_seed=seeds, **settings)
         _ = pool.observation_space  # made, with the warning, on first access
     return pool
-
-
-def _envpool() -> Any:
-    try:
-        import envpool
-    except ImportError as error:
-        raise UserError(
-            f"engine envpool needs a package that is not installed. Run: {INSTALL}, or use engine auto."
-        ) from error
-    return envpool
 
 
 def _is_from_gymnasium(env_id: str) -> bool:
@@ -272,7 +260,7 @@ def _to_envpool_settings(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str
     return settings
 
 
-def _int32_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int]:
+def _int32_seeds(seed: Seeds, num_envs: int) -> list[int]:
     """Return one int32 seed for each environment; None is replaced by a seed from the operating system."""
     random = np.random.SeedSequence().generate_state(num_envs, np.uint32)
     seeds = [random[n] if one is None else one for n, one in enumerate(seed_per_env(seed, num_envs))]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
-
-from proximo.envs.env_slice import Command, EnvSlice
+from proximo.envs.env_slice import Command, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import Allocator
-from proximo.envs.shared_vector_env import SharedVectorEnv, SliceArguments
+from proximo.envs.shared_vector_env import NO_ARGUMENTS, SharedVectorEnv, SliceArguments
 from proximo.envs.timeout import start_timeout_thread
 from proximo.errors import Exited, RunError, UserError
 
@@ -22,18 +19,14 @@ class LocalVectorEnv(SharedVectorEnv):
 
     Args:
         factory: makes one environment; called N times.
-        num_envs: N.
         timeout_s: limit in seconds for one step or reset of one environment (`proximo.envs.timeout`).
-        copy: whether returned observations are copies. Otherwise the next step overwrites them.
 
     Raises:
         UserError: the spaces differ, or Proximo does not support them.
         RunError: an environment calls `sys.exit`, or exceeds the timeout.
     """
 
-    def __init__(
-        self, factory: Callable[[], gym.Env], num_envs: int, timeout_s: float = 60.0, copy: bool = True
-    ) -> None:
+    def __init__(self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0, copy: bool = True) -> None:
         super().__init__(num_envs, copy)
         self._slice = EnvSlice(range(num_envs))
         try:
@@ -46,8 +39,8 @@ class LocalVectorEnv(SharedVectorEnv):
             self.close()
             raise
 
-    def _run(self, command: Command, arguments: SliceArguments | None = None) -> None:
-        values = arguments(self._slice.indices) if arguments else ()
+    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
+        values = arguments(self._slice.indices)
         self._interrupted = True
         if values is None:
             return

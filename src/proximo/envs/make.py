@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import re
 import warnings
@@ -17,19 +16,17 @@ from gymnasium.vector import VectorEnv
 
 from proximo.envs import atari
 from proximo.envs.auto_engine import choose_engine
+from proximo.envs.envpool_engine import EnvPoolVectorEnv
 from proximo.envs.local import LocalVectorEnv
+from proximo.envs.native import make_native
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
 from proximo.spaces.spaces import Spaces
 
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
 
-# For environments that Gymnasium cannot make without other packages: how to install them, by a word of the error...
-_EXTRAS = {
-    "mujoco": "pip install 'proximo[mujoco]'",
-    "box2d": "pip install 'proximo[box2d]'",
-    "opencv": "pip install 'proximo[atari]'",
-}
+# For environments that need other packages: Proximo's extra, by a word in Gymnasium's error ...
+_EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "opencv": "atari"}
 # ... or the package, and its module that registers the environments, by namespace.
 _NAMESPACES = {"BabyAI": ("minigrid", "minigrid"), "MinAtar": ("minatar", "minatar.gym")}
 
@@ -63,22 +60,29 @@ def make_envs(
         )
     env_kwargs = dict(env_kwargs or {})
     engine = resolve_engine(env, num_envs, engine, env_kwargs, isolate=isolate)
-    env = env if isinstance(env, str) else partial(_make_with_factory, env)
+    if engine in ("native", "envpool") and not isinstance(env, str):
+        raise UserError(f"engine {engine} needs an environment id, got a function. Use engine workers or sync.")
+    # With its specification, a process that has not registered an environment can make it too.
+    make = partial(make_one, _find_spec(env) or env) if isinstance(env, str) else partial(_make_with_factory, env)
+    factory = partial(make, **env_kwargs)
     try:
         if engine == "native":
-            return _make_native(env, num_envs, env_kwargs)
+            return _make_native(str(env), num_envs, env_kwargs)
         if engine == "envpool":
-            return _make_envpool(env, num_envs, env_kwargs)
-        factory = _single_env_factory(env, env_kwargs)
+            with contextlib.closing(factory()) as example:
+                return EnvPoolVectorEnv(example, num_envs, env_kwargs)
+        # The collector copies observations.
         if engine == "workers":
-            return _make_workers(factory, num_envs, isolate, timeout_s, bool(env_kwargs))
-        return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)  # the collector copies
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(explain_make_error(str(env), error)) from error
-    except TypeError as error:
-        if not env_kwargs or "argument" not in str(error):
-            raise
-        raise UserError(f"{env} does not accept `env_kwargs` {env_kwargs}: {error}") from error
+            return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, copy=False)
+        return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)
+    except Exception as error:
+        # An exception in a constructor is the cause of the error of WorkerVectorEnv.
+        cause = error.__cause__ if engine == "workers" and isinstance(error, UserError) else error
+        if isinstance(cause, (gym.error.Error, ImportError)):
+            raise UserError(explain_make_error(str(env), cause)) from cause
+        if isinstance(cause, TypeError) and env_kwargs and "argument" in str(cause):
+            raise UserError(f"{env} does not accept `env_kwargs` {env_kwargs}: {cause}") from cause
+        raise
 
 
 def resolve_engine(
@@ -117,13 +121,6 @@ def is_vectorized_atari(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
     return isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
 
 
-def _single_env_factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:
-    """Return a function that makes one environment, also in a process that has not registered it."""
-    if isinstance(env, str):
-        return partial(make_one, _find_spec(env) or env, **env_kwargs)
-    return partial(env, **env_kwargs)
-
-
 def _find_spec(env_id: str) -> EnvSpec | None:
     """Return the specification of an environment; None if it is not registered or its module cannot be imported."""
     module, _, name = env_id.rpartition(":")
@@ -138,7 +135,8 @@ def _find_spec(env_id: str) -> EnvSpec | None:
 def with_version(env_id: str) -> str:
     """Return the id, with its latest version appended if it has none."""
     if atari.has_atari_id(env_id):
-        register_atari()
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ale_py")  # registers the games
     if re.search(r"-v\d+$", env_id) or ":" in env_id:
         return env_id
     latest = _latest_version(env_id)
@@ -149,12 +147,6 @@ def _latest_version(name: str) -> int | None:
     """Return the latest registered version of an id without version."""
     versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name]
     return max((version for version in versions if version is not None), default=None)
-
-
-def register_atari() -> None:
-    """Register ALE's games, if ALE is installed."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("ale_py")
 
 
 def _make_with_factory(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
@@ -183,11 +175,7 @@ def spaces_of(envs: VectorEnv) -> Spaces:
 
 
 def require_matching_spaces(spaces: Spaces, expected: Spaces) -> None:
-    """Check that an environment has the spaces of a policy.
-
-    Raises:
-        UserError: the observation or action space differs.
-    """
+    """Raise UserError unless an environment has the spaces of a policy."""
     for kind in ("observation", "action"):
         given, policy = getattr(spaces, kind), getattr(expected, kind)
         if given != policy:
@@ -203,61 +191,24 @@ def _describe(space: Any) -> str:
     return space.describe()
 
 
-def _make_workers(
-    factory: Callable[[], gym.Env], num_envs: int, isolate: bool, timeout_s: float, has_kwargs: bool
-) -> VectorEnv:
-    try:
-        # The collector copies.
-        return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, copy=False)
-    except UserError as error:
-        cause = error.__cause__
-        if isinstance(cause, (gym.error.Error, ImportError)) or (has_kwargs and isinstance(cause, TypeError)):
-            raise cause from None  # for make_envs to explain
-        raise
-
-
-def _make_envpool(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    from proximo.envs.envpool_engine import EnvPoolVectorEnv
-
-    if not isinstance(env, str):
-        raise UserError("engine envpool needs an environment id, got a function. Use engine workers or sync.")
-    example = make_one(env, **env_kwargs)
-    try:
-        return EnvPoolVectorEnv(example, num_envs, env_kwargs)
-    finally:
-        example.close()
-
-
-def _make_native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    if not isinstance(env, str):
-        raise UserError("engine native needs an environment id, got a function. Use engine auto or sync.")
-    spec = _find_spec(env)
-    if spec is not None and atari.is_atari(spec, env_kwargs):
+def _make_native(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
+    spec = _find_spec(env_id) or gym.spec(with_version(env_id))
+    if atari.is_atari(spec, env_kwargs):
         return atari.AtariVectorEnv(spec, num_envs, env_kwargs)
     try:
-        from proximo.envs import native
-
-        return native.make_native(spec or gym.spec(with_version(env)), num_envs, env_kwargs)
-    except gym.error.UnregisteredEnv:
-        raise
+        return make_native(spec, num_envs, env_kwargs)
     except gym.error.Error as error:
         raise UserError(f"engine native: {error}. Use engine auto or sync.") from error
-
-
-def newer_version(env_id: str) -> str | None:
-    """Return the id of the latest registered version; None if `env_id` is not older."""
-    name, _, version = env_id.rpartition("-v")
-    latest = _latest_version(name) if version.isdigit() else None
-    return f"{name}-v{latest}" if latest is not None and latest > int(version) else None
 
 
 def explain_make_error(env_id: str, error: Exception) -> str:
     """Return an error message with a fix for an exception raised while an environment was made."""
     text = str(error)
-    newer = newer_version(env_id)
+    name, _, version = env_id.rpartition("-v")
+    latest = _latest_version(name) if version.isdigit() else None
     is_retired = isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
-    if is_retired and newer:
-        return f"environment {env_id!r} is retired. Use {newer!r}."
+    if is_retired and latest is not None and latest > int(version):
+        return f"environment {env_id!r} is retired. Use '{name}-v{latest}'."
     if atari.has_atari_id(env_id):
         if importlib.util.find_spec("ale_py") is None:
             return f"environment {env_id!r} needs a package that is not installed. Run: pip install 'proximo[atari]'"
@@ -273,8 +224,7 @@ def explain_make_error(env_id: str, error: Exception) -> str:
             "  For an environment of another package use MODULE:ID, where MODULE is the module that registers it."
         )
     if isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
-        lower = text.lower()
-        command = next((command for name, command in _EXTRAS.items() if name in lower), None)
-        fix = f". Run: {command}" if command else f": {text}"
+        extra = next((extra for word, extra in _EXTRAS.items() if word in text.lower()), None)
+        fix = f". Run: pip install 'proximo[{extra}]'" if extra else f": {text}"
         return f"environment {env_id!r} needs a package that is not installed{fix}"
     return f"environment {env_id!r} cannot be made: {text}"

@@ -17,11 +17,7 @@ STATE_ATTRIBUTES = ("state", "steps", "prev_done", "low", "high")
 
 
 def make_native(spec: EnvSpec, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
-    """Make the vectorised version of a registered environment.
-
-    Raises:
-        gymnasium.error.Error: there is no vectorised version.
-    """
+    """Make the vectorised version of a registered environment; raise gymnasium.error.Error if it has none."""
     if spec.vector_entry_point == CARTPOLE:
         spec = replace(spec, vector_entry_point=f"{__name__}:{ResumableCartPoleVectorEnv.__name__}")
     return gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
@@ -32,9 +28,8 @@ class ResumableCartPoleVectorEnv(CartPoleVectorEnv):
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state that future steps depend on."""
-        return {name: copy.copy(getattr(self, name)) for name in STATE_ATTRIBUTES} | {
-            "generator": get_generator_state(self)
-        }
+        state = {name: copy.copy(getattr(self, name)) for name in STATE_ATTRIBUTES}
+        return {**state, "generator": get_generator_state(self)}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Set the state to that of a snapshot."""

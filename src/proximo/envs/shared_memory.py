@@ -80,7 +80,7 @@ class Layout(NamedTuple):
         )
 
     def size(self) -> int:
-        """Return the bytes that the arrays need."""
+        """Return the size of the arrays in bytes."""
         self.allocate(allocator := Allocator())
         return allocator.size
 
@@ -116,11 +116,7 @@ def observation_leaves(space: gym.Space[Any], tree: Any, path: tuple[str, ...] =
 
 
 def store_observation(leaves: Sequence[ObservationLeaf], n: int, observation: Any) -> None:
-    """Copy the observation of environment n into the arrays.
-
-    Raises:
-        UserError: a key is missing, or a shape or dtype does not match the space.
-    """
+    """Copy the observation of environment n into the arrays; raise UserError if it does not match its space."""
     for leaf in leaves:
         path, rows, shape, dtype = leaf
         value = observation
@@ -137,11 +133,7 @@ def store_observation(leaves: Sequence[ObservationLeaf], n: int, observation: An
 
 
 def store_actions(rows: np.ndarray, actions: Any) -> None:
-    """Copy actions [N, ...] into the array that the environments read.
-
-    Raises:
-        UserError: the shape or dtype does not match the action space.
-    """
+    """Copy actions [N, ...] into `rows`; raise UserError if the shape or dtype does not match the action space."""
     actions = np.asarray(actions)
     if actions.shape != rows.shape or not np.can_cast(actions.dtype, rows.dtype, "same_kind"):
         raise UserError(

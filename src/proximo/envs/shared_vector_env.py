@@ -15,8 +15,10 @@ from proximo.envs.shared_memory import Layout, SharedArrays, final_info, map_arr
 from proximo.errors import RunError, UserError
 from proximo.spaces.spaces import Spaces
 
+Seeds = int | Sequence[int | None] | None
 # From the indices of a slice to the arguments of a command; None if the slice has nothing to do.
 SliceArguments = Callable[[range], tuple[Any, ...] | None]
+NO_ARGUMENTS: SliceArguments = lambda indices: ()
 
 
 class SharedVectorEnv(VectorEnv):
@@ -28,7 +30,6 @@ class SharedVectorEnv(VectorEnv):
     `proximo.rollout.collector.Collector`) add `episode` and `_episode`. The `info` of `reset` is empty.
 
     Args:
-        num_envs: N.
         copy: whether returned observations are copies. Otherwise the next step overwrites them.
     """
 
@@ -40,16 +41,12 @@ class SharedVectorEnv(VectorEnv):
         self._arrays: SharedArrays | None = None
         self._interrupted = False  # whether only some environments executed the last command
 
-    def _run(self, command: Command, arguments: SliceArguments | None = None) -> None:
+    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
         """Set `_interrupted`, then execute a command on all slices."""
         raise NotImplementedError
 
     def _set_spaces(self, declarations: Sequence[Declaration], workers: int) -> Layout:
-        """Set Gymnasium's attributes, and return the layout of the arrays.
-
-        Raises:
-            UserError: the spaces differ, or Proximo does not support them.
-        """
+        """Set Gymnasium's attributes; return the layout of the arrays. Raise UserError for different spaces."""
         first = declarations[0]
         spaces = require_equal_spaces([item for declaration in declarations for item in declaration.spaces])
         Spaces.of(*spaces)
@@ -69,17 +66,11 @@ class SharedVectorEnv(VectorEnv):
         observation = self._open_arrays().observation
         return map_arrays(np.copy, observation) if self.copy else observation
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
-        Args:
-            seed: one seed for each environment; or one number, and environment n is seeded with seed + n.
-            options: passed to each environment's `reset`, without the mask.
-
-        Returns:
-            Observations [N, ...], unchanged for environments that are not reset, and an empty info.
+        Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number, and the other options. Observations
+        [N, ...] are unchanged for environments that are not reset; info is empty.
 
         Raises:
             UserError: the number of seeds or the mask is wrong, or an observation does not match its space.
@@ -99,10 +90,7 @@ class SharedVectorEnv(VectorEnv):
         return self._observations(), {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all environments with actions [N, ...].
-
-        Returns:
-            Observations [N, ...], rewards [N] float64, terminated [N], truncated [N], info.
+        """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and info.
 
         Raises:
             UserError: the actions' shape or dtype is wrong, or an observation does not match its space.
@@ -126,11 +114,7 @@ class SharedVectorEnv(VectorEnv):
         return [row[:size].tobytes() for row, size in rows], arrays.steps_since_origin.copy()
 
     def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
-        """Repeat episodes: start each environment from its origin and apply its actions ([any number, ...]).
-
-        Returns:
-            Observations [N, ...], and the returns of the episodes so far [N] float64.
-        """
+        """Apply `actions[n]` [any number, ...] from `origins[n]`; return observations and returns so far [N]."""
         episodes = list(zip(origins, actions, strict=True))
         self._run(REPLAY, lambda indices: (episodes[indices.start : indices.stop],))
         self._interrupted = False
@@ -138,11 +122,7 @@ class SharedVectorEnv(VectorEnv):
 
 
 def require_equal_spaces(spaces: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:
-    """Return the common observation and action space of (index, observation space, action space) tuples.
-
-    Raises:
-        UserError: the spaces differ.
-    """
+    """Return the spaces of (index, observation space, action space) tuples; raise UserError if they differ."""
     first, *expected = spaces[0]
     for n, *given in spaces[1:]:
         for kind, space, common in zip(("observation", "action"), given, expected, strict=True):
@@ -165,7 +145,7 @@ def split_reset_options(options: Mapping[str, Any] | None, num_envs: int) -> tup
     return mask, others
 
 
-def seed_per_env(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
+def seed_per_env(seed: Seeds, num_envs: int) -> list[int | None]:
     """Return one seed for each environment: from a single seed, environment n gets seed + n."""
     if seed is None:
         return [None] * num_envs

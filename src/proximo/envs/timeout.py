@@ -24,17 +24,13 @@ def start_timeout_thread(env_slice: EnvSlice, timeout_s: float) -> None:
     code under a debugger) a note is printed instead. The thread ends when the slice is closed or garbage-collected.
     """
     if HAS_SIGNAL and threading.current_thread() is threading.main_thread():
-        _install_signal_handler().slices.add(env_slice)
+        # Only sockets with urgent data use this signal, and it is ignored by default.
+        handler = signal.getsignal(signal.SIGURG)
+        if not isinstance(handler, _TimeoutHandler):
+            handler = _TimeoutHandler(handler)
+            signal.signal(signal.SIGURG, handler)
+        handler.slices.add(env_slice)
     threading.Thread(target=_check_repeatedly, args=(weakref.ref(env_slice), timeout_s), daemon=True).start()
-
-
-def _install_signal_handler() -> _TimeoutHandler:
-    """Return the handler of SIGURG: a signal that only sockets with urgent data use and that is ignored by default."""
-    handler = signal.getsignal(signal.SIGURG)
-    if not isinstance(handler, _TimeoutHandler):
-        handler = _TimeoutHandler(handler)
-        signal.signal(signal.SIGURG, handler)
-    return handler
 
 
 class _TimeoutHandler:
@@ -48,17 +44,13 @@ class _TimeoutHandler:
         for env_slice in [one for one in self.slices if one.thread == threading.get_ident()]:
             if env_slice.overdue_call == env_slice.current_call() and sys.gettrace() is None:
                 env_slice.overdue_call = None
-                raise RunError(_timeout_message(env_slice, frame))
+                location = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
+                raise RunError(
+                    f"environment {env_slice.current[0]} did not return within {env_slice.timeout_s:g} s while "
+                    f"{env_slice.activity}{location}. Fix the environment, or increase `env_timeout`."
+                )
         if callable(self.previous):
             self.previous(number, frame)
-
-
-def _timeout_message(env_slice: EnvSlice, frame: types.FrameType | None) -> str:
-    location = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
-    return (
-        f"environment {env_slice.current[0]} did not return within {env_slice.timeout_s:g} s while "
-        f"{env_slice.activity}{location}. Fix the environment, or increase `env_timeout`."
-    )
 
 
 def _check_repeatedly(reference: weakref.ref[EnvSlice], timeout_s: float) -> None:

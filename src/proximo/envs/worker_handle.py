@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -37,16 +37,21 @@ class _SpawnedProcess:
 
     def __init__(self, connection: Connection, factory: bytes, index: int, environments: range) -> None:
         self._connection, self._task = connection, pickle.dumps((factory, index, environments))
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._popen: Any = None
 
     def start(self) -> None:
         descriptor = self._connection.fileno()
         path = [entry for entry in sys.path if isinstance(entry, str)]
         program = f"import sys; sys.path[:] = {path!r}; import proximo.envs.worker_process as w; w.main({descriptor})"
-        with tempfile.TemporaryFile() as task, _stop_signals_blocked():
+        with tempfile.TemporaryFile() as task:
             task.write(self._task)
             task.seek(0)
-            self._popen = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=[descriptor])
+            # The process inherits the blocked signals, and unblocks them when it has installed its handlers.
+            previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            try:
+                self._popen = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=[descriptor])
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
     @property
     def pid(self) -> int | None:
@@ -57,26 +62,14 @@ class _SpawnedProcess:
         return self._popen and self._popen.poll()
 
     def is_alive(self) -> bool:
-        return self._popen is not None and self._popen.poll() is None
+        return self._popen is not None and self.exitcode is None
 
     def kill(self) -> None:
-        if self._popen is not None:
-            self._popen.kill()
+        self._popen.kill()
 
     def join(self, timeout: float | None = None) -> None:
-        if self._popen is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(timeout)
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals here, and in a process that starts meanwhile until it installs its own handlers."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout)
 
 
 @dataclass(eq=False)
@@ -193,10 +186,8 @@ def _describe_exit(exitcode: int | None) -> str:
         return "closed its connection"
     if exitcode >= 0:
         return f"exited with status {exitcode}"
-    try:
-        return f"was killed by {signal.Signals(-exitcode).name}"
-    except ValueError:
-        return f"was killed by signal {-exitcode}"
+    names = {-number: number.name for number in signal.Signals}
+    return f"was killed by {names.get(exitcode, f'signal {-exitcode}')}"
 
 
 def join_all(workers: Sequence[WorkerHandle], seconds: float) -> None:

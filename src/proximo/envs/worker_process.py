@@ -47,18 +47,13 @@ class ErrorReport(NamedTuple):
     @classmethod
     def of(cls, env_slice: EnvSlice, error: BaseException) -> ErrorReport:
         """Describe an exception that the slice raised."""
-        try:
+        pickled = None
+        with contextlib.suppress(Exception):
             pickled = pickle.dumps(error)
-        except Exception:
-            pickled = None
-        return cls(
-            env_slice.last_index,
-            env_slice.activity,
-            env_slice.activity == "making" or isinstance(error, UserError),
-            "".join(traceback.format_exception_only(error)).strip(),
-            "".join(traceback.format_exception(error)),
-            pickled,
-        )
+        is_user_error = env_slice.activity == "making" or isinstance(error, UserError)
+        summary = "".join(traceback.format_exception_only(error)).strip()
+        text = "".join(traceback.format_exception(error))
+        return cls(env_slice.last_index, env_slice.activity, is_user_error, summary, text, pickled)
 
     def to_error(self, process: str, when: str) -> UserError | RunError:
         """Return the error to raise, with the traceback, and with the exception as its cause if it can be unpickled."""
@@ -84,11 +79,7 @@ def run_worker(
 ) -> None:
     """Serve the trainer until it closes the connection.
 
-    Args:
-        inherited: the trainer's ends of connections, which a fork inherits and has to close.
-        factory: makes one environment, pickled.
-        index: of the worker.
-        environments: indices of its environments.
+    A fork inherits the trainer's ends of connections, and has to close them. The factory is pickled.
     """
     for other in inherited:
         other.close()
@@ -150,10 +141,7 @@ class _Worker:
             self.slice.close()
 
     def _execute(self, code: bytes) -> None:
-        if code == STEP.code:
-            self.slice.run(STEP)
-            return
-        arguments = pickle.loads(self.connection.recv_bytes())
+        arguments = () if code == STEP.code else pickle.loads(self.connection.recv_bytes())
         if code == ATTACH:
             self._attach(*arguments)
         else:
@@ -169,13 +157,10 @@ class _Worker:
 
     def _receive(self) -> bytes:
         poll_briefly(self.poller)
-        try:
-            code = os.read(self.connection.fileno(), 1)
-        except OSError as error:
-            raise _TrainerGone from error
-        if not code:
-            raise _TrainerGone
-        return code
+        with contextlib.suppress(OSError):
+            if code := os.read(self.connection.fileno(), 1):
+                return code
+        raise _TrainerGone
 
     def _answer(self, answer: bytes, message: bytes | None = None) -> None:
         try:

@@ -28,12 +28,11 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 import cloudpickle
-import gymnasium as gym
 import numpy as np
 
-from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, STEP, Command, EnvSlice
+from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, STEP, Command, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import Allocator
-from proximo.envs.shared_vector_env import SharedVectorEnv, SliceArguments
+from proximo.envs.shared_vector_env import NO_ARGUMENTS, SharedVectorEnv, SliceArguments
 from proximo.envs.timeout import start_timeout_thread
 from proximo.envs.worker_handle import KILL_WAIT_S, WorkerHandle, join_all
 from proximo.envs.worker_process import ATTACH, CLOSE, CLOSE_GRACE_S, ErrorReport, poll_briefly
@@ -67,7 +66,7 @@ class WorkerVectorEnv(SharedVectorEnv):
 
     def __init__(
         self,
-        factory: Callable[[], gym.Env],
+        factory: EnvFactory,
         num_envs: int,
         workers: int | None = None,
         isolate: bool = False,
@@ -96,7 +95,7 @@ class WorkerVectorEnv(SharedVectorEnv):
             self.close(grace_s=FAULT_GRACE_S)
             raise
 
-    def _start(self, factory: Callable[[], gym.Env], slices: list[range], isolate: bool, context: str) -> None:
+    def _start(self, factory: EnvFactory, slices: list[range], isolate: bool, context: str) -> None:
         """Start the workers, and make the environments of this process meanwhile."""
         pickled = _pickle_factory(factory) if isolate or len(slices) > 1 else b""
         for index, environments in enumerate(slices):
@@ -143,15 +142,12 @@ class WorkerVectorEnv(SharedVectorEnv):
             if own:
                 own.close()
 
-    def _run(self, command: Command, arguments: SliceArguments | None = None) -> None:
+    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
         self._open_arrays()
         self._wait()  # for answers to a command that was interrupted
-        own: tuple[Any, ...] | None = ()
-        messages: list[tuple[WorkerHandle, bytes | None]] = [(worker, None) for worker in self._workers]
-        if arguments is not None:
-            own = arguments(self._slice.indices) if self._slice else None
-            values = [(worker, arguments(worker.environments)) for worker in self._workers]
-            messages = [(worker, cloudpickle.dumps(value)) for worker, value in values if value is not None]
+        own = arguments(self._slice.indices) if self._slice else None
+        tasks = [(worker, arguments(worker.environments)) for worker in self._workers]
+        messages = [(worker, cloudpickle.dumps(args) if args else None) for worker, args in tasks if args is not None]
         self._activity, self._interrupted = command.activity, True
         self._steps += command is STEP
         for worker, message in messages:
@@ -225,7 +221,7 @@ def _slices(num_envs: int, workers: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(starts)]
 
 
-def is_sendable(factory: Callable[[], gym.Env]) -> bool:
+def is_sendable(factory: EnvFactory) -> bool:
     """Whether the factory can be sent to worker processes."""
     try:
         return sys.platform != "win32" and bool(_pickle_factory(factory))
@@ -233,7 +229,7 @@ def is_sendable(factory: Callable[[], gym.Env]) -> bool:
         return False
 
 
-def _pickle_factory(factory: Callable[[], gym.Env]) -> bytes:
+def _pickle_factory(factory: EnvFactory) -> bytes:
     try:
         return cloudpickle.dumps(factory)
     except Exception as error:

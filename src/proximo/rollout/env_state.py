@@ -20,10 +20,9 @@ returns an EnvState (`Collector.capture_state`) and restores it (`restore_state`
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -115,8 +114,7 @@ class EnvState:
 
     def to_document(self, name: str) -> tuple[Any, dict[str, np.ndarray]]:
         """Return a JSON document, and arrays whose names begin with `name`; see `encode_tree`."""
-        fields = [field.name for field in dataclasses.fields(self)]
-        tree = {FILE_KEYS.get(field, field): getattr(self, field) for field in fields}
+        tree = {FILE_KEYS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
         tree["origins"] = [Origin.from_bytes(pickled) for pickled in self.origins]
         tree["log"] = [self._needed_actions()]
         return encode_tree(tree, name)
