@@ -99,7 +99,7 @@ class Agent:
         self.config, self.spaces = config, spaces
         self.learner: Learner = make_learner(config, spaces, network)
         self.progress = Progress()
-        self._network, self._env_id = network, env_id
+        self._env_id = env_id
         count = self.config.num_envs
         self._rollout = Rollout(spaces, self.config.num_steps, count)
         self._extra_rng = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
