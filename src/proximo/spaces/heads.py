@@ -108,20 +108,12 @@ class GaussianHead:
         """D, the number of action dimensions."""
         return math.prod(self.shape)
 
+    noise_size = std_size = size  # noise values and standard deviations per sample
+
     @property
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of one raw sample."""
         return (self.size,)
-
-    @property
-    def noise_size(self) -> int:
-        """Noise values per sample."""
-        return self.size
-
-    @property
-    def std_size(self) -> int:
-        """Standard deviations."""
-        return self.size
 
     @cached_property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
