@@ -104,6 +104,7 @@ def main() -> int:
             if process.poll() is not None:
                 errors = process.stderr.read().decode()
                 print(f"the run ended without a fault, with status {process.returncode}:\n{errors}")
+                print(f"the run ended without a fault, with status {process.returncode}:\n{errors}")
                 return 1
             fault, workers = rng.choice(list(FAULTS)), children(process.pid)
             fault = fault if workers or "worker" not in fault else "kill the trainer"
