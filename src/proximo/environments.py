@@ -47,12 +47,12 @@ class TrainingEnvs:
             f"{module}, give the environment again, with PPO.load(path, env=…) or --env."
         )
 
-    def support_exact_resume(self, config: Config, spaces: Spaces) -> bool:
+    def supports_exact_resume(self, config: Config, spaces: Spaces) -> bool:
         """Whether the engine can restore its environments exactly, in another process too."""
         return any(state_adapters(self.open(config, spaces)))
 
-    def copy_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
-        """What makes another environment, for evaluation or video.
+    def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
+        """Return the id or function that makes another environment, for evaluation or video.
 
         Raises:
             UserError: the environment is unknown, or a vector environment.
@@ -60,7 +60,8 @@ class TrainingEnvs:
         env = self.env if env is None else env
         if env is None or isinstance(env, VectorEnv):
             raise UserError(
-                f"{purpose} needs a new environment. Give env=…, an id or a function that makes one environment."
+                f"{purpose} needs an environment that can be made again. Give an id or a function that makes one, to "
+                "PPO or as env=…, or turn it off."
             )
         return env
 

@@ -27,7 +27,7 @@ class Iteration(NamedTuple):
 
     Attributes:
         metrics: of the update, and shares of the time.
-        episodes: that finished.
+        episodes: finished in this rollout.
         steps: valid transitions.
         diagnostics: for histograms, where they were asked for.
         fault: why the update was discarded, if it was.
@@ -41,10 +41,10 @@ class Iteration(NamedTuple):
 
 
 class Source(Protocol):
-    """Where transitions come from."""
+    """Interface of a source of transitions."""
 
     state_is_current: bool
-    """Whether nothing has moved since `state` or `restore`."""
+    """Whether the environments are unchanged since the last call of `state`."""
 
     def reset(self, iteration: int) -> None:
         """Begin new episodes, with seeds derived from the iteration."""

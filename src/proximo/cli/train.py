@@ -138,7 +138,7 @@ def notify_of_surprises(agent: PPO) -> None:
         )
     if config.compile and agent.learner.backend == "jax":
         notify_user("compile applies only to PyTorch; JAX always compiles")
-    if not agent.envs.support_exact_resume(config, agent.spaces):
+    if not agent.envs.supports_exact_resume(config, agent.spaces):
         notify_user(
             f"engine {agent.resolved.engine} does not support exact resume: every environment is reset when the run is "
             "resumed. Use --exact-resume to choose an engine that does"

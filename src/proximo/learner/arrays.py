@@ -63,7 +63,7 @@ def unflatten(template: Any, flat: Mapping[str, np.ndarray]) -> Any:
     for name in flat:
         if name not in expected:
             raise UserError(
-                f"the checkpoint contains {name!r}, which this network does not have{suggest(name, expected)}. Use the "
+                f"the checkpoint contains {name!r}, which this network does not have{suggest(name, expected)} Use the "
                 "settings and spaces it was trained with."
             )
     return _unflatten(template, flat, "")

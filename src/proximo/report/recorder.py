@@ -67,8 +67,8 @@ class Recorder:
             self.checkpoints.save()
             if self.checkpoints.failures:
                 raise RunError(
-                    f"the last checkpoint could not be saved in {self.checkpoints.run_dir}. Free some space and save "
-                    "again."
+                    f"the last checkpoint could not be saved in {self.checkpoints.run_dir}. Free disk space, then "
+                    "resume the run."
                 )
 
     def rescue(self, error: BaseException) -> None:
@@ -82,7 +82,7 @@ class Recorder:
                 path = debug_bundle.save(self.checkpoints.run_dir, error, self.learner, self.info, self.progress)
                 notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
         except Exception as another:
-            notify_user(f"not everything could be saved: {another}")
+            notify_user(f"the last checkpoint or the debug bundle could not be saved: {another}")
 
     def conclude(self) -> None:
         """Record a last video and plot the curves."""

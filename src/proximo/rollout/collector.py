@@ -124,7 +124,7 @@ class Collector:
         """Bring the environments into a captured state.
 
         Returns:
-            Why that failed, or "". After a failure only `reset` helps; after an error in an environment, new ones.
+            Why that failed, or "". After a failure call `reset`; after an exception make new environments.
         """
         if state.reset_reason:
             return state.reset_reason
