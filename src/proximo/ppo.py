@@ -66,7 +66,8 @@ class PPO:
             self.spaces = spaces_of(self.envs.open(self.config))
             self.learner: Learner = make_learner(self.config, self.spaces, network)
         except BaseException:
-            self.close()
+            if self.envs.owns_envs:
+                self.close()
             raise
 
     def __enter__(self) -> PPO:
@@ -261,6 +262,8 @@ class PPO:
         if env is None and not is_unimported:
             env = known
         env = with_version(env) if isinstance(env, str) else env
+        if env not in (None, known) or given.get("isolate_envs"):
+            given.setdefault("engine", "auto")  # the saved engine may not run them
         config = restore_config(path, saved.manifest, network, given)
         spaces = restore_spaces(saved, config)
         config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
@@ -272,7 +275,7 @@ class PPO:
         return agent
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments, a vector environment of the user as well."""
         self.envs.close()
 
 

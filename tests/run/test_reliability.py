@@ -671,7 +671,7 @@ def test_a_nan_reward_saves_a_debug_bundle(bad, tmp_path, capsys):
     (path,) = (run / debug_bundle.FOLDER).iterdir()
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "environment 0 returned a reward that is NaN or infinite" in text
+    assert "NaN or infinity in the reward of environment 0" in text
     assert re.search(rf"step 6: action \d, reward {bad}", text)
 
 

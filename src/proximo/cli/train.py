@@ -102,6 +102,7 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
     from proximo.run.checkpoint_files import MANIFEST, step_folder
 
     learner, first_iteration = agent.learner, agent.progress.iteration
+    agent.envs.open(agent.config, agent.spaces)  # which resolves the engine
     log(
         f"backend {learner.backend} with {learner.threads} thread{'s' * (learner.threads > 1)}, "
         f"device {learner.device.name} ({learner.device.why}), engine {agent.resolved.engine}"

@@ -277,8 +277,10 @@ class Config:
         return rollouts * self.update_epochs * self.minibatch_count
 
     def replace(self, **changes: Any) -> Config:
-        """Return a checked copy with some settings changed."""
-        return dataclasses.replace(self, **changes)
+        """Return a checked copy with some settings changed; names of other libraries are accepted."""
+        from proximo.config.names import canonical_names  # which imports this module
+
+        return dataclasses.replace(self, **canonical_names(changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for YAML and JSON."""
