@@ -37,8 +37,8 @@ from proximo.train import report
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as the default 8 × 256
 # Settings of PPO's training loop, besides those of group "records".
 LOOP_SETTINGS = (
-    "engine", "env_kwargs", "stop_at_return", "run_dir", "exact_resume", "checkpoint_interval",
-    "checkpoint_minutes", "keep_checkpoints", "evaluation_interval", "evaluation_episodes",
+    "engine", "env_kwargs", "isolate_envs", "env_timeout", "stop_at_return", "run_dir", "exact_resume",
+    "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints", "evaluation_interval", "evaluation_episodes",
 )  # fmt: skip
 
 
@@ -77,8 +77,8 @@ class Agent:
         action: an action space, or the number of discrete actions.
         network: a custom network, as for `PPO`.
         settings: those of `proximo.Config`; `num_envs` is 1 and `num_steps` 2048 by default. Schedules run over
-            `total_timesteps`, where a linear learning rate reaches 0. Settings of PPO's training loop are refused:
-            engine, env_kwargs, stop_at_return, run_dir, checkpoint_interval and those of records.
+            `total_timesteps`, where a linear learning rate reaches 0. Settings of PPO's training loop (`LOOP_SETTINGS`
+            and the group records) are refused.
 
     Raises:
         UserError: an unknown setting, a value out of range, or a space that is not supported.
@@ -133,9 +133,9 @@ class Agent:
     def act(self, obs: Any, deterministic: bool = False) -> Step:
         """Sample an action, or take the policy's mode.
 
-        Nothing is stored before `observe`: of several calls the last one counts, and calls without an `observe` (to
-        evaluate) change nothing. Only after a recurrent network's `act` must `observe` follow. Deterministic calls draw
-        no random numbers; their transitions are treated as sampled ones.
+        `observe` stores only the last `act`, so that calls without an `observe` (to evaluate) change nothing. Recurrent
+        networks require `observe` after every `act`. Deterministic calls draw no random numbers; their transitions are
+        treated as sampled ones.
 
         Args:
             obs: one observation, or N of them along the first axis where `num_envs` is N above 1.
@@ -217,8 +217,8 @@ class Agent:
     def update(self) -> Metrics:
         """Update from the stored transitions and empty the buffer; return metrics, named as those of `PPO.iterate`.
 
-        A partly full buffer is split into as many, but smaller, minibatches, or into one per transition where there are
-        fewer. An action without an `observe` is dropped.
+        A partly full buffer is split into the same number of smaller minibatches, at most one per transition. An action
+        without an `observe` is dropped.
 
         Raises:
             UserError: the buffer is empty.

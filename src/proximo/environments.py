@@ -30,12 +30,17 @@ class TrainingEnvs:
         self.env, self.unimported = env, unimported
         self.engine: str | None = None
         self._envs: VectorEnv | None = None
-        self._source: HostSource | None = None
+        self._collector: Collector | None = None  # of the last call, which the next one may continue
 
     @property
     def id(self) -> str | None:
         """The environment's id, if it has one."""
         return self.env if isinstance(self.env, str) else None
+
+    @property
+    def owns_envs(self) -> bool:
+        """Whether the environments were made here, not by the user."""
+        return self._envs is not None and self._envs is not self.env
 
     def missing_message(self) -> str:
         """Error message for an unknown environment."""
@@ -47,12 +52,12 @@ class TrainingEnvs:
             f"{module}, give the environment again, with PPO.load(path, env=…) or --env."
         )
 
-    def support_exact_resume(self, config: Config, spaces: Spaces) -> bool:
+    def supports_exact_resume(self, config: Config, spaces: Spaces) -> bool:
         """Whether the engine can restore its environments exactly, in another process too."""
         return any(state_adapters(self.open(config, spaces)))
 
-    def copy_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
-        """What makes another environment, for evaluation or video.
+    def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
+        """Return the id or function that makes another environment, for evaluation or video.
 
         Raises:
             UserError: the environment is unknown, or a vector environment.
@@ -60,7 +65,8 @@ class TrainingEnvs:
         env = self.env if env is None else env
         if env is None or isinstance(env, VectorEnv):
             raise UserError(
-                f"{purpose} needs a new environment. Give env=…, an id or a function that makes one environment."
+                f"{purpose} needs an environment that can be made again. Give an id or a function that makes one, to "
+                "PPO or as env=…, or turn it off."
             )
         return env
 
@@ -73,7 +79,7 @@ class TrainingEnvs:
         Raises:
             UserError: the environment is unknown, cannot be made, or has other spaces.
         """
-        if self._envs is not None and self._envs is not self.env and self._envs.closed:
+        if self._envs is not None and self.owns_envs and self._envs.closed:
             self._envs = None  # after a fault
         if self._envs is None:
             if self.env is None:
@@ -94,34 +100,32 @@ class TrainingEnvs:
         Returns:
             The source to train from, and why the simulator state was not restored, or "".
         """
-        envs, last = self.open(config, spaces), self._source
-        owns_envs = envs is not self.env
-        if owns_envs and last and last.collector.envs is envs and last.state_is_current:
-            self._source = HostSource(last.collector, config)
-            return self._source, ""
-        if owns_envs and last:
+        envs, last = self.open(config, spaces), self._collector
+        if self.owns_envs and last and last.envs is envs and last.state_is_current:
+            return HostSource(last, config), ""
+        if self.owns_envs and last:
             self.close()  # episodes are repeated in new environments
         source, state = self._new_source(config, spaces), progress.env_state
         reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
         if reason:
             if progress.global_step:
                 notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
-            if owns_envs and state and not state.reset_reason:
+            if self.owns_envs and state and not state.reset_reason:
                 self.close()  # the attempt may have broken them
                 source = self._new_source(config, spaces)
             source.reset(progress.iteration)
             progress.episodes.clear()
-        self._source = source
         return source, reason
 
     def _new_source(self, config: Config, spaces: Spaces) -> HostSource:
-        return HostSource(Collector(self.open(config, spaces), spaces, config, resumable=True), config)
+        self._collector = Collector(self.open(config, spaces), spaces, config, resumable=True)
+        return HostSource(self._collector, config)
 
     def close(self) -> None:
-        """Close the environments, but not those of the user."""
+        """Close the environments, a vector environment of the user as well."""
         if self._envs is not None:
             self._envs.close()
-            self._envs = self._source = None
+            self._envs = self._collector = None
 
 
 def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:

@@ -37,9 +37,9 @@ class NotFinite(RunError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the most similar known name, or an empty string."""
+    """Return `"; did you mean 'x'?"` for the most similar known name, or "." without one."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
 def describe_error(error: BaseException) -> str:

@@ -154,7 +154,10 @@ def _reset_in_window(collector: Collector, seeds: list[int]) -> None:
     """
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
-        raise UserError("no display was found to show the environment in. Record a video instead.")
+        raise UserError(
+            "`render` opens a window, but no display was found (DISPLAY and WAYLAND_DISPLAY are unset). Record a video "
+            "instead."
+        )
     try:
         collector.reset(seeds)
     except UserError:

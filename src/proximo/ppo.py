@@ -66,7 +66,8 @@ class PPO:
             self.spaces = spaces_of(self.envs.open(self.config))
             self.learner: Learner = make_learner(self.config, self.spaces, network)
         except BaseException:
-            self.close()
+            if self.envs.owns_envs:
+                self.close()
             raise
 
     def __enter__(self) -> PPO:
@@ -112,8 +113,12 @@ class PPO:
             progress: show progress on the terminal.
             stop: called after every iteration; True ends the run.
 
+        Returns:
+            self.
+
         Raises:
-            RunError: an environment or the update returned NaN or infinity.
+            RunError: an environment failed or returned NaN or infinity; or three updates, evaluations or saves in a row
+                failed.
             UserError: the run folder is in use or cannot be written, or `total_timesteps` is not a positive integer.
         """
         self.envs.open(self.config, self.spaces)
@@ -193,14 +198,14 @@ class PPO:
         """Run complete episodes in new environments; see `proximo.evaluate`.
 
         Args:
-            env: instead of the environment trained on.
+            env: the environment; by default the one trained on.
             render: show the episodes in a window.
             record: also record an episode to this file, as `record` does.
 
         Raises:
             UserError: the environment is unknown (give `env`), has other spaces, or cannot be shown.
         """
-        env = self.envs.copy_for("an evaluation", env)
+        env = self.envs.env_for("an evaluation", env)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
         result = evaluate(policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render)
         if record is not None:
@@ -221,7 +226,7 @@ class PPO:
         Raises:
             UserError: a package is missing, or the environment cannot be rendered; the message says what to do.
         """
-        env = self.envs.copy_for("a video", env)
+        env = self.envs.env_for("a video", env)
         actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
         return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)
 
@@ -257,6 +262,8 @@ class PPO:
         if env is None and not is_unimported:
             env = known
         env = with_version(env) if isinstance(env, str) else env
+        if env not in (None, known) or given.get("isolate_envs"):
+            given.setdefault("engine", "auto")  # the saved engine may not run them
         config = restore_config(path, saved.manifest, network, given)
         spaces = restore_spaces(saved, config)
         config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
@@ -268,7 +275,7 @@ class PPO:
         return agent
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments, a vector environment of the user as well."""
         self.envs.close()
 
 
@@ -306,14 +313,14 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
     if config.wandb:
         import_wandb()
     if config.capture_video:
-        require_video(envs.copy_for("a video"), config.env_kwargs)
+        require_video(envs.env_for("a video"), config.env_kwargs)
     check_evaluations(config, envs)
 
 
 def check_evaluations(config: Config, envs: TrainingEnvs) -> None:
     """Raise UserError if evaluations are configured, but no environment can be made for them."""
     if config.evaluation_interval:
-        envs.copy_for("an evaluation")
+        envs.env_for("an evaluation")
 
 
 def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:
@@ -355,5 +362,5 @@ def config_for(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Co
         if not base:
             raise
         raise UserError(
-            f"{error} (Settings not given come from the preset; --preset none uses the defaults.)"
+            f"{error} (Other settings come from the preset; preset=None, or --preset none, uses the defaults.)"
         ) from error

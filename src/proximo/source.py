@@ -27,7 +27,7 @@ class Iteration(NamedTuple):
 
     Attributes:
         metrics: of the update, and shares of the time.
-        episodes: that finished.
+        episodes: finished in this rollout.
         steps: valid transitions.
         diagnostics: for histograms, where they were asked for.
         fault: why the update was discarded, if it was.
@@ -41,10 +41,15 @@ class Iteration(NamedTuple):
 
 
 class Source(Protocol):
-    """Where transitions come from."""
+    """Interface of a source of transitions."""
 
-    state_is_current: bool
-    """Whether nothing has moved since `state` or `restore`."""
+    @property
+    def state_is_current(self) -> bool:
+        """Whether the environments are unchanged since the last call of `state`."""
+        ...
+
+    @state_is_current.setter
+    def state_is_current(self, value: bool) -> None: ...
 
     def reset(self, iteration: int) -> None:
         """Begin new episodes, with seeds derived from the iteration."""
@@ -81,7 +86,15 @@ class HostSource:
     def __init__(self, collector: Collector, config: Config) -> None:
         self.collector, self.config = collector, config
         self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
-        self.state_is_current = False
+
+    @property
+    def state_is_current(self) -> bool:
+        """Whether the environments are unchanged since the last call of `state`."""
+        return self.collector.state_is_current
+
+    @state_is_current.setter
+    def state_is_current(self, value: bool) -> None:
+        self.collector.state_is_current = value
 
     def reset(self, iteration: int) -> None:
         """Begin new episodes, with seeds derived from the iteration."""
@@ -91,7 +104,6 @@ class HostSource:
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
         config, rollout = self.config, self._rollout
-        self.state_is_current = False
         began = time.perf_counter()
         noise_rng = generator(config.seed, Purpose.NOISE, iteration)
         noise = rollout.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
@@ -113,9 +125,7 @@ class HostSource:
 
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
-        state = self.collector.capture_state()
-        self.state_is_current = True
-        return state
+        return self.collector.capture_state()
 
     def restore(self, state: EnvState) -> str:
         """Restore the environments; see `Source.restore`."""

@@ -102,9 +102,10 @@ def test_errors_name_setting_value_and_expectation(name, value, words):
 
 def test_unknown_names_get_a_suggestion():
     """A typo raises an error; a hyphen is accepted."""
-    assert error_message(learning_rat=1.0) == "unknown setting 'learning_rat'; did you mean 'learning_rate'?"
+    hint = "proximo train --help lists all settings."
+    assert error_message(learning_rat=1.0) == f"unknown setting 'learning_rat'; did you mean 'learning_rate'? {hint}"
     assert "did you mean 'clip_range'?" in error_message(clip_rang=0.1)
-    assert error_message(xyzzy=1) == "unknown setting 'xyzzy'"
+    assert error_message(xyzzy=1) == f"unknown setting 'xyzzy'. {hint}"
     assert canonical_name("learning-rate") == "learning_rate"
 
 

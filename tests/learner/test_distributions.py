@@ -138,7 +138,7 @@ def policy(backend: Backend, spaces: Spaces, output: np.ndarray, obs: dict, log_
 
 
 @each_backend
-def test_masked_actions_do_not_exist(backend):
+def test_masked_actions_have_probability_zero(backend):
     """A masked action has probability exactly 0 and is never drawn, however high its logit.
 
     The softmax is over the others: with the largest of (1, 0, 50) masked, p = e / (e + 1) and 1 / (e + 1), and

@@ -195,7 +195,7 @@ def test_padding_changes_nothing(backend):
 
 
 @each_backend
-def test_early_stopping_looks_before_it_steps(backend):
+def test_target_kl_is_checked_before_the_step(backend):
     """No step is applied for the first minibatch whose KL exceeds target_kl, nor for any after it.
 
     The first has KL 0, the second measures the first step (far more than 1e-6): one step is applied, 1/4 of an

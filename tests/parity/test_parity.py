@@ -170,7 +170,7 @@ def test_the_slope_of_tanh_agrees_far_out():
 
 
 @pytest.mark.parametrize("backend", LEARNERS)
-def test_what_has_no_weight_cannot_overflow_the_loss(backend):
+def test_rows_without_weight_cannot_overflow_the_loss(backend):
     """Losses and parameters stay finite where the policy is so narrow that ratios of rows without weight overflow:
     reset rows within a sequence, and padding of a minibatch."""
     spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((17,), (-1.0,) * 17, (1.0,) * 17),)))

@@ -122,7 +122,7 @@ def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
-def test_a_full_disk_harms_nothing_that_is_whole(tmp_path, capsys):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
     """Files over 4 kB cannot be written in two of six iterations: two saves fail with a note, the previous
     checkpoint stays intact, training continues, and the delayed metrics are written later."""
     run = tmp_path / "run"
@@ -393,7 +393,7 @@ def test_a_run_that_cannot_be_evaluated_does_not_start():
     envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2)
     settings = {name: value for name, value in SMALL.items() if name != "num_envs"}
     with PPO(envs, evaluation_interval=2, **settings) as agent:
-        with pytest.raises(UserError, match="an evaluation needs a new environment"):
+        with pytest.raises(UserError, match="an evaluation needs an environment that can be made again"):
             next(agent.iterate())
         assert agent.progress.iteration == 0
 
@@ -417,7 +417,7 @@ def test_ctrl_c_in_the_last_save_loses_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [checkpoint_files.ARRAYS, checkpoint_files.MANIFEST])
-def test_a_damaged_checkpoint_is_passed_over_and_said(name, run, capsys):
+def test_a_corrupt_checkpoint_is_skipped_with_a_warning(name, run, capsys):
     """After a flipped bit, truncation or deletion, the previous checkpoint is loaded with a warning that names the
     problem. The corrupt one itself is refused. Resuming renames it, and gives the same result."""
     whole = {path.name: path.read_bytes() for path in checkpoint_files.list_checkpoints(run)[-1].iterdir()}
@@ -660,7 +660,7 @@ def test_a_skipped_update_does_not_change_normalizers(backend):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_reward_that_is_no_number_is_kept_for_a_look(bad, tmp_path, capsys):
+def test_a_nan_reward_saves_a_debug_bundle(bad, tmp_path, capsys):
     """It is detected before the update; the error and the debug bundle name environment and step."""
     run = tmp_path / "run"
     with PPO(lambda: FixedReward(bad, {23}), total_timesteps=6 * ROWS, run_dir=run, **SMALL) as agent:
@@ -671,7 +671,7 @@ def test_a_reward_that_is_no_number_is_kept_for_a_look(bad, tmp_path, capsys):
     (path,) = (run / debug_bundle.FOLDER).iterdir()
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "environment 0 returned a reward that is NaN or infinite" in text
+    assert "NaN or infinity in the reward of environment 0" in text
     assert re.search(rf"step 6: action \d, reward {bad}", text)
 
 

@@ -196,8 +196,8 @@ def to_schema_2(path, engine):
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 @each_backend
 def test_schema_2_is_migrated(backend, env, tmp_path, capsys):
-    """Choices become information, settings are "auto" again, and the action space is a list of heads. Training resumes
-    from the exact simulator state and equals an uninterrupted run."""
+    """Choices become information; device and threads are "auto" again. The engine stays, because another one may not
+    restore the simulator state. The action space is a list of heads. Training equals an uninterrupted run."""
     settings = {**SMALL, "backend": backend, "normalize_observation": True, "total_timesteps": 4 * ROWS}
     with PPO(env, **settings) as whole:
         whole.learn()
@@ -208,7 +208,7 @@ def test_schema_2_is_migrated(backend, env, tmp_path, capsys):
         agent.save(tmp_path / "saved")
     old = to_schema_2(tmp_path / "saved", engine="workers")
     with PPO.load(tmp_path / "saved") as loaded:
-        assert requested(loaded.config) == {**AUTO, "backend": backend}
+        assert requested(loaded.config) == {**AUTO, "backend": backend, "engine": "workers"}
         assert loaded.spaces == agent.spaces
         assert [head.kind for head in loaded.spaces.action.heads] == [
             {"Discrete": "categorical", "Box": "gaussian"}[old["spaces"]["action"]["kind"]]
@@ -218,7 +218,7 @@ def test_schema_2_is_migrated(backend, env, tmp_path, capsys):
             "engine": "workers", "device": "cpu", "threads": 1, "backend": backend,
         }  # fmt: skip
         loaded.learn()
-        assert loaded.resolved.engine == "sync"  # chosen again
+        assert loaded.resolved.engine == "workers"
         assert [one["exact"] for one in loaded.progress.resumed] == [True]
         state = whole.learner.state()
         assert all(state[name].tobytes() == value.tobytes() for name, value in loaded.learner.state().items())
@@ -244,11 +244,11 @@ def test_a_migrated_box_keeps_infinite_bounds(tmp_path):
 
 
 def test_schema_1_requests_auto(tmp_path):
-    """The fixture was trained on one thread of a CPU with engine sync; these were choices, not requests."""
+    """The fixture was trained on one thread of a CPU; these were choices, not requests. The engine is kept."""
     from test_reliability import OLD
 
     with PPO.load(OLD) as agent:
-        assert requested(agent.config) == {**AUTO, "backend": "jax"}
+        assert requested(agent.config) == {**AUTO, "backend": "jax", "engine": "sync"}
         assert [head.to_dict() for head in agent.spaces.action.heads] == [
             {"kind": "categorical", "n": 2, "start": 0, "path": ""}
         ]

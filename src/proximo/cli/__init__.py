@@ -56,12 +56,12 @@ def dispatch(arguments: list[str]) -> int:
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     name = arguments[0] if arguments else ""
     if name and not name.startswith("-") and name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{suggest(name, COMMANDS)}; see proximo --help")
+        raise UserError(f"unknown command {name!r}{suggest(name, COMMANDS)} See proximo --help.")
     chosen = commands.choices.get(name, parser)
     flags = set(chosen._option_string_actions)
     options, unknown = parser.parse_known_args(normalize_arguments(arguments, flags))
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)}; see {chosen.prog} --help")
+        raise UserError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], flags)} See {chosen.prog} --help.")
     if options.command is None:
         parser.print_help()
         return 0

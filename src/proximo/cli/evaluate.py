@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--policy", choices=("trained", "random"), default="trained",
-        help="random samples from the action space, as a baseline [trained]",
+        help="trained, or random: uniform samples from the action space, as a baseline [trained]",
     )  # fmt: skip
     parser.add_argument("--env", help="environment id [the one trained on]")
     parser.add_argument("--backend", help="jax or torch [the one trained with]")

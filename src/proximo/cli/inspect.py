@@ -49,13 +49,13 @@ def describe_path(path: Path) -> Iterator[str]:
     saved = load(path)
     manifest, progress, config = saved.manifest, saved.progress, saved.manifest["config"]
     network = "custom" if manifest["network"] == CUSTOM_NETWORK else manifest["network"]
-    mean = "none yet" if progress.return_mean is None else f"{progress.return_mean:.1f}"
+    count, mean = len(progress.episodes), progress.return_mean
     exact, why = (manifest["progress"].get(name) for name in ("exact", "why"))
     yield f"{saved.path}: checkpoint, saved {manifest.get('saved')} by Proximo {manifest.get('proximo')}"
     yield f"environment {manifest.get('env')}, backend {manifest['backend']}, network {network}"
     yield f"step {progress.global_step:,} of {config.get('total_timesteps'):,}, iteration {progress.iteration}"
     yield f"seed {config.get('seed')}"
-    yield f"mean return over the last {len(progress.episodes)} episodes: {mean}"
+    yield "no episode has finished" if mean is None else f"mean return over the last {count} episodes: {mean:.1f}"
     yield f"exact resume: {'supported' if exact else f'not supported ({why})'}"
     for one in progress.resumed:
         how = "exactly" if one["exact"] else f"not exactly ({one['why']})"

@@ -28,9 +28,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--total-timesteps", type=non_negative_int, help="new total number of steps of the run; schedules end there"
     )
-    parser.add_argument("--stop-at-return", type=float, help="new mean training return to stop at")
+    parser.add_argument(
+        "--stop-at-return", type=float, help="stop when the mean return of the last 100 training episodes reaches this"
+    )
     parser.add_argument("--backend", help="new backend: jax or torch")
-    parser.add_argument("--engine", help="new environment engine")
+    parser.add_argument("--engine", help="new engine: auto, sync, workers, envpool or native")
     parser.add_argument("--run-dir", help="new folder to continue in")
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     parser.set_defaults(until_input_ends=False)

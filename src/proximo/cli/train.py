@@ -102,6 +102,7 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
     from proximo.run.checkpoint_files import MANIFEST, step_folder
 
     learner, first_iteration = agent.learner, agent.progress.iteration
+    agent.envs.open(agent.config, agent.spaces)  # which resolves the engine
     log(
         f"backend {learner.backend} with {learner.threads} thread{'s' * (learner.threads > 1)}, "
         f"device {learner.device.name} ({learner.device.why}), engine {agent.resolved.engine}"
@@ -138,7 +139,7 @@ def notify_of_surprises(agent: PPO) -> None:
         )
     if config.compile and agent.learner.backend == "jax":
         notify_user("compile applies only to PyTorch; JAX always compiles")
-    if not agent.envs.support_exact_resume(config, agent.spaces):
+    if not agent.envs.supports_exact_resume(config, agent.spaces):
         notify_user(
             f"engine {agent.resolved.engine} does not support exact resume: every environment is reset when the run is "
             "resumed. Use --exact-resume to choose an engine that does"

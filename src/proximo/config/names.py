@@ -44,7 +44,9 @@ def canonical_name(name: str) -> str:
         raise UserError(AMBIGUOUS[name])
     name = ALIASES.get(name, name)
     if name not in SETTINGS:
-        raise UserError(f"unknown setting {name!r}{suggest(name, [*SETTINGS, *ALIASES])}")
+        raise UserError(
+            f"unknown setting {name!r}{suggest(name, [*SETTINGS, *ALIASES])} proximo train --help lists all settings."
+        )
     return name
 
 

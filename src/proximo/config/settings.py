@@ -49,7 +49,7 @@ class Config:
 
     # fmt: off
     total_timesteps: int = run(
-        1_000_000, "agent steps to train for over all environments; a frame-skipped step counts once", low=1
+        1_000_000, "steps to train for, summed over all environments; an action with frame skip is one step", low=1
     )
     num_envs: int = run(8, "environments stepped in parallel (N)", low=1)
     num_steps: int = run(256, "steps per environment in one rollout (T)", low=1)
@@ -89,12 +89,12 @@ class Config:
     checkpoint_minutes: float | None = run(
         10.0, "minutes after which a checkpoint is written in any case; none disables", above=0
     )
-    keep_checkpoints: int = run(3, "latest checkpoints to keep, besides the best one", low=1)
+    keep_checkpoints: int = run(3, "number of latest checkpoints to keep, in addition to the best one", low=1)
     evaluation_interval: int = run(
         0, "iterations between evaluations of the deterministic policy, which then select the best checkpoint; "
         "0 disables", low=0
     )
-    evaluation_episodes: int = run(20, "complete episodes per such evaluation", low=1)
+    evaluation_episodes: int = run(20, "complete episodes per evaluation", low=1)
 
     tensorboard: bool = records(True, "write TensorBoard events to the run folder")
     wandb: str | None = records(None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account")
@@ -277,8 +277,10 @@ class Config:
         return rollouts * self.update_epochs * self.minibatch_count
 
     def replace(self, **changes: Any) -> Config:
-        """Return a checked copy with some settings changed."""
-        return dataclasses.replace(self, **changes)
+        """Return a checked copy with some settings changed; names of other libraries are accepted."""
+        from proximo.config.names import canonical_names  # which imports this module
+
+        return dataclasses.replace(self, **canonical_names(changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for YAML and JSON."""

@@ -69,8 +69,8 @@ class Setting:
             value = _KINDS[self.kind][1](value)
             if self._is_in_range(value):
                 return value
-        hint = suggest(str(value), self.choices) if self.choices else ""
-        raise UserError(f"`{self.name}` is {value!r}; expected {self.expected}{hint or '.'}")
+        hint = suggest(str(value), self.choices) if self.choices else "."
+        raise UserError(f"`{self.name}` is {value!r}; expected {self.expected}{hint}")
 
     def _is_in_range(self, value: Any) -> bool:
         if self.choices:

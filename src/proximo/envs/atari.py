@@ -57,7 +57,7 @@ def _settings(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     for name in env_kwargs:
         if name not in known:
             raise UserError(
-                f"{spec.id} has no setting {name!r}{suggest(name, known)}. It has {', '.join(sorted(known))}; with "
+                f"{spec.id} has no setting {name!r}{suggest(name, known)} It has {', '.join(sorted(known))}; with "
                 f"{RAW} it is Gymnasium's environment without preprocessing."
             )
     skip = spec.kwargs.get("frameskip")

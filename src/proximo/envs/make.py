@@ -180,14 +180,17 @@ def require_matching_spaces(spaces: Spaces, expected: Spaces) -> None:
         given, policy = getattr(spaces, kind), getattr(expected, kind)
         if given != policy:
             raise UserError(
-                f"the environment's {kind} is {_describe(given)}, but the policy was made for {_describe(policy)}"
+                f"the environment's {kind} is {_describe(given)}, but the policy was trained on "
+                f"{_describe(policy)}. Use an environment with the same spaces, or train a new agent."
             )
 
 
 def _describe(space: Any) -> str:
     """Describe observation leaves or an action."""
     if isinstance(space, tuple):
-        return " and ".join(f"{leaf.kind} {leaf.path or ''}{leaf.n or leaf.shape}" for leaf in space)
+        return " and ".join(
+            f"{leaf.kind} {leaf.path + ' ' if leaf.path else ''}{leaf.n or leaf.shape}" for leaf in space
+        )
     return space.describe()
 
 

@@ -145,9 +145,14 @@ class WorkerVectorEnv(SharedVectorEnv):
     def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
         self._open_arrays()
         self._wait()  # for answers to a command that was interrupted
-        own = arguments(self._slice.indices) if self._slice else None
-        tasks = [(worker, arguments(worker.environments)) for worker in self._workers]
-        messages = [(worker, cloudpickle.dumps(args) if args else None) for worker, args in tasks if args is not None]
+        own: tuple[Any, ...] | None = ()
+        messages: list[tuple[WorkerHandle, bytes | None]] = [(worker, None) for worker in self._workers]
+        if command is not STEP:
+            own = arguments(self._slice.indices) if self._slice else None
+            tasks = [(worker, arguments(worker.environments)) for worker in self._workers]
+            messages = [
+                (worker, cloudpickle.dumps(task) if task else None) for worker, task in tasks if task is not None
+            ]
         self._activity, self._interrupted = command.activity, True
         self._steps += command is STEP
         for worker, message in messages:

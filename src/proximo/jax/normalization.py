@@ -26,8 +26,9 @@ class Moments(NamedTuple):
 def weighted_moments(x: Array, weight: Array, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:
     """Moments of weighted samples over some axes, by default all."""
     count = reduce(jnp.sum(weight))
-    mean = reduce(jnp.sum(weight * x, axis=axis)) / jnp.maximum(count, 1.0)
-    variance = reduce(jnp.sum(weight * (x - mean) ** 2, axis=axis)) / jnp.maximum(count, 1.0)
+    divisor = jnp.maximum(count, 1.0)
+    mean = reduce(jnp.sum(weight * x, axis=axis)) / divisor
+    variance = reduce(jnp.sum(weight * (x - mean) ** 2, axis=axis)) / divisor
     return Moments(count, mean, variance)
 
 

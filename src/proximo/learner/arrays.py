@@ -16,7 +16,7 @@ PER_ENVIRONMENT = ("running_return", "carry")  # reset to zero when the number o
 def require_shape(shape: tuple[int, ...], **arrays: Any) -> None:
     """Raise ValueError unless all arrays have this shape: [T, N, 1] would broadcast silently."""
     for name, array in arrays.items():
-        if tuple(array.shape) != tuple(shape):
+        if array.shape != shape:
             raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}")
 
 
@@ -63,7 +63,7 @@ def unflatten(template: Any, flat: Mapping[str, np.ndarray]) -> Any:
     for name in flat:
         if name not in expected:
             raise UserError(
-                f"the checkpoint contains {name!r}, which this network does not have{suggest(name, expected)}. Use the "
+                f"the checkpoint contains {name!r}, which this network does not have{suggest(name, expected)} Use the "
                 "settings and spaces it was trained with."
             )
     return _unflatten(template, flat, "")

@@ -1,4 +1,4 @@
-"""The learner: networks, optimizer and normalisers behind NumPy arrays.
+"""The learner: networks, optimizer and normalisers, with NumPy inputs and outputs.
 
 `Learner` is what the training loop sees. Each backend derives one class from it, in `proximo.jax.learner` and
 `proximo.torch.learner`, and implements the methods that begin with an underscore at the end of the class.
@@ -234,7 +234,7 @@ class Learner:
         return self._state
 
     def restore(self, snapshot: Any) -> None:
-        """Go back to a snapshot."""
+        """Restore a snapshot."""
         self._state = snapshot
 
     def state(self) -> dict[str, np.ndarray]:

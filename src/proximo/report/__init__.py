@@ -1,1 +1,1 @@
-"""Results to look at after training: plots and videos."""
+"""Outputs of a run: its recorder, plots and videos."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from proximo.errors import UserError
 from proximo.rollout.rollout import Metrics
-from proximo.run.metrics import read_config, read_metrics
+from proximo.run.metrics import read_config, read_metrics, read_resolved
 
 RETURN, LENGTH = "rollout/episode_return_mean", "rollout/episode_length_mean"
 LABELS = {
@@ -30,6 +30,8 @@ LABELS = {
 }
 MAX_LABEL_SETTINGS = 3  # in a legend entry
 GRID_POINTS = 400  # of a mean curve
+
+NEUTRAL_SETTINGS = {"seed", "run_dir", "preset", "engine", "device", "threads"}  # do not set runs apart
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps [B] and values [B]
 
@@ -66,7 +68,11 @@ def plot(
         raise UserError(f"output {output} has an unsupported format. Use a .png, .svg or .pdf file.")
     if isinstance(run_dirs, (str, Path)):
         run_dirs = [run_dirs]
-    runs = [Run(path.name, read_config(path), read_metrics(path)) for path in map(Path, run_dirs)]
+    runs = [
+        Run(path.name, read_config(path) | {"backend": backend} if backend else read_config(path), read_metrics(path))
+        for path in map(Path, run_dirs)
+        for backend in [read_resolved(path).get("backend")]
+    ]
     names = [name for name in metrics or LABELS if any(len(run.curve(name)[0]) for run in runs)]
     folders = ", ".join(map(str, run_dirs))
     if missing := set(metrics or ()) - set(names):
@@ -110,7 +116,7 @@ def plot(
 
 def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs that have the same settings except the seed. Keys are legend labels of the settings that differ."""
-    settings = {name for run in runs for name in run.config} - {"seed", "run_dir"}
+    settings = {name for run in runs for name in run.config} - NEUTRAL_SETTINGS
     differing = [name for name in settings if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
     differing.sort(key=lambda name: (name != "env", name != "backend", name))
     groups: dict[tuple[str, ...], list[Run]] = {}

@@ -61,15 +61,18 @@ class Recorder:
             if interval and self.progress.iteration % interval == 0:
                 self._record_step()
 
-    def finish(self) -> None:
-        """Save the last checkpoint; raise `RunError` if that fails."""
+    def save_last(self) -> None:
+        """Save the last checkpoint."""
         if self.checkpoints:
             self.checkpoints.save()
-            if self.checkpoints.failures:
-                raise RunError(
-                    f"the last checkpoint could not be saved in {self.checkpoints.run_dir}. Free some space and save "
-                    "again."
-                )
+
+    def require_saved(self) -> None:
+        """Raise `RunError` if the last checkpoint could not be saved."""
+        if self.checkpoints and self.checkpoints.failures:
+            raise RunError(
+                f"the last checkpoint could not be saved in {self.checkpoints.run_dir}. Free disk space, then resume "
+                "the run."
+            )
 
     def rescue(self, error: BaseException) -> None:
         """Save what was learned before an error, and a debug bundle after a numerical one."""
@@ -82,7 +85,7 @@ class Recorder:
                 path = debug_bundle.save(self.checkpoints.run_dir, error, self.learner, self.info, self.progress)
                 notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
         except Exception as another:
-            notify_user(f"not everything could be saved: {another}")
+            notify_user(f"the last checkpoint or the debug bundle could not be saved: {another}")
 
     def conclude(self) -> None:
         """Record a last video and plot the curves."""
@@ -139,8 +142,9 @@ def record_run(
         recorder = Recorder(folder, trackers, info, learner, progress, save, record_video)
         try:
             yield recorder
-            recorder.finish()
+            recorder.save_last()
         except BaseException as error:
             recorder.rescue(error)
             raise
+        recorder.require_saved()
     recorder.conclude()

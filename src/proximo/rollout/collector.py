@@ -71,6 +71,7 @@ class Collector:
         inner: Any = envs.unwrapped
         self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
         self._set_log()
+        self.state_is_current = False  # no step since `capture_state`
         self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
         if isinstance(inner, AsyncVectorEnv) and not inner.shared_memory and self.mode is AutoresetMode.NEXT_STEP:
             raise UserError(
@@ -104,6 +105,7 @@ class Collector:
         else:
             name = type(self.envs.unwrapped).__name__
             state = replace(state, reset_reason=f"{name} cannot export the state of its environments")
+        self.state_is_current = True
         return state
 
     def _with_origins(self, state: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
@@ -124,7 +126,7 @@ class Collector:
         """Bring the environments into a captured state.
 
         Returns:
-            Why that failed, or "". After a failure only `reset` helps; after an error in an environment, new ones.
+            Why that failed, or "". After a failure call `reset`; after an exception make new environments.
         """
         if state.reset_reason:
             return state.reset_reason
@@ -183,6 +185,7 @@ class Collector:
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear_final_obs()
+        self.state_is_current = False
         actions: list[np.ndarray] = []
         self._store_observation(rollout, 0)
         for t in range(rollout.num_steps):

@@ -1,7 +1,8 @@
 """The arrays of one rollout.
 
-T is steps per environment, N environments, B = T × N rows. Arrays are time-major [T, N]. A rollout holds facts of the
-environment only; network outputs such as values and log-probabilities are recomputed when an update begins.
+T is steps per environment, N environments, B = T × N rows. Arrays are time-major [T, N]. A rollout holds data of the
+environments and the sampled actions only; network outputs such as values and log-probabilities are recomputed when an
+update begins.
 """
 
 from __future__ import annotations

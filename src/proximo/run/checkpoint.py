@@ -26,7 +26,8 @@ from proximo.spaces.spaces import Spaces
 
 CUSTOM_NETWORK = "own"  # value of "network" in the manifest, besides "built-in"
 REQUIRED_FIELDS = {
-    "config": dict, "spaces": dict, "network": str, "backend": str, "progress": dict, "versions": dict,
+    "config": dict, "resolved": dict, "spaces": dict, "network": str, "backend": str, "progress": dict,
+    "versions": dict,
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
 NETWORK_SETTINGS = {"architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"}
@@ -89,6 +90,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name, kind in REQUIRED_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
             raise CorruptCheckpoint(folder, f'the manifest has no valid field "{name}"')
+    if not isinstance(manifest["resolved"].get("network"), dict | None):
+        raise CorruptCheckpoint(folder, 'the manifest has no valid field "network" in "resolved"')
     try:
         progress = Progress.from_document(manifest["progress"], arrays)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -105,7 +108,7 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
     """
     unspecified = {name for name in NETWORK_SETTINGS & changes.keys() if changes[name] in ("auto", None)}
     changes = {name: value for name, value in changes.items() if name not in unspecified}
-    resolved = (manifest.get("resolved") or {}).get("network") or {}
+    resolved = manifest["resolved"].get("network") or {}
     for name in NETWORK_SETTINGS & changes.keys():
         trained, given = resolved.get(name, manifest["config"].get(name)), changes[name]
         if given != (tuple(trained) if isinstance(trained, list) else trained):
@@ -167,15 +170,20 @@ def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
     if all(config[name] in ("constant", "adaptive") for name in ("lr_schedule", "clip_schedule", "ent_schedule")):
         relevant.discard("total_timesteps")  # only the other schedules depend on it
 
+    resolved = json.loads(json.dumps(info.resolved._asdict()))
+    if manifest["resolved"].get("network") and resolved["network"]:
+        relevant -= resolved["network"].keys()  # what was built is compared instead of what was requested
+
     def conditions(env_id: str | None, resolved: dict, config: dict, versions: dict) -> dict[str, Any]:
         return {
             "env": env_id or "an environment without an id",
             **{name: resolved[name] for name in RESOLVED if resolved.get(name) is not None},
             **{name: config[name] for name in sorted(relevant & config.keys())},
+            **((resolved.get("network") or {}) if "architecture" not in relevant else {}),
             **{name: versions[name] for name in sorted(versions.keys() - {"platform", "cores"})},
         }
 
-    old = conditions(manifest["env"], manifest.get("resolved") or {}, manifest["config"], manifest["versions"])
-    new = conditions(info.env_id, info.resolved._asdict(), config, collect_versions())
+    old = conditions(manifest["env"], manifest["resolved"], manifest["config"], manifest["versions"])
+    new = conditions(info.env_id, resolved, config, collect_versions())
     common = [name for name in old if name in new]
     return [f"{name} changed from {old[name]} to {new[name]}" for name in common if old[name] != new[name]]

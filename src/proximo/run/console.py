@@ -34,7 +34,7 @@ class Console:
         self._line = (
             f"{step:>11,} / {self._total:,} steps  {min(100 * step / self._total, 100):5.1f} %  "
             f"{f'{speed:,.0f}' if speed else '?':>8} steps/s  {remaining} left  "
-            f"mean return {'none yet' if mean is None else f'{mean:.1f}'}"
+            f"mean return {'–' if mean is None else f'{mean:.1f}'}"
         )
         if self._is_terminal:
             self._print("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])

@@ -66,8 +66,8 @@ def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -
     config = manifest.get("config") or {}
     if "environment" in manifest:
         return (
-            f"environment {manifest['environment']} returned a {manifest['quantity']} that is NaN or infinite; "
-            "no update used it"
+            f"NaN or infinity in the {manifest['quantity']} of environment {manifest['environment']}. Fix the "
+            "environment, or wrap it so that it ends the episode instead"
         )
     reward = arrays.get("rollout/reward", np.zeros(1))
     if max_magnitude(reward) > (LARGE_IF_NORMALIZED if config.get("normalize_reward") else LARGE):

@@ -117,8 +117,8 @@ def require_empty(run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} is a file. Choose another `run_dir`.")
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        resume = f" Resume it with: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else ""
-        raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`, or delete it.{resume}")
+        resume = f", or resume its run: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else "."
+        raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`, delete the folder{resume}")
 
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:

@@ -87,6 +87,15 @@ def read_last_metrics(run_dir: str | Path) -> Metrics | None:
     return json.loads(lines[-1]) if lines else None
 
 
+def read_resolved(run_dir: str | Path) -> dict[str, Any]:
+    """The choices of a run on its machine, from versions.json; empty where it has none."""
+    with suppress(OSError, ValueError, RecursionError):
+        versions = json.loads((Path(run_dir) / VERSIONS).read_text("utf-8"))
+        if isinstance(versions, dict) and isinstance(versions.get("resolved"), dict):
+            return versions["resolved"]
+    return {}
+
+
 def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Settings of a run, with its environment as `env`; raise `UserError` if the folder has no valid settings file."""
     try:

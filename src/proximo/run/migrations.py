@@ -45,10 +45,12 @@ def _separate_resolved(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Ar
     config, action = dict(manifest["config"]), dict(manifest["spaces"]["action"])
     action["kind"] = {"Discrete": "categorical", "Box": "gaussian"}[action["kind"]]
     resolved = {name: config.get(name) for name in ("backend", "device", "threads")}
+    # Schema 2 stored choices as settings. The engine stays, because another may not restore the simulator state.
+    engine = "auto" if config.get("engine") == "async" else config.get("engine", "auto")
     changed = {
         "schema": 3,
         "preset": None,
-        "config": {**config, "engine": "auto", "device": "auto", "threads": None},  # chosen, not requested
+        "config": {**config, "engine": engine, "device": "auto", "threads": None},
         "resolved": {**resolved, "engine": config.get("engine"), "compiled": manifest["compiled"], "network": None},
         "spaces": {**manifest["spaces"], "action": [{**action, "path": ""}]},
         "progress": {**progress, "env_state": document},

@@ -106,7 +106,7 @@ class GaussianHead:
     @property
     def size(self) -> int:
         """D, the number of action dimensions."""
-        return math.prod(self.shape)
+        return len(self.low)
 
     noise_size = std_size = size  # noise values and standard deviations per sample
 

@@ -78,7 +78,7 @@ class Spaces:
                 value = value[key]
             array = np.asarray(value)
             if array.shape[array.ndim - len(leaf.shape) :] != leaf.shape or array.dtype == object:
-                raise UserError(f"{leaf.name} has shape {array.shape}, expected one ending in {leaf.shape}")
+                raise UserError(f"{leaf.name} has shape {array.shape}; expected {leaf.shape}, or a batch of them.")
             yield leaf.path, array
 
     def read_batch(self, observation: Any) -> tuple[Obs, bool]:

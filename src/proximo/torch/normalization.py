@@ -26,8 +26,9 @@ class Moments(NamedTuple):
 def weighted_moments(x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:
     """Moments of weighted samples over some axes, by default all."""
     count = reduce(torch.sum(weight))
-    mean = reduce(torch.sum(weight * x, dim=axis)) / torch.clip(count, min=1.0)
-    variance = reduce(torch.sum(weight * (x - mean) ** 2, dim=axis)) / torch.clip(count, min=1.0)
+    divisor = torch.clip(count, min=1.0)
+    mean = reduce(torch.sum(weight * x, dim=axis)) / divisor
+    variance = reduce(torch.sum(weight * (x - mean) ** 2, dim=axis)) / divisor
     return Moments(count, mean, variance)
 
 

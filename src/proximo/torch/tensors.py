@@ -38,7 +38,7 @@ def tree_cat(trees: list[Any]) -> Any:
 
 
 def to_tensor(array: np.ndarray | Tensor) -> Tensor:
-    """A copy, because rollout arrays are reused; but images, which are large, are shared, and tensors returned."""
+    """Copy an array, because rollout arrays are reused; share images, which are large; return tensors unchanged."""
     if isinstance(array, Tensor):
         return array
     is_image = array.dtype == np.uint8 and array.flags.writeable

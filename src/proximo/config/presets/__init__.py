@@ -24,7 +24,7 @@ def load(name: str) -> dict[str, Any]:
     """Return a preset: `settings`, `source` and, if it has been benchmarked, `measured`."""
     files = _files()
     if name not in files:
-        hint = suggest(name, files) or "."
+        hint = suggest(name, files)
         raise UserError(f"no preset {name!r}{hint} Available presets: {', '.join(sorted(files))}.")
     preset = yaml.safe_load(files[name].read_text("utf-8"))
     if "same_as" in preset:  # an older version of an environment
