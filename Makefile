@@ -39,16 +39,16 @@ results: $(VENV)/dev
 	$(BIN)/python benchmarks/report.py --write
 
 # Speed, memory and time to solve beside other libraries, into benchmarks/RESULTS.md. Each of them is installed into
-# .venv-peers. Hours on two cores; `make bench ARGS=--resume` goes on where it was, ARGS="--cases …" does a part.
+# .venv-peers. Takes hours on two cores; `make bench ARGS=--resume` continues, ARGS="--cases …" runs a part.
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 	$(BIN)/python benchmarks/results_page.py
 
-# Twenty minutes in which a run is killed and resumed, beside one that is left alone; ARGS="--minutes 5" for less.
+# Kill and resume a run for 20 minutes and compare it with an uninterrupted run; ARGS="--minutes 5" for less.
 soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py $(ARGS)
 
-# Hostile and broken files, a hundred times as many as the tests try.
+# Fuzz the file loaders with 100 times as many examples as `make test`.
 fuzz: $(VENV)/dev
 	PROXIMO_FUZZ=15000 $(BIN)/pytest -q tests/run/test_reliability.py -k "any_"
 

@@ -6,8 +6,9 @@
     python benchmarks/cleanrl.py --cleanrl cleanrl --python .venv-cleanrl/bin/python [--seeds 3] [--work DIR]
 
 Both sides run `ppo.py` on CartPole-v1 and `ppo_continuous_action.py` on HalfCheetah-v4 with CleanRL's defaults.
-CleanRL keeps normalisers per environment and treats a time limit as a termination; docs/algorithm.md lists what else
-differs. A curve is the mean over seeds of the last 100 training episodes' mean return, with one standard deviation.
+CleanRL keeps normalisers per environment and treats a time limit as a termination; docs/explanation/differences.md
+lists all differences. A curve is the mean over seeds of the last 100 training episodes' mean return, with one standard
+deviation.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from proximo.report.plot import mean_curve
 from proximo.run.metrics import read_metrics
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 HERE = Path(__file__).parent
 RETURN = "rollout/episode_return_mean"
@@ -55,9 +56,7 @@ def ours(env: str, seed: int, folder: Path) -> Curve:
         command = [sys.executable, "-m", "proximo", "train", env, "--seed", str(seed), "--quiet"]
         subprocess.run([*command, *CASES[env][1], "--run-dir", str(run_dir)], check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
-    return np.array([row["global_step"] for row in rows], float), np.array(
-        [row[RETURN] for row in rows], float
-    )
+    return np.array([row["global_step"] for row in rows], float), np.array([row[RETURN] for row in rows], float)
 
 
 def theirs(env: str, seed: int, folder: Path, checkout: Path, python: str) -> Curve:
@@ -84,13 +83,9 @@ def theirs(env: str, seed: int, folder: Path, checkout: Path, python: str) -> Cu
 
 def main() -> None:
     """Run what is missing, write the result and draw the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cleanrl", type=Path, required=True, help="checkout of CleanRL")
-    parser.add_argument(
-        "--python", required=True, help="interpreter of the environment with CleanRL's packages"
-    )
+    parser.add_argument("--python", required=True, help="interpreter of the environment with CleanRL's packages")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", help="folder that keeps the runs; a temporary one by default")
@@ -109,13 +104,11 @@ def main() -> None:
                 curves.setdefault((env, "CleanRL"), []).append(other)
         results = {key: [job.result() for job in jobs] for key, jobs in curves.items()}
 
-    summary = {
-        f"{env}, {who}": [float(returns[-1]) for _, returns in found] for (env, who), found in results.items()
-    }
+    summary = {f"{env}, {who}": [float(returns[-1]) for _, returns in found] for (env, who), found in results.items()}
     document = {
         "command": f"python benchmarks/cleanrl.py --cleanrl … --python … --seeds {options.seeds}",
         "commit": commit.stdout.strip(),
-        "versions": versions(),
+        "versions": collect_versions(),
         "return_last_100_episodes": summary,
     }
     (HERE / "results" / "cleanrl.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -34,7 +34,7 @@ from synthetic import loops_in
 
 from proximo.machine import cores
 from proximo.run.metrics import read_metrics
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -234,9 +234,7 @@ def measured(command: list[str], timeout: float, folder: Path = HERE, **environm
     ):
         began = time.monotonic()
         own = {"BENCH_BEGAN": repr(began), "TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch", **environment}
-        variables = {
-            name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
-        } | own
+        variables = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | own
         process = subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=errors, env=variables, start_new_session=True
         )
@@ -342,9 +340,7 @@ def choose(peer: str, vecs: list[str], flags: list[str], options: argparse.Names
         except Failed as error:
             trial["error"] = str(error)
         trials.append(trial)
-        print(
-            f"  {peer} {vec}, {threads} threads: {trial.get('steps_per_second', 0):,.0f} steps/s", flush=True
-        )
+        print(f"  {peer} {vec}, {threads} threads: {trial.get('steps_per_second', 0):,.0f} steps/s", flush=True)
     done = [trial for trial in trials if "steps_per_second" in trial]
     if not done:
         raise Failed(trials[0]["error"])
@@ -446,16 +442,9 @@ def seeds(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     total = str(steps * (warmup + iterations))
     runs: list[dict[str, Any]] = []
     for number in range(options.pairs):
-        for side, which in (
-            ("seeds", ["--seeds", f"0-{count - 1}"]),
-            ("one", ["--seed", "0", "--engine", "workers"]),
-        ):
+        for side, which in (("seeds", ["--seeds", f"0-{count - 1}"]), ("one", ["--seed", "0", "--engine", "workers"])):
             arguments = ["train", case["env"], *flags, "--total-timesteps", total, *which, "--quiet"]
-            run: dict[str, Any] = {
-                "side": side,
-                "round": number,
-                "command": " ".join(["proximo", *arguments]),
-            }
+            run: dict[str, Any] = {"side": side, "round": number, "command": " ".join(["proximo", *arguments])}
             with tempfile.TemporaryDirectory() as folder:
                 run_dir = Path(folder) / "run"
                 command = [sys.executable, "-m", "proximo", *arguments, "--run-dir", str(run_dir)]
@@ -515,13 +504,9 @@ def ratio(
 ) -> dict[str, Any] | None:
     """Our side divided by another, round by round (or the other way, where less is better); None without a pair."""
     values = {
-        (run["side"], run["round"]): run[of]
-        for run in runs
-        if run.get(of) and (run.get("solved") or not inverse)
+        (run["side"], run["round"]): run[of] for run in runs if run.get(of) and (run.get("solved") or not inverse)
     }
-    rounds = sorted(
-        {number for side, number in values if (ours, number) in values and (other, number) in values}
-    )
+    rounds = sorted({number for side, number in values if (ours, number) in values and (other, number) in values})
     each = [values[ours, number] / values[other, number] for number in rounds]
     if not each:
         return None
@@ -558,13 +543,9 @@ def growth(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         done = [run for run in runs if run["value"] == value and "error" not in run]
         if done:
             middle = {
-                name: statistics.median(run[name] for run in done)
-                for name in ("steps_per_second", "peak_memory_mb")
+                name: statistics.median(run[name] for run in done) for name in ("steps_per_second", "peak_memory_mb")
             }
-            shares = {
-                name: statistics.median(run["fractions"][name] for run in done)
-                for name in done[0]["fractions"]
-            }
+            shares = {name: statistics.median(run["fractions"][name] for run in done) for name in done[0]["fractions"]}
             points.append({"value": value, **middle, "fractions": shares})
     return {"runs": runs, "points": points}
 
@@ -645,15 +626,11 @@ def commit() -> str:
 
 def main() -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--pairs", type=int, default=5, help="rounds of every case")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round of two iterations: does it run at all?"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round of two iterations: does it run at all?")
     parser.add_argument("--resume", action="store_true", help="skip cases whose result is there")
     parser.add_argument("--peers-dir", type=Path, default=ROOT / ".venv-peers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
@@ -678,7 +655,7 @@ def main() -> None:
             "command": " ".join(["python benchmarks/compare.py --cases", name, "--pairs", str(options.pairs)])
             + " --quick" * options.quick,
             "commit": commit(),
-            "versions": versions(),
+            "versions": collect_versions(),
             "load_before": list(load),
             "names": {side: label for side, (label, _) in OURS.items()}
             | {

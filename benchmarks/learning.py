@@ -24,7 +24,7 @@ import numpy as np
 
 from proximo.evaluate import bootstrap_interval
 from proximo.run.metrics import read_metrics
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 RESULTS = Path(__file__).parent / "results"
 RETURN = "rollout/episode_return_mean"
@@ -36,32 +36,12 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
     run_dir = folder / f"{backend}-{seed}"
     done = run_dir / "learning_curve.png"  # the last thing that a run writes
     command = ["proximo", "train", env, "--backend", backend, "--seed", str(seed), *flags]
-    module = [
-        sys.executable,
-        "-m",
-        *command,
-        "--quiet",
-        "--run-dir",
-        str(run_dir),
-        "--checkpoint-interval",
-        "0",
-    ]
+    module = [sys.executable, "-m", *command, "--quiet", "--run-dir", str(run_dir), "--checkpoint-interval", "0"]
     if not done.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
         subprocess.run(module, check=True, env=ONE_THREAD)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
-    evaluate = [
-        sys.executable,
-        "-m",
-        "proximo",
-        "evaluate",
-        str(run_dir),
-        "--env",
-        env,
-        "--episodes",
-        "20",
-        "--json",
-    ]
+    evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--env", env, "--episodes", "20", "--json"]
     said = subprocess.run(evaluate, check=True, capture_output=True, text=True, env=ONE_THREAD).stdout
     best = max(rows, key=lambda row: row[RETURN])
     print(f"{backend} seed {seed}: {rows[-1][RETURN]:.1f}", flush=True)
@@ -87,9 +67,7 @@ def difference_interval(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 def main() -> None:
     """Run all seeds and write the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("env")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
@@ -153,7 +131,7 @@ def document(env: str, command: str, commit: str, runs: list[dict]) -> dict:
         "env": env,
         "command": command,
         "commit": commit,
-        "versions": versions(),
+        "versions": collect_versions(),
         "summary": summary,
         "runs": sorted(runs, key=lambda r: (r["backend"], r["seed"])),
     }

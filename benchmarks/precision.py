@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from learning import RESULTS, difference_interval, run
 
-from proximo.run.versions import versions
+from proximo.run.versions import collect_versions
 
 ENV = "synthetic:Catch-v0"
 PRECISIONS = ("float32", "bfloat16")
@@ -30,9 +30,7 @@ FLAGS = {
 
 def main() -> None:
     """Run all, print and keep the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
@@ -67,7 +65,7 @@ def main() -> None:
         "env": ENV,
         "command": f"python precision.py --seeds {options.seeds} --steps {options.steps}",
         "commit": commit.stdout.strip(),
-        "versions": versions(),
+        "versions": collect_versions(),
         "summary": summary,
         "runs": [{**one, "precision": side[1]} for side, made in runs.items() for one in made],
     }

@@ -24,7 +24,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--precision", default="float32")
     parser.add_argument(
-        "--engine", default="auto", help="auto, sync, workers, async, native or another that it knows"
+        "--engine", default="auto", help="an engine of Proximo; with --envs-only also async, Gymnasium's AsyncVectorEnv"
     )
     return parser
 
@@ -45,9 +45,9 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def engine(options: argparse.Namespace) -> str:
     """What a run of a million steps would choose: the measured ones are only so short to be measured."""
-    from proximo.envs.make import engine_for
+    from proximo.envs.make import resolve_engine
 
-    return engine_for(options.env, options.num_envs, options.engine, options.env_kwargs, 1_000_000)
+    return resolve_engine(options.env, options.num_envs, options.engine, options.env_kwargs, 1_000_000)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -70,30 +70,31 @@ def train(options: argparse.Namespace) -> None:
             rows.append(metrics)
         stages["the first rollout and update"] = ticks[0][0] - common.BEGAN
         returns = [episode.episode_return for episode in agent.progress.episodes]
-        kind = type(agent._envs.unwrapped).__name__
+        kind = type(agent.envs.open(agent.config).unwrapped).__name__
         report = partial(common.report, options, ticks, returns, packages(), vec=kind, engine=options.engine)
         report(backend=options.backend, stages=stages, fractions=fractions(rows[options.warmup :]))
 
 
 def fractions(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What the counted iterations spent their time on, as medians of their shares."""
-    names = {
-        "environments": "time/fraction_env",
-        "acting": "time/fraction_act",
-        "learning": "time/fraction_update",
-    }
+    names = {"environments": "time/fraction_env", "acting": "time/fraction_act", "learning": "time/fraction_update"}
     return {name: statistics.median(row[key] for row in rows) for name, key in names.items()} if rows else {}
 
 
 def step_only(options: argparse.Namespace) -> None:
     """Step the same environments through as many steps, with actions of the action space drawn beforehand."""
+    import gymnasium as gym
     import numpy as np
-    from gymnasium.vector import AutoresetMode
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
     from proximo.envs.make import make_envs
 
     options.engine = engine(options)
-    envs = make_envs(options.env, options.num_envs, options.engine, options.env_kwargs)
+    if options.engine == "async":
+        factories = [partial(gym.make, options.env, **options.env_kwargs)] * options.num_envs
+        envs = AsyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED, context="spawn")
+    else:
+        envs = make_envs(options.env, options.num_envs, options.engine, options.env_kwargs)
     envs.action_space.seed(options.seed)
     actions = [envs.action_space.sample() for _ in range(256)]
     masked = envs.metadata["autoreset_mode"] is AutoresetMode.DISABLED

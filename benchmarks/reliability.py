@@ -34,7 +34,7 @@ SIDES = ("plain", "checkpoints", "unchecked")
 def one(side: str, iterations: int) -> dict[str, float]:
     """Steps per second of a run in this process, less its first iterations, and what share of it being safe takes."""
     from proximo.envs.env_slice import EnvSlice
-    from proximo.learner import arrays as trees
+    from proximo.learner import learner
     from proximo.ppo import PPO
     from proximo.rollout import collector
     from proximo.rollout.rollout import Rollout
@@ -45,14 +45,14 @@ def one(side: str, iterations: int) -> dict[str, float]:
         CheckpointManager.after_iteration = timed(CheckpointManager.after_iteration, spent, SHARES[0])
         Rollout.check_finite = timed(Rollout.check_finite, spent, SHARES[1])
         collector.Collector.capture_state = timed(collector.Collector.capture_state, spent, SHARES[1])
-        trees.require_finite = timed(trees.require_finite, spent, SHARES[1])
+        learner.require_finite = timed(learner.require_finite, spent, SHARES[1])
 
     if side == "unchecked":
         Rollout.check_finite = lambda self: None
         collector.Collector.capture_state = lambda self: None
         collector.state_adapters = lambda envs: (None, None)
-        EnvSlice._remember = lambda self, *what, **how: None
-        trees.require_finite = lambda metrics, sound: None
+        EnvSlice._record_origin = lambda self, *what, **how: None
+        learner.require_finite = lambda metrics, sound: None
     moments, before = {}, {}
     with tempfile.TemporaryDirectory() as folder, PPO(
         "HalfCheetah-v5", preset=None, num_envs=8, num_steps=256, minibatch_size=64, normalize_observation=True,
@@ -87,9 +87,7 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 
 def main() -> None:
     """Run it, print the ratios and keep them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -111,19 +109,11 @@ def main() -> None:
     found = {}
     for what, (safe, bare) in RATIOS.items():
         ratios = np.array(speeds[safe]) / np.array(speeds[bare])
-        found[what] = {
-            "median": float(np.median(ratios)),
-            "low": float(ratios.min()),
-            "high": float(ratios.max()),
-        }
-        print(
-            f"{what}: {np.median(ratios):.3f} of the speed without ({ratios.min():.3f} to {ratios.max():.3f})"
-        )
+        found[what] = {"median": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max())}
+        print(f"{what}: {np.median(ratios):.3f} of the speed without ({ratios.min():.3f} to {ratios.max():.3f})")
     for name in SHARES:
         each = np.array([share[name] for share in shares])
-        print(
-            f"{name}: {100 * np.median(each):.2f} % of the time ({100 * each.min():.2f} to {100 * each.max():.2f})"
-        )
+        print(f"{name}: {100 * np.median(each):.2f} % of the time ({100 * each.min():.2f} to {100 * each.max():.2f})")
     RESULT.write_text(json.dumps({"speeds": speeds, "ratios": found, "shares": shares}, indent=2) + "\n")
 
 

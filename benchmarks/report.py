@@ -1,9 +1,10 @@
-"""Carry benchmarks/results into the pages and presets that quote them.
+"""Copy benchmarks/results into the pages and presets that quote them.
 
-    python benchmarks/report.py          # say what would change; exits with 1 if anything would
+    python benchmarks/report.py          # list the files that would change; exit status 1 if there are any
     python benchmarks/report.py --write
 
-README.md and docs/results.md hold the table between two comments; a preset holds its means under `measured`.
+README.md and docs/explanation/results.md hold the table between two comments; a preset holds its means under
+`measured`.
 """
 
 from __future__ import annotations
@@ -17,70 +18,71 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = ROOT / "src" / "proximo" / "config" / "presets"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+# Pages with the table, and whether it lists the return of every seed.
+PAGES = {ROOT / "README.md": False, ROOT / "docs" / "explanation" / "results.md": True}
 BEGIN, END = "<!-- results: benchmarks/report.py -->", "<!-- end of results -->"
 NAMES = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """What was measured with each preset, by environment."""
+    """Return the results of each preset, by environment."""
     found = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     return {name: result for name, result in found.items() if "summary" in result}
 
 
 def digits(value: float) -> str:
-    """Four figures or so, as a return is read."""
+    """Format a return with about four digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def table() -> str:
-    """Environment, steps, backend, mean ± deviation over seeds, every seed, deterministic evaluation."""
-    lines = [
-        "| environment | steps | backend | return | every seed | evaluated |",
-        "|---|---:|---|---:|---|---:|",
-    ]
+def table(every_seed: bool) -> str:
+    """Environment, steps, backend, mean ± standard deviation over seeds, each seed, deterministic evaluation."""
+    rows = [["environment", "steps", "backend", "return", "every seed", "evaluated"]]
+    rows.append(["---", "---:", "---", "---:", "---", "---:"])
     for name, result in results().items():
         for backend in NAMES:
             runs = [run for run in result["runs"] if run["backend"] == backend]
             if not runs:
                 continue
-            of = result["summary"][backend]
+            summary = result["summary"][backend]
             steps = f"{round(runs[0]['steps'] / 1000):,} k"
             evaluated = sum(run["evaluation"]["return_mean"] for run in runs) / len(runs)
-            seeds = ", ".join(map(digits, of["seeds"]))
-            mean = f"{digits(of['mean'])} ± {digits(of['std'])}"
-            lines.append(f"| {name} | {steps} | {NAMES[backend]} | {mean} | {seeds} | {digits(evaluated)} |")
-    return "\n".join(lines)
+            seeds = ", ".join(map(digits, summary["seeds"]))
+            mean = f"{digits(summary['mean'])} ± {digits(summary['std'])}"
+            rows.append([name, steps, NAMES[backend], mean, seeds, digits(evaluated)])
+    if not every_seed:
+        rows = [[*row[:4], row[5]] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def page(text: str) -> str:
-    """A page with the table as it is now.
+def page(text: str, every_seed: bool) -> str:
+    """Return a page with the current table.
 
     Raises:
-        ValueError: the page lacks the comments that it stands between.
+        ValueError: the page lacks the two comments around the table.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"a page must hold {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{table(every_seed)}\n\n{END}{after}"
 
 
 def preset(text: str, summary: dict[str, Any]) -> str:
-    """A preset with its means as they are now, at its end."""
-    kept = text.partition("measured:\n")[0]
+    """Return a preset with its current means at the end."""
+    settings = text.partition("measured:\n")[0]
     lines = ["measured:"]
     for backend in NAMES:
         if backend in summary:
-            of = summary[backend]
-            figures = f"mean: {of['mean']:.2f}, std: {of['std']:.2f}, seeds: {len(of['seeds'])}"
+            result = summary[backend]
+            figures = f"mean: {result['mean']:.2f}, std: {result['std']:.2f}, seeds: {len(result['seeds'])}"
             lines.append(f"  {backend}: {{{figures}}}")
-    return kept + "\n".join(lines) + "\n"
+    return settings + "\n".join(lines) + "\n"
 
 
 def wanted() -> dict[Path, str]:
-    """Every file that quotes results, as it should be."""
-    files = {path: page(path.read_text("utf-8")) for path in PAGES}
+    """Return the expected text of every file that quotes results."""
+    files = {path: page(path.read_text("utf-8"), every_seed) for path, every_seed in PAGES.items()}
     for name, result in results().items():
         path = PRESETS / f"{name}.yaml"
         if path.exists():
@@ -89,10 +91,8 @@ def wanted() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Compare or write; 1 where something differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Compare or write; return 1 if something differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     stale = {path: text for path, text in wanted().items() if path.read_text("utf-8") != text}

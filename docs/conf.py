@@ -1,12 +1,16 @@
-"""Sphinx's configuration: pages in Markdown, and tables of settings that come from the code."""
+"""Sphinx configuration: Markdown pages, and tables generated from the code."""
+
+import argparse
+import importlib
+import inspect
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from proximo.cli import build_parser
 from proximo.config.names import ALIASES
-from proximo.config.settings import FIELDS
-from proximo.config.values import expected
+from proximo.config.settings import SETTINGS
 from proximo.version import __version__
 
 project = "Proximo"
@@ -21,43 +25,101 @@ html_copy_source = False
 html_show_copyright = False
 
 
-class Settings(SphinxDirective):
-    """Makes `{settings} GROUP` a table of that group's settings, and `{settings} aliases` one of other names."""
+class Generated(SphinxDirective):
+    """Base of directives that insert a Markdown table; the page's own parser reads it."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Write the table as Markdown, which the page's own parser reads."""
-        (what,) = self.arguments
-        return self.parse_text_to_nodes(aliases() if what == "aliases" else settings(what))
+        """Return the parsed table."""
+        return self.parse_text_to_nodes(self.table(self.arguments[0]))
+
+    def table(self, argument: str) -> str:
+        """Return the table as Markdown."""
+        raise NotImplementedError
+
+
+class Settings(Generated):
+    """`{settings} GROUP` is a table of that group's settings, `{settings} aliases` one of alternative names."""
+
+    def table(self, argument: str) -> str:
+        """Return the table of a group or of the aliases."""
+        return aliases() if argument == "aliases" else settings(argument)
+
+
+class Options(Generated):
+    """`{options} COMMAND` is a table of that command's options, without the settings."""
+
+    def table(self, argument: str) -> str:
+        """Return the table of a command."""
+        return options(argument)
+
+
+class Members(Generated):
+    """`{members} MODULE.CLASS` is a table of a class's public methods and properties."""
+
+    def table(self, argument: str) -> str:
+        """Return the table of a class."""
+        return members(argument)
 
 
 def settings(group: str) -> str:
-    """Every setting of a group: name, meaning, default, what it accepts, source."""
-    fields = [field for field in FIELDS.values() if field.metadata["group"] == group]
-    if not fields:
-        raise ValueError(f"there is no group of settings named {group!r}")
+    """Every setting of a group: name, meaning, default, accepted values, source."""
     rows = [
-        (f"`{field.name}`", rule["meaning"], f"`{default_of(field)}`", expected(field), rule["source"] or "–")
-        for field in fields
-        for rule in [field.metadata]
+        (f"`{name}`", setting.meaning, f"`{str(setting.default).lower()}`", setting.expected, setting.source or "–")
+        for name, setting in SETTINGS.items()
+        if setting.group == group
     ]
+    if not rows:
+        raise ValueError(f"there is no group of settings named {group!r}")
     return table(("setting", "meaning", "default", "accepts", "source"), rows)
 
 
 def aliases() -> str:
-    """Other libraries' names of settings."""
+    """Names of settings in other libraries."""
     names: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():
         names.setdefault(name, []).append(f"`{alias}`")
     rows = [(f"`{name}`", ", ".join(others)) for name, others in names.items()]
-    return table(("setting", "also taken as"), rows)
+    return table(("setting", "also accepted"), rows)
 
 
-def default_of(field) -> str:
-    """A default as the command line takes it."""
-    default = field.default_factory() if field.metadata["kind"] == "mapping" else field.default
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+def options(command: str) -> str:
+    """Arguments and options of a command; settings are left out."""
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    rows = []
+    for action in subparsers.choices[command]._actions:
+        if action.help in (None, argparse.SUPPRESS) or action.dest == "help":
+            continue
+        if command == "train" and action.dest in SETTINGS:
+            continue
+        value = action.metavar or ("|".join(action.choices) if action.choices else action.dest.upper())
+        takes_value = action.nargs != 0
+        names = action.option_strings or [str(value)]
+        shown = ", ".join(f"`{name} {value}`" if takes_value and name[0] == "-" else f"`{name}`" for name in names)
+        rows.append((shown, str(action.help).replace("%%", "%")))
+    return table(("argument", "meaning"), rows)
+
+
+def members(path: str) -> str:
+    """Public methods and properties of a class with the first sentence of their docstrings."""
+    module, _, name = path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    rows = []
+    for attribute, value in vars(cls).items():
+        function = value.__func__ if isinstance(value, classmethod) else value
+        if attribute.startswith("_") or not (inspect.isfunction(function) or isinstance(value, property)):
+            continue
+        summary = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+        rows.append((f"`{attribute}{signature(function) if callable(function) else ''}`", summary))
+    return table((f"`{name}`", "meaning"), rows)
+
+
+def signature(function) -> str:
+    """A signature without annotations and without `self` or `cls`."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    shown = inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
+    return "(…)" if len(str(shown)) > 90 else str(shown)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -67,17 +129,18 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 STYLE = """<style>
-code.literal { white-space: nowrap }  /* a flag has hyphens, at which no line should break */
+code.literal { white-space: nowrap }  /* do not break a flag at its hyphens */
 @media (min-width: 110em) { .content { width: 60em !important } }  /* formulas in blocks are wide */
 </style>"""
 
 
 def add_style(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
-    """Put what differs from the theme's style into a page's head."""
+    """Add the differences from the theme's style to a page's head."""
     context["metatags"] = context.get("metatags", "") + STYLE
 
 
 def setup(app: Sphinx) -> None:
-    """Declare what this file adds to Sphinx."""
-    app.add_directive("settings", Settings)
+    """Register the directives and the style."""
+    for directive in (Settings, Options, Members):
+        app.add_directive(directive.__name__.lower(), directive)
     app.connect("html-page-context", add_style)

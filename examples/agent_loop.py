@@ -1,19 +1,16 @@
-"""An agent inside a loop of your own: it needs spaces or plain dimensions, and no environment.
+"""Train with `Agent` in a custom loop. The agent needs spaces or plain dimensions, but no environment.
 
 python examples/agent_loop.py
 """
 
 import gymnasium as gym
 
-from proximo.agent import Agent
-from proximo.ppo import evaluate_random
+from proximo import Agent, evaluate_random
 
 STEPS = 40_000
 
 env = gym.make("CartPole-v1")
-agent = Agent(
-    4, 2, seed=0, total_timesteps=STEPS, num_steps=256, minibatch_size=64, learning_rate=1e-3, gamma=0.98
-)
+agent = Agent(4, 2, seed=0, total_timesteps=STEPS, num_steps=256, minibatch_size=64, learning_rate=1e-3, gamma=0.98)
 returns, episode_return = [], 0.0
 obs, _ = env.reset(seed=0)
 for _ in range(STEPS):

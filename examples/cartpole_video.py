@@ -1,13 +1,13 @@
-"""Train on CartPole-v1, film the policy on the way, and compare it with random actions.
+"""Train on CartPole-v1, record videos during training, and compare the policy with random actions.
 
     python examples/cartpole_video.py [RUN_DIR]
 
-Needs `pip install 'proximo[video]'`. Leaves runs/cartpole-video with curves, checkpoints and videos.
+Needs `pip install 'proximo[video]'`. Writes curves, checkpoints and videos to runs/cartpole-video.
 """
 
 import sys
 
-from proximo.ppo import PPO, evaluate_random
+from proximo import PPO, evaluate_random
 
 run_dir = sys.argv[1] if len(sys.argv) > 1 else "runs/cartpole-video"
 

@@ -1,4 +1,4 @@
-"""An environment of your own: a point on a line that is to be pushed to the middle and held there.
+"""Train on a custom environment: push a point on a line to the middle and hold it there.
 
 python examples/custom_environment.py
 """
@@ -6,30 +6,30 @@ python examples/custom_environment.py
 import gymnasium as gym
 import numpy as np
 
-from proximo.ppo import PPO, evaluate_random
+from proximo import PPO, evaluate_random
 
 
 class Line(gym.Env):
-    """Observation: position and speed. Action: a push in [-1, 1]. Reward: minus the distance. 100 steps."""
+    """Observation: position and speed. Action: a push in [-1, 1]. Reward: minus the distance to the middle."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
-        """Begin somewhere on the line, at rest."""
+        """Begin at a random position, at rest."""
         super().reset(seed=seed)
         self.state = np.array([self.np_random.uniform(-1.0, 1.0), 0.0], np.float32)
         return self.state.copy(), {}
 
     def step(self, action):
-        """Push; a tenth of the push becomes speed, and the place never ends the episode."""
+        """Apply the push: a tenth of it is added to the speed. No position ends the episode."""
         self.state[1] = 0.95 * self.state[1] + 0.1 * float(action[0])
         self.state[0] += 0.1 * self.state[1]
         return self.state.copy(), -abs(float(self.state[0])), False, False, {}
 
 
 def make() -> gym.Env:
-    """The time limit is a truncation: nothing ends, one only stops watching."""
+    """Make the environment with a limit of 100 steps. A time limit is a truncation, not a termination."""
     return gym.wrappers.TimeLimit(Line(), 100)
 
 

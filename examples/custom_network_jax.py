@@ -1,24 +1,24 @@
-"""A policy network of your own in JAX, as a pair of functions, with the built-in critic.
+"""Train a custom policy network in JAX, given as a pair of functions, with the built-in value network.
 
     python examples/custom_network_jax.py
 
-Flax modules, and Haiku's transformed functions without random numbers, can be passed as they are.
+Flax modules, and Haiku's transformed functions without random numbers, can be passed directly.
 """
 
 import jax
 import jax.numpy as jnp
 
-from proximo.jax.custom import custom_network
-from proximo.ppo import PPO, evaluate_random
+from proximo import PPO, evaluate_random
+from proximo.jax import custom_network
 
 
 def init(key, features):
-    """Parameters for features [B, F]."""
+    """Return the initial parameters for features [B, F]."""
     return {"in": jax.random.normal(key, (features.shape[1], 32)), "out": jnp.zeros((32, 2))}
 
 
 def apply(params, features):
-    """A logit for each of the two actions: [B, F] -> [B, 2]."""
+    """Return a logit for each of the two actions: [B, F] -> [B, 2]."""
     return jax.nn.silu(features @ params["in"]) @ params["out"]
 
 

@@ -1,4 +1,4 @@
-"""A policy network of your own in PyTorch, with the built-in critic.
+"""Train a custom policy network in PyTorch, with the built-in value network.
 
     python examples/custom_network_torch.py
 
@@ -8,10 +8,10 @@ Needs `pip install 'proximo[torch]'`.
 import torch
 from torch import nn
 
-from proximo.ppo import PPO, evaluate_random
-from proximo.torch.custom import custom_network
+from proximo import PPO, evaluate_random
+from proximo.torch import custom_network
 
-torch.manual_seed(0)  # a module brings its own weights; `seed` does not reach them
+torch.manual_seed(0)  # the setting `seed` does not affect the weights of a module
 policy = nn.Sequential(nn.Linear(4, 32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32, 2))
 
 with PPO("CartPole-v1", backend="torch", seed=0, network=custom_network(policy=policy)) as agent:

@@ -1,17 +1,17 @@
-"""Train on HalfCheetah-v5 with the settings of its preset, and compare with random actions.
+"""Train on HalfCheetah-v5 with the preset of HalfCheetah-v4, and compare the policy with random actions.
 
     python examples/halfcheetah.py [TOTAL_TIMESTEPS]
 
-Needs `pip install 'proximo[mujoco]'`. 100,000 steps make it run forwards; the preset's million make it fast.
+Needs `pip install 'proximo[mujoco]'`. After 100,000 steps the policy runs forwards; the preset has two million.
 """
 
 import sys
 
-from proximo.ppo import PPO, evaluate_random
+from proximo import PPO, evaluate_random
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 
-with PPO("HalfCheetah-v5", seed=0, total_timesteps=steps) as agent:
+with PPO("HalfCheetah-v5", preset="HalfCheetah-v4", seed=0, total_timesteps=steps) as agent:
     agent.learn(progress=True)
 
 trained = agent.evaluate(5).to_dict()["return_mean"]

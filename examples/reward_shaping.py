@@ -1,42 +1,42 @@
-"""Reward shaping with a wrapper: MountainCar's reward tells nothing before the hill is climbed.
+"""Shape the reward with a wrapper: MountainCar's reward is constant until the car reaches the top.
 
     python examples/reward_shaping.py
 
-The bonus is a potential difference, γ Φ(s') − Φ(s), which leaves the best policy what it was (Ng et al. 1999).
-Returns reported while training are those of the shaped reward; the evaluation is in the environment's own.
+The bonus is a potential difference, γ Φ(s') − Φ(s), which does not change the optimal policy (Ng et al. 1999).
+Returns reported during training include the bonus; the evaluation uses the original reward.
 """
 
 import gymnasium as gym
 
-from proximo.ppo import PPO, evaluate_random
+from proximo import PPO, evaluate_random
 
 GAMMA = 0.99
 
 
 class Climb(gym.Wrapper):
-    """Adds γ Φ(s') − Φ(s) to the reward; Φ is the car's energy, 0 once the episode has terminated."""
+    """Add γ Φ(s') − Φ(s) to the reward; Φ is the energy of the car, and 0 after termination."""
 
     def potential(self, obs):
-        """Height and speed squared, in units that make reaching the top about 100."""
+        """Squared distance from the valley plus squared speed, scaled to about 100 at the top."""
         position, velocity = obs
         return 60.0 * (position + 0.5) ** 2 + 10_000.0 * velocity**2
 
     def reset(self, **kwargs):
-        """Remember where the car stands."""
+        """Store the potential of the first state."""
         obs, info = self.env.reset(**kwargs)
-        self.before = self.potential(obs)
+        self.previous = self.potential(obs)
         return obs, info
 
     def step(self, action):
-        """The environment's step, with the bonus added."""
+        """Step the environment and add the bonus."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         after = 0.0 if terminated else self.potential(obs)
-        bonus, self.before = GAMMA * after - self.before, after
+        bonus, self.previous = GAMMA * after - self.previous, after
         return obs, float(reward) + bonus, terminated, truncated, info
 
 
 def shaped() -> gym.Env:
-    """What the agent is trained on."""
+    """Make the environment with the shaped reward."""
     return Climb(gym.make("MountainCar-v0"))
 
 

@@ -1,4 +1,4 @@
-"""The two backends behind one NumPy interface, so that a test states its property once for both."""
+"""A NumPy interface to both backends, so that one test covers both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Backend:
         return self.module("learner").Learner(config, spaces, **options)
 
     def float64(self) -> contextlib.AbstractContextManager[Any]:
-        """Where float64 arrays stay float64, which JAX does not do by itself."""
+        """A context in which float64 arrays stay float64; JAX converts them to float32 by default."""
         if self.name == "torch":
             return contextlib.nullcontext()
         import jax
@@ -79,7 +79,7 @@ class Backend:
         return wrapped
 
     def prepare(self, learner: Any, rollout: Rollout, hyper: Hyper) -> Any:
-        """What an update computes before its first minibatch, as a NumPy Batch; the learner is unchanged."""
+        """The samples of a rollout as an update prepares them, a NumPy `Batch`; does not change the learner."""
         prepare = _prepare(self, learner)
         hyper = self.array(Hyper(*(np.float32(value) for value in hyper)))
         _, batch, _, _ = prepare(learner._state, self.array(learner.transitions(rollout)), hyper)
@@ -96,11 +96,11 @@ def _prepare(backend: Backend, learner: Any) -> Callable[..., Any]:
     return jax.jit(prepare)
 
 
-def _present(name: str) -> bool:
+def _is_available(name: str) -> bool:
     return Path(proximo.__file__).with_name(name).joinpath("learner.py").exists() and bool(
         importlib.util.find_spec(name)
     )
 
 
-BACKENDS = [Backend(name) for name in ("jax", "torch") if _present(name)]
+BACKENDS = [Backend(name) for name in ("jax", "torch") if _is_available(name)]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)

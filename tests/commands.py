@@ -1,8 +1,8 @@
-"""What begins a process in tests."""
+"""Command prefixes for subprocesses in tests."""
 
 import sys
 
-HEARD = [  # before a command: SIGHUP is heard also where these tests run under nohup
+HEARD = [  # restores SIGHUP's default action, which nohup disables, before running a command
     sys.executable,
     "-c",
     "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",

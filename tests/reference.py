@@ -1,4 +1,4 @@
-"""Slow and obvious implementations, written from the definitions rather than from the recursions."""
+"""Slow reference implementations, written from the definitions rather than from the recursions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def slow_gae(
         A^(k) = r_t + γ r_{t+1} + … + γ^(k-1) r_{t+k-1} + γ^k V(s_{t+k}) − V(s_t)
         A     = (1 − λ) (A^(1) + λ A^(2) + … + λ^(K-2) A^(K-1)) + λ^(K-1) A^(K)
 
-    K being the steps to the end of the episode or of the rollout, or to a row that is no transition. V after
-    termination is 0. All arrays are [T, N]; next_value[t] must be value[t + 1] within an episode.
+    K is the number of steps to the end of the episode or rollout, or to a row that only resets. V after termination
+    is 0. All arrays are [T, N]; next_value[t] must be value[t + 1] within an episode.
     """
     advantage = np.zeros(reward.shape, np.float64)
     num_steps = len(reward)
@@ -42,9 +42,7 @@ def slow_gae(
     return advantage
 
 
-def slow_discounted_returns(
-    reward: np.ndarray, over: np.ndarray, valid: np.ndarray, gamma: float
-) -> list[float]:
+def slow_discounted_returns(reward: np.ndarray, over: np.ndarray, valid: np.ndarray, gamma: float) -> list[float]:
     """Σ_k γ^k r_{t-k} over the episode so far, for every valid row; in no particular order."""
     returns = []
     for t, n in np.argwhere(valid):

@@ -1,4 +1,4 @@
-"""Rollouts without environments: random facts, but actions that the learner really takes."""
+"""Rollouts without environments: random observations, rewards and flags, and actions of a real learner."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.rollout.rollout import Rollout
-from proximo.spaces.spaces import Obs, Spaces
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
 SMALL = {"hidden_sizes": (8,), "num_envs": 3, "num_steps": 8, "minibatch_size": 6, "update_epochs": 2}
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (4,))
 CONTINUOUS = Spaces.of(VECTOR, gym.spaces.Box(-1.0, 1.0, (2,)))
 CATEGORICAL = Spaces.of(VECTOR, gym.spaces.Discrete(3))
-MASKED = Spaces.of(
-    gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}), gym.spaces.Discrete(3)
-)
+MASKED = Spaces.of(gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}), gym.spaces.Discrete(3))
 
 
 def small(**settings: Any) -> Config:
@@ -50,13 +49,17 @@ def act_rollout(
     ends: float = 0.2,
     noise: np.ndarray | None = None,
     begins: np.ndarray | bool = True,
-    said: list[Any] | None = None,
+    actor: Any = None,
 ) -> Rollout:
-    """A random rollout of the learner's size, in which its own actor acts.
+    """A random rollout of the learner's size, with actions of its policy.
 
-    `resets` says what follows the end of an episode: "next_step" a row that is no transition, "same_step"
-    the next episode at once. `begins` [N] says where the first row starts an episode. `said` gets what
-    the actor keeps for the update.
+    Args:
+        resets: what follows the end of an episode: "next_step", a row that only resets, or "same_step", the next
+            episode.
+        ends: probability per step of a termination, and of a truncation.
+        noise: [T, N, K] of the actions; by default drawn from `seed`.
+        begins: [N] whether the first row starts an episode.
+        actor: acts instead of `learner.actor(noise)`.
     """
     spaces, config = learner.spec.spaces, learner.spec.config
     rng = np.random.default_rng(seed)
@@ -64,14 +67,16 @@ def act_rollout(
     rollout = Rollout(spaces, *rows)
     if noise is None:
         noise = spaces.action.noise(rng, rows)
-    actor = learner.actor(noise, said)
+    actor = actor or learner.actor(noise)
     for path, value in random_obs(spaces, rng, (rows[0] + 1, rows[1])).items():
         rollout.obs[path][:] = value
     rollout.reward[:] = 1.0 + 5.0 * rng.standard_normal(rows)
     rollout.start[0] = begins
     resetting = np.zeros(rows[1], bool)
     for t in range(rows[0]):
-        rollout.action[t] = actor({path: x[t] for path, x in rollout.obs.items()}, rollout.start[t])
+        raw = actor({path: x[t] for path, x in rollout.obs.items()}, rollout.start[t])
+        for path, x in raw.items():
+            rollout.action[path][t] = x
         rollout.valid[t] = ~resetting
         rollout.terminated[t] = (rng.random(rows[1]) < ends) & ~resetting
         rollout.truncated[t] = (rng.random(rows[1]) < ends) & ~resetting
@@ -82,13 +87,13 @@ def act_rollout(
         rollout.start[t + 1] = over
         for n in np.flatnonzero(over):
             final = {path: x[0] for path, x in random_obs(spaces, rng, (1,)).items()}
-            rollout.add_final(t, int(n), final.get("", final))
+            rollout.add_final_obs(t, int(n), final.get("", final))
     rollout.reward[~rollout.valid] = 0.0
     return rollout
 
 
 def scramble(learner: Any, seed: int = 0, scale: float = 0.5) -> None:
-    """Replace the parameters by larger random ones, so that policy and value depend on what they see."""
+    """Replace the parameters by larger random ones, so that policy and value depend on the observation."""
     rng = np.random.default_rng(seed)
     state = learner.state()
     for name in sorted(state):

@@ -7,21 +7,21 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-START = 5  # of every Discrete space here
-BOUND = 1.5  # of the Box actions
+START = 5  # first value of every Discrete space in this module
+BOUND = 1.5  # bound of the Box actions
 
 
 class Diary(gym.Env):
-    """Observes [environment, episode, step, steps left, sum of actions]; 0 steps left means the end.
+    """Observes [environment, episode, step, steps left, sum of actions]; the episode ends at 0 steps left.
 
-    Episodes of environment n last `LENGTHS[n]` steps, over and over. They end by termination, by truncation,
-    by both, in turn. The reward is the action plus a tenth of the episode's number.
+    Episodes of environment n last `LENGTHS[n]` steps, repeatedly. They end by termination, by truncation and by both,
+    in turn. The reward is the sum of the action plus a tenth of the episode's number.
 
     Args:
-        index: which of the environments this is.
-        observe: "box" all of the above; "dict" the same in parts, nested; "discrete" the steps left only.
-        act: "box" or "discrete".
-        in_place: return one and the same array every time, overwritten (as gymnasium issue 1132 has it).
+        index: Index of the environment.
+        observe: Observation space: "box" (all values), "dict" (the same, nested) or "discrete" (only the steps left).
+        act: Action space: "box" or "discrete".
+        in_place: Overwrite and return the same array in every step (Gymnasium issue 1132).
     """
 
     LENGTHS = ((1, 1, 3, 5), (4, 1, 2), (7, 1))
@@ -73,7 +73,7 @@ class Diary(gym.Env):
 
 
 class Script(gym.Env):
-    """Gives listed rewards and observations, one episode over and over, truncated at its end."""
+    """Repeats one episode with the given rewards and observations, which ends by truncation."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     action_space = gym.spaces.Discrete(2)
@@ -94,7 +94,7 @@ class Script(gym.Env):
 
 
 class BrightHalf(gym.Env):
-    """An 8 × 8 picture whose left or right half is bright; naming the half pays 1, four times an episode."""
+    """An 8 × 8 image with a bright left or right half; choosing that half gives reward 1. Episodes of four steps."""
 
     observation_space = gym.spaces.Box(0, 255, (8, 8, 1), np.uint8)
     action_space = gym.spaces.Discrete(2)

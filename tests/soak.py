@@ -1,10 +1,10 @@
-"""A run that is killed at random and resumed each time, beside one that is left alone: both have to end the same.
+"""Soak test: a run that is killed at random and resumed each time ends like an uninterrupted run.
 
     python tests/soak.py [--minutes 20] [--env HalfCheetah-v5] [--seed 0] [-- any flag of proximo train]
 
-For so many minutes workers are killed and stopped, and the trainer is killed, interrupted and terminated, at random
-moments; `proximo resume` goes on each time. Then an undisturbed run of as many steps is made, and the parameters of
-both, the normalisers and every metric but those of time are compared. Exit status 0 says that they are the same.
+For the given number of minutes, workers are killed and stopped, and the trainer is killed, interrupted and terminated,
+at random moments; `proximo resume` continues the run each time. Then an uninterrupted run of as many steps is made, and
+the parameters, the normalizers and all metrics except timings of both are compared. Exit status 0 if they are equal.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from proximo.run import checkpoint
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import read_metrics
 
 PROXIMO = [sys.executable, "-m", "proximo"]
-# What is done, and how the run may end by it; signals before Python begins to handle them end it themselves.
+# Fault -> accepted exit statuses. A signal that arrives before Python handles signals ends the process directly.
 FAULTS = {
     "kill a worker": (1,),
     "stop a worker": (-signal.SIGKILL,),
@@ -38,20 +38,20 @@ STEPS = 100_000_000
 
 
 def children(process: int) -> list[int]:
-    """Processes that a process has begun."""
+    """Child processes of a process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             if int(stat.read_text().rpartition(")")[2].split()[1]) == process:
                 found.append(int(stat.parent.name))
     return found
 
 
 def disturb(process: subprocess.Popen[bytes], fault: str, workers: list[int], rng: random.Random) -> None:
-    """Do something to a run, from which it ends."""
+    """Cause a fault in a run, and wait until it ends."""
     if fault == "kill a worker":
         os.kill(rng.choice(workers), signal.SIGKILL)
-    elif fault == "stop a worker":  # the trainer waits for it, and is killed; the worker has to end by itself
+    elif fault == "stop a worker":  # the trainer waits for it and is killed; the worker must end without help
         worker = rng.choice(workers)
         os.kill(worker, signal.SIGSTOP)
         time.sleep(rng.uniform(0, 2))
@@ -64,7 +64,7 @@ def disturb(process: subprocess.Popen[bytes], fault: str, workers: list[int], rn
 
 
 def alive(processes: list[int]) -> list[int]:
-    """Those of these processes that have not ended some seconds later."""
+    """The processes that have not ended after ten seconds."""
     until = time.monotonic() + 10
     while processes and time.monotonic() < until:
         processes = [process for process in processes if Path(f"/proc/{process}").exists()]
@@ -73,15 +73,13 @@ def alive(processes: list[int]) -> list[int]:
 
 
 def without_time(run: Path) -> list[dict]:
-    """Metrics without what a clock says."""
+    """Metrics without timings."""
     return [{k: v for k, v in row.items() if "time/" not in k} for row in read_metrics(run)]
 
 
 def main() -> int:
-    """Run it; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the soak test; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,38 +91,31 @@ def main() -> int:
         run, alone = Path(folder, "disturbed"), Path(folder, "alone")
         flags = ["--quiet", "--no-tensorboard", "--checkpoint-interval", "5", "--lr-schedule", "constant",
                  "--engine", "workers", "--num-envs", "4", "--num-steps", "512", *options.flags]  # fmt: skip
-        begin = [
-            *PROXIMO,
-            "train",
-            options.env,
-            "--run-dir",
-            str(run),
-            "--total-timesteps",
-            str(STEPS),
-            *flags,
-        ]
+        begin = [*PROXIMO, "train", options.env, "--run-dir", str(run), "--total-timesteps", str(STEPS), *flags]
         until = time.monotonic() + 60 * options.minutes
         while time.monotonic() < until:
-            if run.exists() and not checkpoint.steps_of(run):
-                shutil.rmtree(run)  # it was killed before it began
-            going_on = run.exists()
-            command = [*PROXIMO, "resume", str(run), "--quiet"] if going_on else begin
-            before = len(read_metrics(run)) if going_on else 0
+            if run.exists() and not checkpoint_files.list_checkpoints(run):
+                shutil.rmtree(run)  # killed before its first checkpoint
+            is_resumed = run.exists()
+            command = [*PROXIMO, "resume", str(run), "--quiet"] if is_resumed else begin
+            before = len(read_metrics(run)) if is_resumed else 0
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             time.sleep(rng.uniform(0.5, 25))
             if process.poll() is not None:
-                print(f"it ended by itself with {process.returncode}:\n{process.stderr.read().decode()}")
+                errors = process.stderr.read().decode()
+                print(f"the run ended without a fault, with status {process.returncode}:\n{errors}")
+                print(f"the run ended without a fault, with status {process.returncode}:\n{errors}")
                 return 1
             fault, workers = rng.choice(list(FAULTS)), children(process.pid)
             fault = fault if workers or "worker" not in fault else "kill the trainer"
             disturb(process, fault, workers, rng)
-            said = process.stderr.read().decode()
+            errors = process.stderr.read().decode()
             counts[fault] += 1
-            counts["exactly"] += "exactly where they stood" in said
+            counts["exactly"] += "training resumes from the exact simulator state" in errors
             left = [alive(workers), sorted(set(os.listdir("/dev/shm")) - shared)]
             unexpected = process.returncode not in FAULTS[fault] or any(left)
-            if unexpected or "new episodes begin" in said or "Traceback" in said:
-                print(f"after '{fault}': status {process.returncode}, left {left}\n{said}")
+            if unexpected or "could not be restored" in errors or "Traceback" in errors:
+                print(f"after '{fault}': status {process.returncode}, left {left}\n{errors}")
                 return 1
             after = len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
             print(f"{fault:<17} status {process.returncode:>4}  iterations {before} to {after}", flush=True)

@@ -1,4 +1,4 @@
-"""An agent in its user's own loop: the same updates as `learn`, whatever the buffer holds."""
+"""The class Agent in a user's loop: it computes the same updates as `PPO.learn`, also from a partly full buffer."""
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +23,7 @@ SMALL = {
 
 
 def drive(agent, env, over):
-    """The loop that a user writes, until `over()` after an update; returns the metrics of all updates."""
+    """Run a user's loop until `over()` is true after an update; return the metrics of all updates."""
     obs, _ = env.reset(seed=environment_seeds(agent.config.seed, 1)[0])
     rows = []
     while not rows or not over():
@@ -39,14 +39,15 @@ def drive(agent, env, over):
 
 
 def without_times(rows):
+    """Metrics without timings."""
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
 @each_backend
 @pytest.mark.parametrize(("name", "limit"), [("CartPole-v1", 500), ("Pendulum-v1", 45)])
-def test_it_does_what_learn_does(name, limit, backend):
-    """Five iterations, one environment, the same seeds, episodes that terminate (CartPole) and that are truncated
-    (Pendulum) inside a rollout: states equal bit for bit, and metrics are the same."""
+def test_an_agent_computes_what_learn_computes(name, limit, backend):
+    """Five iterations in one environment with the same seeds; episodes terminate (CartPole) or are truncated (Pendulum)
+    inside a rollout. States are bit-identical, and metrics are equal."""
 
     def make():
         return gym.make(name, max_episode_steps=limit)
@@ -55,9 +56,7 @@ def test_it_does_what_learn_does(name, limit, backend):
     expected = list(ppo.iterate(32 * 5))
     ppo.close()
     env = make()
-    agent = Agent(
-        env.observation_space, env.action_space, backend=backend, **{**SMALL, "total_timesteps": 160}
-    )
+    agent = Agent(env.observation_space, env.action_space, backend=backend, **{**SMALL, "total_timesteps": 160})
     rows = drive(agent, env, lambda: agent.progress.iteration == 5)
     assert_same(agent.learner.state(), ppo.learner.state())
     assert without_times(rows) == without_times(expected)
@@ -66,9 +65,9 @@ def test_it_does_what_learn_does(name, limit, backend):
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
-def test_several_environments_however_they_reset(mode):
-    """Three environments in the user's vector environment, against `learn` with the same one. The reset rows of
-    NEXT_STEP are handed over as not valid. To 1e-5: V of a final observation comes from another batch there."""
+def test_several_environments_in_every_autoreset_mode(mode):
+    """Three environments in a user's vector environment, compared with `learn`. The reset rows of NEXT_STEP are passed
+    as not valid. Equal to 1e-5, because V of a final observation is computed in another batch."""
 
     def make():
         return SyncVectorEnv([lambda: gym.make("CartPole-v1", max_episode_steps=9)] * 3, autoreset_mode=mode)
@@ -102,16 +101,16 @@ def test_several_environments_however_they_reset(mode):
 
 
 def memory(backend):
-    """A network with a carry that it forgets where an episode begins."""
+    """A recurrent network, whose state is reset where an episode begins."""
     if backend == "jax":
         import jax.numpy as xp
 
-        from proximo.jax.distributions import Categorical
+        from proximo.jax.distributions import Categorical, Policy
         from proximo.jax.networks import Network
     else:
         import torch as xp
 
-        from proximo.torch.distributions import Categorical
+        from proximo.torch.distributions import Categorical, Policy
         from proximo.torch.networks import Network
 
     def init():
@@ -126,7 +125,8 @@ def memory(backend):
             carry = xp.tanh(x @ params["actor.in"] + carry @ params["actor.back"])
             hidden.append(carry)
         hidden = xp.stack(hidden)
-        return Categorical(hidden @ params["actor.head"]), (hidden @ params["critic.head"])[..., 0], hidden
+        policy = Policy({"": Categorical(hidden @ params["actor.head"])})
+        return policy, (hidden @ params["critic.head"])[..., 0], hidden
 
     return Network(init, apply, 5)
 
@@ -134,10 +134,10 @@ def memory(backend):
 @each_backend
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feed-forward", "recurrent"])
 @pytest.mark.parametrize("end", [5, 7], ids=["inside", "at the last row"])
-def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
-    """Eight steps in a buffer of 32, with an episode's end inside or at the last row: the same state as a learner
-    of T = 8 reaches from these transitions in the same order, after a full rollout that leaves its traces in
-    the buffer. What the agent said of each step is what the update recomputes."""
+def test_a_partly_full_buffer_equals_a_shorter_one(end, recurrent, backend):
+    """Eight steps in a buffer of 32, in which an episode ends inside or at the last row: the state equals that of a
+    learner with T = 8, updated from these transitions in the same order. A full rollout before leaves its values in the
+    buffer. The update recomputes the log-probabilities and values that `act` returned."""
     network = memory(backend) if recurrent else None
     settings = {**SMALL, "sequence_length": 4 if recurrent else 1, "backend": backend}
     agent = Agent(4, 2, network=network, **settings)
@@ -150,18 +150,18 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
     config = agent.config.replace(num_steps=8)
     short = Rollout(agent.spaces, 8, 1)
     rng, begins, obs = np.random.default_rng(1), True, np.zeros(4, np.float32)
-    agent._start[:] = True  # the loop above was left in the middle of an episode
-    said = []
+    agent._start[:] = True  # the loop above stopped in the middle of an episode
+    returned = []
     for t in range(8):
         step = agent.act(obs)
-        said.append((step.log_prob, step.value))
+        returned.append((step.log_prob, step.value))
         following, over = rng.normal(size=4).astype(np.float32), t == end
-        short.obs[""][t], short.start[t], short.action[t] = obs, begins, step.action
+        short.obs[""][t], short.start[t], short.action[""][t] = obs, begins, step.action
         short.obs[""][t + 1], short.start[t + 1] = following, over
         short.reward[t], short.truncated[t] = t, over
         agent.observe(t, False, over, following)
         if over:
-            short.add_final(t, 0, following)
+            short.add_final_obs(t, 0, following)
             following = rng.normal(size=4).astype(np.float32)
             short.obs[""][t + 1] = following
         obs, begins = following, over
@@ -174,10 +174,10 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
     twin = Agent(4, 2, network=network, **{**settings, "num_steps": 8}).learner
     twin.load(before)
     hyper = hyper_at(config, global_step)
-    found = twin.examine(short, hyper)
-    # Examined in the order of sequences [L, K].
+    found = twin.inspect_rollout(short, hyper)
+    # Returned in the order of sequences [L, K].
     recomputed = [found[name].reshape(config.sequence_length, -1).T.ravel() for name in ("log_prob", "value")]
-    np.testing.assert_allclose(np.transpose(said), recomputed, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(np.transpose(returned), recomputed, atol=1e-5, rtol=1e-4)
     twin.update(short, order, hyper)
     expected = twin.state()
     for name, value in agent.learner.state().items():
@@ -186,9 +186,9 @@ def test_a_partly_full_buffer_is_a_shorter_one(end, recurrent, backend):
 
 
 @each_backend
-def test_acts_that_nothing_is_observed_of_leave_no_trace(backend):
-    """An evaluation between two training steps: deterministic as `predict`, sampled with fresh noise each time,
-    and the training goes on as it would have without."""
+def test_acts_without_observe_change_nothing(backend):
+    """Calls between two training steps, as for an evaluation: deterministic ones repeat, sampled ones use new noise.
+    Training continues as it would without them."""
     states = []
     for interrupted in (False, True):
         agent = Agent(3, gym.spaces.Box(-1, 1, (2,)), backend=backend, **SMALL)
@@ -210,7 +210,7 @@ def test_acts_that_nothing_is_observed_of_leave_no_trace(backend):
 
 @each_backend
 def test_checkpoints_cross_to_ppo_and_back(backend, tmp_path):
-    """Agent to PPO of the other backend and on, then back into an agent that drives one environment of its own."""
+    """From an agent to PPO of the other backend, which trains, and back to an agent in a loop with one environment."""
     other = BACKENDS[backend == "jax"]
     agent = Agent(4, 2, backend=backend, **SMALL)
     drive(agent, gym.make("CartPole-v1"), lambda: agent.progress.iteration == 2)
@@ -230,38 +230,38 @@ def test_checkpoints_cross_to_ppo_and_back(backend, tmp_path):
 
 
 def agent_after(*calls):
-    """An agent of two steps' room, driven by `calls` of (name, arguments)."""
+    """An agent with a buffer of two steps, after `calls` of (name, arguments)."""
     agent = Agent(4, 2, num_steps=2, num_minibatches=1)
     for name, *arguments in calls:
         getattr(agent, name)(*arguments)
     return agent
 
 
-ACT, SAW = ("act", np.zeros(4)), ("observe", 1.0, False, False, np.zeros(4))
+ACT, OBSERVE = ("act", np.zeros(4)), ("observe", 1.0, False, False, np.zeros(4))
 
 
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ([SAW], "call act"),
-        ([ACT, SAW, SAW], "call act"),
-        ([ACT, SAW, ACT, SAW, ACT], "call update"),
-        ([ACT, ("update",)], "nothing is stored"),
+        ([OBSERVE], r"without act\(\)\. Call act\(\) first"),
+        ([ACT, OBSERVE, OBSERVE], r"without act\(\)\. Call act\(\) first"),
+        ([ACT, OBSERVE, ACT, OBSERVE, ACT], r"the buffer is full \(2 steps\)\. Call update\(\) first"),
+        ([ACT, ("update",)], "the buffer is empty"),
         ([("act", np.zeros(3))], "shape"),
-        ([("act", np.zeros((1, 4)))], r"obs has shape \(1, 4\), expected \(4,\)"),
+        ([("act", np.zeros((1, 4)))], r"obs has shape \(1, 4\); expected \(4,\)"),
         ([("act", [0, 0, np.nan, 0])], "not finite"),
         ([("act", ["a"] * 4)], "expected numbers"),
-        ([ACT, ("observe", "1", False, False, np.zeros(4))], "reward must be a finite number"),
-        ([ACT, ("observe", True, False, False, np.zeros(4))], "reward must be a finite number"),
-        ([ACT, ("observe", [1.0], False, False, np.zeros(4))], "reward must be a finite number"),
+        ([ACT, ("observe", "1", False, False, np.zeros(4))], "reward is '1'; expected a finite number"),
+        ([ACT, ("observe", True, False, False, np.zeros(4))], "reward is True; expected a finite number"),
+        ([ACT, ("observe", [1.0], False, False, np.zeros(4))], r"reward is \[1\.0\]; expected a finite number"),
         ([ACT, ("observe", np.inf, False, False, np.zeros(4))], "reward is inf"),
-        ([ACT, ("observe", 1.0, 0, False, np.zeros(4))], "terminated must be a bool"),
-        ([ACT, ("observe", 1.0, False, None, np.zeros(4))], "truncated must be a bool"),
+        ([ACT, ("observe", 1.0, 0, False, np.zeros(4))], "terminated is 0; expected a bool"),
+        ([ACT, ("observe", 1.0, False, None, np.zeros(4))], "truncated is None; expected a bool"),
         ([ACT, ("observe", 1.0, False, False, np.full(4, np.inf))], "next_obs is not finite"),
-        ([ACT, SAW, ("act", np.ones(4)), SAW], "hand back truncated=True"),
+        ([ACT, OBSERVE, ("act", np.ones(4)), OBSERVE], r"Call observe\(\) with truncated=True before a reset"),
     ],
 )
-def test_what_a_loop_can_do_wrong(calls, message):
+def test_errors_in_the_loop_are_refused(calls, message):
     with pytest.raises(UserError, match=message):
         agent_after(*calls)
 
@@ -277,23 +277,23 @@ def test_a_refused_observe_stores_nothing():
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ((0, 2), {}, "whole number above 0"),
-        ((4, True), {}, "whole number above 0"),
-        (("4", 2), {}, "whole number above 0"),
-        ((4, gym.spaces.MultiBinary(3)), {}, "not supported"),
-        ((4, 2), {"engine": "sync"}, "engine is a setting of PPO's own loop"),
-        ((4, 2), {"run_dir": "runs"}, "run_dir is a setting"),
-        ((4, 2), {"capture_video": True}, "capture_video is a setting"),
+        ((0, 2), {}, "observation is 0; expected a space, an integer ≥ 1"),
+        ((4, True), {}, "action is True; expected a space, or an integer ≥ 1"),
+        (("4", 2), {}, "observation is '4'; expected a space, an integer ≥ 1"),
+        ((4, gym.spaces.MultiBinary(3)), {}, "is not supported"),
+        ((4, 2), {"engine": "sync"}, "`engine` belongs to PPO's training loop"),
+        ((4, 2), {"run_dir": "runs"}, "`run_dir` belongs to PPO's training loop"),
+        ((4, 2), {"capture_video": True}, "`capture_video` belongs to PPO's training loop"),
         ((4, 2), {"lerning_rate": 1e-3}, "did you mean 'learning_rate'"),
-        ((4, 2), {"num_steps": 100}, "do not divide"),
+        ((4, 2), {"num_steps": 100}, "does not divide"),
     ],
 )
-def test_what_an_agent_cannot_be_made_of(arguments, settings, message):
+def test_invalid_arguments_are_refused(arguments, settings, message):
     with pytest.raises(UserError, match=message):
         Agent(*arguments, **settings)
 
 
-def test_dimensions_are_spaces_for_short():
+def test_dimensions_may_replace_spaces():
     unbounded = gym.spaces.Box(-np.inf, np.inf, (4, 2))
     assert Agent((4, 2), 3).spaces == Agent(unbounded, gym.spaces.Discrete(3)).spaces
     assert (agent := Agent(4, 2, n_steps=128, lr=1e-3)).config.num_steps == 128
@@ -302,7 +302,7 @@ def test_dimensions_are_spaces_for_short():
 
 @each_backend
 def test_an_update_that_fails_changes_nothing(backend):
-    """And what failed can be discarded: the agent goes on with other transitions."""
+    """After `discard` the agent continues with other transitions."""
     agent = Agent(4, 2, backend=backend, num_steps=2, num_minibatches=1)
     before = agent.learner.state()
     for _ in range(2):

@@ -1,14 +1,16 @@
-"""The documentation is true: the site builds without a warning, links lead somewhere, and what pages show runs."""
+"""The documentation: the site builds without warnings, links have targets, and all commands and snippets run."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,31 +18,33 @@ import pytest
 
 from proximo.cli import main
 from proximo.config.names import ALIASES
-from proximo.config.settings import FIELDS
+from proximo.config.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
 
 # First words of command lines that are not run here, and why.
 NOT_RUN = {
     "pip": "changes the installation",
     "apt-get": "changes the machine",
-    "make": "is what runs these tests, and more",
-    "tensorboard": "serves until it is stopped",
+    "make": "runs these tests",
+    "tensorboard": "does not return",
 }
 NEEDS_A_WINDOW = "--render"
-# Put behind what a page says; of two equal flags the last one wins.
-CUT = {
+# Appended to the commands of a page to shorten them; the last of two equal flags counts.
+SHORTER = {
     "train": ["--total-timesteps", "512", "--update-epochs", "1", "--histogram-interval", "0"],
     "resume": ["--total-timesteps", "4096"],
     "evaluate": ["--episodes", "2"],
+    "inspect": [],
     "plot": [],
     "presets": [],
 }
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, and the line that it begins at."""
+    """A fenced block: language, text and first line number."""
 
     language: str
     text: str
@@ -48,13 +52,19 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command line, and the lines of its output that the page shows below it."""
+    """A command line, and the lines of its output that the page shows."""
 
     line: str
     shown: list[str]
 
 
+def page_id(page: Path) -> str:
+    """Path of a page below the root, which names its tests."""
+    return str(page.relative_to(ROOT).with_suffix(""))
+
+
 def blocks(page: Path) -> Iterator[Block]:
+    """Fenced blocks of a page."""
     lines = page.read_text("utf-8").splitlines()
     fence = re.compile(r" *```(\S*)")
     opened: tuple[str, int] | None = None
@@ -70,7 +80,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(block: Block) -> list[Command]:
-    """Command lines of a block: all of `sh`, and of `console` those behind `$ `, where the rest is output."""
+    """Command lines of a block: every line of `sh`; in `console` the lines after `$ `, the others are output."""
     lines = re.sub(r"\\\n *", "", block.text).splitlines()
     if block.language == "sh":
         return [Command(line, []) for line in lines]
@@ -83,22 +93,22 @@ def commands(block: Block) -> list[Command]:
     return found
 
 
-def cut(code: str) -> str:
-    """A snippet with its budgets cut."""
+def shorten(code: str) -> str:
+    """A snippet with fewer steps and episodes."""
     code = re.sub(r"\b(learn|iterate)\([\d_]+", r"\1(512", code)
     code = re.sub(r"\b(total_timesteps=|global_step < )[\d_]+", r"\g<1>512", code)
     return re.sub(r"\bepisodes=\d+", "episodes=2", code)
 
 
 def file_name(block: Block) -> str | None:
-    """The name of the file that a block is, which its first line says in a comment."""
+    """Name of the file that a block contains, from a comment in its first line."""
     match = re.match(r"# (\S+\.(?:py|yaml))\n", block.text)
     return match[1] if match else None
 
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """As for a program in this folder, and for `python -m` started in it."""
+    """Make modules of a folder importable, as for a program or `python -m` started there."""
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -108,19 +118,19 @@ def importable(folder: Path) -> Iterator[None]:
 
 
 def run_command(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run one line in this process, which has JAX loaded already; check its exit status, and the output shown."""
+    """Run a command line in this process, which has loaded JAX; check its exit status and the output shown."""
     words = shlex.split(command.line, comments=True)
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)  # of the environment: how many threads, which conftest decides
+        words.pop(0)  # environment variables: conftest sets the number of threads
     if words[0] in NOT_RUN or NEEDS_A_WINDOW in words:
         return
     *words, output = [*words[:-2], words[-1]] if words[-2:-1] == [">"] else [*words, None]
     module = words[:3] == ["python", "-m", "proximo"]
-    assert module or words[0] == "proximo", f"neither run nor in NOT_RUN: {command.line}"
+    assert module or words[0] == "proximo", f"not run and not in NOT_RUN: {command.line}"
     arguments = words[3:] if module else words[1:]
     capsys.readouterr()
     with importable(Path.cwd()) if module else nullcontext():
-        status = main([*arguments, *CUT[arguments[0]]])
+        status = main([*arguments, *SHORTER[arguments[0]]])
     captured = capsys.readouterr()
     fails = any(line.startswith("proximo: error: ") for line in command.shown)
     assert status == (2 if fails else 0), f"{command.line}: {captured.err}"
@@ -134,9 +144,9 @@ RUN = [page for page in PAGES if {block.language for block in blocks(page)} & {"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(page, tmp_path, monkeypatch, capsys):
-    """Files, commands and snippets of a page, from top to bottom in one folder, with training cut short."""
+@pytest.mark.parametrize("page", RUN, ids=page_id)
+def test_commands_and_snippets_run(page, tmp_path, monkeypatch, capsys):
+    """Files, commands and snippets of a page run from top to bottom in one folder, with less training."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
@@ -146,8 +156,8 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch, capsys):
             for command in commands(block):
                 run_command(command, capsys)
         elif block.language == "python":
-            # Compiled with its place, so that a traceback names the page's line.
-            code = compile("\n" * (block.line - 1) + cut(block.text), str(page), "exec")
+            # With its line number, so that a traceback names the line of the page.
+            code = compile("\n" * (block.line - 1) + shorten(block.text), str(page), "exec")
             with importable(tmp_path):
                 exec(code, namespace)
     for file in tmp_path.glob("*.py"):
@@ -155,24 +165,24 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_site_builds(tmp_path):
-    """Warnings, and links inside the site that lead nowhere, are errors. No link to elsewhere is followed."""
+    """Sphinx reports no warning and no broken link within the site. External links are not checked."""
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html"]
-    command += ["-d", str(tmp_path / "doctrees"), str(ROOT / "docs"), str(tmp_path / "html")]
+    command += ["-d", str(tmp_path / "doctrees"), str(DOCS), str(tmp_path / "html")]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    settings = (tmp_path / "html" / "settings.html").read_text("utf-8")
+    settings = (tmp_path / "html" / "reference" / "settings.html").read_text("utf-8")
     shown = set(re.findall(r'<span class="pre">(\w+)</span>', settings))
-    assert {*FIELDS, *ALIASES} <= shown
+    assert {*SETTINGS, *ALIASES} <= shown
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
-    """Also where pages are read as files: a relative link is to a file, and an anchor to a heading."""
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_have_targets(page):
+    """Relative links work in the files as well: they name a file, and an anchor names a heading."""
     for target in LINK.findall(FENCED.sub("", page.read_text("utf-8"))):
         if re.match(r"[a-z]+:", target):
             continue
@@ -183,6 +193,77 @@ def test_links_lead_somewhere(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as Sphinx and Git forges make them."""
+    """Anchors of a page's headings, in the form of Sphinx and GitHub."""
     headings = re.findall(r"^#+ +(.+)$", FENCED.sub("", page.read_text("utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+ARCHITECTURE = DOCS / "explanation" / "architecture.md"
+DETAILS = DOCS / "explanation" / "implementation-details.md"
+
+
+def test_the_architecture_page_lists_the_import_layers():
+    """Its table and its diagram equal the layers of the import contract."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    expected = [re.findall(r"proximo\.(\w+)", layer) for layer in layers]
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", ARCHITECTURE.read_text("utf-8"), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, len(expected) + 1))
+    assert [re.findall(r"`(\w+)`", modules) for _, modules in rows] == expected
+    diagram = runpy.run_path(str(DOCS / "pictures" / "layers.py"))
+    assert diagram["layers"]() == expected
+    assert (DOCS / "pictures" / "layers.svg").read_text("utf-8") == diagram["draw"](expected)
+
+
+def test_the_architecture_page_names_files_that_exist():
+    """Every folder and every file in its tables exists, and so do the functions from the command line to the loss."""
+    source = ROOT / "src" / "proximo"
+    text = ARCHITECTURE.read_text("utf-8")
+    folders = re.findall(r"^\| ((?:`\w+/`(?:, )?)+) \| (.+) \|$", text, re.MULTILINE)
+    assert len(folders) >= 8
+    for names, files in folders:
+        for folder in re.findall(r"`(\w+)/`", names):
+            for file in re.findall(r"`([\w/]+(?:\.py|/))`", files):
+                assert (source / folder / file).exists(), f"{folder}/{file}"
+    steps = re.findall(r"^\| (`\w+(?:/\w+)?\.py`(?: or `[\w/]+\.py`)?) \| ([^|]+) \|", text, re.MULTILINE)
+    assert len(steps) == 6
+    for files, functions in steps:
+        for file in re.findall(r"`([\w/.]+)`", files):
+            module = importlib.import_module("proximo." + file.removesuffix(".py").replace("/", "."))
+            for name in re.findall(r"`([\w.]+)`", functions):
+                assert has(module, name), f"{file}: {name}"
+
+
+def test_implementation_details_name_code_and_tests_that_exist():
+    """Each function in the column *code* exists in both backends or in shared code, and each test exists."""
+    rows = re.findall(r"^\| .+ \|$", DETAILS.read_text("utf-8"), re.MULTILINE)[2:]
+    assert len(rows) >= 40
+    known = {path.stem: path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    for row in rows:
+        code, tests = row.strip("| ").split(" | ")[-2:]
+        references = re.findall(r"(shared )?`([\w.]+)`", code)
+        assert references, row
+        for shared, reference in references:
+            for package in ("proximo",) if shared else ("proximo.jax", "proximo.torch"):
+                assert resolves(package, reference), f"{package}: {reference}"
+        for module, name in re.findall(r"`(test_\w+)::(test_\w+)`", tests):
+            assert f"def {name}(" in known[module], f"{module}::{name}"
+
+
+def has(thing: Any, path: str) -> bool:
+    """Whether attributes separated by dots exist."""
+    for name in path.split("."):
+        if not hasattr(thing, name):
+            return False
+        thing = getattr(thing, name)
+    return True
+
+
+def resolves(package: str, path: str) -> bool:
+    """Whether a path below a package names a module followed by attributes."""
+    parts = path.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        with suppress(ModuleNotFoundError):
+            module = importlib.import_module(".".join([package, *parts[:count]]))
+            return has(module, ".".join(parts[count:]))
+    return False

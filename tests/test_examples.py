@@ -1,4 +1,4 @@
-"""Every example runs as a user would run it; each ends by beating the random agent by the margin it states."""
+"""Every example runs as a program, and its agent beats a random one by the margin that it asserts."""
 
 import os
 import subprocess
@@ -15,17 +15,17 @@ RESULT = ("trained", "last 20 training episodes")
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_beats_the_random_agent(name, tmp_path):
-    """Its last line says both returns, after an assertion on their difference."""
+    """The last line of the output has both returns, after an assertion on their difference."""
     assert "assert trained > random +" in (EXAMPLES / name).read_text()
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONWARNINGS": "default"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1].startswith(RESULT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().splitlines()[-1].startswith(RESULT)
     if name == "cartpole_video.py":
         videos = sorted((tmp_path / "runs/cartpole-video/videos").glob("*.mp4"))
         assert len(videos) >= 1

@@ -1,4 +1,4 @@
-"""The Python interface, checkpoints that cross backends, and learning on real environments."""
+"""The class PPO: environments, seeds, prediction, checkpoints across backends, and learning."""
 
 import json
 
@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
-from proximo.run import checkpoint
+from proximo.run import checkpoint_files
 
 SMALL = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "preset": None}
 BACKENDS = ["jax", "torch"]
@@ -19,10 +19,8 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 @each_backend
 def test_environments_are_accepted_in_every_form(backend):
-    """An id, a factory, and ready vector environments in each autoreset mode, native ones included."""
-    ready = [
-        SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode) for mode in AutoresetMode
-    ]
+    """An id, a function, and vector environments in every autoreset mode, also a native one."""
+    ready = [SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode) for mode in AutoresetMode]
     native = gym.make_vec("CartPole-v1", 4, vectorization_mode="vector_entry_point")
     for env in ["CartPole-v1", lambda: gym.make("CartPole-v1"), *ready, native]:
         settings = {**SMALL, "num_envs": 4}
@@ -33,13 +31,13 @@ def test_environments_are_accepted_in_every_form(backend):
 
 
 def test_engines_give_the_same_training():
-    """In this process, many in each of a few, or one in each: the same metrics, number for number."""
+    """Stepping in this process and in workers gives identical metrics."""
     rows = []
-    for engine in ("sync", "workers", "async"):
+    for engine in ("sync", "workers"):
         agent = PPO("CartPole-v1", engine=engine, **SMALL)
         rows.append([{k: v for k, v in row.items() if "time/" not in k} for row in agent.iterate(4 * 16 * 3)])
         agent.close()
-    assert rows[0] == rows[1] == rows[2]
+    assert rows[0] == rows[1]
 
 
 @each_backend
@@ -54,7 +52,7 @@ def test_a_run_is_a_function_of_its_seed(backend):
 
 
 class Recorder(gym.Wrapper):
-    """Keeps what was done to the environment and what came of it."""
+    """Records actions, observations and rewards."""
 
     def __init__(self, env, log):
         super().__init__(env)
@@ -68,9 +66,9 @@ class Recorder(gym.Wrapper):
 
 @pytest.mark.parametrize(("env", "tolerance"), [("CartPole-v1", 0.0), ("Pendulum-v1", 1e-3)])
 def test_both_backends_act_alike_in_a_real_environment(env, tolerance):
-    """The same seed gives the same trajectories over five iterations of acting and learning: every discrete
-    action exactly, so that the observations are equal bit for bit; real ones to 1e-3, since float32
-    differs in its last place and learning carries that on."""
+    """The same seed gives the same trajectories over five iterations of acting and learning. Discrete actions are
+    equal, so observations are bit-identical; continuous ones agree to 1e-3, because float32 rounding differs and
+    learning amplifies it."""
     logs = {}
     for backend in BACKENDS:
         log = logs[backend] = []
@@ -79,25 +77,24 @@ def test_both_backends_act_alike_in_a_real_environment(env, tolerance):
         agent.learn(4 * 64 * 5)
         agent.close()
     assert len(logs["jax"]) == len(logs["torch"]) == 4 * 64 * 5
-    for mine, its in zip(logs["jax"], logs["torch"], strict=True):
-        for one, other in zip(mine, its, strict=True):
+    for jax_step, torch_step in zip(logs["jax"], logs["torch"], strict=True):
+        for one, other in zip(jax_step, torch_step, strict=True):
             np.testing.assert_allclose(one, other, atol=tolerance, rtol=0)
 
 
 @each_backend
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_a_checkpoint_crosses_backends(backend, env, tmp_path):
-    """Saved by one backend, loaded by the other: the same actions to 1e-5, the same arrays bit for bit, and
-    training goes on from the same step."""
+    """A checkpoint of one backend, loaded by the other, gives the same actions to 1e-5 and bit-identical arrays, and
+    training continues from the same step."""
     settings = {**SMALL, "normalize_observation": True, "normalize_reward": True}
     agent = PPO(env, backend=backend, **settings).learn(4 * 16 * 3)
     path = agent.save(tmp_path / "checkpoint")
     twin = PPO.load(path, backend=OTHER[backend])
     assert twin.learner.backend == OTHER[backend]
 
-    observations = np.stack(
-        [agent.spaces and agent._envs.single_observation_space.sample() for _ in range(50)]
-    )
+    space = agent.envs.open(agent.config).single_observation_space
+    observations = np.stack([space.sample() for _ in range(50)])
     np.testing.assert_allclose(agent.predict(observations), twin.predict(observations), atol=1e-5)
     for name, value in agent.learner.state().items():
         assert np.array_equal(value, twin.learner.state()[name]), name
@@ -109,60 +106,61 @@ def test_a_checkpoint_crosses_backends(backend, env, tmp_path):
 
 
 @each_backend
-def test_predict_takes_one_observation_or_many(backend):
+def test_predict_takes_one_observation_or_a_batch(backend):
     agent = PPO("CartPole-v1", backend=backend, **SMALL)
     one = agent.predict(np.zeros(4, np.float32))
     assert one.shape == ()
     assert agent.predict(np.zeros((7, 4)), deterministic=False).shape == (7,)
-    with pytest.raises(UserError, match="expected one ending in"):
+    with pytest.raises(UserError, match=r"expected \(4,\), or a batch"):
         agent.predict(np.zeros(3))
     agent.close()
     agent = PPO("Pendulum-v1", backend=backend, rescale_actions=True, **SMALL)
     sampled = np.stack([agent.predict(np.zeros(3), deterministic=False) for _ in range(50)])
     assert sampled.shape == (50, 1)
-    assert np.abs(sampled).max() <= 2.0  # the torque's bounds
+    assert np.abs(sampled).max() <= 2.0  # bounds of the torque
     assert sampled.std() > 0.5
     agent.close()
 
 
 def test_checkpoint_refusals(tmp_path):
-    """Nothing there, a flipped byte, another schema, something else in the place: each said, nothing lost."""
+    """A missing path, a flipped byte, another schema and a folder that is not a checkpoint are refused, and nothing is
+    overwritten. So are changes of the network and of the environment."""
     agent = PPO("CartPole-v1", **SMALL)
     path = agent.save(tmp_path / "checkpoint")
     agent.close()
     with pytest.raises(UserError, match="does not exist"):
         PPO.load(tmp_path / "nowhere")
-    arrays = path / checkpoint.ARRAYS
+    arrays = path / checkpoint_files.ARRAYS
     whole = arrays.read_bytes()
     arrays.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
     arrays.write_bytes(whole)
-    said = (path / checkpoint.MANIFEST).read_text()
-    (path / checkpoint.MANIFEST).write_text(said.replace('"global_step": 0', '"global_step": 9'))
+    text = (path / checkpoint_files.MANIFEST).read_text()
+    (path / checkpoint_files.MANIFEST).write_text(text.replace('"global_step": 0', '"global_step": 9'))
     with pytest.raises(UserError, match="checksum"):
         PPO.load(path)
-    (path / checkpoint.MANIFEST).write_text(said)
-    manifest = {**json.loads((path / checkpoint.MANIFEST).read_text()), "schema": 99}
-    manifest["sha256"] = checkpoint.checksum(whole, manifest)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint_files.MANIFEST).write_text(text)
+    manifest = {**json.loads((path / checkpoint_files.MANIFEST).read_text()), "schema": 99}
+    manifest["sha256"] = checkpoint_files.checksum(whole, manifest)
+    (path / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="schema 99"):
         PPO.load(path)
     precious = tmp_path / "precious"
     precious.mkdir()
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         agent.save(precious)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint_files.MANIFEST).write_text(json.dumps(manifest))
     agent.save(path)  # a checkpoint may be replaced
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "precious"]
-    with pytest.raises(UserError, match=r"hidden_sizes is"):
+    with pytest.raises(UserError, match=r"`hidden_sizes` is"):
         PPO.load(path, hidden_sizes=(8,))
-    with pytest.raises(UserError, match="the policy was made for"):
+    with pytest.raises(UserError, match="the policy was trained on"):
         PPO.load(path, env="Acrobot-v1").learn(64)
 
 
 def test_a_second_call_of_learn_extends_the_schedule():
-    """64 steps, then 64 more: the second call starts half-way down a line that now ends at 128."""
+    """After 64 steps and 64 more, the second call starts half-way along a schedule that now ends at 128."""
     agent = PPO("CartPole-v1", learning_rate=1e-3, **SMALL).learn(64)
     (row,) = agent.iterate(64)
     assert agent.config.total_timesteps == 128
@@ -171,21 +169,21 @@ def test_a_second_call_of_learn_extends_the_schedule():
 
 
 def test_learn_goes_up_to_the_configured_total():
-    """Without a number there is nothing left to do once the total is reached; a bad number is refused; an iterator
-    that is not used changes nothing."""
+    """Without a number, a call after the total is reached does nothing. A bad number is refused, and an iterator that
+    is not used changes nothing."""
     agent = PPO("CartPole-v1", total_timesteps=128, **SMALL).learn(64)
     assert agent.progress.global_step == 64
     agent.iterate(1000)
     assert agent.config.total_timesteps == 64
     agent = PPO("CartPole-v1", total_timesteps=128, **SMALL).learn().learn()
     assert agent.progress.global_step == 128
-    with pytest.raises(UserError, match="whole number"):
+    with pytest.raises(UserError, match="`total_timesteps` is 'many'; expected an integer"):
         agent.learn("many")
     agent.close()
 
 
 def test_a_run_can_be_continued_from_its_folder(tmp_path):
-    """The folder is the first call's alone: the loaded agent goes on, and may be given another folder."""
+    """The run folder belongs to the first call only. A loaded agent continues, also in another folder."""
     run = tmp_path / "run"
     PPO("CartPole-v1", run_dir=run, **SMALL).learn(64).learn(64).close()
     with PPO.load(run) as agent:
@@ -200,7 +198,7 @@ def test_a_run_can_be_continued_from_its_folder(tmp_path):
 
 
 class Faulty(gym.Env):
-    """Pays one good reward a step, and after 100 steps the one that it was made with."""
+    """Reward 1 in each step, and the given reward after 100 steps."""
 
     observation_space = gym.spaces.Box(-1, 1, (1,))
     action_space = gym.spaces.Discrete(2)
@@ -213,21 +211,15 @@ class Faulty(gym.Env):
 
     def step(self, action):
         self.steps += 1
-        return (
-            np.zeros(1, np.float32),
-            1.0 if self.steps <= 100 else self.bad,
-            self.steps % 10 == 0,
-            False,
-            {},
-        )
+        return (np.zeros(1, np.float32), 1.0 if self.steps <= 100 else self.bad, self.steps % 10 == 0, False, {})
 
 
 @each_backend
 @pytest.mark.parametrize(("reward", "message"), [(np.nan, "reward is not finite"), (1e30, "diverged")])
 def test_a_run_that_fails_loses_nothing(reward, message, backend, tmp_path):
-    """Rollouts of 16 steps; the environment goes wrong in the seventh. NaN is found before the update, an overflow
-    (1e30² is infinite in float32) in it, twice without ending the run: either way the state that is saved is that of
-    the sixth, finite."""
+    """Rollouts of 16 steps; the environment fails in the seventh. NaN is detected before the update. An overflow (1e30²
+    is infinite in float32) is detected in the update, and the run continues twice. In both cases the saved state is the
+    finite one of the sixth iteration."""
     run = tmp_path / "run"
     agent = PPO(lambda: Faulty(reward), backend=backend, run_dir=run, checkpoint_interval=0, **SMALL)
     with pytest.raises(RunError, match=message):
@@ -244,15 +236,15 @@ def test_a_run_that_fails_loses_nothing(reward, message, backend, tmp_path):
 
 
 def test_environments_that_do_not_fit_are_refused():
-    """Other spaces, an environment where its maker is expected, settings that could not be saved."""
+    """Other spaces, an environment instead of a function that makes one, and settings that cannot be saved."""
     agent = PPO("CartPole-v1", **SMALL)
-    with pytest.raises(UserError, match="the policy was made for"):
+    with pytest.raises(UserError, match="the policy was trained on"):
         agent.evaluate(1, env="Acrobot-v1")
-    with pytest.raises(UserError, match="the policy was made for"):
+    with pytest.raises(UserError, match="the policy was trained on"):
         agent.evaluate(1, env="MountainCar-v0")
     agent.close()
     env = gym.make("CartPole-v1")
-    with pytest.raises(UserError, match="give its id"):
+    with pytest.raises(UserError, match="Pass an id, a function"):
         PPO(env, **SMALL)
     env.close()
     with pytest.raises(UserError, match="plain values"):
@@ -260,8 +252,8 @@ def test_environments_that_do_not_fit_are_refused():
 
 
 def test_evaluation_counts_the_same_number_of_episodes_everywhere():
-    """An environment whose episodes last 1 step or 9, by its seed: the mean over a fixed number of episodes in
-    each of 8 environments is 5 up to chance, and not drawn to the short ones that end first."""
+    """Episodes last 1 or 9 steps, depending on the seed. With a fixed number of episodes in each of 8 environments the
+    mean is 5 up to chance; short episodes, which end first, are not favoured."""
 
     class Lottery(gym.Env):
         observation_space = gym.spaces.Box(-1, 1, (1,))
@@ -295,14 +287,14 @@ def test_cartpole_is_solved(backend):
 
 
 def test_loading_does_not_change_the_network(tmp_path):
-    """Other settings may change; those that give parameters their meaning may not, though they may be left open."""
+    """Settings that define the network cannot change, though they may be unspecified; others can."""
     saved = PPO("CartPole-v1", **SMALL)
-    saved.save(tmp_path / "kept")
-    same = PPO.load(tmp_path / "kept", architecture="auto", hidden_sizes=None, shared_trunk=None)
-    assert same.config.replace(engine=saved.config.engine) == saved.config
-    with pytest.raises(UserError, match=r"hidden_sizes is \(8,\), but .* was trained with"):
-        PPO.load(tmp_path / "kept", hidden_sizes=[8])
-    assert PPO.load(tmp_path / "kept", learning_rate=0.5).config.learning_rate == 0.5
+    saved.save(tmp_path / "saved")
+    same = PPO.load(tmp_path / "saved", architecture="auto", hidden_sizes=None, shared_trunk=None)
+    assert same.config == saved.config
+    with pytest.raises(UserError, match=r"`hidden_sizes` is \(8,\), but .* was trained with"):
+        PPO.load(tmp_path / "saved", hidden_sizes=[8])
+    assert PPO.load(tmp_path / "saved", learning_rate=0.5).config.learning_rate == 0.5
 
 
 def test_a_function_must_make_an_environment():

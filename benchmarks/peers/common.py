@@ -83,18 +83,11 @@ def solved(options: argparse.Namespace, returns: Iterable[float]) -> bool:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of Python and of these packages."""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def report(
-    options: argparse.Namespace,
-    ticks: list[Tick],
-    returns: Iterable[float],
-    packages: Iterable[str],
-    **more: Any,
+    options: argparse.Namespace, ticks: list[Tick], returns: Iterable[float], packages: Iterable[str], **more: Any
 ) -> None:
     """Print what was measured: the training itself after the warm-up, and the way there.
 

@@ -18,13 +18,7 @@ def make_envs(options: argparse.Namespace) -> Any:
     """Its vector environment, with raw returns counted below its normaliser."""
     import gymnasium as gym
     from stable_baselines3.common.env_util import make_atari_env
-    from stable_baselines3.common.vec_env import (
-        DummyVecEnv,
-        SubprocVecEnv,
-        VecFrameStack,
-        VecMonitor,
-        VecNormalize,
-    )
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
     kind = SubprocVecEnv if options.vec == "subproc" else DummyVecEnv
     if is_game(options.env):
@@ -101,9 +95,7 @@ def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: li
         ent_coef=options.ent_coef,
         vf_coef=options.vf_coef / 2,
         max_grad_norm=options.max_grad_norm,
-        policy_kwargs=None
-        if game
-        else {"net_arch": {"pi": sizes, "vf": sizes}},  # its convolutions end in 512
+        policy_kwargs=None if game else {"net_arch": {"pi": sizes, "vf": sizes}},  # its convolutions end in 512
         seed=options.seed,
         device="cpu",
     )

@@ -14,17 +14,7 @@ def main() -> None:
     common.limit_threads(options.threads)
     from sbx import PPO
 
-    packages = [
-        "sbx-rl",
-        "stable-baselines3",
-        "jax",
-        "jaxlib",
-        "flax",
-        "torch",
-        "gymnasium",
-        "mujoco",
-        "numpy",
-    ]
+    packages = ["sbx-rl", "stable-baselines3", "jax", "jaxlib", "flax", "torch", "gymnasium", "mujoco", "numpy"]
     sb3.run(options, PPO, packages)
 
 

@@ -25,9 +25,7 @@ def make_envs(options: argparse.Namespace) -> tuple[Any, Any]:
     envs = vector.RecordEpisodeStatistics(vector.ClipAction(envs), buffer_length=common.WINDOW)
     statistics = envs
     if options.normalize:
-        envs = vector.TransformObservation(
-            vector.NormalizeObservation(envs), lambda obs: np.clip(obs, -10, 10)
-        )
+        envs = vector.TransformObservation(vector.NormalizeObservation(envs), lambda obs: np.clip(obs, -10, 10))
         envs = vector.NormalizeReward(envs, gamma=options.gamma)
         envs = vector.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
     return envs, statistics
@@ -130,9 +128,7 @@ def main() -> None:
             cfg=config,
         )
         settings = {"timesteps": updates * options.num_steps, "headless": True, "disable_progressbar": True}
-        SequentialTrainer(
-            env=envs, agents=agent, cfg={**settings, "close_environment_at_exit": False}
-        ).train()
+        SequentialTrainer(env=envs, agents=agent, cfg={**settings, "close_environment_at_exit": False}).train()
     returns = [float(value) for value in statistics.return_queue]
     common.report(options, ticks, returns, ["skrl", "torch", "gymnasium", "mujoco", "numpy"])
     made.close()

@@ -25,9 +25,7 @@ def make_algorithm(options: argparse.Namespace, observations: Any, actions: Any)
     from torch.distributions import Independent, Normal
 
     rows = options.num_envs * options.num_steps
-    body = partial(
-        Net, state_shape=observations.shape, hidden_sizes=options.hidden_sizes, activation=torch.nn.Tanh
-    )
+    body = partial(Net, state_shape=observations.shape, hidden_sizes=options.hidden_sizes, activation=torch.nn.Tanh)
     actor = ContinuousActorProbabilistic(preprocess_net=body(), action_shape=actions.shape, unbounded=True)
     critic = ContinuousCritic(preprocess_net=body())
     for layer in [*actor.modules(), *critic.modules()]:

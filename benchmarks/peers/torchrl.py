@@ -27,15 +27,7 @@ def make_envs(options: argparse.Namespace) -> Any:
     from functools import partial
 
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-    from torchrl.envs import (
-        ClipTransform,
-        Compose,
-        DoubleToFloat,
-        GymWrapper,
-        RewardSum,
-        TransformedEnv,
-        VecNorm,
-    )
+    from torchrl.envs import ClipTransform, Compose, DoubleToFloat, GymWrapper, RewardSum, TransformedEnv, VecNorm
 
     kind = AsyncVectorEnv if options.vec == "subproc" else SyncVectorEnv
     made = kind([partial(make_env, options.env)] * options.num_envs, autoreset_mode=AutoresetMode.DISABLED)
@@ -92,9 +84,7 @@ def main() -> None:
     actor, critic = networks(options, envs)
     rows = options.num_envs * options.num_steps
     updates = options.total_timesteps // rows
-    collector = Collector(
-        envs, actor, frames_per_batch=rows, total_frames=updates * rows, track_traj_ids=False
-    )
+    collector = Collector(envs, actor, frames_per_batch=rows, total_frames=updates * rows, track_traj_ids=False)
     advantages = GAE(gamma=options.gamma, lmbda=options.gae_lambda, value_network=critic)
     loss = ClipPPOLoss(
         actor,
@@ -109,9 +99,7 @@ def main() -> None:
         functional=False,
     )
     buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(rows),
-        sampler=SamplerWithoutReplacement(),
-        batch_size=options.minibatch_size,
+        storage=LazyTensorStorage(rows), sampler=SamplerWithoutReplacement(), batch_size=options.minibatch_size
     )
     parameters = list(loss.parameters())
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, eps=1e-5)

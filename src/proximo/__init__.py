@@ -5,7 +5,7 @@
     agent = PPO("CartPole-v1", num_envs=8, seed=0).learn(100_000)
     action = agent.predict(observation, deterministic=True)
 
-Public names are bound on first use, so that importing the package stays quick and pulls in no framework.
+Public names are imported on first use, so that `import proximo` is fast and loads neither JAX nor PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random"]
 
-_HOME = {
+_MODULES = {
     "PPO": "ppo",
     "Agent": "agent",
     "Config": "config.settings",
@@ -34,9 +34,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'proximo' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"proximo.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"proximo.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""An agent without an environment: its user drives it, in a loop of their own.
+"""PPO inside a loop of your own: `Agent` acts and learns, and the caller steps the environment.
 
-It makes the same draws and the same updates as the loop in `train`, given the same transitions.
+Given the same transitions, it draws the same random numbers and computes the same updates as `PPO`.
 """
 
 from __future__ import annotations
@@ -14,44 +14,47 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from proximo.config.names import checked, from_mapping
-from proximo.config.settings import FIELDS, Config
+from proximo.config.names import convert_settings, from_mapping
+from proximo.config.settings import SETTINGS, Config
 from proximo.config.values import to_int
 from proximo.errors import UserError
-from proximo.learner.make import choose_backend, make_learner
-from proximo.learner.protocol import Learner
+from proximo.learner.learner import Learner
+from proximo.learner.make import make_learner, resolved_by
 from proximo.learner.schedules import hyper_at
-from proximo.rollout.collector import Collected, one
-from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.collector import Collected, select_env
 from proximo.rollout.randomness import Purpose, generator
-from proximo.rollout.rollout import Episode, Rollout
-from proximo.run import checkpoint
-from proximo.run.metrics import Metrics
+from proximo.rollout.rollout import Episode, Metrics, Rollout
+from proximo.run import checkpoint_files
+from proximo.run.checkpoint import load, restore_config, restore_learner, restore_spaces, serialize
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
-from proximo.spaces.spaces import Obs, Spaces
+from proximo.source import Iteration, time_metrics, update_from
+from proximo.spaces.heads import RawAction
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 from proximo.train import report
 
-DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as Config's 8 × 256
-# Settings of PPO's own loop, as are those of group "records".
-DRIVERS = (
-    "engine", "env_kwargs", "stop_at_return", "run_dir", "exact_resume", "checkpoint_interval",
-    "checkpoint_minutes", "keep_checkpoints", "evaluation_interval", "evaluation_episodes",
+DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as the default 8 × 256
+# Settings of PPO's training loop, besides those of group "records".
+LOOP_SETTINGS = (
+    "engine", "env_kwargs", "isolate_envs", "env_timeout", "stop_at_return", "run_dir", "exact_resume",
+    "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints", "evaluation_interval", "evaluation_episodes",
 )  # fmt: skip
 
 
 class Step(NamedTuple):
-    """What the policy does and thinks: for one environment unbatched, for N of them [N, ...]."""
+    """An action with its log-probability and value: unbatched for one environment, [N, ...] for N of them."""
 
-    action: Any  # as the environment takes it: an integer, or an array of the action space's shape and type
-    log_prob: np.ndarray | np.floating[Any]  # log π of the raw sample that the action was made from
+    action: Any  # an integer, or an array of the action space's shape and type
+    log_prob: np.ndarray | np.floating[Any]  # log π of the raw sample behind the action
     value: np.ndarray | np.floating[Any]  # V of the observation
 
 
 class Pending(NamedTuple):
-    """An action that nothing has come of yet."""
+    """An action whose transition has not been observed yet."""
 
     obs: Obs  # path -> [N, ...]
-    raw: np.ndarray  # [N, ...]
+    raw: RawAction  # path -> [N, ...]
     carry: np.ndarray  # [N, H] after the action
 
 
@@ -70,13 +73,12 @@ class Agent:
                 metrics = agent.update()
 
     Args:
-        observation: an observation space, or how many numbers an observation holds, or their shape.
+        observation: an observation space, the number of values in an observation, or their shape.
         action: an action space, or the number of discrete actions.
-        network: a network of your own, in the backend's form, as for `PPO`.
-        settings: those of `proximo.Config`, with `num_envs` 1 and `num_steps` 2048 unless given. Schedules run
-            over `total_timesteps`: give the steps that you intend, since a linear learning rate is 0 from
-            there on. Settings of what your loop does itself are refused: engine, env_kwargs,
-            stop_at_return, run_dir, checkpoint_interval and those of records.
+        network: a custom network, as for `PPO`.
+        settings: those of `proximo.Config`; `num_envs` is 1 and `num_steps` 2048 by default. Schedules run over
+            `total_timesteps`, where a linear learning rate reaches 0. Settings of PPO's training loop (`LOOP_SETTINGS`
+            and the group records) are refused.
 
     Raises:
         UserError: an unknown setting, a value out of range, or a space that is not supported.
@@ -90,35 +92,34 @@ class Agent:
         network: Any = None,
         **settings: Any,
     ) -> None:
-        config = from_mapping({**DEFAULTS, **own(settings)})
-        self._bind(config, spaces_from(observation, action), network, None)
+        config = from_mapping({**DEFAULTS, **agent_settings(settings)})
+        spaces = spaces_from(observation, action)
+        self._bind(config, spaces, make_learner(config, spaces, network), None)
 
-    def _bind(self, config: Config, spaces: Spaces, network: Any, env_id: str | None) -> None:
-        self.config = config.replace(backend=choose_backend(config, spaces, network))
-        self.spaces = spaces
-        self.learner: Learner = make_learner(self.config, spaces, network)
+    def _bind(self, config: Config, spaces: Spaces, learner: Learner, env_id: str | None) -> None:
+        self.config, self.spaces, self.learner = config, spaces, learner
         self.progress = Progress()
-        self._network, self._env_id = network, env_id
+        self._env_id = env_id
         count = self.config.num_envs
         self._rollout = Rollout(spaces, self.config.num_steps, count)
-        self._again = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
+        self._extra_rng = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
         self._start = np.ones(count, bool)
-        self._next: Obs = {path: array[0].copy() for path, array in self._rollout.obs.items()}
+        self._next_obs: Obs = {path: array[0].copy() for path, array in self._rollout.obs.items()}
         self._episode_return = np.zeros(count, np.float64)
         self._episode_length = np.zeros(count, np.int64)
         self._begin()
 
     def _begin(self) -> None:
-        """Empty the buffer; the policy as it stands acts until it is learned from."""
+        """Empty the buffer; the current policy acts until the next update."""
         count = self.config.num_envs
         rng = generator(self.config.seed, Purpose.NOISE, self.progress.iteration)
         self._noise = self.spaces.action.noise(rng, (self.config.num_steps, count))
-        self._drawn = self._noise[0]
-        self._untouched = True  # the noise of the coming row
-        self._actor = self.learner.actor(self._drawn for _ in itertools.count())
+        self._row_noise = self._noise[0]
+        self._is_noise_unused = True  # of the coming row
+        self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
         self._carry = self.learner.state()["carry"]
         self._pending: Pending | None = None
-        self._rollout.clear()
+        self._rollout.clear_final_obs()
         self._filled = 0
         self._episodes: list[Episode] = []
         self._began = self._acted = time.perf_counter()
@@ -126,16 +127,15 @@ class Agent:
 
     @property
     def full(self) -> bool:
-        """Whether `num_steps` steps are stored, so that `update` is due."""
+        """Whether the buffer holds `num_steps` steps, so that `update` is due."""
         return self._filled == self.config.num_steps
 
     def act(self, obs: Any, deterministic: bool = False) -> Step:
         """Sample an action, or take the policy's mode.
 
-        Nothing is stored before `observe`: of several calls the last one counts, and calls that nothing is
-        observed of (to evaluate, or to use what was trained) leave no trace; only a recurrent network, which
-        remembers every call, must be observed after each. Deterministic calls draw nothing; a transition
-        that one of them began is learned from as if it had been sampled.
+        `observe` stores only the last `act`, so that calls without an `observe` (to evaluate) change nothing. Recurrent
+        networks require `observe` after every `act`. Deterministic calls draw no random numbers; their transitions are
+        treated as sampled ones.
 
         Args:
             obs: one observation, or N of them along the first axis where `num_envs` is N above 1.
@@ -145,232 +145,227 @@ class Agent:
         """
         began = time.perf_counter()
         if self.full:
-            raise UserError(f"{self.config.num_steps} steps are stored, and no more fit: call update() first")
+            raise UserError(f"the buffer is full ({self.config.num_steps} steps). Call update() first.")
         if self._pending and self._carry.shape[1]:
             raise UserError(
-                "a recurrent network remembers every act(): hand back what came of it with observe()"
+                "act() was called twice without observe(), which a recurrent network needs in between. Call observe()."
             )
-        seen = self._read("obs", obs)
-        self._drawn = self._draw(deterministic)
-        raw = self._actor(seen, self._start)
-        log_prob, value, carry = self.learner.score(seen, raw, self._start, self._carry)
-        self._pending = Pending(seen, raw, carry)
+        read = read_observation(self.spaces, self.config.num_envs, "obs", obs)
+        self._row_noise = self._draw_noise(deterministic)
+        raw = self._actor(read, self._start)
+        log_prob, value, carry = self.learner.evaluate_actions(read, raw, self._start, self._carry)
+        self._pending = Pending(read, raw, carry)
         action = self.spaces.action.to_env(raw, self.config)
         self._acted = time.perf_counter()
         self._act_seconds += self._acted - began
-        return Step(action, log_prob, value) if self._batched else Step(action[0], log_prob[0], value[0])
+        return Step(action, log_prob, value) if self._is_batched else Step(action[0], log_prob[0], value[0])
 
     def observe(self, reward: Any, terminated: Any, truncated: Any, next_obs: Any, valid: Any = None) -> None:
-        """Store the transition that the last `act` began.
+        """Store the transition of the last `act`.
 
-        After an episode's end `next_obs` is its final observation, not the first of the next episode; that one
-        is handed to `act`. Between, `act` is given what `next_obs` was.
+        At the end of an episode `next_obs` is its final observation, and the first observation of the next episode goes
+        to `act`. Otherwise `act` must get the previous `next_obs`.
 
         Args:
             reward: a number, or [N].
             terminated, truncated: bool, or [N] bool.
             next_obs: as for `act`.
-            valid: bool, or [N] bool; False where nothing was acted on, as in the step after an episode's end in
-                which Gymnasium's vector environments by default only reset. Such a row is not learned from.
+            valid: bool, or [N] bool; False where the environment only reset, as Gymnasium's vector environments do by
+                default in the step after an episode's end. Such rows are not used.
 
         Raises:
-            UserError: nothing was acted on; a value has another type or shape or is not finite; or the
-                observation acted on is not where the episode stood. Nothing is stored then.
+            UserError: there was no `act`; a value has the wrong type or shape or is not finite; or the observation of
+                `act` was not the previous `next_obs`. Nothing is stored then.
         """
         env_seconds = time.perf_counter() - self._acted
         if self._pending is None:
-            raise UserError("observe() hands back what came of an action: call act() first")
+            raise UserError("observe() was called without act(). Call act() first.")
         count, rollout, t = self.config.num_envs, self._rollout, self._filled
-        rewards = self._facts("reward", reward, "iuf", "a finite number")
+        rewards = read_values(count, "reward", reward, "iuf", "a finite number")
         if not np.isfinite(rewards.astype(np.float32)).all():
-            raise UserError(f"reward is {reward}, but must be finite, as float32 too")
-        ends = self._facts("terminated", terminated, "b", "a bool")
-        cuts = self._facts("truncated", truncated, "b", "a bool")
-        real = np.ones(count, bool) if valid is None else self._facts("valid", valid, "b", "a bool")
-        following = self._read("next_obs", next_obs)
+            raise UserError(f"reward is {reward}; expected a number that is finite as float32.")
+        terminations = read_values(count, "terminated", terminated, "b", "a bool")
+        truncations = read_values(count, "truncated", truncated, "b", "a bool")
+        valids = np.ones(count, bool) if valid is None else read_values(count, "valid", valid, "b", "a bool")
+        following = read_observation(self.spaces, count, "next_obs", next_obs)
         self._check_continues(self._pending.obs)
 
-        for path, seen in self._pending.obs.items():
-            rollout.obs[path][t], rollout.obs[path][t + 1] = seen, following[path]
-        over = (ends | cuts) & real
-        rollout.action[t], rollout.reward[t] = self._pending.raw, rewards
-        rollout.terminated[t], rollout.truncated[t] = ends, cuts
-        rollout.valid[t], rollout.start[t], rollout.start[t + 1] = real, self._start, over | ~real
-        self._episode_return += np.where(real, rewards, 0.0)
-        self._episode_length += real
+        for path, array in self._pending.obs.items():
+            rollout.obs[path][t], rollout.obs[path][t + 1] = array, following[path]
+        for path, array in self._pending.raw.items():
+            rollout.action[path][t] = array
+        over = (terminations | truncations) & valids
+        rollout.reward[t] = rewards
+        rollout.terminated[t], rollout.truncated[t] = terminations, truncations
+        rollout.valid[t], rollout.start[t], rollout.start[t + 1] = valids, self._start, over | ~valids
+        self._episode_return += np.where(valids, rewards, 0.0)
+        self._episode_length += valids
         for n in map(int, np.flatnonzero(over)):
-            rollout.add_final(t, n, one(next_obs, n) if self._batched else next_obs)
+            rollout.add_final_obs(t, n, select_env(next_obs, n) if self._is_batched else next_obs)
             self._episodes.append(Episode(float(self._episode_return[n]), int(self._episode_length[n]), n))
             self._episode_return[n], self._episode_length[n] = 0.0, 0
 
-        self._start, self._next, self._carry = over | ~real, following, self._pending.carry
-        self._pending, self._untouched = None, True
+        self._start, self._next_obs, self._carry = over | ~valids, following, self._pending.carry
+        self._pending, self._is_noise_unused = None, True
         self._filled += 1
         self._env_seconds += env_seconds
 
     def discard(self) -> None:
-        """Forget what is stored, without learning from it; the next `act` may go on in the same episode."""
+        """Empty the buffer without an update; the next `act` may continue the same episode."""
         self._begin()
 
     def update(self) -> Metrics:
-        """Learn from what is stored, empty the buffer and return metrics, named as those of `PPO.iterate`.
+        """Update from the stored transitions and empty the buffer; return metrics, named as those of `PPO.iterate`.
 
-        A partly full buffer is dealt into as many minibatches, only smaller, or into one for each transition
-        where there are fewer of these. An action that nothing was observed of is forgotten.
+        A partly full buffer is split into the same number of smaller minibatches, at most one per transition. An action
+        without an `observe` is dropped.
 
         Raises:
-            UserError: nothing is stored.
-            RunError: the update gave NaN or infinity, and was not taken over; `discard` empties the buffer.
+            UserError: the buffer is empty.
+            RunError: the update diverged and was discarded; `discard` empties the buffer.
         """
         if not self._filled:
-            raise UserError("nothing is stored to learn from: call act() and observe() first")
+            raise UserError("the buffer is empty. Call act() and observe() first.")
         config, rollout, progress = self.config, self._rollout, self.progress
         rollout.valid[self._filled :] = False
-        rollout.start[self._filled : -1] = False  # an episode that begins is the next rollout's to begin
-        rng = generator(config.seed, Purpose.ORDER, progress.iteration)
-        order = minibatch_order(
-            rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length
-        )
-        began = time.perf_counter()
-        learned = self.learner.update(rollout, order, hyper_at(config, progress.global_step))
-        metrics = {**learned, "update/skipped": 0.0}  # one that diverges is the caller's to leave out
-        update_seconds = time.perf_counter() - began
+        rollout.start[self._filled : -1] = False  # belongs to the next rollout
+        update_began = time.perf_counter()
+        hyper = hyper_at(config, progress.global_step)
+        metrics, _, fault = update_from(self.learner, rollout, config, progress.iteration, hyper)
+        if fault:
+            raise fault
         if not self.full and self._carry.shape[1]:
-            # The update went on to remember rows that never were.
+            # The update advanced the recurrent state over rows that are not filled.
             self.learner.load({**self.learner.state(), "carry": self._carry})
 
+        ended = time.perf_counter()
         steps = int(rollout.valid.sum())
-        progress.global_step += steps
-        progress.iteration += 1
-        progress.episodes.extend(self._episodes)
         collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
-        seconds = time.perf_counter() - self._began
+        metrics |= time_metrics(steps, ended - self._began, collected, ended - update_began)
+        done = Iteration(metrics, self._episodes, steps)
+        progress.advance(steps, self._episodes)
         self._begin()
-        return report(progress, metrics, collected, steps, seconds, update_seconds)
+        return report(progress, done)
 
     def save(self, path: str | Path) -> Path:
-        """Write a checkpoint folder that `Agent.load` and `PPO.load` read. What is stored is not part of it.
+        """Write a checkpoint folder that `Agent.load` and `PPO.load` read, without the buffer.
 
         Raises:
-            UserError: something that is no checkpoint stands there.
+            UserError: the path exists and is not a checkpoint.
         """
-        manifest, arrays = checkpoint.describe(
-            self.learner, self.config, self.spaces, self._env_id, self._network is not None, self.progress
-        )
-        return checkpoint.save(path, arrays, manifest)
+        info = RunInfo(self._env_id, None, self.config, resolved_by(self.learner))
+        manifest, arrays = serialize(self.learner, info, self.spaces, self.progress)
+        return checkpoint_files.save(path, arrays, manifest)
 
     @classmethod
     def load(cls, path: str | Path, *, network: Any = None, **changes: Any) -> Agent:
-        """Load a checkpoint folder of `Agent` or `PPO`, or the latest of a run folder; episodes begin anew.
+        """Load a checkpoint folder of `Agent` or `PPO`, or the latest of a run folder; new episodes begin.
 
         Args:
-            network: the user's own network, where one was trained.
+            network: the custom network, where one was trained.
             changes: settings to change, such as `num_envs=1` after training with several.
 
         Raises:
-            UserError: there is no checkpoint, it is damaged, or it does not fit.
+            UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
-        saved = checkpoint.load(path)
-        config = checkpoint.config_of(path, saved.manifest, network, own(changes))
-        spaces = checkpoint.spaces_in(saved, config)
+        saved = load(path)
+        given = agent_settings(changes)
+        config = restore_config(path, saved.manifest, network, given)
+        spaces = restore_spaces(saved, config)
+        config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
         agent = cls.__new__(cls)
-        agent._bind(config, spaces, network, saved.manifest["env"])
-        agent.learner.load(saved.arrays)
+        agent._bind(config, spaces, learner, saved.manifest["env"])
         agent.progress.global_step = saved.progress.global_step
         agent.progress.iteration = saved.progress.iteration
-        agent._begin()
+        agent._begin()  # with the noise of that iteration
         return agent
 
     @property
-    def _batched(self) -> bool:
+    def _is_batched(self) -> bool:
         return self.config.num_envs > 1
 
-    def _draw(self, deterministic: bool) -> np.ndarray:
-        """Noise [N, K]: of this row at its first sample, so that what is not stored disturbs nothing stored."""
+    def _draw_noise(self, deterministic: bool) -> np.ndarray:
+        """Noise [N, K]: the first sample of a row uses the row's noise, others a generator of their own."""
         if deterministic:
             return np.zeros_like(self._noise[0])
-        if self._untouched:
-            self._untouched = False
+        if self._is_noise_unused:
+            self._is_noise_unused = False
             return self._noise[self._filled]
-        return self.spaces.action.noise(self._again, (self.config.num_envs,))
+        return self.spaces.action.noise(self._extra_rng, (self.config.num_envs,))
 
-    def _read(self, name: str, observation: Any) -> Obs:
-        """path -> copies [N, ...], in the types that are stored."""
-        leading = (self.config.num_envs,) if self._batched else ()
-        obs: Obs = {}
-        for leaf, (path, value) in zip(self.spaces.observation, self.spaces.read(observation), strict=True):
-            what = f"{name} {path!r}" if path else name
-            if value.shape != leading + leaf.shape:
-                raise UserError(
-                    f"{what} has shape {value.shape}, expected {leading + leaf.shape}, since num_envs is "
-                    f"{self.config.num_envs}"
-                )
-            if value.dtype.kind not in "biuf":
-                raise UserError(f"{what} holds {value.dtype}, expected numbers")
-            array = np.array(value, leaf.dtype).reshape(self.config.num_envs, *leaf.shape)
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise UserError(f"{what} is not finite: mend the environment, or end the episode before")
-            obs[path] = array
-        return obs
-
-    def _facts(self, name: str, value: Any, kinds: str, expected: str) -> np.ndarray:
-        """[N], one fact about each environment."""
-        array = np.asarray(value)
-        shape = (self.config.num_envs,) if self._batched else ()
-        if array.shape != shape or array.dtype.kind not in kinds:
-            each = f" for each of the {self.config.num_envs} environments" if self._batched else ""
-            raise UserError(f"{name} must be {expected}{each}, got {value!r}")
-        return array.reshape(self.config.num_envs)
-
-    def _check_continues(self, seen: Obs) -> None:
-        """Refuse a jump inside an episode: the reset behind it would be learned from as something that happened."""
-        for path, array in seen.items():
-            same = (array == self._next[path]).reshape(len(array), -1).all(axis=1) | self._start
+    def _check_continues(self, obs: Obs) -> None:
+        """Raise UserError for a jump inside an episode, which an unreported reset causes."""
+        for path, array in obs.items():
+            same = (array == self._next_obs[path]).reshape(len(array), -1).all(axis=1) | self._start
             if not same.all():
                 raise UserError(
-                    f"environment {int(np.argmin(same))} was acted on at another observation than the next_obs handed "
-                    "back before, though its episode had not ended: hand back truncated=True where you reset"
+                    f"act() got another observation of environment {int(np.argmin(same))} than the previous next_obs, "
+                    "although its episode had not ended. Call observe() with truncated=True before a reset."
                 )
 
 
-def own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their own names, checked one by one.
+def read_observation(spaces: Spaces, num_envs: int, name: str, observation: Any) -> Obs:
+    """path -> copies [N, ...] with the stored types; UserError for anything else than N finite observations."""
+    leading = (num_envs,) if num_envs > 1 else ()
+    obs: Obs = {}
+    for leaf, (path, value) in zip(spaces.observation, spaces.read(observation), strict=True):
+        what = f"{name} {path!r}" if path else name
+        if value.shape != leading + leaf.shape:
+            expected = leading + leaf.shape
+            raise UserError(f"{what} has shape {value.shape}; expected {expected} with `num_envs` {num_envs}.")
+        if value.dtype.kind not in "biuf":
+            raise UserError(f"{what} has type {value.dtype}; expected numbers.")
+        obs[path] = np.array(value, leaf.dtype).reshape(num_envs, *leaf.shape)
+        if obs[path].dtype.kind == "f" and not np.isfinite(obs[path]).all():
+            raise UserError(f"{what} is not finite. Fix the environment, or end the episode before.")
+    return obs
+
+
+def read_values(num_envs: int, name: str, value: Any, kinds: str, expected: str) -> np.ndarray:
+    """One value for each environment, [N]; UserError for another shape or type."""
+    array = np.asarray(value)
+    if array.shape != ((num_envs,) if num_envs > 1 else ()) or array.dtype.kind not in kinds:
+        each = f" for each of the {num_envs} environments" if num_envs > 1 else ""
+        raise UserError(f"{name} is {value!r}; expected {expected}{each}.")
+    return array.reshape(num_envs)
+
+
+def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under their canonical names, checked one by one.
 
     Raises:
-        UserError: an unknown name, a bad value, or a setting of what the user's loop does itself.
+        UserError: an unknown name, a bad value, or a setting of PPO's training loop.
     """
-    given = checked(settings)
+    given = convert_settings(settings)
     for name in given:
-        if name in DRIVERS or FIELDS[name].metadata["group"] == "records":
-            raise UserError(
-                f"{name} is a setting of PPO's own loop: an Agent is driven by yours, so leave it out"
-            )
+        if name in LOOP_SETTINGS or SETTINGS[name].group == "records":
+            raise UserError(f"`{name}` belongs to PPO's training loop, which an Agent does not have. Leave it out.")
     return given
 
 
 def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.Space[Any] | int) -> Spaces:
-    """Spaces as given, or those of plain dimensions: unbounded float32 numbers, discrete actions from 0.
+    """Spaces as given, or from dimensions: unbounded float32 numbers, discrete actions from 0.
 
     Raises:
-        UserError: dimensions that are not whole numbers above 0, or a space that is not supported.
+        UserError: dimensions that are not integers ≥ 1, or a space that is not supported.
     """
     if not isinstance(observation, gym.Space):
-        whole = "observation must be a space, a whole number above 0 or a shape of such"
+        expected = "expected a space, an integer ≥ 1 or a shape of such."
         shape = tuple(observation) if isinstance(observation, Sequence) else (observation,)
-        sizes = tuple(dimension(size, f"{whole}, got {observation!r}") for size in shape)
+        sizes = tuple(dimension(size, f"observation is {observation!r}; {expected}") for size in shape)
         observation = gym.spaces.Box(-np.inf, np.inf, sizes, np.float32)
     if not isinstance(action, gym.Space):
-        whole = "action must be a space, or a whole number above 0 of discrete actions"
-        action = gym.spaces.Discrete(dimension(action, f"{whole}, got {action!r}"))
+        message = f"action is {action!r}; expected a space, or an integer ≥ 1, the number of discrete actions."
+        action = gym.spaces.Discrete(dimension(action, message))
     return Spaces.of(observation, action)
 
 
-def dimension(value: Any, refusal: str) -> int:
-    """A whole number above 0."""
+def dimension(value: Any, message: str) -> int:
+    """An integer ≥ 1; UserError with this message for anything else."""
     try:
         size = 0 if isinstance(value, str) else to_int(value)
     except (TypeError, ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise UserError(refusal)
+        raise UserError(message)
     return size

@@ -1,4 +1,4 @@
-"""The exceptions that a user meets: bad input, and a run that cannot go on."""
+"""Exceptions for users, and how errors and notes are shown."""
 
 from __future__ import annotations
 
@@ -10,41 +10,45 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: the message names the thing, what was expected and what to do.
+    """Invalid input. The message states what is wrong, what was expected and how to fix it.
 
-    The command line prints the message alone and exits with status 2.
+    The command line prints only the message and exits with status 2.
     """
 
 
+class DeviceUnavailable(UserError):
+    """The requested device does not exist on this machine."""
+
+
 class RunError(RuntimeError):
-    """A run cannot go on: the message says what happened where, and what to do. Exit status 1."""
+    """A run cannot continue. The message states what failed and how to fix it. Exit status 1."""
 
 
 class Exited(RunError):
-    """An environment called `sys.exit`, or a signal's handler did while it was at work."""
+    """An environment called `sys.exit`, or a signal handler did while it was running."""
 
 
 class NotFinite(RunError):
-    """Numbers became NaN or infinite. `evidence` are the arrays to look at afterwards, by name."""
+    """A value became NaN or infinite. `evidence` holds arrays and facts for the debug bundle."""
 
     def __init__(self, message: str, **evidence: Any) -> None:
         super().__init__(message)
-        self.evidence: dict[str, Any] = evidence
+        self.evidence = evidence
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
+    """Return `"; did you mean 'x'?"` for the most similar known name, or "." without one."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
 def describe_error(error: BaseException) -> str:
-    """Our own message as it is, another's with the name of the error."""
-    own = isinstance(error, (UserError, RunError))
-    return str(error) if own else f"{type(error).__name__}: {error}".removesuffix(": ")
+    """Message of an error; preceded by the type's name unless it is Proximo's own."""
+    is_ours = isinstance(error, (UserError, RunError))
+    return str(error) if is_ours else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def notify_user(text: str) -> None:
-    """Say something that a run goes on after, on the terminal's error stream."""
-    with contextlib.suppress(OSError, ValueError):  # nobody listens, which is no reason to end a run
+    """Print a note to standard error. Failures are ignored: a closed terminal must not stop a run."""
+    with contextlib.suppress(OSError, ValueError):
         print(f"proximo: note: {text}", file=sys.stderr)

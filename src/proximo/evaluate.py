@@ -1,4 +1,4 @@
-"""Episodes with a policy, and what can be said of them."""
+"""Run complete episodes with a policy, and summarise their returns."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.envs.make import EnvLike, make_envs, plays_games, require_same, spaces_of
-from proximo.errors import RunError, UserError
-from proximo.learner.protocol import Learner
+from proximo.envs.make import EnvLike, is_vectorized_atari, make_envs, require_matching_spaces, spaces_of
+from proximo.errors import Exited, RunError, UserError, describe_error, notify_user
+from proximo.learner.learner import Learner
 from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collector
 from proximo.rollout.randomness import Purpose, environment_seeds, generator
-from proximo.rollout.rollout import Actor, Episode, Rollout
-from proximo.spaces.spaces import Discrete, Obs, Spaces
+from proximo.rollout.rollout import Actor, Episode, Metrics, Rollout
+from proximo.run.progress import MAX_FAILURES, Progress
+from proximo.spaces.spaces import Spaces
 
-CHUNK = 32  # steps between looks at how many episodes have ended
+CHUNK = 32  # steps between counts of finished episodes
 RESAMPLES = 10_000
+RESAMPLED_AT_ONCE = 1_000_000  # numbers
 MAX_EPISODE_STEPS = 1_000_000
 
 Policy = Callable[[int], Actor]  # number of environments -> actor
@@ -29,7 +31,7 @@ Policy = Callable[[int], Actor]  # number of environments -> actor
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Raw returns and lengths of complete episodes, with the policy's normaliser frozen."""
+    """Raw returns and lengths of complete episodes, run with frozen normalisers."""
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -50,14 +52,16 @@ class Evaluation:
 
 def bootstrap_interval(samples: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of samples [B] (Efron 1979)."""
-    rng = generator(seed, Purpose.BOOTSTRAP)
-    means = np.array([rng.choice(samples, len(samples)).mean() for _ in range(RESAMPLES)])
+    rng, count = generator(seed, Purpose.BOOTSTRAP), len(samples)
+    rows = max(RESAMPLED_AT_ONCE // count, 1)
+    sizes = [min(rows, RESAMPLES - first) for first in range(0, RESAMPLES, rows)]
+    means = np.concatenate([rng.choice(samples, (size, count)).mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def trained(learner: Learner, spaces: Spaces, deterministic: bool, seed: int) -> Policy:
-    """The learner's policy as it stands: its mode, or samples."""
+def trained_policy(learner: Learner, spaces: Spaces, deterministic: bool, seed: int) -> Policy:
+    """The learner's current policy: its mode, or samples."""
 
     def noise(count: int) -> Iterator[np.ndarray]:
         rng = generator(seed, Purpose.EVALUATION, iteration=1)
@@ -67,23 +71,12 @@ def trained(learner: Learner, spaces: Spaces, deterministic: bool, seed: int) ->
     return lambda count: learner.actor(None if deterministic else noise(count))
 
 
-def random(spaces: Spaces, seed: int) -> Policy:
+def random_policy(spaces: Spaces, seed: int) -> Policy:
     """Actions drawn uniformly from the action space, unbounded dimensions from a standard normal."""
 
     def actor_of(count: int) -> Actor:
         rng = generator(seed, Purpose.EVALUATION, iteration=1)
-        if isinstance(spaces.action, Discrete):
-            actions = spaces.action.n
-            return lambda obs, start: rng.integers(actions, size=count, dtype=np.int32)
-        low, width = np.asarray(spaces.action.low), spaces.action.width
-        bounded = np.isfinite(width)
-
-        def actor(obs: Obs, start: np.ndarray) -> np.ndarray:
-            shape = (count, len(width))
-            uniform = np.where(bounded, low, 0.0) + np.where(bounded, width, 0.0) * rng.random(shape)
-            return np.where(bounded, uniform, rng.standard_normal(shape)).astype(np.float32)
-
-        return actor
+        return lambda obs, start: spaces.action.random(rng, count)
 
     return actor_of
 
@@ -99,13 +92,14 @@ def evaluate(
     num_envs: int = 8,
     render: bool = False,
 ) -> Evaluation:
-    """Run complete episodes with a policy that was made for `spaces`.
+    """Run complete episodes with a policy.
 
-    Every environment runs the same number of episodes (± 1), decided beforehand: taking whichever end first
-    would favour short ones.
+    Every environment runs the same number of episodes (± 1), fixed beforehand: counting the first ones to finish would
+    favour short episodes.
 
     Args:
-        deterministic: what the result says of the policy.
+        spaces: of the policy.
+        deterministic: reported in the result.
         render: show the episodes in a window, one after the other.
 
     Raises:
@@ -113,60 +107,106 @@ def evaluate(
         RunError: an episode does not end, or an observation or reward is not finite.
     """
     if episodes < 1:
-        raise UserError(f"episodes must be a whole number in [1, ∞), got {episodes}")
+        raise UserError(f"`episodes` is {episodes}; expected an integer ≥ 1.")
     count = 1 if render else min(num_envs, episodes)
-    quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
+    remaining = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
     rollout = Rollout(spaces, CHUNK, count)
 
     actor = policy(count)
-    kept: list[Episode] = []
+    finished: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
-    engine = "native" if plays_games(env, env_kwargs) else "sync"
+    engine = "native" if is_vectorized_atari(env, env_kwargs) else "sync"
     envs = make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout)
     try:
-        require_same(spaces_of(envs), spaces)
+        require_matching_spaces(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)
         seeds = environment_seeds(seed, count, Purpose.EVALUATION)
         if render:
-            _show(collector, seeds)
+            _reset_in_window(collector, seeds)
         else:
             collector.reset(seeds)
-        while quota.any():
+        while remaining.any():
             if collector.episode_length.max() > MAX_EPISODE_STEPS:
                 raise RunError(
-                    f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps: give the environment a time "
-                    "limit, with max_episode_steps or gymnasium.wrappers.TimeLimit"
+                    f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give the environment a time limit, "
+                    "with max_episode_steps or gymnasium.wrappers.TimeLimit."
                 )
             with single_blas_thread():
                 collected = collector.collect(actor, rollout)
             for episode in collected.episodes:
-                if quota[episode.env_index]:
-                    quota[episode.env_index] -= 1
-                    kept.append(episode)
+                if remaining[episode.env_index]:
+                    remaining[episode.env_index] -= 1
+                    finished.append(episode)
     finally:
         envs.close()
     return Evaluation(
-        tuple(episode.episode_return for episode in kept),
-        tuple(episode.length for episode in kept),
+        tuple(episode.episode_return for episode in finished),
+        tuple(episode.length for episode in finished),
         deterministic,
     )
 
 
-def _show(collector: Collector, seeds: list[int]) -> None:
-    """The first reset in a window, which is what opens it.
+def _reset_in_window(collector: Collector, seeds: list[int]) -> None:
+    """The first reset, which opens the window.
 
     Raises:
         UserError: no window opens.
     """
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
-        raise UserError("there is no display to show the environment in: record a video instead")
+        raise UserError(
+            "`render` opens a window, but no display was found (DISPLAY and WAYLAND_DISPLAY are unset). Record a video "
+            "instead."
+        )
     try:
         collector.reset(seeds)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"the environment cannot be shown in a window ({type(error).__name__}: {error}): it needs a display, and "
-            "for many environments pip install 'proximo[video]'; record a video instead"
+            f"the environment cannot be shown in a window ({type(error).__name__}: {error}). It needs a display, and "
+            "for many environments pip install 'proximo[video]'. Record a video instead."
         ) from error
+
+
+class PeriodicEvaluation:
+    """Evaluates a policy every `evaluation_interval` iterations.
+
+    A failed evaluation is logged and skipped; three failures in a row raise.
+
+    Args:
+        evaluate: runs an evaluation, such as `PPO.evaluate`.
+    """
+
+    NAMES = ("return_mean", "return_std", "length_mean")
+
+    def __init__(self, config: Config, progress: Progress, evaluate: Callable[..., Evaluation]) -> None:
+        self._config, self._progress, self._evaluate = config, progress, evaluate
+        self._failures = 0
+
+    def __call__(self, metrics: Metrics) -> float | None:
+        """Add the evaluation's metrics, None where it is not due; return the mean return of one that succeeded.
+
+        Raises:
+            RunError: the third evaluation in a row failed.
+        """
+        config = self._config
+        if not config.evaluation_interval:
+            return None
+        metrics |= {f"evaluation/{name}": None for name in self.NAMES}
+        if self._progress.iteration % config.evaluation_interval:
+            return None
+        try:
+            result = self._evaluate(config.evaluation_episodes, seed=config.seed).to_dict()
+        except Exited:
+            raise
+        except Exception as error:
+            self._failures += 1
+            text = f"the evaluation at step {self._progress.global_step:,} failed: {describe_error(error)}"
+            if self._failures == MAX_FAILURES:
+                raise RunError(f"{text} ({self._failures} in a row)") from error
+            notify_user(f"{text} ({self._failures} in a row; {MAX_FAILURES} stop the run)")
+            return None
+        self._failures = 0
+        metrics |= {f"evaluation/{name}": result[name] for name in self.NAMES}
+        return result["return_mean"]

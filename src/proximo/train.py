@@ -1,183 +1,118 @@
 """The training loop.
 
-A run alternates two halves: the world fills a rollout with the policy as it stands, then the learner learns
-from it. Everything random is derived from (seed, purpose, iteration), so a run is a function of its config.
+Each iteration collects a rollout with the current policy and updates the learner from it. Everything random is derived
+from (seed, purpose, iteration), so a run is a function of its settings.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import numpy as np
-
-from proximo.config.settings import Config
+from proximo.config.settings import SETTINGS, Config
 from proximo.errors import NotFinite, notify_user
-from proximo.learner.protocol import Learner
-from proximo.learner.schedules import Hyper, hyper_at
-from proximo.machine import single_blas_thread
-from proximo.rollout.collector import Collected, Collector
-from proximo.rollout.minibatches import minibatch_order
-from proximo.rollout.randomness import Purpose, generator
-from proximo.rollout.rollout import Rollout
-from proximo.run.diagnostics import action_metrics, histograms_of
-from proximo.run.metrics import Metrics, Samples
-from proximo.run.progress import WINDOW, Progress
-
-PATIENCE = 3  # updates in a row that diverge, or evaluations that fail, and end a run
+from proximo.learner.learner import Learner
+from proximo.rollout.rollout import Diagnostics, Metrics
+from proximo.run.checkpoint import Checkpoint
+from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
+from proximo.source import Iteration, Source
 
 
-class Iteration(NamedTuple):
-    """What one iteration reports: metrics, samples for histograms where they were due, and an evaluation's return."""
+class Report(NamedTuple):
+    """What one iteration reports: metrics, and diagnostics for histograms where they were due."""
 
     metrics: Metrics
-    samples: Samples | None = None
-    evaluated: float | None = None
+    diagnostics: Diagnostics | None = None
 
 
 def iterations(
-    config: Config,
-    collector: Collector,
-    learner: Learner,
-    progress: Progress,
-    evaluate: Callable[[Metrics], float | None],
-    examine: bool = False,
-) -> Iterator[Iteration]:
+    config: Config, source: Source, learner: Learner, progress: Progress, inspect: bool = False
+) -> Iterator[Report]:
     """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
 
-    Between two reports `learner` and `progress` are consistent: that is where to save or stop. Where an error ends an
-    iteration, or Ctrl-C its evaluation, they are as they were before it.
+    Between two reports `learner` and `progress` are consistent, so that is where to evaluate, save or stop. An error or
+    Ctrl-C in an iteration leaves them as they were before it.
 
     Args:
-        collector: of environments that have been reset, or brought back to where they stood.
-        evaluate: the last part of an iteration: adds to its metrics, and gives the mean return where it is time for it.
-        examine: every `config.histogram_interval` iterations, report samples and action statistics as well.
+        source: environments that are reset or restored.
+        inspect: every `config.histogram_interval` iterations, report diagnostics and action statistics too.
 
     Raises:
-        NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
+        NotFinite: an environment returned NaN or infinity, or the third update in a row diverged.
     """
-    rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
-    progress.env_state = collector.capture_state()
-    while progress.global_step < config.total_timesteps and not solved(config, progress):
-        due = examine and config.histogram_interval and progress.iteration % config.histogram_interval == 0
-        learned, before = learner.snapshot(), progress.copy()
+    progress.env_state = source.state()
+    while progress.global_step < config.total_timesteps and not is_solved(config, progress):
+        interval = config.histogram_interval if inspect else 0
+        is_due = bool(interval) and progress.iteration % interval == 0
+        learner_before, progress_before = learner.snapshot(), progress.copy()
         try:
-            done = iterate(config, collector, learner, progress, rollout, bool(due))
-            done = done._replace(evaluated=evaluate(done.metrics))
-            progress.env_state = collector.capture_state()
+            done = source.iterate(learner, progress.iteration, progress.global_step, is_due)
+            count_fault(progress, done)
+            progress.advance(done.steps, done.episodes)
+            progress.env_state = source.state()
         except BaseException as error:  # Ctrl-C as well
-            collector.state_is_current = False
-            learner.restore(learned)
-            progress.restore(before)
+            source.state_is_current = False
+            learner.restore(learner_before)
+            progress.restore(progress_before)
             if isinstance(error, NotFinite):
-                error.evidence |= {"rollout": rollout.arrays(), "iteration": progress.iteration}
+                error.evidence["iteration"] = progress.iteration
             raise
-        yield done
+        yield Report(report(progress, done), done.diagnostics)
 
 
-def iterate(
-    config: Config,
-    collector: Collector,
-    learner: Learner,
-    progress: Progress,
-    rollout: Rollout,
-    examine: bool,
-) -> Iteration:
-    """Collect one rollout and learn from it.
-
-    Raises:
-        NotFinite: an environment gave NaN or infinity, or the update produced it, for the third time in a row.
-    """
-    began = time.perf_counter()
-    noise_rng = generator(config.seed, Purpose.NOISE, progress.iteration)
-    order_rng = generator(config.seed, Purpose.ORDER, progress.iteration)
-
-    noise = collector.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
-    said: list[Any] = []  # by the network, while acting
-    with single_blas_thread():
-        collected = collector.collect(learner.actor(noise, said), rollout)
-
-    order = minibatch_order(
-        rollout.valid, config.update_epochs, config.minibatch_count, order_rng, config.sequence_length
+def count_fault(progress: Progress, done: Iteration) -> None:
+    """Notify the user of a discarded update; raise the third in a row."""
+    if done.fault is None:
+        progress.skipped = 0
+        return
+    progress.skipped += 1
+    if progress.skipped == MAX_FAILURES:
+        raise done.fault
+    notify_user(
+        f"iteration {progress.iteration}: {done.fault} ({progress.skipped} in a row; {MAX_FAILURES} stop the run)"
     )
-    hyper = hyper_at(config, progress.global_step)
-    before = learner.examine(rollout, hyper) if examine and rollout.valid.any() else None
-    update_began = time.perf_counter()
-    metrics: Metrics = {**updated(learner, rollout, order, hyper, said, progress)}
-    update_seconds = time.perf_counter() - update_began
-    samples = None
-    if before:
-        samples = histograms_of(rollout, config, before, learner.examine(rollout, hyper, before["carry"]))
-        metrics |= action_metrics(rollout, config, before)
-
-    steps = int(rollout.valid.sum())
-    progress.global_step += steps
-    progress.iteration += 1
-    progress.episodes.extend(collected.episodes)
-    seconds = time.perf_counter() - began
-    return Iteration(report(progress, metrics, collected, steps, seconds, update_seconds), samples)
 
 
-def updated(
-    learner: Learner,
-    rollout: Rollout,
-    order: np.ndarray,
-    hyper: Hyper,
-    said: Sequence[Any],
-    progress: Progress,
-) -> dict[str, float]:
-    """Learn from a rollout, and give the metrics. An update that diverges changes nothing, and is left out.
-
-    Raises:
-        NotFinite: it is the third one in a row.
-    """
-    try:
-        metrics = learner.update(rollout, order, hyper, said)
-    except NotFinite as error:
-        progress.skipped += 1
-        if progress.skipped == PATIENCE:
-            error.evidence |= {"order": order, "hyper": hyper._asdict()}
-            raise
-        notify_user(
-            f"iteration {progress.iteration}: {error} ({progress.skipped} in a row; {PATIENCE} end the run)"
-        )
-        return {**error.evidence["metrics"], "update/skipped": 1.0}
-    progress.skipped = 0
-    return {**metrics, "update/skipped": 0.0}
-
-
-def solved(config: Config, progress: Progress) -> bool:
-    """Whether a full window of training episodes reaches `stop_at_return`."""
+def is_solved(config: Config, progress: Progress) -> bool:
+    """Whether the mean return of a full window of training episodes has reached `stop_at_return`."""
     goal, reached = config.stop_at_return, progress.return_mean
-    full = len(progress.episodes) == WINDOW
-    return goal is not None and full and reached is not None and reached >= goal
+    return goal is not None and len(progress.episodes) == WINDOW and reached is not None and reached >= goal
 
 
-def report(
-    progress: Progress,
-    learned: Mapping[str, float | None],
-    collected: Collected,
-    steps: int,
-    seconds: float,
-    update_seconds: float,
-) -> Metrics:
-    """One iteration's metrics; what does not apply is None."""
+def report(progress: Progress, done: Iteration) -> Metrics:
+    """The metrics of one iteration; what does not apply is None."""
+    metrics = {**done.metrics, "update/skipped": float(done.fault is not None)}
     return {
         "global_step": progress.global_step,
         "iteration": progress.iteration,
         "rollout/episode_return_mean": progress.return_mean,
         "rollout/episode_length_mean": progress.length_mean,
-        "rollout/episodes": len(collected.episodes),
-        **{name: finite(value) for name, value in sorted(learned.items())},
-        "time/steps_per_second": steps / seconds,
-        "time/fraction_env": collected.env_seconds / seconds,
-        "time/fraction_act": collected.act_seconds / seconds,
-        "time/fraction_update": update_seconds / seconds,
+        **{
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in sorted(metrics.items())
+        },
     }
 
 
-def finite(value: float | None) -> float | None:
-    """The number, or None where it is none."""
-    return value if value is not None and math.isfinite(value) else None
+def plan_call(
+    config: Config, learner: Learner, progress: Progress, saved: Checkpoint | None, total_timesteps: int | None
+) -> Config:
+    """The settings of one call to `learn` or `iterate`; also decides whether PyTorch compiles.
+
+    Args:
+        saved: the checkpoint that training continues from.
+        total_timesteps: steps of this call; None continues to `config.total_timesteps`.
+    """
+    done, planned = progress.global_step, config.total_timesteps
+    if total_timesteps is not None:
+        steps = SETTINGS["total_timesteps"].convert(total_timesteps)
+        config = config.replace(total_timesteps=done + steps)
+    # A run that continues to its planned end keeps the decision, however little is left.
+    previous = learner.compiled if done else None
+    if saved:
+        previous = saved.manifest.get("compiled")
+        planned = saved.manifest["config"].get("total_timesteps")
+    minibatches = config.count_minibatches(config.total_timesteps - done)
+    learner.decide_compilation(minibatches, previous if planned == config.total_timesteps else None)
+    return config

@@ -1,4 +1,4 @@
-"""The command as a user types it: what it leaves behind, and what it says to wrong input."""
+"""The command line: files that it writes, and messages for invalid input."""
 
 import json
 import os
@@ -14,24 +14,13 @@ from commands import HEARD
 from proximo.cli import main
 
 PROXIMO = [sys.executable, "-m", "proximo"]
-SMALL = [
-    "--preset",
-    "none",
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "16",
-    "--minibatch-size",
-    "16",
-    "--update-epochs",
-    "1",
-]
+SMALL = ["--preset=none", "--num-envs=2", "--num-steps=16", "--minibatch-size=16", "--update-epochs=1"]
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_train_then_evaluate(tmp_path, backend, capsys):
-    """A run folder holds config, versions, metrics (one object an iteration), the last checkpoint and a
-    curve; the checkpoint is evaluated with an interval around the mean. 320 steps are 10 iterations of 32."""
+    """A run folder has settings, versions, one metrics object per iteration, the latest checkpoint and a learning
+    curve. An evaluation reports a confidence interval of the mean. 320 steps are 10 iterations of 32."""
     run = tmp_path / "run"
     arguments = ["train", "CartPole-v1", *SMALL, "--total-timesteps", "3.2e2", "--backend", backend]
     assert main([*arguments, "--run-dir", str(run)]) == 0
@@ -65,12 +54,9 @@ def test_train_then_evaluate(tmp_path, backend, capsys):
 
 
 def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
-    """Pendulum's episodes last 200 steps; 2 × 16 steps end none, and nothing is drawn."""
+    """Pendulum's episodes last 200 steps, so none ends in 2 × 16 steps, and no curve is plotted."""
     run = tmp_path / "run"
-    assert (
-        main(["train", "Pendulum-v1", *SMALL, "--total-timesteps", "32", "--run-dir", str(run), "--quiet"])
-        == 0
-    )
+    assert main(["train", "Pendulum-v1", *SMALL, "--total-timesteps", "32", "--run-dir", str(run), "--quiet"]) == 0
     (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     assert row["rollout/episode_return_mean"] is None
     assert not (run / "learning_curve.png").exists()
@@ -83,19 +69,19 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train BabyAI/GoToObj-v0", "pip install minigrid"),
         ("train nosuchmodule:Env-v0", "nosuchmodule"),
         ("train CartPole-v1 --nm-envs 3", "did you mean '--num-envs'"),
-        ("train CartPole-v1 --gamma 1.5", "gamma must be a number in [0, 1], got 1.5"),
-        ("train CartPole-v1 --num-envs many", "num_envs must be a whole number in [1, ∞), got 'many'"),
+        ("train CartPole-v1 --gamma 1.5", "`gamma` is 1.5; expected a number in [0, 1]."),
+        ("train CartPole-v1 --num-envs many", "`num_envs` is 'many'; expected an integer ≥ 1."),
         ("train CartPole-v1 --std lerned", "did you mean 'learned'"),
-        ("train CartPole-v1 --batch-size 64", "give minibatch_size"),
-        ("train CartPole-v1 --minibatch-size 100", "do not divide into minibatches of minibatch_size 100"),
-        ("train CartPole-v1 --num-minibatches 7", "do not divide into num_minibatches 7"),
+        ("train CartPole-v1 --batch-size 64", "Use `minibatch_size`"),
+        ("train CartPole-v1 --minibatch-size 100", "`minibatch_size` 100 does not divide the rollout"),
+        ("train CartPole-v1 --num-minibatches 7", "`num_minibatches` 7 does not divide the rollout"),
         ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
-        ("train CartPole-v1 --squash", "squash needs a Box action space"),
+        ("train CartPole-v1 --squash", "`squash` needs a Box action space"),
         ("train Blackjack-v1", "observation space Tuple"),
-        ("train CartPole-v1 --env-kwargs 3", "expected names with values"),
+        ("train CartPole-v1 --env-kwargs 3", "'3' is not a mapping; expected names with values"),
         ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),
         ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
-        ("train", "ENV_ID"),
+        ("train", "no environment is given"),
         ("evaluate nowhere", "does not exist"),
         ("evaluate nowhere --seed -1", "whole number in [0, ∞), got '-1'"),
         ("evaluate nowhere --episode 3", "did you mean '--episodes'"),
@@ -104,7 +90,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
     ],
 )
 def test_wrong_input_gets_one_clear_message(arguments, message, capsys):
-    """Status 2, the thing named, and no traceback."""
+    """Status 2, a message that names the problem, and no traceback."""
     words = [word.replace("\\", "") for word in arguments.replace("\\ ", "\\\0").split(" ")]
     assert main([word.replace("\0", " ") for word in words]) == 2
     captured = capsys.readouterr()
@@ -124,63 +110,46 @@ def test_wrong_input_gets_one_clear_message(arguments, message, capsys):
     ],
 )
 def test_a_retired_environment_names_its_successor(retired, successor, capsys):
-    """In one line, and without Gymnasium's own advice."""
+    """One line, without Gymnasium's own warning."""
     assert main(["train", retired]) == 2
-    said = capsys.readouterr().err
-    assert said == f"proximo: error: environment '{retired}' is retired: use '{successor}'\n"
+    errors = capsys.readouterr().err
+    assert errors == f"proximo: error: environment '{retired}' is retired. Use '{successor}'.\n"
 
 
-def test_an_older_version_that_still_runs_says_nothing(tmp_path, capsys):
-    """The -v4 family of MuJoCo runs as it is named."""
+def test_an_older_environment_version_runs_without_output(tmp_path, capsys):
+    """MuJoCo's -v4 environments are not replaced by -v5."""
     run = ["--run-dir", str(tmp_path / "run"), "--total-timesteps", "32", "--quiet"]
     assert main(["train", "Hopper-v4", *SMALL, *run]) == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_other_libraries_names_and_spellings_are_understood(tmp_path, capsys):
-    """--n_envs and --lr are --num-envs and --learning-rate, said in a line; 1_6 is 16."""
+def test_names_and_spellings_of_other_libraries_are_accepted(tmp_path, capsys):
+    """--n_envs and --lr are translated to --num-envs and --learning-rate, with a note; 1_6 is 16."""
     run = tmp_path / "run"
-    arguments = [
-        "train",
-        "CartPole-v1",
-        "--preset",
-        "none",
-        "--n_envs",
-        "2",
-        "--num_steps",
-        "1_6",
-        "--lr=1e-3",
-    ]
-    rest = ["--mini-batch-size", "16", "--n-epochs", "1", "--total_timesteps", "32", "--run-dir", str(run)]
-    assert main([*arguments, *rest]) == 0
-    assert "--n-envs is --num-envs here" in capsys.readouterr().err
+    flags = "--preset none --n_envs 2 --num_steps 1_6 --lr=1e-3 --mini-batch-size 16 --n-epochs 1 --total_timesteps 32"
+    assert main(["train", "CartPole-v1", *flags.split(), "--run-dir", str(run)]) == 0
+    assert "--n-envs is called --num-envs in Proximo" in capsys.readouterr().err
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["num_envs"], config["num_steps"], config["learning_rate"]) == (2, 16, 1e-3)
 
 
 def test_help_lists_every_setting(capsys):
-    from proximo.config.settings import FIELDS
+    from proximo.config.settings import SETTINGS
 
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert all("--" + name.replace("_", "-") in text for name in FIELDS)
+    assert all("--" + name.replace("_", "-") in text for name in SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("engine", "asked"),
-    [
-        ("async", signal.SIGINT),
-        ("workers", signal.SIGINT),
-        ("workers", signal.SIGTERM),
-        ("sync", signal.SIGHUP),
-    ],
+    ("engine", "number"), [("workers", signal.SIGINT), ("workers", signal.SIGTERM), ("sync", signal.SIGHUP)]
 )
-def test_a_run_can_be_stopped(engine, asked, tmp_path):
-    """Ctrl-C, SIGTERM or a terminal that goes away (a signal to the whole process group, workers too) ends the run
-    after the iteration, saved: status 130, 143 or 129, and the checkpoint evaluates."""
+def test_a_run_can_be_stopped(engine, number, tmp_path):
+    """SIGINT, SIGTERM or SIGHUP, sent to the whole process group including workers, stops the run after the current
+    iteration and saves it. The exit status is 128 + signal, and the checkpoint can be evaluated."""
     run = tmp_path / "run"
     command = [*HEARD, *PROXIMO, "train", "CartPole-v1"]
     command += ["--run-dir", str(run), "--total-timesteps", "100_000_000"]
@@ -192,23 +161,23 @@ def test_a_run_can_be_stopped(engine, asked, tmp_path):
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.killpg(process.pid, asked)
-        if asked == signal.SIGHUP:  # from the shell, and from the system when the shell has ended
+        os.killpg(process.pid, number)
+        if number == signal.SIGHUP:  # sent by the shell, and by the system when the shell ends
             time.sleep(0.01)
-            os.killpg(process.pid, asked)
+            os.killpg(process.pid, number)
         try:
             output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 128 + asked, errors
+    assert process.returncode == 128 + number, errors
     assert "interrupted after" in output
     assert "stopping after this iteration" in errors
     assert "Traceback" not in errors
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
 
 
-def test_numbers_belong_to_the_flag_they_follow(tmp_path, capsys):
-    """A negative number with an exponent is no flag, an environment's id is no width of a layer."""
+def test_numbers_are_values_of_the_preceding_flag(tmp_path, capsys):
+    """A negative number with an exponent is not a flag, and an environment id is not a layer width."""
     run = tmp_path / "run"
     arguments = ["train", *SMALL, "--hidden-sizes", "8", "4", "Acrobot-v1", "--stop-at-return", "-1e2"]
     assert main([*arguments, "--total-timesteps", "32", "--run-dir", str(run)]) == 0
@@ -218,7 +187,7 @@ def test_numbers_belong_to_the_flag_they_follow(tmp_path, capsys):
     assert "stop_at_return -100 was not reached" in capsys.readouterr().out
 
 
-def test_importing_pulls_in_no_framework():
+def test_importing_proximo_imports_no_framework():
     """Neither `import proximo` nor `proximo --help` imports JAX or PyTorch."""
     code = (
         "import sys, proximo, proximo.cli; proximo.cli.build_parser(); "
@@ -228,16 +197,16 @@ def test_importing_pulls_in_no_framework():
     assert output.strip() == "[]"
 
 
-def test_a_closed_pipe_is_no_traceback():
-    """`| head` reads one line and goes away."""
+def test_a_closed_pipe_prints_no_traceback():
+    """`| head -1` closes the pipe after one line."""
     line = f"{sys.executable} -m proximo train --help | head -1"
     done = subprocess.run(line, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("usage: proximo train")
     assert done.stderr == ""
 
 
-def test_an_id_without_a_version_is_the_latest(tmp_path, capsys):
-    """With its preset, and without Gymnasium's warnings."""
+def test_an_id_without_a_version_selects_the_latest(tmp_path, capsys):
+    """Its preset is used, and Gymnasium prints no warning."""
     run = tmp_path / "run"
     assert main(["train", "CartPole", "--total-timesteps", "256", "--run-dir", str(run)]) == 0
     captured = capsys.readouterr()
@@ -247,10 +216,10 @@ def test_an_id_without_a_version_is_the_latest(tmp_path, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text())["env"] == "CartPole-v1"
 
 
-def test_what_settings_mean_is_said(tmp_path, capsys):
-    """A run shorter than a rollout, and a compiler that JAX does not need."""
+def test_notes_explain_surprising_settings(tmp_path, capsys):
+    """A run shorter than a rollout, and --compile with JAX."""
     run = ["--run-dir", str(tmp_path / "run"), "--total-timesteps", "10", "--compile"]
     assert main(["train", "CartPole-v1", *SMALL, *run]) == 0
-    said = capsys.readouterr().err
-    assert "2 × 16 = 32 steps, so the run takes 32 rather than 10" in said
-    assert "JAX always compiles" in said
+    errors = capsys.readouterr().err
+    assert "total_timesteps 10 is less than one rollout (num_envs 2 × num_steps 16 = 32 steps)" in errors
+    assert "JAX always compiles" in errors

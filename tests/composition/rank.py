@@ -1,7 +1,7 @@
-"""One of two processes that learn together: `python rank.py BACKEND RANK FOLDER ADDRESS`.
+"""One of two processes that train together: `python rank.py BACKEND RANK FOLDER ADDRESS`.
 
-Reads the union's rollout from FOLDER, keeps its own environments' columns, updates with sums taken over both
-processes, and writes its state.
+Read the rollout of all environments from FOLDER, keep the columns of this rank, update with sums over both processes,
+and write the state.
 """
 
 import sys
@@ -18,14 +18,15 @@ from proximo.spaces.spaces import Spaces
 RANKS = 2
 
 
-def own_share(union: Rollout, rank: int) -> Rollout:
+def rank_share(union: Rollout, rank: int) -> Rollout:
     """The columns of this rank's environments."""
     count = union.num_envs // RANKS
     columns = slice(rank * count, (rank + 1) * count)
     share = Rollout(union.spaces, union.num_steps, count)
-    for path, value in union.obs.items():
-        share.obs[path][:] = value[:, columns]
-    for name in ("action", "reward", "terminated", "truncated", "valid", "start"):
+    for mine, whole in ((share.obs, union.obs), (share.action, union.action)):
+        for path, value in whole.items():
+            mine[path][:] = value[:, columns]
+    for name in ("reward", "terminated", "truncated", "valid", "start"):
         getattr(share, name)[:] = getattr(union, name)[:, columns]
     return share
 
@@ -67,7 +68,7 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
     learner.load(state)
 
     alike, columns = P(), P(None, "rank")
-    own_columns = learner.transitions(rollout)
+    data = learner.transitions(rollout)
     state_spec = State(alike, alike, alike, alike, alike, alike, alike, P("rank"), P("rank"))
     hyper = Hyper(*(np.float64(value) for value in hyper_at(config, 0)))
 
@@ -85,14 +86,10 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
         out_specs=(state_spec, alike),
         check_vma=False,
     )
-    arguments = (
-        spread_all(columns, own_columns),
-        spread(P(None, None, "rank"), order),
-        spread_all(alike, hyper),
-    )
+    arguments = (spread_all(columns, data), spread(P(None, None, "rank"), order), spread_all(alike, hyper))
     new, metrics = jax.jit(step)(shared, *arguments)
-    own = jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), (new, metrics))
-    return flatten(own[0]), {name: float(value) for name, value in own[1].items()}
+    state, metrics = jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), (new, metrics))
+    return flatten(state), {name: float(value) for name, value in metrics.items()}
 
 
 def main() -> None:
@@ -103,13 +100,13 @@ def main() -> None:
     config, spaces = from_mapping(given["config"]), Spaces.from_dict(given["spaces"])
     facts = dict(np.load(folder / "rollout.npz"))
     union = Rollout(spaces, config.num_steps, RANKS * config.num_envs)
-    union.obs[""][:] = facts.pop("obs")
+    union.obs[""][:], union.action[""][:] = facts.pop("obs"), facts.pop("action")
     for name, value in facts.items():
         getattr(union, name)[:] = value
     state = dict(np.load(folder / "state.npz"))
     order = np.load(folder / f"order{rank}.npy")
     run = update_torch if backend == "torch" else update_jax
-    state, metrics = run(config, spaces, own_share(union, rank), order, state, rank, address)
+    state, metrics = run(config, spaces, rank_share(union, rank), order, state, rank, address)
     np.savez(folder / f"{backend}{rank}.npz", **state)
     (folder / f"{backend}{rank}.json").write_text(json.dumps(metrics))
 

@@ -1,4 +1,4 @@
-"""The JAX learner's pieces compose: environments in JAX, collection and update in one jitted function."""
+"""Environments written in JAX, rollout collection and update in one jitted function."""
 
 import math
 from functools import partial
@@ -36,49 +36,47 @@ def physics_step(state: jax.Array, action: jax.Array) -> jax.Array:
     x, speed, angle, spin = state.T
     force = jnp.where(action == 1, 10.0, -10.0)
     push = (force + 0.05 * spin**2 * jnp.sin(angle)) / 1.1
-    spin_gain = (9.8 * jnp.sin(angle) - jnp.cos(angle) * push) / (
-        0.5 * (4.0 / 3.0 - 0.1 * jnp.cos(angle) ** 2 / 1.1)
-    )
+    spin_gain = (9.8 * jnp.sin(angle) - jnp.cos(angle) * push) / (0.5 * (4.0 / 3.0 - 0.1 * jnp.cos(angle) ** 2 / 1.1))
     gain = push - 0.05 * spin_gain * jnp.cos(angle) / 1.1
     return jnp.stack([x + 0.02 * speed, speed + 0.02 * gain, angle + 0.02 * spin, spin + 0.02 * spin_gain], 1)
 
 
-def world_step(world: EnvState, action: jax.Array) -> tuple[EnvState, jax.Array, jax.Array, jax.Array]:
-    following = physics_step(world.physics, action)
+def env_step(env_state: EnvState, action: jax.Array) -> tuple[EnvState, jax.Array, jax.Array, jax.Array]:
+    following = physics_step(env_state.physics, action)
     terminated = (jnp.abs(following[:, 0]) > 2.4) | (jnp.abs(following[:, 2]) > 12 * 2 * math.pi / 360)
-    truncated = world.steps + 1 >= 500
+    truncated = env_state.steps + 1 >= 500
     over = terminated | truncated
-    key, draw = jax.random.split(world.key)
+    key, draw = jax.random.split(env_state.key)
     fresh = jax.random.uniform(draw, following.shape, minval=-0.05, maxval=0.05)
-    steps = jnp.where(over, 0, world.steps + 1)
+    steps = jnp.where(over, 0, env_state.steps + 1)
     after = EnvState(jnp.where(over[:, None], fresh, following), steps, over, key)
     return after, following, terminated, truncated
 
 
 def iteration(
-    spec: Spec, state: State, world: EnvState, noise: jax.Array, order: jax.Array, hyper: Hyper
+    spec: Spec, state: State, env_state: EnvState, noise: jax.Array, order: jax.Array, hyper: Hyper
 ) -> tuple[State, EnvState, jax.Array]:
-    """Collect and update. Both observations are at hand here, so V of the true next one is taken everywhere."""
+    """Collect and update. The true next observation is known everywhere, so all rows use its V."""
 
     def step(carried, noise):
-        world, carry = carried
-        obs = {"": world.physics}
-        action, carry, _ = act(spec, state, obs, world.start, carry, noise)
-        after, following, terminated, truncated = world_step(world, action)
+        env_state, carry = carried
+        obs = {"": env_state.physics}
+        action, carry, _ = act(spec, state, obs, env_state.start, carry, noise)
+        after, following, terminated, truncated = env_step(env_state, action[""])
         next_value = values(spec, state, {"": following}, jnp.zeros(N, bool), carry)
-        row = (obs, action, jnp.ones(N), terminated, truncated, world.start, next_value)
+        row = (obs, action, jnp.ones(N), terminated, truncated, env_state.start, next_value)
         return (after, carry), row
 
-    (world, _), rows = jax.lax.scan(step, (world, state.carry), noise)
+    (env_state, _), rows = jax.lax.scan(step, (env_state, state.carry), noise)
     obs, action, reward, terminated, truncated, start, next_value = rows
     everywhere = jnp.ones((T, N), bool)
     data = Transitions(
-        {"": jnp.concatenate([obs[""], world.physics[None]])},
+        {"": jnp.concatenate([obs[""], env_state.physics[None]])},
         action, reward, terminated, truncated, everywhere,
-        jnp.concatenate([start, world.start[None]]), everywhere, next_value,
+        jnp.concatenate([start, env_state.start[None]]), everywhere, next_value,
     )  # fmt: skip
     state, _ = update(spec, state, data, order, hyper)
-    return state, world, jnp.sum(terminated | truncated)
+    return state, env_state, jnp.sum(terminated | truncated)
 
 
 def test_physics_is_gymnasiums():
@@ -103,14 +101,14 @@ def test_one_jitted_function_collects_and_learns():
     spaces = Spaces.of(env.observation_space, env.action_space)
     spec = Spec(config, spaces, built_in(config, spaces), lambda x: x)
     state = initial_state(spec, N, "float32")
-    world = EnvState(jnp.zeros((N, 4)), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), jax.random.key(0))
+    env_state = EnvState(jnp.zeros((N, 4)), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), jax.random.key(0))
     run = jax.jit(partial(iteration, spec))
     ended = []
     for index in range(ITERATIONS):
         noise = spaces.action.noise(generator(0, Purpose.NOISE, index), (T, N))
         order = minibatch_order(np.ones((T, N), bool), 10, 4, generator(0, Purpose.ORDER, index))
         hyper = Hyper(*(np.float32(value) for value in hyper_at(config, index * N * T)))
-        state, world, episodes = run(state, world, noise, order, hyper)
+        state, env_state, episodes = run(state, env_state, noise, order, hyper)
         ended.append(int(episodes))
     assert sum(ended[:3]) > 3 * 1024 / 40
     assert sum(ended[-10:]) <= 34

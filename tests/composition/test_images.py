@@ -1,4 +1,4 @@
-"""The waist carries images: kept as uint8 up to the network, whatever the backend."""
+"""Custom networks for images, which stay uint8 up to the network in both backends."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,12 @@ import torch
 from sample_envs import BrightHalf
 
 from proximo.envs.make import make_envs, spaces_of
-from proximo.jax.distributions import Categorical
+from proximo.jax.distributions import Categorical, Policy
 from proximo.jax.networks import Network
 from proximo.ppo import PPO
 from proximo.rollout.rollout import Rollout
 from proximo.torch.distributions import Categorical as TorchCategorical
+from proximo.torch.distributions import Policy as TorchPolicy
 from proximo.torch.networks import Network as TorchNetwork
 
 
@@ -35,7 +36,7 @@ def cnn_jax() -> Network:
         )
         x = jax.nn.relu(x).reshape(*image.shape[:2], -1)
         value = (x @ params["critic.head"])[..., 0]
-        return Categorical(x @ params["actor.head"]), value, jnp.zeros((*value.shape, 0))
+        return Policy({"": Categorical(x @ params["actor.head"])}), value, jnp.zeros((*value.shape, 0))
 
     return Network(initial, apply)
 
@@ -48,15 +49,15 @@ def cnn_torch() -> TorchNetwork:
         x = torch.conv2d(flat, params["trunk.conv"].permute(3, 2, 0, 1), stride=4)
         x = torch.relu(x).permute(0, 2, 3, 1).reshape(*image.shape[:2], -1)
         value = (x @ params["critic.head"])[..., 0]
-        return TorchCategorical(x @ params["actor.head"]), value, value.new_zeros((*value.shape, 0))
+        return TorchPolicy({"": TorchCategorical(x @ params["actor.head"])}), value, value.new_zeros((*value.shape, 0))
 
     return TorchNetwork(initial, apply)
 
 
 @pytest.mark.parametrize(("backend", "cnn"), [("jax", cnn_jax), ("torch", cnn_torch)])
 def test_convolutional_policy_learns_from_uint8(backend, cnn):
-    """The rollout holds one byte a pixel (T + 1 = 17 rows × 8 environments × 64 pixels), the network is
-    handed uint8 (it asserts so), normalisation leaves pixels alone, and the task is learned: 4 of 4."""
+    """The rollout stores one byte per pixel (T + 1 = 17 rows × 8 environments × 64 pixels), the network receives
+    uint8 (it asserts so), normalisation does not change pixels, and the task is learned: 4 of 4."""
     agent = PPO(
         BrightHalf, backend=backend, network=cnn(), num_envs=8, num_steps=16, num_minibatches=2,
         learning_rate=3e-3, normalize_observation=True, lr_schedule="constant",

@@ -1,4 +1,4 @@
-"""The waist carries action masks: a reserved observation entry, and no other change."""
+"""Action masks: a reserved observation entry."""
 
 import gymnasium as gym
 import numpy as np
@@ -8,11 +8,9 @@ from proximo.ppo import PPO
 
 
 class OnlyOneAllowed(gym.Env):
-    """Each step allows a random pair of the five actions and pays for the larger one; a wrong move is an error."""
+    """Each step allows a random pair of the five actions and pays for the larger one; others raise an error."""
 
-    observation_space = gym.spaces.Dict(
-        {"state": gym.spaces.Box(0, 1, (5,)), "action_mask": gym.spaces.MultiBinary(5)}
-    )
+    observation_space = gym.spaces.Dict({"state": gym.spaces.Box(0, 1, (5,)), "action_mask": gym.spaces.MultiBinary(5)})
     action_space = gym.spaces.Discrete(5)
 
     def reset(self, *, seed=None, options=None):
@@ -34,12 +32,10 @@ class OnlyOneAllowed(gym.Env):
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_masked_policy_never_errs_and_learns(backend):
+def test_a_masked_policy_takes_only_allowed_actions_and_learns(backend):
     """No masked action is ever taken (the environment would raise), and choosing well pays 10 per episode;
     choosing among the two allowed at random pays 5."""
-    agent = PPO(
-        OnlyOneAllowed, backend=backend, num_envs=8, num_steps=32, num_minibatches=4, learning_rate=3e-3
-    )
+    agent = PPO(OnlyOneAllowed, backend=backend, num_envs=8, num_steps=32, num_minibatches=4, learning_rate=3e-3)
     agent.learn(8 * 32 * 30)
     agent.close()
     assert agent.progress.return_mean > 9.0

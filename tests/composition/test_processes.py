@@ -1,4 +1,4 @@
-"""The waist carries several processes: each has its own environments, and sums are taken over all."""
+"""Training in several processes: each has its environments, and sums are taken over all processes."""
 
 import json
 import socket
@@ -24,8 +24,10 @@ def free_address() -> str:
 
 
 def union_order(orders: list[np.ndarray]) -> np.ndarray:
-    """Minibatch m of the union is minibatch m of rank 0 and that of rank 1 together: row t * N + n of rank r
-    is row t * 2 N + r N + n of the union; "nothing" (T N) stays nothing (T 2 N)."""
+    """The order of one process with all environments: its minibatch m joins the minibatches m of both ranks.
+
+    Row t * N + n of rank r is row t * 2 N + r N + n of the union; padding (T N) becomes padding (T 2 N).
+    """
     parts = []
     for rank, order in enumerate(orders):
         t, n = np.divmod(order, N)
@@ -35,33 +37,29 @@ def union_order(orders: list[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_two_processes_update_as_one_on_the_union(backend, tmp_path):
-    """Two real processes, three environments each with reset rows of their own, against one process with all
-    six: parameters, Adam's moments, normalisers and metrics to 1e-10, in float64. Sizes differ between the
-    ranks' minibatches, since reset rows do. Everything that sums is on: advantage, observation and reward
-    moments, the KL stop, the gradient norm."""
+    """Two processes with three environments each against one process with all six: parameters, Adam's moments,
+    normalisers and metrics to 1e-10, in float64. Ranks have different reset rows, hence minibatches of different
+    sizes. Every setting that needs a sum is on: advantage, observation and reward moments, the KL stop, the
+    gradient norm."""
     settings = {
         "num_steps": T, "minibatch_size": None, "num_minibatches": 4, "normalize_observation": True,
         "normalize_reward": True, "target_kl": 0.5, "learning_rate": 1e-2, "ent_coef": 0.01,
     }  # fmt: skip
-    own, union = small(**settings, num_envs=N), small(**settings, num_envs=N * RANKS)
+    config, union = small(**settings, num_envs=N), small(**settings, num_envs=N * RANKS)
     with backend.float64():
         whole = backend.learner(union, CONTINUOUS, dtype="float64")
         rollout = act_rollout(whole, seed=1)
-        start = backend.learner(own, CONTINUOUS, dtype="float64").state()
+        start = backend.learner(config, CONTINUOUS, dtype="float64").state()
         orders = [
-            minibatch_order(rollout.valid[:, r * N : (r + 1) * N], 2, 4, np.random.default_rng(r))
-            for r in range(RANKS)
+            minibatch_order(rollout.valid[:, r * N : (r + 1) * N], 2, 4, np.random.default_rng(r)) for r in range(RANKS)
         ]
         metrics = whole.update(rollout, union_order(orders), hyper_at(union, 0))
         expected = whole.state()
 
-    (tmp_path / "settings.json").write_text(
-        json.dumps({"config": own.to_dict(), "spaces": CONTINUOUS.to_dict()})
-    )
-    names = ("action", "reward", "terminated", "truncated", "valid", "start")
-    np.savez(
-        tmp_path / "rollout.npz", obs=rollout.obs[""], **{name: getattr(rollout, name) for name in names}
-    )
+    (tmp_path / "settings.json").write_text(json.dumps({"config": config.to_dict(), "spaces": CONTINUOUS.to_dict()}))
+    names = ("reward", "terminated", "truncated", "valid", "start")
+    facts = {name: getattr(rollout, name) for name in names}
+    np.savez(tmp_path / "rollout.npz", obs=rollout.obs[""], action=rollout.action[""], **facts)
     np.savez(tmp_path / "state.npz", **start)
     for rank, order in enumerate(orders):
         np.save(tmp_path / f"order{rank}.npy", order)

@@ -1,4 +1,4 @@
-"""The waist carries recurrence: sequences in the minibatch order, the carry in the learner's state."""
+"""Custom recurrent networks: minibatches of sequences, and a recurrent state that belongs to the learner."""
 
 import gymnasium as gym
 import jax
@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from proximo.jax.distributions import Categorical
+from proximo.jax.distributions import Categorical, Policy
 from proximo.jax.networks import Network
 from proximo.ppo import PPO
 from proximo.torch.distributions import Categorical as TorchCategorical
+from proximo.torch.distributions import Policy as TorchPolicy
 from proximo.torch.networks import Network as TorchNetwork
 
 HIDDEN, LENGTH = 16, 5
 
 
 class TMaze(gym.Env):
-    """A corridor of five cells. The first shows which way to turn at the end; nothing else does.
+    """A corridor of five cells. Only the first shows which way to turn at the end.
 
-    The right turn pays 1, so without memory the best mean return is 1/2, with memory 1.
+    The correct turn pays 1, so without memory the best mean return is 1/2, with memory 1.
     """
 
     observation_space = gym.spaces.Box(-1, 1, (2,))
@@ -50,7 +51,7 @@ def initial() -> dict[str, np.ndarray]:
 
 
 def gru_jax() -> Network:
-    """A gated recurrent unit (Cho et al. 2014) that forgets where an episode begins."""
+    """A gated recurrent unit (Cho et al. 2014), reset where an episode begins."""
 
     def apply(params, obs, start, carry):
         def cell(hidden, row):
@@ -64,7 +65,8 @@ def gru_jax() -> Network:
             return hidden, hidden
 
         _, hidden = jax.lax.scan(cell, carry, (obs[""], start))
-        return Categorical(hidden @ params["actor.head"]), (hidden @ params["critic.head"])[..., 0], hidden
+        policy = Policy({"": Categorical(hidden @ params["actor.head"])})
+        return policy, (hidden @ params["critic.head"])[..., 0], hidden
 
     return Network(initial, apply, HIDDEN)
 
@@ -82,7 +84,7 @@ def gru_torch() -> TorchNetwork:
             outputs.append(hidden)
         hidden = torch.stack(outputs)
         value = (hidden @ params["critic.head"])[..., 0]
-        return TorchCategorical(hidden @ params["actor.head"]), value, hidden
+        return TorchPolicy({"": TorchCategorical(hidden @ params["actor.head"])}), value, hidden
 
     return TorchNetwork(initial, apply, HIDDEN)
 
@@ -99,8 +101,8 @@ def train(backend, network, sequence_length, num_steps=20):
 
 @pytest.mark.parametrize(("backend", "gru"), [("jax", gru_jax), ("torch", gru_torch)])
 def test_gru_solves_the_t_maze(backend, gru):
-    """Sequences of 10 steps begin in the middle of episodes as well (5 does not divide what went before:
-    T = 22 with L = 11), so the carry at a sequence's first step matters."""
+    """Sequences of 11 steps also begin in the middle of episodes of 5, so the recurrent state at their first step
+    matters."""
     assert train(backend, gru(), sequence_length=11, num_steps=22).progress.return_mean > 0.95
 
 
@@ -110,8 +112,8 @@ def test_without_memory_the_maze_is_a_coin_toss():
 
 @pytest.mark.parametrize(("backend", "gru"), [("jax", gru_jax), ("torch", gru_torch)])
 def test_the_carry_that_acted_is_the_carry_that_learns(backend, gru):
-    """Ratio 1 in the first minibatch, over several rollouts: what the update recomputes from the state's
-    carry is what the actor saw. One minibatch and one epoch, so every ratio of the update is looked at."""
+    """Ratio 1 in the first minibatch, over several rollouts: the update recomputes the recurrent states of acting. With
+    one minibatch and one epoch, the metrics cover every ratio of the update."""
     agent = PPO(
         TMaze, backend=backend, network=gru(), num_envs=4, num_steps=8, num_minibatches=1,
         sequence_length=4, update_epochs=1, learning_rate=1e-2,

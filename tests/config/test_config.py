@@ -1,19 +1,23 @@
-"""Settings are checked once, wherever they come from, and a refusal says what was expected."""
+"""Settings are converted and checked once, whatever their source; error messages name what was expected."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 import pytest
 import yaml
 
-from proximo.config.names import AMBIGUOUS, canonical_name, from_mapping
-from proximo.config.settings import FIELDS, Config
+from proximo.cli import main
+from proximo.config import presets
+from proximo.config.files import read_file, to_yaml
+from proximo.config.names import AMBIGUOUS, canonical_name, from_mapping, override
+from proximo.config.settings import SETTINGS, Config
 from proximo.errors import UserError
 
 
-def refusal(**settings: object) -> str:
+def error_message(**settings: object) -> str:
     with pytest.raises(UserError) as caught:
         from_mapping(settings)
     return str(caught.value)
@@ -41,12 +45,12 @@ def refusal(**settings: object) -> str:
         ("target_kl", "none", None),
         ("target_kl", None, None),
         ("target_kl", "0.02", 0.02),
-        ("normalize_advantage", False, "off"),  # what YAML 1.1 makes of a bare off
+        ("normalize_advantage", False, "off"),  # YAML 1.1 reads a bare off as false
         ("env_kwargs", {"g": 9.81}, {"g": 9.81}),
     ],
 )
-def test_values_as_people_write_them(name, value, expected):
-    """Text from a command line, numbers from YAML and Python: one value, of the setting's type."""
+def test_values_are_converted(name, value, expected):
+    """Strings from a command line and numbers from YAML and Python give the same value, of the setting's type."""
     got = getattr(from_mapping({name: value}), name)
     assert got == expected
     assert type(got) is type(expected)
@@ -55,128 +59,130 @@ def test_values_as_people_write_them(name, value, expected):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("num_envs", "eight", "num_envs must be a whole number in [1, ∞), got 'eight'"),
-        ("num_envs", 1.5, "whole number"),
-        ("num_envs", "1.5", "whole number"),
-        ("num_envs", True, "whole number"),
-        ("num_envs", 0, "in [1, ∞), got 0"),
-        ("num_envs", [8], "whole number"),
-        ("num_envs", None, "got none"),
-        ("num_envs", float("inf"), "whole number"),
-        ("num_envs", "inf", "whole number"),
-        ("num_envs", "1e400", "whole number"),
-        ("num_envs", float("nan"), "whole number"),
-        ("seed", -1, "in [0, ∞)"),
-        ("learning_rate", "fast", "learning_rate must be a number"),
+        ("num_envs", "eight", "`num_envs` is 'eight'; expected an integer ≥ 1."),
+        ("num_envs", 1.5, "expected an integer ≥ 1"),
+        ("num_envs", "1.5", "expected an integer ≥ 1"),
+        ("num_envs", True, "expected an integer ≥ 1"),
+        ("num_envs", 0, "is 0; expected an integer ≥ 1"),
+        ("num_envs", [8], "expected an integer ≥ 1"),
+        ("num_envs", None, "is none; expected an integer ≥ 1"),
+        ("num_envs", float("inf"), "expected an integer ≥ 1"),
+        ("num_envs", "inf", "expected an integer ≥ 1"),
+        ("num_envs", "1e400", "expected an integer ≥ 1"),
+        ("num_envs", float("nan"), "expected an integer ≥ 1"),
+        ("seed", -1, "expected an integer ≥ 0."),
+        ("learning_rate", "fast", "`learning_rate` is 'fast'; expected a number ≥ 0."),
         ("learning_rate", True, "a number"),
-        ("learning_rate", -1e-4, "in [0, ∞)"),
+        ("learning_rate", -1e-4, "expected a number ≥ 0."),
         ("learning_rate", "nan", "a number"),
         ("learning_rate", float("inf"), "a number"),
         pytest.param("learning_rate", 10**400, "a number", id="learning_rate-huge"),
-        ("gamma", 1.01, "gamma must be a number in [0, 1], got 1.01"),
+        ("gamma", 1.01, "`gamma` is 1.01; expected a number in [0, 1]."),
         ("gae_lambda", -0.1, "in [0, 1]"),
-        ("clip_coef", 0, "in (0, ∞), got 0"),
+        ("clip_coef", 0, "is 0.0; expected a number > 0."),
         ("init_std", 7.5, "in (0, 7]"),
-        ("target_kl", 0.0, "in (0, ∞) or none"),
+        ("target_kl", 0.0, "expected a number > 0, or none."),
         ("squash", 1, "true or false"),
         ("squash", "maybe", "true or false"),
-        ("backend", "jaxx", "one of auto, jax, torch, got 'jaxx'; did you mean 'jax'?"),
+        ("backend", "jaxx", "`backend` is 'jaxx'; expected one of auto, jax, torch; did you mean 'jax'?"),
         ("lr_schedule", "lineer", "did you mean 'linear'?"),
         ("activation", 3, "one of tanh"),
-        ("hidden_sizes", "64 wide", "whole numbers"),
-        ("hidden_sizes", (64, 0), "whole numbers in [1, ∞)"),
-        ("env_kwargs", "g=9.81", "names with plain values"),
-        ("run_dir", 7, "text or none"),
+        ("hidden_sizes", "64 wide", "expected integers ≥ 1"),
+        ("hidden_sizes", (64, 0), "is (64, 0); expected integers ≥ 1, or none."),
+        ("env_kwargs", "g=9.81", "expected a mapping of names to plain values"),
+        ("run_dir", 7, "expected a string, or none."),
     ],
 )
-def test_a_refusal_says_what_was_expected(name, value, words):
-    """Wrong type or out of range: the message names the setting, what it takes, and what it got."""
-    message = refusal(**{name: value})
-    assert message.startswith(name)
+def test_errors_name_setting_value_and_expectation(name, value, words):
+    """For a wrong type or range the message has the setting, the value and what was expected."""
+    message = error_message(**{name: value})
+    assert message.startswith(f"`{name}` is ")
     assert words in message
 
 
-def test_unknown_names_are_met_with_a_suggestion():
-    """A typo is not silently ignored; a hyphen is not a typo."""
-    assert refusal(learning_rat=1.0) == "unknown setting 'learning_rat'; did you mean 'learning_rate'?"
-    assert "did you mean 'clip_range'?" in refusal(clip_rang=0.1)
-    assert refusal(xyzzy=1) == "unknown setting 'xyzzy'"
+def test_unknown_names_get_a_suggestion():
+    """A typo raises an error; a hyphen is accepted."""
+    hint = "proximo train --help lists all settings."
+    assert error_message(learning_rat=1.0) == f"unknown setting 'learning_rat'; did you mean 'learning_rate'? {hint}"
+    assert "did you mean 'clip_range'?" in error_message(clip_rang=0.1)
+    assert error_message(xyzzy=1) == f"unknown setting 'xyzzy'. {hint}"
     assert canonical_name("learning-rate") == "learning_rate"
 
 
 def test_names_of_other_libraries():
-    """Stable-Baselines3's, skrl's, RLlib's and others' words for the same thing, but not two of them."""
-    brought = {
+    """Names from Stable-Baselines3, skrl, RLlib and others are accepted, but not two names of one setting."""
+    aliases = {
         "n_steps": 128, "n_envs": 4, "n_epochs": 3, "clip_range": 0.1, "lam": 0.9, "lr": 1e-3,
         "entropy_loss_coefficient": 0.01, "value_coef": 0.25, "num_batches": 8,
     }  # fmt: skip
-    config = from_mapping(brought)
+    config = from_mapping(aliases)
     assert config == Config(
         num_steps=128, num_envs=4, update_epochs=3, clip_coef=0.1, gae_lambda=0.9, learning_rate=1e-3,
         ent_coef=0.01, vf_coef=0.25, num_minibatches=8,
     )  # fmt: skip
     for first, second in (("learning_rate", "lr"), ("lr", "learning_rate"), ("clip_eps", "clip_range")):
-        message = refusal(**{first: 0.1, second: 0.2})
+        message = error_message(**{first: 0.1, second: 0.2})
         assert first in message
         assert second in message
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_names_with_two_meanings_are_refused_with_an_explanation(name):
-    """batch_size is the minibatch here and the rollout there; what to give instead is a setting, or a call."""
-    message = refusal(**{name: 64})
+def test_ambiguous_names_are_refused_with_an_alternative(name):
+    """The message names the setting or the call to use instead."""
+    message = error_message(**{name: 64})
     assert name in message
-    assert any(instead in message for instead in (*FIELDS, "learn("))
+    assert any(instead in message for instead in (*SETTINGS, "learn("))
 
 
-def test_minibatches_by_size_or_by_number():
-    """8 × 256 = 2048 transitions: 32 minibatches of 64 by default; one setting decides the other."""
+def test_minibatches_by_size_or_count():
+    """8 × 256 = 2048 transitions: 32 minibatches of 64 by default; one setting determines the other."""
     assert (Config().minibatch_transitions, Config().minibatch_count) == (64, 32)
-    by_number = Config(num_minibatches=4)
-    assert (by_number.minibatch_transitions, by_number.minibatch_count) == (512, 4)
+    by_count = Config(num_minibatches=4)
+    assert (by_count.minibatch_transitions, by_count.minibatch_count) == (512, 4)
     by_size = Config(minibatch_size=256)
     assert (by_size.minibatch_transitions, by_size.minibatch_count) == (256, 8)
-    assert "both" in refusal(minibatch_size=64, num_minibatches=32)
+    assert "both" in error_message(minibatch_size=64, num_minibatches=32)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"minibatch_size": 100}, "8 × 256 = 2048"),  # 2048 / 100
-        ({"num_minibatches": 3}, "8 × 256 = 2048"),
-        ({"num_envs": 3, "num_steps": 10}, "30 transitions do not divide"),  # into the default 64
-        ({"sequence_length": 3, "minibatch_size": 96}, "not divisible by sequence_length 3"),
-        ({"sequence_length": 16, "minibatch_size": 8}, "whole sequences of 16"),
-        ({"num_envs": 1, "num_steps": 8, "sequence_length": 4, "num_minibatches": 4}, "whole sequences of 4"),
+        (
+            {"num_envs": 8, "num_steps": 100, "minibatch_size": 63},
+            "`minibatch_size` 63 does not divide the rollout of 800 transitions (`num_envs` 8 × `num_steps` 100). "
+            "Use 50, 80 or 100, or set `num_minibatches`.",
+        ),
+        ({"minibatch_size": 100}, "rollout of 2048 transitions (`num_envs` 8 × `num_steps` 256). Use 64, 128 or 256"),
+        ({"minibatch_size": 4096}, "Use 2048, or set `num_minibatches`"),
+        ({"num_minibatches": 3}, "`num_envs` 8 × `num_steps` 256). Use 2, 4 or 8, or set `minibatch_size`."),
+        ({"num_envs": 3, "num_steps": 10}, "64, the default, does not divide the rollout of 30 transitions"),
+        ({"sequence_length": 3, "minibatch_size": 96}, "3 does not divide `num_steps` 256. Use 2, 4 or 8."),
+        ({"sequence_length": 16, "minibatch_size": 8}, "into whole sequences of 16. Use 16 or 32, or"),
+        ({"num_envs": 1, "num_steps": 8, "sequence_length": 4, "num_minibatches": 4}, "sequences of 4. Use 2, or"),
     ],
 )
-def test_what_does_not_divide_is_refused(settings, words):
-    """Never a remainder that is dropped or a minibatch that is smaller."""
-    assert words in refusal(**settings)
+def test_sizes_that_do_not_divide_are_refused(settings, words):
+    """No remainder is dropped and no minibatch is smaller; the message names the nearest valid sizes."""
+    assert words in error_message(**settings)
 
 
 def test_contradictions():
-    """Two settings that cannot both be meant."""
-    assert "init_std" in refusal(init_std=0.01, min_std=0.1)
+    """Settings that contradict each other are refused."""
+    assert "init_std" in error_message(init_std=0.01, min_std=0.1)
     assert Config(std="fixed", init_std=0.01, min_std=0.1).init_std == 0.01
-    assert "tanh" in refusal(squash=True, tanh_mean=True)
-    assert "adaptive" in refusal(lr_schedule="adaptive", actor_learning_rate=0.0)
+    assert "tanh" in error_message(squash=True, tanh_mean=True)
+    assert "adaptive" in error_message(lr_schedule="adaptive", actor_learning_rate=0.0)
 
 
-def test_a_config_survives_json_and_yaml():
-    """to_dict gives plain values, from which the same config is built again."""
-    config = Config(
-        num_envs=4, hidden_sizes=(32, 16), target_kl=0.02, normalize_advantage="off", env_kwargs={"g": 1.0}
-    )
-    for values in (
-        json.loads(json.dumps(config.to_dict())),
-        yaml.safe_load(yaml.safe_dump(config.to_dict())),
-    ):
+def test_config_round_trips_through_json_and_yaml():
+    """to_dict returns plain values, which give the same config again."""
+    config = Config(num_envs=4, hidden_sizes=(32, 16), target_kl=0.02, normalize_advantage="off", env_kwargs={"g": 1.0})
+    for values in (json.loads(json.dumps(config.to_dict())), yaml.safe_load(yaml.safe_dump(config.to_dict()))):
         assert from_mapping(values) == config
 
 
-def test_a_config_is_immutable_and_replace_checks_again():
-    """A change is a new config, with the same refusals."""
+def test_config_is_immutable_and_replace_checks():
+    """replace returns a new config with the same checks."""
     config = Config()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.gamma = 0.5
@@ -189,8 +195,56 @@ def test_a_config_is_immutable_and_replace_checks_again():
 
 
 def test_every_setting_has_a_meaning():
-    """The table is what --help and the documentation are made of."""
-    for name, field in FIELDS.items():
-        assert field.metadata["meaning"], name
-        assert field.metadata["group"], name
-        assert field.metadata["kind"] in ("int", "float", "bool", "str", "ints", "mapping"), name
+    """The table is the source of --help and of the documentation."""
+    for name, setting in SETTINGS.items():
+        assert setting.meaning, name
+        assert setting.group, name
+        assert setting.kind in (int, float, bool, str, tuple, Mapping), name
+
+
+def test_annotations_give_type_and_choices():
+    """`Literal[...]` gives the choices and `| None` makes a setting optional."""
+    rules = {name: (setting.kind, setting.optional, setting.choices) for name, setting in SETTINGS.items()}
+    assert rules["num_envs"] == (int, False, ())
+    assert rules["target_kl"] == (float, True, ())
+    assert rules["hidden_sizes"] == (tuple, True, ())
+    assert rules["env_kwargs"] == (Mapping, False, ())
+    assert rules["std"] == (str, False, ("learned", "predicted", "fixed"))
+    assert rules["activation"] == (str, True, ("tanh", "relu", "elu", "gelu", "silu", "leaky_relu"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_envs": 4, "minibatch_size": 32}, {"gamma": 0.9, "vf_coef": 0.5}])
+def test_a_settings_file_records_the_preset(changes, tmp_path):
+    """A file with the preset's name and every setting gives the same config: it overrides the preset."""
+    config = from_mapping(override(presets.load_settings("CartPole-v1", "auto"), changes))
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml("CartPole-v1", "CartPole-v1", config.replace(run_dir="runs/mine")), "utf-8")
+    assert yaml.safe_load(file.read_text("utf-8"))["preset"] == "CartPole-v1"
+    env_id, preset, settings = read_file(file)
+    assert (env_id, preset) == ("CartPole-v1", "CartPole-v1")
+    assert from_mapping(override(presets.load_settings(env_id, preset), settings)) == config
+
+
+def test_train_reproduces_a_settings_file_with_a_preset(tmp_path):
+    """`proximo train --config` runs with the settings of the file, not with those of the preset."""
+    config = Config(
+        total_timesteps=32, num_envs=2, num_steps=16, minibatch_size=16, update_epochs=1, hidden_sizes=(4,),
+        tensorboard=False,
+    )  # fmt: skip
+    file, run = tmp_path / "mine.yaml", tmp_path / "run"
+    file.write_text(to_yaml("CartPole-v1", "CartPole-v1", config), "utf-8")
+    assert main(["train", "--config", str(file), "--quiet", "--run-dir", str(run)]) == 0
+    env_id, _, settings = read_file(run / "config.yaml")
+    assert env_id == "CartPole-v1"
+    expected = {name: value for name, value in config.to_dict().items() if value not in ("auto", None)}
+    assert {name: from_mapping(settings).to_dict()[name] for name in expected} == expected
+
+
+def test_a_settings_file_without_a_preset(tmp_path):
+    """None is written as none, and no preset is applied."""
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml("CartPole-v1", None, Config(seed=3), omit=("run_dir", "seed")), "utf-8")
+    env_id, preset, settings = read_file(file)
+    assert preset == "none"
+    assert "seed" not in settings
+    assert from_mapping(override(presets.load_settings(env_id, preset), settings)) == Config()

@@ -1,4 +1,4 @@
-"""Atari games: what an agent step does, what the learner is told, and what is reported."""
+"""Atari games: preprocessing, episodes and rewards for the learner, and reported episodes."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ from gymnasium.vector import AutoresetMode
 
 from proximo.config import presets
 from proximo.config.settings import Config
-from proximo.envs.atari import AtariGames
-from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
+from proximo.envs.atari import AtariVectorEnv
+from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
@@ -19,37 +19,30 @@ from proximo.rollout.rollout import Rollout
 
 PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"
 STILL = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.0}
-TINY = {
-    "preset": None,
-    "num_envs": 2,
-    "num_steps": 8,
-    "num_minibatches": 2,
-    "update_epochs": 1,
-    "hidden_sizes": (8,),
-}
+TINY = {"preset": None, "num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "hidden_sizes": (8,)}
 each_engine = pytest.mark.parametrize("engine", ["native", "sync", "workers"])
 
 
 def random_collector(env, engine, num_steps, num_envs=2, **env_kwargs):
-    """A collector, its rollout, and what acts at random."""
+    """Return a collector, a rollout, and an actor that acts at random."""
     envs = make_envs(env, num_envs, engine, env_kwargs)
     spaces = spaces_of(envs)
     rng = np.random.default_rng(0)
     collector = Collector(envs, spaces, Config(num_envs=num_envs))
     collector.reset(list(range(num_envs)))
-    actor = lambda obs, start: rng.integers(spaces.action.n, size=num_envs).astype(np.int32)
+    actor = lambda obs, start: {"": rng.integers(spaces.action.heads[0].n, size=num_envs).astype(np.int32)}
     return collector, Rollout(spaces, num_steps, num_envs), actor
 
 
 def test_games_are_known_by_name_and_run_natively():
-    """The preset is for all of them; what ALE's vector environment cannot do runs elsewhere."""
+    """All games have the same preset; settings that ALE's vector environment lacks select another engine."""
     for name in (PONG, "ALE/Pong-v5"):
-        assert engine_for(name, 1) == engine_for(name, 8) == "native"
-        assert presets.chosen(name, "auto") == "Atari"
-    assert engine_for("ALE/Pong-v5", 2, env_kwargs={"difficulty": 1}) != "native"
-    assert engine_for("ALE/Pong-v5", 2, env_kwargs={"obs_type": "ram"}) != "native"
-    assert presets.chosen("CartPole-v1", "auto") == "CartPole-v1"
-    assert presets.chosen("Pendulum-v0", "auto") is None
+        assert resolve_engine(name, 1) == resolve_engine(name, 8) == "native"
+        assert presets.select_name(name, "auto") == "Atari"
+    assert resolve_engine("ALE/Pong-v5", 2, env_kwargs={"difficulty": 1}) != "native"
+    assert resolve_engine("ALE/Pong-v5", 2, env_kwargs={"obs_type": "ram"}) != "native"
+    assert presets.select_name("CartPole-v1", "auto") == "CartPole-v1"
+    assert presets.select_name("Pendulum-v0", "auto") is None
     ram = make_one("ALE/Pong-v5", obs_type="ram")
     assert ram.observation_space.shape == (128,)
     ram.close()
@@ -66,7 +59,7 @@ def test_an_action_lasts_four_frames_whatever_the_id_says(name, sticky):
     assert ale.getFloat("repeat_action_probability") == sticky
     assert ale.getInt("max_num_frames_per_episode") == 108_000
     game.close()
-    games = AtariGames(gym.spec(name), 2, {})
+    games = AtariVectorEnv(gym.spec(name), 2, {})
     inner = games._games
     inner.reset(seed=np.arange(2))
     frames = [inner.step(np.zeros(2, int))[4]["episode_frame_number"] for _ in range(3)]
@@ -76,10 +69,8 @@ def test_an_action_lasts_four_frames_whatever_the_id_says(name, sticky):
 
 @pytest.mark.parametrize("name", [PONG, BREAKOUT])
 def test_the_same_actions_give_the_same_frames_in_both(name):
-    """Frame skip, the greater of two frames, gray, 84 × 84 and the stack: to the last bit, where nothing is random."""
-    native, sync = (
-        make_envs(name, 1, engine, {**STILL, "episodic_life": False}) for engine in ("native", "sync")
-    )
+    """Frame skip, maximum of two frames, gray, 84 × 84 and stacking are bit-identical without randomness."""
+    native, sync = (make_envs(name, 1, engine, {**STILL, "episodic_life": False}) for engine in ("native", "sync"))
     assert native.single_observation_space == sync.single_observation_space
     assert native.single_action_space == sync.single_action_space
     rng = np.random.default_rng(0)
@@ -97,8 +88,8 @@ def test_the_same_actions_give_the_same_frames_in_both(name):
 
 @each_engine
 def test_a_lost_life_ends_an_episode_and_not_the_game(engine):
-    """Breakout at random has five lives and a few points: four ends of an episode without a report and the fifth with
-    one, of the whole game. Its score is the sum of what the bricks gave."""
+    """Breakout with random actions has five lives and a few points: four episode ends without a report, a fifth with
+    the report of the whole game. Its score is the sum of the rewards for bricks."""
     collector, rollout, actor = random_collector(BREAKOUT, engine, 600)
     episodes = collector.collect(actor, rollout).episodes
     collector.envs.close()
@@ -129,7 +120,7 @@ def test_rewards_are_clipped_and_reports_are_not(engine):
 
 @each_engine
 def test_the_limit_of_frames_truncates(engine):
-    """40 frames, less those without an action at the beginning: at most ten steps, and nothing is terminated."""
+    """40 frames are ten steps; the game is truncated, not terminated."""
     kwargs = {**STILL, "max_num_frames_per_episode": 40}
     collector, rollout, actor = random_collector(PONG, engine, 33, **kwargs)
     episodes = collector.collect(actor, rollout).episodes
@@ -141,13 +132,13 @@ def test_the_limit_of_frames_truncates(engine):
 
 
 def test_the_button_is_pressed_where_a_life_was_lost():
-    """That row is no transition: the game goes on from the frame after it, whatever the policy wanted."""
+    """That row is not a transition: the policy's action is ignored, and the game continues from the next frame."""
     envs = make_envs(BREAKOUT, 1, "native", {"noop_max": 0})
     assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     envs.reset(seed=0)
     lives, ends = [], []
     for _ in range(400):
-        _, _, terminated, _, _ = envs.step(np.zeros(1, int))  # never fires by itself
+        _, _, terminated, _, _ = envs.step(np.zeros(1, int))  # never presses fire
         lives.append(int(envs._lives[0]))
         ends.append(bool(terminated[0]))
     envs.close()
@@ -157,7 +148,7 @@ def test_the_button_is_pressed_where_a_life_was_lost():
 
 
 def test_a_game_over_while_the_button_is_pressed_begins_anew():
-    """Its end belongs to no transition, so that the next row is the new game's first."""
+    """Its end belongs to no transition, so the next row is the first of the new game."""
     envs = make_envs(PONG, 2, "native", {**STILL, "max_num_frames_per_episode": 40})
     first, _ = envs.reset(seed=0)
     for _ in range(9):
@@ -174,10 +165,10 @@ def test_a_game_over_while_the_button_is_pressed_begins_anew():
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_game_is_learned_evaluated_and_filmed(backend, tmp_path):
-    """The whole way; a video is of a whole game, which at random has more than one life."""
+    """Train, evaluate and record; the video shows a whole game, with more than one life."""
     with PPO(BREAKOUT, backend=backend, **TINY) as agent:
         agent.learn(32)
-        assert agent.config.architecture == "nature"
+        assert agent.resolved.network["architecture"] == "nature"
         result = agent.evaluate(2)
         assert result.returns == tuple(int(value) for value in result.returns)
         video = agent.record(tmp_path / "game.mp4", deterministic=False, max_frames=400)
@@ -185,7 +176,7 @@ def test_a_game_is_learned_evaluated_and_filmed(backend, tmp_path):
 
 
 def test_what_a_game_does_not_know_is_refused():
-    with pytest.raises(UserError, match=r"does not know 'frame_skip'; did you mean 'frameskip'"):
+    with pytest.raises(UserError, match=r"has no setting 'frame_skip'; did you mean 'frameskip'"):
         make_envs(PONG, 1, "native", {"frame_skip": 2})
     with pytest.raises(UserError, match="random frame skip, mode, difficulty"):
         make_envs("ALE/Pong-v5", 1, "native", {"difficulty": 0})
@@ -195,7 +186,7 @@ def test_what_a_game_does_not_know_is_refused():
 
 @pytest.mark.parametrize("missing", ["ale_py", "cv2"])
 def test_a_missing_extra_is_named(missing):
-    """In a process of its own, in which the package cannot be imported."""
+    """Runs in a separate process in which the package cannot be imported."""
     program = f"""
 import sys
 sys.modules[{missing!r}] = None
@@ -204,4 +195,4 @@ sys.exit(main(["train", "ALE/Pong-v5", "--engine", "sync", "--num-envs", "1"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "'ALE/Pong-v5' needs a package that is not installed: pip install 'proximo[atari]'" in done.stderr
+    assert "'ALE/Pong-v5' needs a package that is not installed. Run: pip install 'proximo[atari]'" in done.stderr

@@ -1,4 +1,4 @@
-"""Engine envpool: the same environments as Gymnasium's, and what the collector relies on."""
+"""Engine envpool: the same environments as Gymnasium's, and the interface that the collector uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from proximo.config.settings import Config
-from proximo.envs.make import engine_for, make_envs, make_one, spaces_of
+from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
@@ -19,7 +19,7 @@ from proximo.rollout.rollout import Rollout
 
 pytest.importorskip("envpool", reason="EnvPool is not installed: pip install 'proximo[envpool]'")
 
-from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, PoolVectorEnv, supports
+from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, EnvPoolVectorEnv, supports
 
 CLASSIC = ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 MUJOCO = sorted(VERIFIED - set(CLASSIC))
@@ -27,7 +27,7 @@ WALKERS = ["Ant-v4", "Ant-v5", "Hopper-v4", "Hopper-v5", "Walker2d-v4", "Walker2
 OTHER_SOLVER = ["Humanoid-v5", "HumanoidStandup-v5", "Pusher-v5"]
 WITH_POSITIONS = {"Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Swimmer", "Walker2d"}
 
-# Other than the defaults, and so that each of them shows in a rollout.
+# Values other than the defaults, each of which changes a rollout.
 UNUSUAL: dict[str, dict[str, Any]] = {
     "Ant-v5": {
         "forward_reward_weight": 1.7,
@@ -71,19 +71,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "HumanoidStandup-v5": {},
     "InvertedDoublePendulum-v5": {"healthy_reward": 3.0, "frame_skip": 2, "reset_noise_scale": 0.05},
     "InvertedPendulum-v5": {"frame_skip": 4, "reset_noise_scale": 0.1},
-    "Pusher-v5": {
-        "reward_near_weight": 0.9,
-        "reward_dist_weight": 0.4,
-        "reward_control_weight": 0.6,
-        "frame_skip": 3,
-    },
+    "Pusher-v5": {"reward_near_weight": 0.9, "reward_dist_weight": 0.4, "reward_control_weight": 0.6, "frame_skip": 3},
     "Reacher-v5": {"reward_dist_weight": 0.4, "reward_control_weight": 0.6, "frame_skip": 3},
-    "Swimmer-v5": {
-        "forward_reward_weight": 1.7,
-        "ctrl_cost_weight": 0.3,
-        "frame_skip": 3,
-        "reset_noise_scale": 0.2,
-    },
+    "Swimmer-v5": {"forward_reward_weight": 1.7, "ctrl_cost_weight": 0.3, "frame_skip": 3, "reset_noise_scale": 0.2},
     "Walker2d-v5": {
         "forward_reward_weight": 1.7,
         "ctrl_cost_weight": 0.3,
@@ -97,15 +87,15 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 }
 
 
-def pool_of(env_id: str, num_envs: int, threads: int | None = None, **env_kwargs: Any) -> PoolVectorEnv:
+def pool_of(env_id: str, num_envs: int, threads: int | None = None, **env_kwargs: Any) -> EnvPoolVectorEnv:
     example = make_one(env_id, **env_kwargs)
-    pool = PoolVectorEnv(example, num_envs, env_kwargs, threads)
+    pool = EnvPoolVectorEnv(example, num_envs, env_kwargs, threads)
     example.close()
     return pool
 
 
 def state_of(env: gym.Env, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The positions and velocities of a MuJoCo environment that was just reset to give this observation."""
+    """Return the positions and velocities of a MuJoCo environment that gave this observation at a reset."""
     inner: Any = env.unwrapped
     count = inner.model.nq
     name = str(env.spec and env.spec.name)
@@ -117,9 +107,7 @@ def state_of(env: gym.Env, observation: np.ndarray) -> tuple[np.ndarray, np.ndar
     if name == "Reacher":  # two cosines, two sines, the target, velocities of the arm
         angles = np.arctan2(observation[2:4], observation[:2])
         return np.array([*angles, *observation[4:6]]), np.array([*observation[6:8], 0.0, 0.0])
-    assert (
-        name == "Pusher"
-    )  # 7 angles, 7 velocities, fingertip, object, goal; the object's y slides before its x
+    assert name == "Pusher"  # 7 angles, 7 velocities, fingertip, object, goal; the object's y slides before its x
     offset = observation[17:20] - inner.model.body("object").pos
     slides = {"obj_slidex": offset[0], "obj_slidey": offset[1], "goal_slidex": 0.0, "goal_slidey": 0.0}
     joints = [inner.model.joint(index).name for index in range(7, count)]
@@ -128,7 +116,7 @@ def state_of(env: gym.Env, observation: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def put(env: gym.Env, observation: np.ndarray) -> np.ndarray:
-    """Reset a MuJoCo environment to the state that gives this observation; returns its own observation."""
+    """Set a MuJoCo environment to the state that gives this observation; return its observation."""
     import mujoco
 
     env.reset(seed=0)  # for the wrappers
@@ -139,7 +127,7 @@ def put(env: gym.Env, observation: np.ndarray) -> np.ndarray:
 
 
 def drive(env_id: str, steps: int, shown: int | None = None, **env_kwargs: Any) -> dict[str, Any]:
-    """Step both from the same states with the same actions; returns differences and what happened.
+    """Step both from the same states with the same actions; return differences and counts of episode ends.
 
     Actions are uniform over 1.2 times the bounds, so some lie outside. Observations are compared up to `shown`.
     """
@@ -164,9 +152,7 @@ def drive(env_id: str, steps: int, shown: int | None = None, **env_kwargs: Any) 
         over = terminated | truncated
         if over.any():
             observation, _ = pool.reset(options={"reset_mask": over})
-            starts += [
-                abs(put(twins[n], observation[n]) - observation[n]).max() for n in np.flatnonzero(over)
-            ]
+            starts += [abs(put(twins[n], observation[n]) - observation[n]).max() for n in np.flatnonzero(over)]
     for env in (pool, *twins):
         env.close()
     return {"start": max(starts), "observation": max(observed), "reward": max(rewarded), **ends}
@@ -207,7 +193,7 @@ def test_walkers_fall_in_the_same_step(env_id):
 
 @pytest.mark.parametrize("env_id", sorted(UNUSUAL))
 def test_keywords_mean_the_same(env_id):
-    """Each keyword that is passed on, at another value than its default, and with another outcome."""
+    """Each supported keyword, at a value that differs from the default and changes the rollout."""
     settings = UNUSUAL[env_id]
     assert {*settings, *with_positions(env_id)} == set(_KEYWORDS[env_id.partition("-")[0]])
     if env_id in OTHER_SOLVER:
@@ -218,11 +204,11 @@ def test_keywords_mean_the_same(env_id):
     assert result["observation"] < 1e-11
     assert result["reward"] < 1e-6
     for keyword, value in settings.items():
-        assert outcome(env_id, **{**fixed, keyword: value}) != outcome(env_id, **fixed), keyword
+        assert rollout_bytes(env_id, **{**fixed, keyword: value}) != rollout_bytes(env_id, **fixed), keyword
 
 
-def outcome(env_id: str, **env_kwargs: Any) -> tuple[bytes, ...]:
-    """What 100 steps give, as bytes."""
+def rollout_bytes(env_id: str, **env_kwargs: Any) -> tuple[bytes, ...]:
+    """Return the results of 100 steps as bytes."""
     pool = pool_of(env_id, 2, **env_kwargs)
     rng = np.random.default_rng(0)
     results: list[Any] = [pool.reset(seed=5)[0]]
@@ -373,10 +359,10 @@ def test_spaces_and_time_limits_are_gymnasiums(env_id):
         assert ends[-1][1].all()
 
 
-# What the collector relies on
+# The interface that the collector uses
 
 
-def lengths_of(pool: PoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
+def lengths_of(pool: EnvPoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
     """Steps until environment 0 ends if the cart is always pushed left, and how it ends."""
     pool.reset(seed=3)
     for step in range(1, steps):
@@ -387,7 +373,7 @@ def lengths_of(pool: PoolVectorEnv, steps: int) -> tuple[int, bool, bool]:
 
 
 def test_an_end_at_the_time_limit_is_both():
-    """Gymnasium's: a time limit a step early truncates, in that very step it is both, later it plays no part."""
+    """As in Gymnasium: a limit one step earlier truncates, in the same step it is both, later it has no effect."""
     natural, *how = lengths_of(pool_of("CartPole-v1", 1), 30)
     assert how == [True, False]
     for limit, expected in [
@@ -419,7 +405,7 @@ def test_rollouts_hold_true_final_observations_and_returns():
     collector = Collector(pool, spaces, Config(num_envs=5, num_steps=100, num_minibatches=1))
     collector.reset(list(range(5)))
     rollout = Rollout(spaces, 100, 5)
-    result = collector.collect(lambda obs, start: rng.integers(2, size=5), rollout)
+    result = collector.collect(lambda obs, start: {"": rng.integers(2, size=5)}, rollout)
     assert rollout.valid.all()
     assert len(result.episodes) == rollout.terminated.sum() > 10
     assert all(episode.episode_return == episode.length for episode in result.episodes)
@@ -432,15 +418,14 @@ def test_rollouts_hold_true_final_observations_and_returns():
 
 
 def test_returns_are_the_sums_of_raw_rewards():
-    """Two episodes of Reacher, 50 steps each: sums of what EnvPool gave."""
+    """Two episodes of Reacher, 50 steps each: sums of EnvPool's rewards."""
     pool = make_envs("Reacher-v5", 3, "envpool")
     spaces, rng = spaces_of(pool), np.random.default_rng(0)
     collector = Collector(pool, spaces, Config(num_envs=3, num_steps=100, num_minibatches=1))
     collector.reset([4, 5, 6])
     rollout = Rollout(spaces, 100, 3)
-    episodes = collector.collect(
-        lambda obs, start: rng.uniform(-1, 1, (3, 2)).astype(np.float32), rollout
-    ).episodes
+    actor = lambda obs, start: {"": rng.uniform(-1, 1, (3, 2)).astype(np.float32)}
+    episodes = collector.collect(actor, rollout).episodes
     assert [(episode.length, episode.env_index) for episode in episodes] == [(50, n) for n in (0, 1, 2)] * 2
     expected = rollout.reward.astype(np.float64).reshape(2, 50, 3).sum(axis=1).reshape(-1)
     np.testing.assert_allclose([episode.episode_return for episode in episodes], expected, rtol=1e-12)
@@ -450,7 +435,7 @@ def test_returns_are_the_sums_of_raw_rewards():
 
 
 def test_a_partial_reset_leaves_the_others_alone():
-    """Nor does anything later write to an observation that was handed out."""
+    """Nor do later calls overwrite an observation that was returned."""
     pool = pool_of("CartPole-v1", 4)
     first, _ = pool.reset(seed=0)
     kept = first.copy()
@@ -470,8 +455,8 @@ def test_a_partial_reset_leaves_the_others_alone():
 # Seeds
 
 
-def trace(pool: PoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
-    """Observations [steps + 1, N, …] under fixed actions, environments being reset as they end."""
+def trace(pool: EnvPoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
+    """Return observations [steps + 1, N, …] under fixed actions; environments are reset when they end."""
     rng = np.random.default_rng(0)
     observations = [pool.reset(seed=seed)[0]]
     for _ in range(steps):
@@ -483,8 +468,8 @@ def trace(pool: PoolVectorEnv, seed: Any, steps: int = 60) -> np.ndarray:
 
 
 def test_seeds_make_the_numbers():
-    """Again in the same object, in another, and with other threads; one for each, or counted up from one; and an
-    environment's numbers are its own seed's, whoever its neighbours are."""
+    """The same in the same object, in another, and with other threads; with one seed each, or counted up from one. An
+    environment's numbers depend only on its own seed."""
     pool = pool_of("CartPole-v1", 3)
     first = trace(pool, [7, 8, 9])
     assert not np.array_equal(trace(pool, [1, 2, 3]), first)
@@ -539,9 +524,9 @@ def test_what_is_supported(monkeypatch):
 @pytest.mark.parametrize(
     ("env", "env_kwargs", "words"),
     [
-        ("Hopper-v5", {"xml_file": "hopper.xml"}, ["Hopper-v5 'xml_file'", "engine workers"]),
+        ("Hopper-v5", {"xml_file": "hopper.xml"}, ["'xml_file' for Hopper-v5", "engine workers"]),
         ("CartPole-v1", {"sutton_barto_reward": True}, ["sutton_barto_reward", "engine workers"]),
-        ("Hopper-v5", {"healthy_z_range": [0.5, 2.0]}, ["healthy_z_range", "only inf", "engine workers"]),
+        ("Hopper-v5", {"healthy_z_range": [0.5, 2.0]}, ["healthy_z_range", "only has inf", "engine workers"]),
         ("Hopper-v5", {"nothing": 1}, ["nothing"]),
         ("Blackjack-v1", {}, ["Blackjack-v1", "Tuple", "engine workers"]),
         ("Taxi-v4", {}, ["EnvPool has no Taxi-v4", "engine workers"]),
@@ -556,11 +541,11 @@ def test_refusals_say_what_to_do(env, env_kwargs, words):
 
 
 def test_envpool_is_taken_where_it_saves_python():
-    """Sixteen of what Gymnasium writes in Python; of MuJoCo's, which is C in any case, 32."""
-    assert engine_for("Acrobot-v1", 15) != "envpool"
-    assert engine_for("Acrobot-v1", 16) == "envpool"
-    assert engine_for("HalfCheetah-v5", 31) != "envpool"
-    assert engine_for("HalfCheetah-v5", 32) == "envpool"
+    """From 16 environments written in Python; from 32 of MuJoCo, which runs in C anyway."""
+    assert resolve_engine("Acrobot-v1", 15) != "envpool"
+    assert resolve_engine("Acrobot-v1", 16) == "envpool"
+    assert resolve_engine("HalfCheetah-v5", 31) != "envpool"
+    assert resolve_engine("HalfCheetah-v5", 32) == "envpool"
 
 
 def test_without_envpool_the_message_says_what_to_install(monkeypatch):
@@ -573,7 +558,7 @@ def test_misuse_is_refused():
     pool = pool_of("CartPole-v1", 2)
     with pytest.raises(RunError, match="reset"):
         pool.step(np.zeros(2, np.int64))
-    with pytest.raises(UserError, match="3 seeds were given for 2"):
+    with pytest.raises(UserError, match="got 3 seeds for 2"):
         pool.reset(seed=[1, 2, 3])
     pool.reset(seed=0)
     with pytest.raises(UserError, match="seeds all environments at once"):
@@ -594,7 +579,7 @@ def test_misuse_is_refused():
 
 
 def test_an_interrupted_step_is_not_answered_late(monkeypatch):
-    """What EnvPool still owed is thrown away with its environments; a seed makes them anew."""
+    """The pending result is discarded with the environments; a seed recreates them."""
     pool = pool_of("CartPole-v1", 2)
     first = trace(pool, 5, steps=3)
 

@@ -11,7 +11,8 @@ from backends import Backend, each_backend
 from rollouts import CONTINUOUS, MASKED, small
 from scipy import integrate, stats
 
-from proximo.spaces.spaces import Discrete, Spaces
+from proximo.spaces.heads import CategoricalHead
+from proximo.spaces.spaces import Spaces
 
 MEAN = np.array([[0.3, -1.2, 2.0], [0.0, 5.0, -0.7]])
 STD = np.array([[0.5, 1.0, 2.0], [0.01, 1.0, 0.1]])
@@ -38,10 +39,8 @@ def test_gaussian_against_scipy(backend):
     normal = stats.norm(MEAN, STD)
     log_prob = call(backend, "Gaussian", "log_prob", parameters, action)
     np.testing.assert_allclose(log_prob, normal.logpdf(action).sum(-1), rtol=1e-12)
-    np.testing.assert_allclose(
-        call(backend, "Gaussian", "entropy", parameters), normal.entropy().sum(-1), rtol=1e-12
-    )
-    np.testing.assert_allclose(call(backend, "Gaussian", "std", parameters), STD.mean(-1), rtol=1e-12)
+    np.testing.assert_allclose(call(backend, "Gaussian", "entropy", parameters), normal.entropy().sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(call(backend, "Gaussian", "stds", parameters), STD, rtol=1e-12)
 
 
 @each_backend
@@ -50,11 +49,7 @@ def test_categorical_against_scipy(backend):
     for logits in LOGITS:
         draw = stats.multinomial(1, softmax(logits))
         log_prob = call(
-            backend,
-            "Categorical",
-            "log_prob",
-            (np.broadcast_to(logits, (4, 4)),),
-            np.arange(4, dtype=np.int32),
+            backend, "Categorical", "log_prob", (np.broadcast_to(logits, (4, 4)),), np.arange(4, dtype=np.int32)
         )
         np.testing.assert_allclose(log_prob, draw.logpmf(np.eye(4, dtype=int)), rtol=1e-12)
         np.testing.assert_allclose(
@@ -86,12 +81,10 @@ def test_the_squashed_density_is_that_of_the_squashed_action(backend, mean, std)
 def test_squashed_entropy_against_integration(backend):
     """−∫ p log p, which has no closed form: the quadrature's error is below 1e-3 for |mean| ≤ 3 and std ≤ 1.
 
-    Measured at worst: 1e-9 at std 0.5, 1.4e-5 at std 1; beyond, 5e-4 at 1.5, 3e-3 at 2, 0.25 at e², the upper
+    Measured at worst: 1e-9 at std 0.5, 1.4e-5 at std 1; at larger stds, 5e-4 at 1.5, 3e-3 at 2, 0.25 at e², the upper
     bound of a standard deviation.
     """
-    mean, std = (
-        x.ravel() for x in np.meshgrid(np.linspace(-3.0, 3.0, 13), [1e-3, 0.05, 0.2, 0.5, 0.75, 1.0])
-    )
+    mean, std = (x.ravel() for x in np.meshgrid(np.linspace(-3.0, 3.0, 13), [1e-3, 0.05, 0.2, 0.5, 0.75, 1.0]))
     entropy = call(backend, "SquashedGaussian", "entropy", (mean[:, None], np.log(std)[:, None]))
     z = np.linspace(-10.0, 10.0, 20_001)
     x = mean[:, None] + std[:, None] * z
@@ -106,7 +99,7 @@ def test_squashed_entropy_against_integration(backend):
 def test_gumbel_noise_draws_softmax_frequencies(backend):
     """Over 200 000 draws every action's frequency lies within 5 standard errors of its probability."""
     count = 200_000
-    noise = Discrete(4).noise(np.random.default_rng(0), (count,))
+    noise = CategoricalHead(4).noise(np.random.default_rng(0), (count,))
     logits = LOGITS[1]
     action = call(backend, "Categorical", "sample", (np.broadcast_to(logits, (count, 4)),), noise)
     p = softmax(logits)
@@ -137,19 +130,19 @@ def test_zero_noise_gives_the_mode(backend):
 
 
 def policy(backend: Backend, spaces: Spaces, output: np.ndarray, obs: dict, log_std=None, **settings):
-    """The distribution that the built-in network makes of its head's output [B, K], float32."""
-    networks = backend.module("networks")
+    """The policy of the built-in network whose policy head returns `output` [B, K], in float32."""
     log_std = None if log_std is None else backend.array(np.asarray(log_std, np.float32))
     output = backend.array(output.astype(np.float32))
-    return networks.policy_from_output(small(**settings), spaces, output, log_std, backend.array(obs))
+    distributions = backend.module("distributions")
+    return distributions.policy_from_output(small(**settings), spaces, output, log_std, backend.array(obs))
 
 
 @each_backend
-def test_masked_actions_do_not_exist(backend):
+def test_masked_actions_have_probability_zero(backend):
     """A masked action has probability exactly 0 and is never drawn, however high its logit.
 
-    The rest share the softmax: with the largest of (1, 0, 50) masked, p = e / (e + 1) and 1 / (e + 1), and
-    the entropy is that of these two alone. Where everything is masked, all numbers stay finite.
+    The softmax is over the others: with the largest of (1, 0, 50) masked, p = e / (e + 1) and 1 / (e + 1), and
+    the entropy is that of these two. Where everything is masked, all numbers stay finite.
     """
     allowed = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0]], np.float32)
     output = np.tile([1.0, 0.0, 50.0], (3, 1))
@@ -157,7 +150,7 @@ def test_masked_actions_do_not_exist(backend):
     p = np.array([math.e, 1.0]) / (math.e + 1.0)
 
     log_probs = np.stack(
-        [backend.numpy(masked.log_prob(backend.array(np.full(3, a, np.int32)))) for a in range(3)], axis=-1
+        [backend.numpy(masked.log_prob({"": backend.array(np.full(3, a, np.int32))})) for a in range(3)], axis=-1
     )
     np.testing.assert_allclose(np.exp(log_probs[:2]), [[*p, 0.0], [0.0, 1.0, 0.0]], rtol=1e-6)
     assert (np.exp(log_probs[:2])[allowed[:2] == 0] == 0.0).all()
@@ -166,7 +159,7 @@ def test_masked_actions_do_not_exist(backend):
     assert np.isfinite(backend.numpy(masked.entropy())).all()
 
     noise = MASKED.action.noise(np.random.default_rng(0), (100_000, 2))
-    logits = backend.numpy(masked.logits)[:2]
+    logits = backend.numpy(masked.parts[""].logits)[:2]
     action = call(backend, "Categorical", "sample", (np.broadcast_to(logits, noise.shape),), noise)
     assert set(action[:, 0]) == {0, 1}
     assert set(action[:, 1]) == {1}
@@ -189,15 +182,13 @@ def test_extreme_inputs_stay_finite(backend):
     for action, expected in ((0, [0.0, -math.log(3)]), (1, [-2e4, -math.log(3)])):
         log_prob = call(backend, "Categorical", "log_prob", (logits,), np.full(2, action, np.int32))
         np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
-    np.testing.assert_allclose(
-        call(backend, "Categorical", "entropy", (logits,)), [0.0, math.log(3)], rtol=1e-5
-    )
+    np.testing.assert_allclose(call(backend, "Categorical", "entropy", (logits,)), [0.0, math.log(3)], rtol=1e-5)
 
 
 @each_backend
 def test_standard_deviations_keep_their_bounds(backend):
-    """Predicted: min_std ≤ std ≤ e² whatever the network says, and 0 means init_std. Fixed: as it is, even below
-    min_std. tanh_mean bounds the mean."""
+    """Predicted: min_std ≤ std ≤ e² for any output of the network, and the output 0 gives init_std. Fixed: init_std,
+    even below min_std. tanh_mean bounds the mean."""
     obs, zero = {"": np.zeros((3, 4), np.float32)}, np.zeros((3, 2))
     fixed = policy(backend, CONTINUOUS, zero, obs, std="fixed", init_std=0.7, min_std=0.9)
     np.testing.assert_allclose(backend.numpy(fixed.std()), 0.7, rtol=1e-5)
@@ -206,12 +197,12 @@ def test_standard_deviations_keep_their_bounds(backend):
     np.testing.assert_allclose(backend.numpy(predicted.std()), [0.7, 0.01, math.exp(2.0)], rtol=1e-5)
     output = np.tile([0.5, -100.0], (3, 1))
     bounded = policy(backend, CONTINUOUS, output, obs, std="fixed", tanh_mean=True)
-    np.testing.assert_allclose(backend.numpy(bounded.mean)[0], [math.tanh(0.5), -1.0], rtol=1e-6)
+    np.testing.assert_allclose(backend.numpy(bounded.parts[""].mean)[0], [math.tanh(0.5), -1.0], rtol=1e-6)
 
 
 @each_backend
 def test_nested_masks_and_discrete_observations(backend):
-    """A mask at any depth is permission, not a feature; of Discrete(3, start=5), 7 is the third code."""
+    """A mask at any depth is not a feature; 7 is the third value of Discrete(3, start=5)."""
     inner = gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(2)})
     outer = gym.spaces.Dict({"a": inner, "x": gym.spaces.Discrete(3, start=5)})
     spaces = Spaces.of(outer, gym.spaces.Discrete(2))
@@ -220,4 +211,4 @@ def test_nested_masks_and_discrete_observations(backend):
     features = backend.module("networks").encode(spaces, backend.array(obs), dtype)
     np.testing.assert_array_equal(backend.numpy(features), [[0.0, 0.0, 1.0]])
     masked = policy(backend, spaces, np.array([[9.0, 0.0]]), obs)
-    assert backend.numpy(masked.sample(backend.array(np.zeros((1, 2), np.float32)))).tolist() == [1]
+    assert backend.numpy(masked.sample(backend.array(np.zeros((1, 2), np.float32)))[""]).tolist() == [1]

@@ -1,4 +1,4 @@
-"""What must hold of every update, whatever the policy, the normaliser and the backend."""
+"""Properties of every update, for all policies, normalisers and backends."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import Backend, each_backend
-from rollouts import (
-    CATEGORICAL,
-    CONTINUOUS,
-    MASKED,
-    act_rollout,
-    assert_same,
-    parameters,
-    random_obs,
-    scramble,
-    small,
-)
+from rollouts import CATEGORICAL, CONTINUOUS, MASKED, act_rollout, assert_same, parameters, random_obs, scramble, small
 from scipy import stats
 
 from proximo.learner.schedules import hyper_at, interpolate
@@ -48,46 +38,46 @@ def learn(learner: Any, rollout: Rollout, step: int = 0) -> dict[str, float]:
 
 
 def log_probabilities(backend: Backend, learner: Any, rollout: Rollout, noise: np.ndarray) -> np.ndarray:
-    """Log π of what was done [T, N], without scoring it: from the noise that decided it.
+    """log π of the actions [T, N], computed from their noise rather than with `Policy.log_prob`.
 
     A Gaussian sample is mean + σ z, so σ = (sample − mode) / z, and its density is that of z over σ;
-    squashing divides it by 1 − tanh². A categorical's logits are read off the network, one step at a time.
+    squashing divides it by 1 − tanh². A categorical's logits come from the network, one step at a time.
     """
     spec, rows = learner.spec, []
+    (head,) = spec.spaces.action.heads
     mode = learner.actor(None)
     for t in range(rollout.num_steps):
         obs = {path: x[t] for path, x in rollout.obs.items()}
-        if spec.spaces.action.raw_shape:
-            raw = rollout.action[t].astype(np.float64)
-            std = (raw - mode(obs, rollout.start[t])) / noise[t]
+        if head.raw_shape:
+            raw = rollout.action[""][t].astype(np.float64)
+            std = (raw - mode(obs, rollout.start[t])[""]) / noise[t]
             log_prob = stats.norm.logpdf(noise[t]) - np.log(std)
             if spec.config.squash:
                 log_prob -= np.log1p(-(np.tanh(raw) ** 2))
             rows.append(log_prob.sum(axis=-1))
             continue
-        state, rows_of_one = learner._state, backend.array({path: x[None] for path, x in obs.items()})
-        seen, params = backend.module("state").observe(spec, state, rows_of_one), state.params
+        state, one_step = learner._state, backend.array({path: x[None] for path, x in obs.items()})
+        inputs, params = backend.module("state").preprocess(spec, state, one_step), state.params
         if backend.name == "torch":
             params = backend.module("tensors").unflatten(spec.shapes, params)
-        logits = backend.numpy(
-            spec.network.apply(params, seen, backend.array(rollout.start[t][None]), state.carry)[0].logits
-        )[0].astype(np.float64)
-        np.testing.assert_array_equal(rollout.action[t], np.argmax(logits + noise[t], axis=-1))
+        policy, *_ = spec.network.apply(params, inputs, backend.array(rollout.start[t][None]), state.carry)
+        logits = backend.numpy(policy.parts[""].logits)[0].astype(np.float64)
+        np.testing.assert_array_equal(rollout.action[""][t], np.argmax(logits + noise[t], axis=-1))
         if "action_mask" in obs:
-            assert (np.take_along_axis(obs["action_mask"], rollout.action[t][:, None], -1) == 1.0).all()
+            assert (np.take_along_axis(obs["action_mask"], rollout.action[""][t][:, None], -1) == 1.0).all()
         p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-        rows.append(np.log(np.take_along_axis(p, rollout.action[t][:, None], axis=-1))[:, 0])
+        rows.append(np.log(np.take_along_axis(p, rollout.action[""][t][:, None], axis=-1))[:, 0])
     return np.stack(rows)
 
 
 @each_backend
 @pytest.mark.parametrize(("kind", "normalised"), CASES)
 def test_the_first_minibatch_has_ratio_one(backend, kind, normalised):
-    """The policy that learns scores what was done exactly as the policy that did it.
+    """The update assigns to every action the log-probability of the policy that sampled it.
 
-    So in the first minibatch KL = mean(r − 1 − log r) is 0 and nothing is clipped. This is looked at in a
-    second iteration, when the normaliser has statistics: it must be the snapshot that acted, and what was
-    seen meanwhile may join it only after the update.
+    So in the first minibatch KL = mean(r − 1 − log r) is 0 and nothing is clipped. The test checks a second
+    iteration, in which the normaliser has statistics: acting and update must use the same ones, and the new
+    observations join them only after the update.
     """
     spaces, settings = POLICIES[kind]
     config = small(**settings, **(NORMALISED if normalised else {}), learning_rate=0.01)
@@ -98,7 +88,7 @@ def test_the_first_minibatch_has_ratio_one(backend, kind, normalised):
 
     rng = np.random.default_rng(2)
     noise = spaces.action.noise(rng, (config.num_steps, config.num_envs))
-    if spaces.action.raw_shape:
+    if spaces.action.std_size:
         noise = noise + np.sign(noise) * np.float32(0.3)  # (sample − mode) / z is inaccurate for a small z
     rollout = act_rollout(learner, seed=2, noise=noise)
     batch = backend.prepare(learner, rollout, hyper_at(config, 0))
@@ -116,16 +106,16 @@ def test_the_first_minibatch_has_ratio_one(backend, kind, normalised):
     state = learner.state()
     for path in rollout.obs if normalised else ():
         if path != "action_mask":
-            seen = np.concatenate([r.obs[path][:-1][r.valid] for r in (first, rollout)]).astype(np.float64)
-            assert state[f"obs_moments/{path}/count"] == len(seen)
-            np.testing.assert_allclose(state[f"obs_moments/{path}/mean"], seen.mean(axis=0), rtol=1e-5)
-            np.testing.assert_allclose(state[f"obs_moments/{path}/variance"], seen.var(axis=0), rtol=1e-5)
+            samples = np.concatenate([r.obs[path][:-1][r.valid] for r in (first, rollout)]).astype(np.float64)
+            assert state[f"obs_moments/{path}/count"] == len(samples)
+            np.testing.assert_allclose(state[f"obs_moments/{path}/mean"], samples.mean(axis=0), rtol=1e-5)
+            np.testing.assert_allclose(state[f"obs_moments/{path}/variance"], samples.var(axis=0), rtol=1e-5)
     assert any(name.startswith("obs_moments") for name in state) == normalised
 
 
 @each_backend
 def test_later_minibatches_have_moved_on(backend):
-    """The counterpart: with a real step size the ratio leaves 1, so the test above could fail."""
+    """With a real step size the ratio leaves 1 in later minibatches, so the test above could fail."""
     learner = backend.learner(small(learning_rate=0.01), CONTINUOUS)
     scramble(learner)
     metrics = learn(learner, act_rollout(learner, seed=1))
@@ -134,11 +124,11 @@ def test_later_minibatches_have_moved_on(backend):
 
 
 @each_backend
-def test_every_transition_teaches(backend):
-    """Changing any one transition's reward changes the outcome of an epoch; a reset row's changes nothing.
+def test_every_transition_affects_the_update(backend):
+    """Changing the reward of any one transition changes the parameters after an epoch; that of a reset row does not.
 
-    With λ = 0 a reward enters its own advantage only. 8 × 3 rows do not divide into 5 minibatches: the
-    remainder is not dropped either.
+    With λ = 0 a reward enters only the advantage of its own transition. 5 minibatches do not
+    divide 8 × 3 rows: the remainder is not dropped either.
     """
     config = small(update_epochs=1, gae_lambda=0.0, normalize_advantage="off")
     learner = backend.learner(config, CONTINUOUS)
@@ -146,24 +136,24 @@ def test_every_transition_teaches(backend):
     rollout = act_rollout(learner, seed=1)
     order = minibatch_order(rollout.valid, 1, 5, np.random.default_rng(0))
 
-    def outcome() -> np.ndarray:
+    def updated_parameters() -> np.ndarray:
         learner.load(before)
         learner.update(rollout, order, hyper_at(config, 0))
         return np.concatenate([x.ravel() for x in parameters(learner).values()])
 
-    base = outcome()
-    np.testing.assert_array_equal(base, outcome())
+    base = updated_parameters()
+    np.testing.assert_array_equal(base, updated_parameters())
     for row in np.ndindex(rollout.reward.shape):
         reward = rollout.reward[row]
         rollout.reward[row] = reward + 1.0
-        assert np.array_equal(outcome(), base) != rollout.valid[row], row
+        assert np.array_equal(updated_parameters(), base) != rollout.valid[row], row
         rollout.reward[row] = reward
 
 
 @each_backend
 @pytest.mark.parametrize("spaces", [CONTINUOUS, CATEGORICAL], ids=["continuous", "categorical"])
 def test_a_minibatch_of_one(backend, spaces):
-    """One sample has no standard deviation: its normalised advantage is 0, not NaN, and learning goes on."""
+    """One sample has no standard deviation: its normalised advantage is 0, not NaN, and the critic still learns."""
     config = small(num_envs=1, num_steps=2, minibatch_size=1, **NORMALISED)
     learner = backend.learner(config, spaces)
     rollout = act_rollout(learner, seed=0, ends=0.0)
@@ -187,29 +177,29 @@ def test_a_minibatch_without_a_transition(backend):
 
 
 @each_backend
-def test_nothing_weighs_nothing(backend):
-    """The index that stands for nothing may fill up a minibatch: losses, gradient and step stay the same.
+def test_padding_changes_nothing(backend):
+    """Padding, an index of T · N = 24, may fill up a minibatch: losses, gradient and step stay the same.
 
-    So uneven minibatches are exact means over their own samples; in particular no sample is used twice.
+    So uneven minibatches are exact means over their samples; in particular no sample is used twice.
     """
     config = small(**NORMALISED, vf_clip_coef=0.1, ent_coef=0.01)
     learner = backend.learner(config, CONTINUOUS)
     scramble(learner)
-    rollout, before, outcomes = act_rollout(learner, seed=1, ends=0.0), learner.state(), []
+    rollout, before, results = act_rollout(learner, seed=1, ends=0.0), learner.state(), []
     for rows in ([3, 23, 7, 8], [24, 3, 23, 24, 7, 8, 24]):
         learner.load(before)
         metrics = learner.update(rollout, np.array([[rows]], np.int32), hyper_at(config, 0))
-        outcomes.append({**learner.state(), **metrics})
-    for name, x in outcomes[0].items():
-        np.testing.assert_allclose(x, outcomes[1][name], rtol=1e-4, atol=1e-7, err_msg=name)
+        results.append({**learner.state(), **metrics})
+    for name, x in results[0].items():
+        np.testing.assert_allclose(x, results[1][name], rtol=1e-4, atol=1e-7, err_msg=name)
 
 
 @each_backend
-def test_early_stopping_looks_before_it_steps(backend):
-    """The minibatch whose KL exceeds target_kl is not learned from, nor is anything after it.
+def test_target_kl_is_checked_before_the_step(backend):
+    """No step is applied for the first minibatch whose KL exceeds target_kl, nor for any after it.
 
-    The first has KL 0, the second sees how far the first step went (far more than 1e-6): one step is applied,
-    1/4 of an epoch, and the outcome is that of an update with the first minibatch alone.
+    The first has KL 0, the second measures the first step (far more than 1e-6): one step is applied, 1/4 of an
+    epoch, and the result is that of an update with the first minibatch only.
     """
     config = small(learning_rate=0.01, target_kl=1e-6, normalize_observation=True)
     learner = backend.learner(config, CONTINUOUS)
@@ -225,10 +215,10 @@ def test_early_stopping_looks_before_it_steps(backend):
     assert stopped["obs_moments//count"] == 24  # the normaliser still learns from all of it
 
     learner.load(before)
-    alone = learner.update(rollout, order[:1, :1], hyper_at(config, 0))
+    first_only = learner.update(rollout, order[:1, :1], hyper_at(config, 0))
     for name, x in learner.state().items():
         np.testing.assert_allclose(x, stopped[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    assert alone["losses/total"] == pytest.approx(metrics["losses/total"], rel=1e-5)
+    assert first_only["losses/total"] == pytest.approx(metrics["losses/total"], rel=1e-5)
 
     learner.load(before)
     far = learner.update(rollout, order, hyper_at(config, 0)._replace(target_kl=1e6))
@@ -240,8 +230,8 @@ def test_early_stopping_looks_before_it_steps(backend):
 def test_the_adaptive_rate_steers_towards_desired_kl(backend):
     """After an epoch the rate is divided by 1.5 if KL exceeds twice desired_kl, multiplied if below half of it.
 
-    At a desired_kl of 10⁶ both epochs multiply: 1.5² = 2.25; of 10⁻¹² both divide: 1/2.25. Then it stays for
-    the next update, being state. The rate keeps below 1e-2: 6e-3 · 2.25 does not.
+    At a desired_kl of 10⁶ both epochs multiply: 1.5² = 2.25; of 10⁻¹² both divide: 1/2.25. The factor
+    is state, so the next update starts from it. The rate is at most 1e-2, and 6e-3 · 2.25 exceeds that.
     """
     config = small(lr_schedule="adaptive", learning_rate=1e-3)
     learner = backend.learner(config, CONTINUOUS)
@@ -258,29 +248,26 @@ def test_the_adaptive_rate_steers_towards_desired_kl(backend):
 
 @each_backend
 def test_five_iterations_compile_once(backend):
-    """JAX: no setting, state, number of ended episodes or reloaded checkpoint makes a second compilation.
+    """JAX: no setting, state, number of ended episodes or reloaded checkpoint causes a second compilation.
 
-    PyTorch compiles nothing unless asked; that five iterations learn on from each other holds for both.
+    PyTorch compiles only if configured; both continue learning over five iterations.
     """
     config = small(
         normalize_observation=True, normalize_reward=True, total_timesteps=120, clip_schedule="linear",
         final_clip_coef=0.05, target_kl=0.5,
     )  # fmt: skip
-    # Given as one's own network, so that it acts in its backend.
-    learner = backend.learner(
-        config, CONTINUOUS, network=backend.module("networks").built_in(config, CONTINUOUS)
-    )
+    # Passed as a custom network, so that acting uses the backend rather than NumPy.
+    learner = backend.learner(config, CONTINUOUS, network=backend.module("networks").built_in(config, CONTINUOUS))
     for iteration in range(5):
         rollout = act_rollout(learner, seed=iteration, resets="same_step", ends=0.1 * iteration)
-        learner.value(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))
+        learner.predict_values(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))
         learn(learner, rollout, step=24 * iteration)
         if iteration == 2:
             learner.load({name: x.copy() for name, x in learner.state().items()})
     assert learner.state()["count"] > 5
     if backend.name == "jax":
-        assert learner._update._cache_size() == 1
-        assert learner._act._cache_size() == 1
-        assert learner._values._cache_size() == 1
+        for name in ("update", "act", "values"):
+            assert learner._functions[name]._cache_size() == 1, name
 
 
 @each_backend
@@ -295,15 +282,15 @@ def test_updates_are_reproducible(backend):
 
 @each_backend
 def test_an_actor_is_a_snapshot(backend):
-    """An actor made before an update goes on as it was: evaluation does not see a policy change under it."""
+    """An update does not change actors that were created before it, as in an evaluation."""
     learner = backend.learner(small(normalize_observation=True, learning_rate=0.1), CONTINUOUS)
     rollout = act_rollout(learner, seed=1)
     obs = {path: x[0] for path, x in rollout.obs.items()}
     old = learner.actor(None)
-    before = np.array(old(obs, rollout.start[0]))
+    before = old(obs, rollout.start[0])[""].copy()
     learn(learner, rollout)
-    np.testing.assert_array_equal(old(obs, rollout.start[0]), before)
-    assert not np.allclose(learner.actor(None)(obs, rollout.start[0]), before)
+    np.testing.assert_array_equal(old(obs, rollout.start[0])[""], before)
+    assert not np.allclose(learner.actor(None)(obs, rollout.start[0])[""], before)
 
 
 def test_schedules_at_their_ends_and_in_the_middle():
@@ -317,7 +304,7 @@ def test_schedules_at_their_ends_and_in_the_middle():
 
 
 def test_hyperparameters_follow_the_global_step():
-    """At 0, ½ and 1 of the run; beyond its end they stay. What is off is 0."""
+    """At 0, ½ and 1 of the run; constant after its end. Terms that are off are 0."""
     config = small(
         total_timesteps=1000, learning_rate=4e-4, critic_learning_rate=8e-4, final_learning_rate=2e-4,
         clip_coef=0.3, clip_schedule="linear", final_clip_coef=0.1, ent_coef=0.02, ent_schedule="linear",
@@ -336,7 +323,7 @@ def test_hyperparameters_follow_the_global_step():
 @each_backend
 def test_a_learned_deviation_stays_in_its_bounds_and_comes_back(backend):
     """Entropy weighted by 100 drives log σ up to the bound 2 and not past it (0.5 a step, 32 steps); weighted by
-    −100 it leaves the bound at once, and stops at log min_std = log 0.01."""
+    −100 it leaves the bound and stops at log min_std = log 0.01."""
     config = small(learning_rate=0.5, min_std=0.01, max_grad_norm=None)
     learner = backend.learner(config, CONTINUOUS)
 

@@ -1,4 +1,4 @@
-"""The terms of the loss by hand, and how they add up."""
+"""The terms of the loss by hand, and their sum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def function(backend: Backend, name: str) -> Any:
 
 @each_backend
 def test_clipped_surrogate_by_hand(backend):
-    """−min(r A, clip(r, 0.8, 1.2) A): no credit beyond the clip, full blame on the wrong side of it.
+    """−min(r A, clip(r, 0.8, 1.2) A): the gain is bounded by the clip, the loss is not.
 
     A = 2:   r = 1.5 → −2.4 (clipped),  r = 0.5 → −1 (not),  r = 1.1 → −2.2.
     A = −2:  r = 1.5 → 3 (not),  r = 0.5 → 1.6 (clipped),  r = 1.1 → 2.2.
@@ -48,9 +48,7 @@ def test_the_kl_estimate(backend):
     For old N(0, 1) and new N(½, 1): log r = ½ x − ⅛ and KL = ½ · ¼ = 0.125, to 1 % over 400 000 draws.
     """
     kl = function(backend, "kl_estimate")
-    np.testing.assert_allclose(
-        kl(np.log([1.0, 2.0, 0.5])), [0.0, 1.0 - np.log(2), -0.5 + np.log(2)], atol=1e-15
-    )
+    np.testing.assert_allclose(kl(np.log([1.0, 2.0, 0.5])), [0.0, 1.0 - np.log(2), -0.5 + np.log(2)], atol=1e-15)
     x = np.random.default_rng(0).standard_normal(400_000)
     assert kl(0.5 * x - 0.125).mean() == pytest.approx(0.125, rel=0.01)
 
@@ -73,14 +71,12 @@ def test_standardize_by_hand(backend):
 @each_backend
 @pytest.mark.parametrize("vf_clip_coef", [None, 0.1])
 def test_the_terms_add_up(backend, vf_clip_coef):
-    """total = policy − ent_coef · entropy + vf_coef · value, of which only reset rows are left out.
+    """total = policy − ent_coef · entropy + vf_coef · value, over all rows but resets.
 
-    At ratio 1 the policy's term is −mean(A); nothing has moved from the old value, so clipping changes nothing,
+    At ratio 1 the policy's term is −mean(A); the value equals the old value, so clipping changes nothing,
     and the value's term is mean ½ (V − R)² = mean ½ A². The Gaussian's entropy is 2 (log 0.6 + ½ log 2πe).
     """
-    config = small(
-        normalize_advantage="off", ent_coef=0.3, vf_coef=0.7, vf_clip_coef=vf_clip_coef, init_std=0.6
-    )
+    config = small(normalize_advantage="off", ent_coef=0.3, vf_coef=0.7, vf_clip_coef=vf_clip_coef, init_std=0.6)
     learner = backend.learner(config, CONTINUOUS)
     scramble(learner)
     rollout = act_rollout(learner, seed=1)
@@ -91,3 +87,23 @@ def test_the_terms_add_up(backend, vf_clip_coef):
     expected = policy, value, entropy, policy - 0.3 * entropy + 0.7 * value
     got = [metrics[f"losses/{name}"] for name in ("policy", "value", "entropy", "total")]
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+LOSSES = {
+    "clipped_surrogate": (2, (0.2,)), "squared_error": (2, ()), "clipped_squared_error": (3, (0.5,)),
+    "standardize": (2, (lambda x: x,)),
+}  # fmt: skip
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, index) for name, (count, _) in LOSSES.items() for index in range(count)]
+)
+@pytest.mark.parametrize("shape", [(6,), (4, 2)])
+def test_losses_refuse_arrays_of_another_rank(backend, name, index, shape):
+    """[B, 1] with [B] would broadcast to [B, B]: each argument is checked."""
+    count, others = LOSSES[name]
+    arguments = [np.ones(shape) for _ in range(count)]
+    arguments[index] = arguments[index][..., None]
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        getattr(backend.module("losses"), name)(*map(backend.array, arguments), *others)

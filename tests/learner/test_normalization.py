@@ -1,4 +1,4 @@
-"""Running moments, discounted returns, and the state that carries them."""
+"""Running moments, discounted returns, and the state that stores them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def function(backend: Backend, name: str) -> Any:
 
 
 def no_moments(backend: Backend, *shape: int) -> Any:
-    """What a learner begins with: nothing seen, mean 0, variance 1."""
+    """The initial moments of a learner: no samples, mean 0, variance 1."""
     return backend.module("normalization").Moments(np.zeros(()), np.zeros(shape), np.ones(shape))
 
 
@@ -40,16 +40,16 @@ def no_moments(backend: Backend, *shape: int) -> Any:
 )
 def test_merged_chunks_are_the_pooled_sample(backend, weights, center, seed):
     """Merging chunk by chunk gives count, mean and population variance of all weighted samples together."""
-    moments, kept = no_moments(backend, 2), np.zeros((0, 2))
+    moments, samples = no_moments(backend, 2), np.zeros((0, 2))
     for chunk, weight in enumerate(weights):
         rng = np.random.default_rng([seed, chunk])
         x = center + (1.0 + chunk) * rng.standard_normal((3, 2, 2))
         moments = function(backend, "merge")(moments, x, weight.astype(float))
-        kept = np.concatenate([kept, x[weight]])
-    assert moments.count == len(kept)
-    if len(kept):
-        np.testing.assert_allclose(moments.mean, kept.mean(axis=0), rtol=1e-12)
-        np.testing.assert_allclose(moments.variance, kept.var(axis=0), rtol=1e-8, atol=1e-10)
+        samples = np.concatenate([samples, x[weight]])
+    assert moments.count == len(samples)
+    if len(samples):
+        np.testing.assert_allclose(moments.mean, samples.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance, samples.var(axis=0), rtol=1e-8, atol=1e-10)
     else:
         np.testing.assert_array_equal(moments.mean, [0.0, 0.0])
         np.testing.assert_array_equal(moments.variance, [1.0, 1.0])
@@ -71,19 +71,17 @@ def test_a_small_spread_far_from_zero_survives_float32(backend):
 def test_normalise_by_hand(backend):
     """(x − 3) / √4 clipped to ± 2."""
     moments = type(no_moments(backend))(np.array(5.0), np.array([3.0]), np.array([4.0]))
-    normalised = function(backend, "normalize")(
-        np.array([[3.0], [5.0], [-1.0], [100.0], [-100.0]]), moments, 2.0
-    )
+    normalised = function(backend, "normalize")(np.array([[3.0], [5.0], [-1.0], [100.0], [-100.0]]), moments, 2.0)
     np.testing.assert_allclose(normalised[:, 0], [0.0, 1.0, -2.0, 2.0, -2.0], atol=1e-8)
 
 
 @each_backend
 def test_discounted_returns_by_hand(backend):
-    """R_t = ½ R_{t−1} + r_t, anew with an episode, and standing still over a row that is no transition.
+    """R_t = ½ R_{t−1} + r_t, from 0 in each episode, and unchanged by a row that only resets.
 
     Left: the rollout begins with R = 8 and an episode that ends with step 1; step 2 only resets (its reward
-    of 99 is no reward).   ½·8 + 1 = 5,  ½·5 + 2 = 4.5 | – | 0 + 4 = 4,  ½·4 + 5 = 7, carried on.
-    Middle: begins an episode, so the R = 6 before is another's.   0 + 1 = 1,  2.5,  4.25,  6.125,  8.0625.
+    of 99 is no reward).   ½·8 + 1 = 5,  ½·5 + 2 = 4.5 | – | 0 + 4 = 4,  ½·4 + 5 = 7.
+    Middle: begins an episode, so the R = 6 before belongs to another.   0 + 1 = 1,  2.5,  4.25,  6.125,  8.0625.
     Right: a gap within an episode neither adds nor discounts.   1, –, –, ½·1 + 4 = 4.5,  ½·4.5 + 5 = 7.25.
     """
     reward = np.array([[1.0] * 3, [2.0, 2.0, 99.0], [99.0, 3.0, 99.0], [4.0] * 3, [5.0] * 3])
@@ -97,8 +95,8 @@ def test_discounted_returns_by_hand(backend):
     np.testing.assert_allclose(running, [7.0, 8.0625, 7.25])
 
 
-def learned(backend: Backend, config: Any) -> Any:
-    """A learner whose critic says 0 everywhere."""
+def learner_without_values(backend: Backend, config: Any) -> Any:
+    """A learner whose critic returns 0 everywhere."""
     learner = backend.learner(config, CONTINUOUS)
     state = learner.state()
     for name in state:
@@ -111,21 +109,21 @@ def learned(backend: Backend, config: Any) -> Any:
 @each_backend
 @pytest.mark.parametrize("resets", ["next_step", "same_step"])
 def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(backend, resets):
-    """r / √Var R clipped to ± clip_reward, over all discounted returns R so far, this rollout's included.
+    """r / √Var R clipped to ± clip_reward, over all discounted returns R so far, including this rollout.
 
-    Rewards are not centred and reset rows do not count. With V = 0 and λ = 0 the target is the reward itself.
+    Rewards are not centred, and reset rows do not count. With V = 0 and λ = 0 the target is the reward itself.
     """
     config = small(
         normalize_reward=True, clip_reward=0.5, gamma=0.9, gae_lambda=0.0, learning_rate=0.0,
         final_learning_rate=0.0,
     )  # fmt: skip
-    learner = learned(backend, config)
+    learner = learner_without_values(backend, config)
     reward, over, valid = np.zeros((0, 3)), np.zeros((0, 3), bool), np.zeros((0, 3), bool)
     begins = True
     for iteration in range(3):
         rollout = act_rollout(learner, seed=iteration, resets=resets, begins=begins)
         begins = rollout.terminated[-1] | rollout.truncated[-1] | rollout.start[-1]
-        if iteration:  # an episode may go on from the rollout before, even across a reset row
+        if iteration:  # an episode may continue from the previous rollout, even across a reset row
             assert not over[-1].all()
         reward = np.concatenate([reward, rollout.reward])
         over = np.concatenate([over, rollout.terminated | rollout.truncated])
@@ -156,7 +154,7 @@ def updated(learner: Any, iterations: int = 2) -> Any:
 
 @each_backend
 def test_the_state_holds_everything_learned(backend, tmp_path):
-    """A learner that loads another's state acts and learns exactly as that one, moments and Adam included."""
+    """A learner that loads another's state acts and learns exactly like it, moments and Adam included."""
     learner = updated(backend.learner(CONFIG, CONTINUOUS))
     state = learner.state()
     for name in ("count", "mean", "variance"):
@@ -168,27 +166,25 @@ def test_the_state_holds_everything_learned(backend, tmp_path):
         assert any(not np.array_equal(x, other.state()[name]) for name, x in state.items())
         other.load({name: file[name] for name in file.files})
     assert_same(state, other.state())
-    np.testing.assert_array_equal(act_rollout(learner, 5).action, act_rollout(other, 5).action)
+    np.testing.assert_array_equal(act_rollout(learner, 5).action[""], act_rollout(other, 5).action[""])
     assert_same(updated(learner).state(), updated(other).state())
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="needs both backends")
 def test_the_state_crosses_backends():
-    """Either backend takes the other's state: same names, shapes and dtypes, and the same actions after."""
+    """Each backend loads the other's state: same names, shapes and dtypes, and the same actions afterwards."""
     for source, target in (BACKENDS, BACKENDS[::-1]):
         learner, other = updated(source.learner(CONFIG, CONTINUOUS)), target.learner(CONFIG, CONTINUOUS)
         state = learner.state()
         other.load(state)
         assert_same(state, other.state())
-        assert {name: x.dtype for name, x in state.items()} == {
-            name: x.dtype for name, x in other.state().items()
-        }
-        np.testing.assert_allclose(act_rollout(learner, 5).action, act_rollout(other, 5).action, atol=1e-5)
+        assert {name: x.dtype for name, x in state.items()} == {name: x.dtype for name, x in other.state().items()}
+        np.testing.assert_allclose(act_rollout(learner, 5).action[""], act_rollout(other, 5).action[""], atol=1e-5)
 
 
 @each_backend
 def test_the_state_is_a_copy(backend):
-    """Learning on does not change a state that was taken before."""
+    """Further updates do not change a state that `state()` returned before."""
     learner = backend.learner(CONFIG, CONTINUOUS)
     scramble(learner)
     state = learner.state()
@@ -196,3 +192,33 @@ def test_the_state_is_a_copy(backend):
     updated(learner, 1)
     assert_same(state, before)
     assert any(not np.array_equal(x, before[name]) for name, x in parameters(learner).items())
+
+
+@each_backend
+@pytest.mark.parametrize("index", range(3))
+def test_statistics_refuse_arrays_of_another_rank(backend, index):
+    """[T, N, 1] with [T, N] would broadcast: rewards and flags of returns, and samples of the explained variance."""
+    module = backend.module("normalization")
+    rows = [np.zeros((4, 2)), np.zeros((4, 2), bool), np.ones((4, 2), bool)]
+    samples = [np.zeros((4, 2)) for _ in range(3)]
+    for arguments in (rows, samples):
+        arguments[index] = arguments[index][..., None]
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        module.discounted_returns(*map(backend.array, rows), backend.array(np.zeros(2)), 0.9)
+    with pytest.raises(ValueError, match=r"has shape .*, expected"):
+        module.explained_variance(*map(backend.array, samples), lambda x: x)
+
+
+@each_backend
+def test_explained_variance_by_hand(backend):
+    """1 for a perfect critic, 0 for a constant one, negative for a worse one; rows without weight do not count.
+
+    Targets 1, 3 have variance 1. Values 3, 1: the errors −2, 2 have variance 4, so 1 − 4 = −3.
+    """
+    module = backend.module("normalization")
+    explained = backend.precise(
+        lambda value, target, weight: module.explained_variance(value, target, weight, lambda x: x)
+    )
+    target, weight = np.array([[1.0, 3.0, 99.0]]), np.array([[1.0, 1.0, 0.0]])
+    for value, expected in (([1.0, 3.0], 1.0), ([7.0, 7.0], 0.0), ([3.0, 1.0], -3.0)):
+        assert explained(np.array([[*value, -5.0]]), target, weight) == pytest.approx(expected, abs=1e-12)

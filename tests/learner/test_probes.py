@@ -1,4 +1,4 @@
-"""Probe environments: each can be solved only if one part of the algorithm works, and its values are known.
+"""Probe environments: each tests one part of the algorithm, and its values are known.
 
 Every probe runs with discrete actions (two of them) and continuous ones (one number), in both backends.
 """
@@ -15,7 +15,7 @@ CONTINUOUS = gym.spaces.Box(-1, 1, (1,))
 
 
 class Probe(gym.Env):
-    """One number as observation; subclasses say what follows."""
+    """An observation of one number; subclasses define observations and rewards."""
 
     observation_space = gym.spaces.Box(-2, 2, (1,))
     length = 1
@@ -40,15 +40,15 @@ class Probe(gym.Env):
     def reward(self, action):
         return 1.0
 
-    def wish(self, action, target):
-        """What an action earns if `target` (−1 or 1) is wanted: at best 1, on average less."""
+    def payment(self, action, target):
+        """The reward of an action whose best value is `target` (−1 or 1): at most 1."""
         if isinstance(self.action_space, gym.spaces.Discrete):
             return float(2 * action - 1 == target)
         return 1.0 - (float(action[0]) - 0.5 * target) ** 2
 
 
 class ValueOnly(Probe):
-    """Reward 1, then over: V = 1."""
+    """One step with reward 1: V = 1."""
 
 
 class ObservedValue(Probe):
@@ -74,7 +74,7 @@ class Discounting(Probe):
 
 
 class Endless(Probe):
-    """Reward 1 for ever, but watched for one step at a time: V = 1 / (1 − γ) = 10, since a truncation is no end."""
+    """Reward 1 in every step, truncated after each one: V = 1 / (1 − γ) = 10, since truncation bootstraps."""
 
     def step(self, action):
         return self.observe(), 1.0, False, True, {}
@@ -84,17 +84,17 @@ class ActionReward(Probe):
     """The action 1 (of 0 and 1), or 0.5 (of real numbers), pays 1."""
 
     def reward(self, action):
-        return self.wish(action, 1.0)
+        return self.payment(action, 1.0)
 
 
 class ObservedActionReward(Probe):
-    """The action wanted is the one observed."""
+    """The observation is the action that pays."""
 
     def observe(self):
         return np.array([self.sign], np.float32)
 
     def reward(self, action):
-        return self.wish(action, self.sign)
+        return self.payment(action, self.sign)
 
 
 def train(probe, actions, backend, steps=8 * 16 * 60):
@@ -108,7 +108,7 @@ def train(probe, actions, backend, steps=8 * 16 * 60):
 
 
 def value(agent, observation):
-    return agent.learner.value({"": np.array([[observation]], np.float32)})[0]
+    return agent.learner.predict_values({"": np.array([[observation]], np.float32)})[0]
 
 
 each_kind = pytest.mark.parametrize("actions", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
@@ -142,7 +142,7 @@ def test_values_are_learned(probe, known, actions, backend):
     ids=["action", "observation and action"],
 )
 def test_policies_are_learned(probe, targets, actions, backend):
-    """The mode is the action wanted: an index, or ± 0.5."""
+    """The mode is the action that pays: an index, or ± 0.5."""
     agent = train(probe, actions, backend)
     for observation, target in targets.items():
         action = agent.predict(np.array([observation], np.float32))

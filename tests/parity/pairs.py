@@ -1,4 +1,4 @@
-"""Settings in which every pair of values of any two switches occurs, and learners to compare under them."""
+"""Settings that cover every pair of values of any two switches, and pairs of learners to compare."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rollouts import act_rollout
 
 import proximo.jax.update as jax_update
 import proximo.torch.update as torch_update
-from proximo.config.settings import ACTIVATIONS, Config
+from proximo.config.settings import SETTINGS, Config
 from proximo.jax.learner import Learner as JaxLearner
 from proximo.learner.architecture import MAX_LOG_STD
 from proximo.learner.schedules import Hyper, hyper_at
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.rollout import Rollout
-from proximo.spaces.spaces import Box, Spaces
+from proximo.spaces.spaces import Spaces
 from proximo.torch.learner import Learner as TorchLearner
 
 EPOCHS, MINIBATCHES = 5, 2  # ten steps
 MIN_STD = 0.3
-# Compiling is nearly all that these tests wait for.
+# Compilation takes most of the time of these tests.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -45,7 +45,7 @@ SWITCHES: dict[str, list[Any]] = {
     "critic_learning_rate": [None, 1e-3],
     "ent_coef": [0.0, 0.01],
     "hidden_sizes": [(), (5,), (6, 4), (3, 7)],
-    "activation": list(ACTIVATIONS),
+    "activation": list(SETTINGS["activation"].choices),
     "shared_trunk": [False, True],
     "orthogonal_init": [True, False],
     "normalize_observation": [False, True],
@@ -106,7 +106,7 @@ def cases() -> list[Case]:
 
 
 def name_of(case: Case) -> str:
-    """What a failing test shows."""
+    """The test id of a case."""
     return "-".join(str(value).replace(" ", "") for value in case.values())
 
 
@@ -115,7 +115,7 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     case = {**case}
     action, observation, bounded_by = (case.pop(x, None) for x in ("action", "observation", "bounded_by"))
     case.pop("resets")
-    case["target_kl"] = 1e9 if case["target_kl"] else None  # the value that stops midway is found later
+    case["target_kl"] = 1e9 if case["target_kl"] else None  # replaced by a value that stops midway
     if bounded_by in ("squash", "tanh_mean"):
         case[bounded_by] = True
     config = Config(
@@ -126,7 +126,7 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     return config, Spaces.of(OBSERVATIONS[observation], ACTIONS[action])
 
 
-def lived_in(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def perturbed(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A state as after long training: no moment is zero, no normaliser is the identity.
 
     A learned log-std lies just within its limits, and Adam is about to step over them.
@@ -150,7 +150,7 @@ def lived_in(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str
 
 
 def spread(value: np.ndarray) -> float:
-    """By what to divide noise in the weights of wide layers, whose sums would run away with it."""
+    """A divisor for noise in the weights of wide layers, which keeps their outputs small."""
     inputs = math.prod(value.shape[:-1])
     return math.sqrt(inputs) if inputs > 16 else 1.0
 
@@ -161,29 +161,27 @@ def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Pair:
-    """A JAX and a PyTorch learner of one state, and a rollout that they acted in; use inside `enable_x64`."""
+    """A JAX and a PyTorch learner with the same state, and a rollout of their policy; use inside `enable_x64`."""
 
     def __init__(self, case: Case, seed: int, dtype: str) -> None:
         self.rng = np.random.default_rng(seed)
         self.config, self.spaces = setting(case, seed)
         self.jax = JaxLearner(self.config, self.spaces, dtype=dtype)
-        self.jax._update = quick_jit(partial(jax_update.update, self.jax.spec))
+        self.jax._functions["update"] = quick_jit(partial(jax_update.update, self.jax.spec))
         self.torch = TorchLearner(self.config, self.spaces, dtype=dtype)
-        state = lived_in(self.jax.state(), self.rng)
+        state = perturbed(self.jax.state(), self.rng)
         self.jax.load(state)
         self.torch.load(state)
         self.rollout = act_rollout(self.torch, seed, case["resets"])
         self.order = order_of(self.config, self.rollout, self.rng)
         self.hyper = hyper_at(self.config, 300)
         if case["target_kl"]:
-            self.hyper = self.hyper._replace(
-                target_kl=midway(self.torch, self.rollout, self.order, self.hyper)
-            )
+            self.hyper = self.hyper._replace(target_kl=midway(self.torch, self.rollout, self.order, self.hyper))
 
     def params_nearby(self) -> dict[str, np.ndarray]:
-        """Parameters so near the learners' own that ratios lie on both sides of the clip."""
+        """Parameters so close to those of the learners that ratios lie on both sides of the clip."""
         params = {name: np.asarray(value) for name, value in self.jax._state.params.items()}
-        scale = 0.04 if isinstance(self.spaces.action, Box) else 0.15
+        scale = 0.04 if self.spaces.action.std_size else 0.15
         return {name: x + scale * self.rng.standard_normal(x.shape) / spread(x) for name, x in params.items()}
 
 
@@ -193,17 +191,17 @@ def order_of(config: Config, rollout: Rollout, rng: np.random.Generator) -> np.n
 
 
 def midway(learner: TorchLearner, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> float:
-    """A target for the KL divergence that a later step than the first exceeds, and none before it."""
-    seen: list[float] = []
+    """A KL target that some step after the first exceeds, and no step before it."""
+    divergences: list[float] = []
 
     def minibatch(*args: Any) -> Any:
         state, metrics = torch_update.minibatch(*args)
-        seen.append(metrics.approx_kl.item())
+        divergences.append(metrics.approx_kl.item())
         return state, metrics
 
-    scalars = Hyper(*(torch.tensor(value, dtype=learner._dtype) for value in hyper))
+    scalars = Hyper(*(torch.tensor(value, dtype=learner._torch_dtype) for value in hyper))
     data, indices = learner.transitions(rollout), torch.from_numpy(order)
-    torch_update.update(learner.spec, learner._state, data, indices, scalars, minibatch)
-    records = [k for k in range(2, len(seen)) if seen[k] > 1.01 * max(seen[:k])]
+    torch_update.update(learner.spec, learner._state, data, indices, scalars, (), minibatch)
+    records = [k for k in range(2, len(divergences)) if divergences[k] > 1.01 * max(divergences[:k])]
     stop = records[len(records) // 2]
-    return 0.5 * (max(seen[:stop]) + seen[stop])
+    return 0.5 * (max(divergences[:stop]) + divergences[stop])

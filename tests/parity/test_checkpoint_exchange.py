@@ -1,4 +1,4 @@
-"""A state crosses from one backend to the other, the compiled step is the eager one, and Adam is Adam."""
+"""States exchanged between backends, the compiled step against the eager one, and Adam against torch.optim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from pairs import LEARNERS, lived_in, order_of, setting
+from pairs import LEARNERS, order_of, perturbed, setting
 from rollouts import act_rollout
 from test_parity import assert_close
 
@@ -20,12 +20,13 @@ import proximo.torch.distributions
 import proximo.torch.networks
 import proximo.torch.optimizer as torch_optimizer
 from proximo.config.settings import Config
-from proximo.jax.networks import product
+from proximo.jax.networks import matmul
 from proximo.learner.architecture import is_critic
 from proximo.learner.schedules import Hyper, hyper_at
-from proximo.spaces.spaces import Box, Leaf, Spaces
-from proximo.torch.tensors import compiled as compiled_function
-from proximo.torch.tensors import flatten
+from proximo.spaces.heads import Actions, GaussianHead
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
+from proximo.torch.tensors import compile_function, flatten
 
 COMMON = {
     "normalize_observation": True, "normalize_reward": True, "lr_schedule": "adaptive", "resets": "same_step",
@@ -45,14 +46,13 @@ EPSILON = 1e-5
 @every_case
 @pytest.mark.parametrize(("source", "target"), [("jax", "torch"), ("torch", "jax")])
 def test_a_state_crosses(case, source, target):
-    """What one backend saved, the other loads without changing a bit; it then acts the same, values the same
-    and goes on learning the same."""
+    """One backend loads a state of the other bit for bit; actions, values and further updates then agree."""
     config, spaces = setting(case, seed=1)
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         one = LEARNERS[source](config, spaces, dtype="float64")
         other = LEARNERS[target](config.replace(seed=2), spaces, dtype="float64")
-        one.load(lived_in(one.state(), rng))
+        one.load(perturbed(one.state(), rng))
         rollout = act_rollout(one, 1, case["resets"])
         one.update(rollout, order_of(config, rollout, rng), hyper_at(config, 0))
 
@@ -64,9 +64,9 @@ def test_a_state_crosses(case, source, target):
             np.testing.assert_array_equal(loaded[name], value, err_msg=name, strict=True)
 
         rollout, same = (act_rollout(learner, 2, case["resets"]) for learner in (one, other))
-        np.testing.assert_allclose(same.action, rollout.action, rtol=1e-6)
+        np.testing.assert_allclose(same.action[""], rollout.action[""], rtol=1e-6)
         obs = {path: x[0] for path, x in rollout.obs.items()}
-        np.testing.assert_allclose(other.value(obs), one.value(obs), rtol=1e-12)
+        np.testing.assert_allclose(other.predict_values(obs), one.predict_values(obs), rtol=1e-12)
 
         order = order_of(config, rollout, rng)
         metrics = [learner.update(rollout, order, hyper_at(config, 32)) for learner in (one, other)]
@@ -78,14 +78,13 @@ def test_a_state_crosses(case, source, target):
 @compiles
 @pytest.mark.slow
 def test_the_compiled_step_is_the_eager_one(case):
-    """In float32 an update with the compiled step gives the metrics and the state of the eager one, with ever other
-    rates and coefficients, and then, for actions of one kind, with smaller minibatches, as of a buffer that is partly
-    full."""
+    """In float32 an update with the compiled step gives the metrics and the state of the eager one, with other
+    rates and coefficients in each iteration, and then, for Box actions, with smaller minibatches."""
     config, spaces = setting(case, seed=3)
     rng = np.random.default_rng(3)
     eager = LEARNERS["torch"](config, spaces)
     compiled = LEARNERS["torch"](config.replace(compile=True), spaces)
-    state = lived_in(eager.state(), rng)
+    state = perturbed(eager.state(), rng)
     eager.load(state)
     compiled.load(state)
     for iteration in range(5 if case["action"] == "box" else 4):
@@ -101,34 +100,32 @@ def test_the_compiled_step_is_the_eager_one(case):
 
 @pytest.mark.parametrize("leading", [(), (5,), (3, 2)])
 def test_the_weights_gradient_is_the_one_jax_derives(leading):
-    """Of a product with x of any rank, alone and mapped over seeds."""
+    """For a product with x of any rank, with and without `vmap` over seeds."""
     rng = np.random.default_rng(0)
-    x, weight, upstream = (
-        rng.standard_normal((7, *shape)) for shape in ((*leading, 4), (4, 3), (*leading, 3))
-    )
+    x, weight, upstream = (rng.standard_normal((7, *shape)) for shape in ((*leading, 4), (4, 3), (*leading, 3)))
     gradients = {}
     with jax.enable_x64(True):
-        for name, multiply in (("ours", product), ("theirs", jnp.matmul)):
+        for name, multiply in (("ours", matmul), ("theirs", jnp.matmul)):
 
             def total(x, weight, upstream, multiply=multiply):
                 return jnp.sum(upstream * multiply(x, weight))
 
             gradients[name] = jax.vmap(jax.grad(total, argnums=(0, 1)))(x, weight, upstream)
-        alone = jax.grad(lambda w: jnp.sum(upstream[0] * product(x[0], w)))(weight[0])
+        unbatched = jax.grad(lambda w: jnp.sum(upstream[0] * matmul(x[0], w)))(weight[0])
     for ours, theirs in zip(gradients["ours"], gradients["theirs"], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
-    np.testing.assert_allclose(alone, gradients["theirs"][1][0], atol=1e-12)
+    np.testing.assert_allclose(unbatched, gradients["theirs"][1][0], atol=1e-12)
 
 
 @compiles
 def test_a_process_may_compile_many_learners():
-    """PyTorch refuses a ninth variant of one function, which must not refuse a ninth learner."""
+    """PyTorch refuses to compile a ninth variant of one function; more than eight learners must still compile."""
 
     def rows(x: torch.Tensor, count: int) -> torch.Tensor:
         return x.view(count, -1)
 
     for count in range(1, 11):
-        assert compiled_function(rows, guarded=True)(torch.zeros(2520), count).shape == (count, 2520 // count)
+        assert compile_function(rows, guarded=True)(torch.zeros(2520), count).shape == (count, 2520 // count)
 
 
 @pytest.mark.parametrize("backend", LEARNERS)
@@ -136,7 +133,7 @@ def test_a_process_may_compile_many_learners():
 def test_adam_is_the_reference(backend, max_grad_norm):
     """Ten steps on given gradients equal torch.optim.Adam's, after torch.nn.utils.clip_grad_norm_."""
     rng = np.random.default_rng(4)
-    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Box((2,), (-1.0,) * 2, (1.0,) * 2))
+    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),)))
     config = Config(max_grad_norm=max_grad_norm, hidden_sizes=(4,))
     with jax.enable_x64(True):
         learner = LEARNERS[backend](config, spaces, dtype="float64")
@@ -145,9 +142,7 @@ def test_adam_is_the_reference(backend, max_grad_norm):
             for name, value in learner.state().items()
             if name.startswith("params/")
         }
-        groups = [
-            {"params": [x], "lr": RATES["critic" if is_critic(n) else "actor"]} for n, x in reference.items()
-        ]
+        groups = [{"params": [x], "lr": RATES["critic" if is_critic(n) else "actor"]} for n, x in reference.items()]
         optimizer = torch.optim.Adam(groups, eps=EPSILON, betas=(0.9, 0.999))
         hyper = hyper_at(config, 0)._replace(
             actor_learning_rate=RATES["actor"], critic_learning_rate=RATES["critic"], adam_epsilon=EPSILON
@@ -159,12 +154,12 @@ def test_adam_is_the_reference(backend, max_grad_norm):
             norm = torch.nn.utils.clip_grad_norm_(reference.values(), max_grad_norm or np.inf)
             optimizer.step()
             assert_close({"norm": apply_adam(learner, gradient, hyper)}, {"norm": norm}, 1e-12)
-        own = {name: value for name, value in learner.state().items() if name.startswith("params/")}
-        assert_close(own, {f"params/{name}": x.detach() for name, x in reference.items()}, 1e-12)
+        params = {name: value for name, value in learner.state().items() if name.startswith("params/")}
+        assert_close(params, {f"params/{name}": x.detach() for name, x in reference.items()}, 1e-12)
 
 
 def apply_adam(learner: Any, gradient: dict[str, np.ndarray], hyper: Hyper) -> Any:
-    """One step of a learner's own Adam on given gradients; the norm of the gradient."""
+    """Take one step of a learner's Adam with given gradients; return the norm of the gradient."""
     if learner.backend == "jax":
         learner._state, norm = jax_optimizer.adam(learner.spec, learner._state, gradient, hyper)
         return norm
@@ -182,12 +177,11 @@ def elman_parameters() -> dict[str, np.ndarray]:
 
 
 def elman(backend: str) -> Any:
-    """The network in either backend: the hidden state is forgotten where an episode begins."""
-    where, tanh, stack = {
-        "jax": (jnp.where, jnp.tanh, jnp.stack),
-        "torch": (torch.where, torch.tanh, torch.stack),
-    }[backend]
-    categorical = getattr(proximo, backend).distributions.Categorical
+    """The network in either backend; the hidden state is reset where an episode begins."""
+    where, tanh, stack = {"jax": (jnp.where, jnp.tanh, jnp.stack), "torch": (torch.where, torch.tanh, torch.stack)}[
+        backend
+    ]
+    distributions = getattr(proximo, backend).distributions
 
     def apply(params: Any, obs: Any, start: Any, carry: Any) -> Any:
         hidden, rows = carry, []
@@ -196,28 +190,25 @@ def elman(backend: str) -> Any:
             hidden = tanh(x @ params["input"] + remembered @ params["hidden"])
             rows.append(hidden)
         hidden = stack(rows)
-        return categorical(hidden @ params["actor.head"]), (hidden @ params["critic.head"])[..., 0], hidden
+        policy = distributions.Policy({"": distributions.Categorical(hidden @ params["actor.head"])})
+        return policy, (hidden @ params["critic.head"])[..., 0], hidden
 
     return getattr(proximo, backend).networks.Network(elman_parameters, apply, 4)
 
 
 @pytest.mark.parametrize("resets", ["next_step", "same_step"])
 def test_a_recurrent_network_agrees(resets):
-    """Sequences, carries and the values of final observations: after two updates of a network of the user's
-    own, both backends hold the same state and carry."""
-    config, spaces = setting(
-        COMMON | CASES["discrete"] | {"observation": "vector", "sequence_length": 4}, seed=5
-    )
+    """Sequences, carries and values of final observations: after two updates of a custom network, both backends have
+    the same state and carry."""
+    config, spaces = setting(COMMON | CASES["discrete"] | {"observation": "vector", "sequence_length": 4}, seed=5)
     rng = np.random.default_rng(5)
     with jax.enable_x64(True):
-        one, other = (
-            learner(config, spaces, elman(backend), dtype="float64") for backend, learner in LEARNERS.items()
-        )
-        one.load(lived_in(one.state(), rng))
+        one, other = (learner(config, spaces, elman(backend), dtype="float64") for backend, learner in LEARNERS.items())
+        one.load(perturbed(one.state(), rng))
         other.load(one.state())
         for seed in (6, 7):
             rollout = act_rollout(one, seed, resets)
-            np.testing.assert_array_equal(act_rollout(other, seed, resets).action, rollout.action)
+            np.testing.assert_array_equal(act_rollout(other, seed, resets).action[""], rollout.action[""])
             order = order_of(config, rollout, rng)
             metrics = [learner.update(rollout, order, hyper_at(config, 0)) for learner in (one, other)]
             assert_close(metrics[1], metrics[0], 1e-8)

@@ -1,8 +1,7 @@
-"""Both backends compute the same: losses, gradients, parameters, optimizer, normalisers and metrics.
+"""Both backends compute the same losses, gradients, parameters, optimizer states, normalisers and metrics.
 
-Over settings in which every pair of values of any two switches occurs. In float64, where rounding cannot
-hide a difference; in float32 only what one minibatch computes, since many steps of Adam are
-ill-conditioned there.
+Settings cover every pair of values of any two switches. Whole updates are compared in float64, where rounding cannot
+hide a difference; float32 only for one minibatch, because many steps of Adam are ill-conditioned in it.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ import proximo.torch.minibatches as torch_minibatches
 import proximo.torch.update as torch_update
 from proximo.config.settings import Config
 from proximo.jax.learner import act as jax_act
-from proximo.learner import arrays as trees
+from proximo.learner import arrays
 from proximo.learner.architecture import architecture
 from proximo.learner.schedules import Hyper, hyper_at
 from proximo.rollout.rollout import Rollout
-from proximo.spaces.spaces import Box, Leaf, Spaces
+from proximo.spaces.heads import Actions, GaussianHead
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
 from proximo.torch.learner import act as torch_act
-from proximo.torch.tensors import each, flatten, tensor
+from proximo.torch.tensors import flatten, to_tensor, tree_map
 
 CASES = list(enumerate(cases()))
 NUMPY = [(seed, case) for seed, case in CASES if architecture(*setting(case, seed)).architecture == "mlp"]
 every_case, every_case_in_numpy = (
-    pytest.mark.parametrize(
-        ("seed", "case"), chosen, ids=[f"{seed}-{name_of(case)}" for seed, case in chosen]
-    )
+    pytest.mark.parametrize(("seed", "case"), chosen, ids=[f"{seed}-{name_of(case)}" for seed, case in chosen])
     for chosen in (CASES, NUMPY)
 )
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float, scale: float | None = None) -> None:
     """Arrays of the same names and shapes differ by at most `tolerance` times their scale, at least 1."""
-    ours, theirs = (tree if isinstance(tree, dict) else trees.flatten(tree) for tree in (ours, theirs))
+    ours, theirs = (tree if isinstance(tree, dict) else arrays.flatten(tree) for tree in (ours, theirs))
     assert ours.keys() == theirs.keys()
     for name in ours:
         a, b = np.asarray(ours[name], np.float64), np.asarray(theirs[name], np.float64)
@@ -63,7 +62,7 @@ def examine_jax(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
         state, batch, _, _ = jax_update.prepare(learner.spec, state, data, hyper)
         minibatch = jax_minibatches.take(batch, indices)
         gradient = jax.grad(partial(jax_update.loss, learner.spec), has_aux=True)
-        after, _ = jax_update.step(learner.spec, state._replace(params=params), minibatch, hyper)
+        after, _ = jax_update.minibatch(learner.spec, state._replace(params=params), batch, indices, hyper)
         return batch, *gradient(params, minibatch, hyper), after
 
     hyper = Hyper(*(dtype.type(value) for value in pair.hyper))
@@ -72,25 +71,25 @@ def examine_jax(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
 
 
 def examine_torch(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
-    """The same."""
-    learner, dtype = pair.torch, pair.torch._dtype
+    """The same in PyTorch."""
+    learner, dtype = pair.torch, pair.torch._torch_dtype
     hyper = Hyper(*(torch.tensor(value, dtype=dtype) for value in pair.hyper))
     data = learner.transitions(pair.rollout)
     state, batch, _, _ = torch_update.prepare(learner.spec, learner._state, data, hyper)
     indices = torch.from_numpy(pair.order[0, 0])
     minibatch = torch_minibatches.take(batch, indices)
     gradient = torch.func.grad(partial(torch_update.loss, learner.spec), has_aux=True)
-    own = {name: torch.tensor(value, dtype=dtype) for name, value in params.items()}
-    state = state._replace(params=flatten(learner.spec.shapes, own))
-    learner._state, _ = torch_update.step(learner.spec, state, minibatch, hyper)
-    return batch, *gradient(own, minibatch, hyper), learner.state()
+    tensors = {name: torch.tensor(value, dtype=dtype) for name, value in params.items()}
+    state = state._replace(params=flatten(learner.spec.shapes, tensors))
+    learner._state, _ = torch_update.minibatch(learner.spec, state, batch, indices, hyper)
+    return batch, *gradient(tensors, minibatch, hyper), learner.state()
 
 
 @every_case
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_losses_and_gradients_agree(seed, case, dtype, tolerance):
-    """One minibatch, away from the policy that acted: the batch made of the rollout, every term of the loss
-    and every gradient agree; in float64 also parameters, moments and normalisers after its step."""
+    """One minibatch at parameters other than those that acted: the prepared batch, every term of the loss and every
+    gradient agree; in float64 also parameters, moments and normalisers after the step."""
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         pair = Pair(case, seed, dtype)
         params = pair.params_nearby()
@@ -126,7 +125,7 @@ def test_ten_steps_agree(seed, case):
 @every_case_in_numpy
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, tolerance):
-    """The same raw samples, and the same modes, as the learner's own networks give."""
+    """The NumPy actor returns the raw samples and modes of the networks of both backends."""
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         pair = Pair(case, seed, dtype)
         spaces = pair.spaces
@@ -136,14 +135,15 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
         drawn = spaces.action.noise(pair.rng, (steps * envs,))
         for noise in (drawn, np.zeros_like(drawn)):
             jax_raw, *_ = jax_act(pair.jax.spec, pair.jax._state, rows, start, carry, noise)
-            tensors = [each(tensor, x) for x in (rows, start, carry, noise)]
+            tensors = [tree_map(to_tensor, x) for x in (rows, start, carry, noise)]
             torch_raw, *_ = torch_act(pair.torch.spec, pair.torch._state, *tensors)
+            jax_raw, torch_raw = jax_raw[""], torch_raw[""]
             largest = max(1.0, np.abs(jax_raw).max())
             if dtype == "float64":
                 np.testing.assert_allclose(torch_raw, jax_raw, rtol=0, atol=tolerance * largest)
             for learner, raw in ((pair.jax, jax_raw), (pair.torch, torch_raw)):
-                acted = learner.actor(noise[None] if noise.any() else None)(rows, start)
-                assert acted.dtype == (dtype if isinstance(spaces.action, Box) else np.int32)
+                acted = learner.actor(noise[None] if noise.any() else None)(rows, start)[""]
+                assert acted.dtype == (dtype if spaces.action.std_size else np.int32)
                 np.testing.assert_allclose(
                     acted, np.asarray(raw), rtol=0, atol=tolerance * max(1.0, np.abs(acted).max())
                 )
@@ -151,13 +151,13 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
 
 @pytest.mark.parametrize("backend", LEARNERS)
 def test_many_layers_act_in_their_order(backend):
-    """Twelve layers of one width: JAX keeps them sorted as text, where 10 comes before 2."""
-    spaces = Spaces((Leaf("", "vector", (4,), "float32"),), Box((2,), (-1.0,) * 2, (1.0,) * 2))
+    """Twelve layers of one width: JAX sorts dictionaries by text, where 10 comes before 2."""
+    spaces = Spaces((Leaf("", "vector", (4,), "float32"),), Actions((GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2),)))
     learner = LEARNERS[backend](Config(num_envs=1, hidden_sizes=(4,) * 12, orthogonal_init=False), spaces)
     obs, start = {"": np.ones((1, 4), np.float32)}, np.zeros(1, bool)
-    raw = learner.actor(None)(obs, start)
+    raw = learner.actor(None)(obs, start)[""]
     learner._acts_in_numpy = False
-    np.testing.assert_allclose(raw, learner.actor(None)(obs, start), atol=1e-6)
+    np.testing.assert_allclose(raw, learner.actor(None)(obs, start)[""], atol=1e-6)
     assert np.abs(raw).max() > 1e-3
 
 
@@ -170,10 +170,10 @@ def test_the_slope_of_tanh_agrees_far_out():
 
 
 @pytest.mark.parametrize("backend", LEARNERS)
-def test_what_has_no_weight_cannot_overflow_the_loss(backend):
-    """A policy so narrow that the ratio of a row without weight is infinite still learns finite numbers: the
-    reset row within a sequence, and what fills up a minibatch."""
-    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Box((17,), (-1.0,) * 17, (1.0,) * 17))
+def test_rows_without_weight_cannot_overflow_the_loss(backend):
+    """Losses and parameters stay finite where the policy is so narrow that ratios of rows without weight overflow:
+    reset rows within a sequence, and padding of a minibatch."""
+    spaces = Spaces((Leaf("", "vector", (3,), "float32"),), Actions((GaussianHead((17,), (-1.0,) * 17, (1.0,) * 17),)))
     config = Config(num_envs=2, num_steps=8, minibatch_size=8, std="fixed", init_std=1e-3, learning_rate=3e-5)
     learner = LEARNERS[backend](config, spaces)
     rng = np.random.default_rng(0)
@@ -183,8 +183,8 @@ def test_what_has_no_weight_cannot_overflow_the_loss(backend):
     rollout.valid[3, 0] = False
     actor = learner.actor(spaces.action.noise(rng, (8, 2)))
     for t in range(8):
-        rollout.action[t] = actor({"": rollout.obs[""][t]}, rollout.start[t])
-    order = np.full((1, 2, 9), 16, np.int32)  # index 16 is nothing, row 6 is the reset
+        rollout.action[""][t] = actor({"": rollout.obs[""][t]}, rollout.start[t])[""]
+    order = np.full((1, 2, 9), 16, np.int32)  # index 16 is padding, row 6 the reset
     order[0, :, :8] = np.arange(16).reshape(2, 8)
     for _ in range(3):
         metrics = learner.update(rollout, order, hyper_at(config, 0))

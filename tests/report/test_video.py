@@ -1,4 +1,4 @@
-"""Videos show what happened: decoded again, every frame is the state of its step."""
+"""Videos: decoded frames show the state of each step."""
 
 import ctypes.util
 import os
@@ -22,11 +22,11 @@ needs_egl = pytest.mark.skipif(
 
 
 class Painter(gym.Env):
-    """Paints step t of an episode in the grey 10 + 20 t, and its last row black; episodes have 8 steps.
+    """Renders step t of an episode in the gray 10 + 20 t with a black last row; episodes have 8 steps.
 
     Args:
-        fail_at: step that raises; -1 is the reset.
-        paint: makes something else of the frame.
+        fail_at: Step that raises; -1 is the reset.
+        paint: Changes the frame.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
@@ -47,7 +47,7 @@ class Painter(gym.Env):
 
     def _advance(self):
         if self.t == self.fail_at:
-            raise ZeroDivisionError("the world ends")
+            raise ZeroDivisionError("division by zero")
         self.t += 1
         return np.array([self.t], np.float32)
 
@@ -61,7 +61,7 @@ SPACES = Spaces.of(Painter.observation_space, Painter.action_space)
 
 
 def zeros(obs, start):
-    return np.zeros((1, 2), np.float32)
+    return {"": np.zeros((1, 2), np.float32)}
 
 
 def paint(path, actor=zeros, env=Painter, **options):
@@ -69,7 +69,7 @@ def paint(path, actor=zeros, env=Painter, **options):
 
 
 def decoded(path):
-    """[frames, H, W, 3], and the stream's codec, pixel format and frame rate."""
+    """Frames [frames, H, W, 3], codec, pixel format and frame rate."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
@@ -77,35 +77,33 @@ def decoded(path):
 
 
 def test_every_frame_is_the_state_of_its_step(tmp_path):
-    """From the reset to the end, in order, in both episodes; odd sizes grow by a repeated row and column."""
-    seen = []
+    """All frames in order; odd sizes are padded by repeating the last row and column."""
+    inputs = []
 
     def actor(obs, start):
-        seen.append((float(obs[""][0, 0]), bool(start[0])))
-        return np.full((1, 2), 7.0, np.float32)  # out of bounds: to_env clips it
+        inputs.append((float(obs[""][0, 0]), bool(start[0])))
+        return {"": np.full((1, 2), 7.0, np.float32)}  # out of bounds, so to_env clips it
 
-    videos = paint(tmp_path / "new" / "film.mp4", actor, episodes=2)
-    assert [video.path.name for video in videos] == ["film-0.mp4", "film-1.mp4"]
-    assert seen == [(t, t == 0) for t in range(8)] * 2
-    for video in videos:
-        assert video[1:] == (4.0, 8, True)
-        frames, codec, pixels, fps = decoded(video.path)
-        assert (codec, pixels, fps) == ("h264", "yuv420p", 12.5)
-        assert frames.shape == (9, 34, 48, 3)
-        expected = np.broadcast_to(10 + 20 * np.arange(9)[:, None, None, None], (9, 24, 48, 3))
-        np.testing.assert_allclose(frames[:, :24], expected, atol=4)
-        assert frames[:, -2:].max() < 40, "the last row, twice"
+    video = paint(tmp_path / "new" / "film.mp4", actor)
+    assert inputs == [(t, t == 0) for t in range(8)]
+    assert video == (tmp_path / "new" / "film.mp4", 4.0, 8, True)
+    frames, codec, pixels, fps = decoded(video.path)
+    assert (codec, pixels, fps) == ("h264", "yuv420p", 12.5)
+    assert frames.shape == (9, 34, 48, 3)
+    expected = np.broadcast_to(10 + 20 * np.arange(9)[:, None, None, None], (9, 24, 48, 3))
+    np.testing.assert_allclose(frames[:, :24], expected, atol=4)
+    assert frames[:, -2:].max() < 40, "the last row, twice"
 
 
 def test_an_episode_without_end_stops_at_the_limit(tmp_path):
-    (video,) = paint(tmp_path / "film.mp4", max_frames=5)
+    video = paint(tmp_path / "film.mp4", max_frames=5)
     assert video == (tmp_path / "film.mp4", 2.0, 4, False)
     assert len(decoded(video.path)[0]) == 5
 
 
 @pytest.mark.parametrize("fail_at", [-1, 0, 3])
-def test_a_broken_off_recording_leaves_what_was_there(tmp_path, fail_at):
-    """No file, no temporary, and an older video of the same name untouched."""
+def test_a_failed_recording_leaves_existing_files_unchanged(tmp_path, fail_at):
+    """It leaves no new file, no temporary file, and an older video of the same name unchanged."""
     path = tmp_path / "film.mp4"
     for before in (None, b"older"):
         if before:
@@ -128,7 +126,7 @@ def test_a_broken_off_recording_leaves_what_was_there(tmp_path, fail_at):
 )
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_video_shows_the_episode_that_evaluate_runs(tmp_path, env, env_kwargs, size, fps, deterministic):
-    """The same return and length from the same seed, seen to move, at the size and rate of the environment."""
+    """The same seed gives the same return and length; frames change, and have the environment's size and rate."""
     with PPO(env, preset=None, num_envs=1, init_std=0.1, env_kwargs=env_kwargs) as agent:
         video = agent.record(tmp_path / "film.mp4", deterministic=deterministic, seed=5)
         expected = agent.evaluate(1, deterministic=deterministic, seed=5)
@@ -144,10 +142,10 @@ def test_a_video_shows_the_episode_that_evaluate_runs(tmp_path, env, env_kwargs,
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (lambda render_mode: Painter(render_mode, paint=lambda frame: None), r"render\(\) gave NoneType"),
-        (lambda render_mode: Painter(render_mode, paint=lambda frame: frame / 255), r"gave float64 \(33, 47, 3"),
-        (lambda: Painter(), "render_mode 'rgb_array', but this one's is None"),
-        (lambda **options: gym.make("CartPole-v1", **options), "the policy was made for"),
+        (lambda render_mode: Painter(render_mode, paint=lambda frame: None), r"render\(\) returned NoneType"),
+        (lambda render_mode: Painter(render_mode, paint=lambda frame: frame / 255), r"returned float64 \(33, 47, 3"),
+        (lambda: Painter(), "has render_mode None, but recording needs 'rgb_array'"),
+        (lambda **options: gym.make("CartPole-v1", **options), "the policy was trained on"),
         (gym.make_vec("CartPole-v1", 2), "an environment id or a function"),
         ("CartPole-v7", "unknown environment"),
     ],
@@ -161,7 +159,7 @@ def test_environments_that_cannot_be_recorded_are_refused(tmp_path, env, message
 
 def test_frames_of_changing_size_are_refused(tmp_path):
     shrink = lambda render_mode: Painter(render_mode, paint=lambda frame: frame[: 33 - frame[0, 0, 0] // 30])
-    with pytest.raises(UserError, match="differ in size"):
+    with pytest.raises(UserError, match="must have the same size"):
         paint(tmp_path / "film.mp4", env=shrink)
     assert not list(tmp_path.iterdir())
 
@@ -186,10 +184,10 @@ def test_a_missing_package_is_named_before_a_run_begins(tmp_path, monkeypatch, m
     assert not list(tmp_path.iterdir())
 
 
-# Gymnasium's viewer, half made, frees a context that it has not.
+# The destructor of Gymnasium's viewer fails if its constructor has failed.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function OffScreenViewer")
-def test_missing_opengl_is_named_with_the_packages_that_bring_it(monkeypatch):
-    """Asked for a renderer that no machine has, MuJoCo fails as it does where libraries are missing."""
+def test_missing_opengl_gives_an_installation_hint(monkeypatch):
+    """With an unknown MUJOCO_GL, MuJoCo fails as it does without OpenGL libraries."""
     monkeypatch.setenv("MUJOCO_GL", "none-such")
     with pytest.raises(UserError, match=rf"MUJOCO_GL is 'none-such'.*apt-get install .*{OPENGL_PACKAGES}"):
         require_video("HalfCheetah-v5")
@@ -205,7 +203,7 @@ def test_missing_opengl_is_named_with_the_packages_that_bring_it(monkeypatch):
         ({"WAYLAND_DISPLAY": "wayland-0"}, {}),
     ],
 )
-def test_renderers_are_chosen_only_where_nobody_chose(monkeypatch, before, chosen):
+def test_renderers_set_by_the_user_are_not_changed(monkeypatch, before, chosen):
     monkeypatch.setattr(os, "environ", dict(before))
     with without_display():
         assert os.environ == before | chosen

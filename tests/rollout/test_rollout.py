@@ -1,4 +1,4 @@
-"""Collecting: the same transitions, episodes and advantages however a vector environment resets."""
+"""Rollout collection: every autoreset mode gives the same transitions, episodes and advantages."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ from proximo.learner.schedules import hyper_at
 from proximo.rollout.collector import Collector
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.rollout import Episode, Rollout
-from proximo.spaces.spaces import Obs, Spaces
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 each_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+
+
+def choose_zero(obs, start):
+    return {"": np.zeros(len(start), np.int32)}
 
 
 class Step(NamedTuple):
@@ -46,8 +51,8 @@ def plain(obs: Obs) -> tuple[float, ...]:
     return tuple(float(x) for path in sorted(obs) for x in np.ravel(obs[path]))
 
 
-def queues(act: str, count: int = 400) -> np.ndarray:
-    """What each of three environments will do in its k-th transition: raw samples, some beyond the bounds."""
+def action_queues(act: str, count: int = 400) -> np.ndarray:
+    """Raw actions [3, count, ...] of three environments in the order of their transitions; some exceed the bounds."""
     rng = np.random.default_rng(0)
     if act == "discrete":
         return rng.integers(3, size=(3, count)).astype(np.int32)
@@ -55,7 +60,7 @@ def queues(act: str, count: int = 400) -> np.ndarray:
 
 
 def expected_stream(n: int, observe: str, act: str, count: int) -> tuple[list[Step], list[Episode]]:
-    """Environment n's first `count` transitions, and the episodes in them, by stepping it alone."""
+    """Environment n's first `count` transitions, and the episodes in them, by stepping a single environment."""
     env, steps, episodes = Diary(n, observe, act), [], []
     leaves = Spaces.of(env.observation_space, env.action_space)
 
@@ -64,7 +69,7 @@ def expected_stream(n: int, observe: str, act: str, count: int) -> tuple[list[St
         return plain({path: value.astype(leaf.dtype) for leaf, (path, value) in typed})
 
     observation, start, total, length = env.reset()[0], True, 0.0, 0
-    for raw in queues(act)[n, :count]:
+    for raw in action_queues(act)[n, :count]:
         action = raw.astype(np.int64) + START if act == "discrete" else np.clip(raw, -BOUND, BOUND)
         following, reward, terminated, truncated, _ = env.step(action)
         total, length = total + reward, length + 1
@@ -78,30 +83,30 @@ def expected_stream(n: int, observe: str, act: str, count: int) -> tuple[list[St
     return steps, episodes
 
 
-def queue_actor(observe: str, act: str) -> Callable[[Obs, np.ndarray], np.ndarray]:
-    """Takes the next action from each environment's queue, except where an episode is over: junk.
+def queue_actor(observe: str, act: str) -> Callable[[Obs, np.ndarray], dict[str, np.ndarray]]:
+    """An actor that takes the next action of each environment's queue; in a row that only resets, an arbitrary one.
 
-    It sees from the observation alone (no steps left) that a step will only reset.
+    The observation shows whether a row only resets: no steps are left.
     """
     taken = np.zeros(3, int)
 
-    def actor(obs: Obs, start: np.ndarray) -> np.ndarray:
+    def actor(obs: Obs, start: np.ndarray) -> dict[str, np.ndarray]:
         count = len(start)
         left = {
             "box": lambda: obs[""][:, 3],
             "dict": lambda: obs["inner.left"] - START,
             "discrete": lambda: obs[""] - START,
         }[observe]()
-        actions = queues(act)[np.arange(count), taken[:count]]
+        actions = action_queues(act)[np.arange(count), taken[:count]]
         actions[left == 0] = 1 if act == "discrete" else 77.0
         taken[:count] += left > 0
-        return actions
+        return {"": actions}
 
     return actor
 
 
-def written(rollout: Rollout, n: int) -> list[Step]:
-    """Environment n's valid transitions as a rollout holds them."""
+def stored_steps(rollout: Rollout, n: int) -> list[Step]:
+    """Environment n's valid transitions as stored in a rollout."""
     finals = {int(index): m for m, index in enumerate(rollout.final_index)}
     steps = []
     for t in np.flatnonzero(rollout.valid[:, n]):
@@ -112,7 +117,7 @@ def written(rollout: Rollout, n: int) -> list[Step]:
             Step(
                 plain({path: x[t, n] for path, x in rollout.obs.items()}),
                 bool(rollout.start[t, n]),
-                tuple(float(x) for x in np.ravel(rollout.action[t, n])),
+                tuple(float(x) for x in np.ravel(rollout.action[""][t, n])),
                 float(rollout.reward[t, n]),
                 bool(rollout.terminated[t, n]),
                 bool(rollout.truncated[t, n]),
@@ -130,10 +135,10 @@ def collector_of(envs: VectorEnv, num_steps: int) -> tuple[Collector, Rollout, C
     return collector, Rollout(spaces, num_steps, envs.num_envs), config
 
 
-def assert_tells_the_truth(
+def assert_matches_single_environments(
     envs: VectorEnv, observe: str, act: str, num_steps: int = 7, iterations: int = 6, finals: bool = True
 ) -> None:
-    """Rollouts hold the transitions, and report the episodes, of environments that are stepped alone."""
+    """Rollouts contain the transitions and episodes of environments that are stepped one at a time."""
     collector, rollout, _ = collector_of(envs, num_steps)
     actor = queue_actor(observe, act)
     steps: list[list[Step]] = [[] for _ in range(envs.num_envs)]
@@ -142,54 +147,52 @@ def assert_tells_the_truth(
     for _ in range(iterations):
         episodes += collector.collect(actor, rollout).episodes
         valid += int(rollout.valid.sum())
-        for n, told_so_far in enumerate(steps):
-            told_so_far += written(rollout, n)
+        for n, steps_so_far in enumerate(steps):
+            steps_so_far += stored_steps(rollout, n)
     assert sum(envs.get_attr("steps_taken")) == valid, "every step of an environment is one valid row"
-    for n, seen in enumerate(steps):
-        expected, expected_episodes = expected_stream(n, observe, act, len(seen))
-        assert len(seen) >= num_steps * iterations // 2
+    for n, stored in enumerate(steps):
+        expected, expected_episodes = expected_stream(n, observe, act, len(stored))
+        assert len(stored) >= num_steps * iterations // 2
         if not finals:
             expected = [
-                step._replace(
-                    next_obs=seen[k].next_obs if step.terminated or step.truncated else step.next_obs
-                )
+                step._replace(next_obs=stored[k].next_obs if step.terminated or step.truncated else step.next_obs)
                 for k, step in enumerate(expected)
             ]
-        assert seen == expected
+        assert stored == expected
         assert [episode for episode in episodes if episode.env_index == n] == expected_episodes
 
 
 @each_mode
 @pytest.mark.parametrize(("observe", "act"), [("box", "box"), ("dict", "discrete"), ("discrete", "discrete")])
 @pytest.mark.parametrize("copy", [True, False])
-def test_every_way_of_resetting_tells_the_same_story(mode, observe, act, copy):
-    """Observation, raw action, reward, flags, true next observation, episodes: all as if stepped alone.
+def test_all_autoreset_modes_give_the_same_transitions(mode, observe, act, copy):
+    """Observation, raw action, reward, flags, true next observation, episodes: all as in single environments.
 
     Over rollout boundaries, with episodes of one step back to back, with spaces that start at 5, with nested
-    observations, and also where the vector environment hands out the same array every time (copy=False).
+    observations, and also where the vector environment returns the same array every time (copy=False).
     """
     envs = SyncVectorEnv([partial(Diary, n, observe, act) for n in range(3)], autoreset_mode=mode, copy=copy)
-    assert_tells_the_truth(envs, observe, act)
+    assert_matches_single_environments(envs, observe, act)
 
 
 @each_mode
 @pytest.mark.parametrize("num_steps", [1, 2])
-def test_short_rollouts_tell_the_same_story(mode, num_steps):
-    """T = 1: every boundary between steps is one between rollouts, also that before a reset row."""
+def test_short_rollouts_give_the_same_transitions(mode, num_steps):
+    """T = 1: every boundary between steps is one between rollouts, including the one before a reset row."""
     envs = SyncVectorEnv([partial(Diary, n) for n in range(3)], autoreset_mode=mode)
-    assert_tells_the_truth(envs, "box", "box", num_steps, iterations=40 // num_steps)
+    assert_matches_single_environments(envs, "box", "box", num_steps, iterations=40 // num_steps)
 
 
 @each_mode
 @pytest.mark.parametrize("observe", ["box", "dict"])
-def test_worker_processes_tell_the_same_story(mode, observe):
+def test_worker_processes_give_the_same_transitions(mode, observe):
     """AsyncVectorEnv with shared memory: observations are views of memory that workers overwrite."""
     envs = AsyncVectorEnv(
         [partial(Diary, n, observe) for n in range(2)],
         autoreset_mode=mode, shared_memory=True, copy=False, context="forkserver",
     )  # fmt: skip
     try:
-        assert_tells_the_truth(envs, observe, "box")
+        assert_matches_single_environments(envs, observe, "box")
     finally:
         envs.close()
 
@@ -197,21 +200,19 @@ def test_worker_processes_tell_the_same_story(mode, observe):
 @pytest.mark.parametrize("copy", [True, False])
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
 def test_an_environment_that_reuses_its_array(mode, copy):
-    """Where nobody resets before the final observation has been copied, it is right."""
+    """The final observation is correct in modes that reset after it has been copied."""
     envs = SyncVectorEnv([partial(Diary, n, in_place=True) for n in range(3)], autoreset_mode=mode, copy=copy)
-    assert_tells_the_truth(envs, "box", "box")
+    assert_matches_single_environments(envs, "box", "box")
 
 
 def test_an_environment_that_reuses_its_array_cannot_be_reset_in_the_same_step():
-    """Gymnasium resets it before anyone sees the final observation, and calls that the environment's fault.
+    """Gymnasium resets it before the final observation is copied, which it considers a fault of the environment.
 
-    (Issue 1132, closed so.) Everything else still holds; the "final" observation is the next episode's first.
-    Should this test fail, Gymnasium has mended it, and SAME_STEP can join the test above.
+    (Issue 1132, closed as such.) Everything else is correct; the "final" observation is the next episode's first.
+    If this test fails, Gymnasium has fixed that, and SAME_STEP can join the test above.
     """
-    envs = SyncVectorEnv(
-        [partial(Diary, n, in_place=True) for n in range(3)], autoreset_mode=AutoresetMode.SAME_STEP
-    )
-    assert_tells_the_truth(envs, "box", "box", finals=False)
+    envs = SyncVectorEnv([partial(Diary, n, in_place=True) for n in range(3)], autoreset_mode=AutoresetMode.SAME_STEP)
+    assert_matches_single_environments(envs, "box", "box", finals=False)
     collector, rollout, _ = collector_of(envs, 7)
     collector.collect(queue_actor("box", "box"), rollout)
     first = rollout.obs[""][1:].reshape(-1, 5)[rollout.final_index]
@@ -220,11 +221,11 @@ def test_an_environment_that_reuses_its_array_cannot_be_reset_in_the_same_step()
 
 @each_backend
 @each_mode
-def test_every_way_of_resetting_gives_the_same_advantages(backend, mode):
-    """From real episodes to A: the definition applied to environments stepped alone, with the learner's V.
+def test_all_autoreset_modes_give_the_same_advantages(backend, mode):
+    """Advantages equal the definition applied to single environments, with the learner's V.
 
-    Only where the rollout's end cuts the sum differs between modes: NEXT_STEP spends rows on resets, and so
-    gets through fewer transitions in T steps.
+    Modes differ only in the transition at which the rollout ends: NEXT_STEP spends rows on resets, and so
+    collects fewer transitions in T steps.
     """
     envs = SyncVectorEnv([partial(Diary, n) for n in range(3)], autoreset_mode=mode)
     collector, rollout, config = collector_of(envs, 16)
@@ -240,11 +241,9 @@ def test_every_way_of_resetting_gives_the_same_advantages(backend, mode):
             valid = rollout.valid[:, n]
             steps = expected_stream(n, "box", "box", done[n] + valid.sum())[0][done[n] :]
             done[n] += valid.sum()
-            column = {
-                name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields
-            }
+            column = {name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields}
             value, next_value = (
-                learner.value({"": column[name][:, 0].astype(np.float32)})[:, None]
+                learner.predict_values({"": column[name][:, 0].astype(np.float32)})[:, None]
                 for name in ("obs", "next_obs")
             )
             expected = slow_gae(
@@ -259,12 +258,12 @@ def test_episode_returns_are_raw_and_float64(mode):
     """10⁸ + 1 + 1 + 1 − 10⁸ = 3; in float32, whose neighbours at 10⁸ are 8 apart, it would be 0."""
     envs = SyncVectorEnv([partial(Script, [1e8, 1.0, 1.0, 1.0, -1e8])], autoreset_mode=mode)
     collector, rollout, _ = collector_of(envs, 12)
-    episodes = collector.collect(lambda obs, start: np.zeros(1, np.int32), rollout).episodes
+    episodes = collector.collect(choose_zero, rollout).episodes
     assert episodes == [Episode(3.0, 5, 0)] * 2
 
 
 class Bytes(VectorWrapper):
-    """Says terminated and truncated with 0 and 1 of uint8, as some simulators do."""
+    """Returns terminated and truncated as uint8, as some simulators do."""
 
     def step(self, actions):
         obs, reward, terminated, truncated, info = self.env.step(actions)
@@ -276,7 +275,7 @@ def test_flags_may_be_bytes(mode):
     """~0 is 255 in uint8, which is true: reset rows would count as transitions."""
     envs = Bytes(SyncVectorEnv([partial(Script, [1.0, 1.0])], autoreset_mode=mode))
     collector, rollout, _ = collector_of(envs, 6)
-    episodes = collector.collect(lambda obs, start: np.zeros(1, np.int32), rollout).episodes
+    episodes = collector.collect(choose_zero, rollout).episodes
     ended = 2 if mode is AutoresetMode.NEXT_STEP else 3  # two steps and a reset row, or two steps
     assert episodes == [Episode(2.0, 2, 0)] * ended
 
@@ -284,29 +283,29 @@ def test_flags_may_be_bytes(mode):
 @each_mode
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_is_refused(mode, bad):
-    """The message names quantity, environment and step; rewards of a reset row are nobody's business."""
+    """The message names quantity, environment and step; rewards of reset rows are ignored."""
     scripts = [[1.0] * 9, [1.0, 1.0, bad, 1.0]]
     envs = SyncVectorEnv([partial(Script, rewards) for rewards in scripts], autoreset_mode=mode)
     collector, rollout, _ = collector_of(envs, 4)
     with pytest.raises(RunError, match="environment 1: reward is not finite at step 2"):
-        collector.collect(lambda obs, start: np.zeros(2, np.int32), rollout)
+        collector.collect(choose_zero, rollout)
 
 
 @each_mode
 @pytest.mark.parametrize("position", [0, 2, 3, 4])
 def test_an_observation_that_is_not_finite_is_refused(mode, position):
-    """Wherever it comes in an episode of four steps: first, in between, or last, where autoreset hides it."""
+    """At any position in an episode of four steps: first, in between, or last, where autoreset hides it."""
     observations = [0.0] * 5
     observations[position] = np.nan
     factories = [partial(Script, [1.0] * 9), partial(Script, [1.0] * 4, observations)]
     envs = SyncVectorEnv(factories, autoreset_mode=mode)
     collector, rollout, _ = collector_of(envs, 4)
     with pytest.raises(RunError, match=r"environment 1: .*observation.* is not finite"):
-        collector.collect(lambda obs, start: np.zeros(2, np.int32), rollout)
+        collector.collect(choose_zero, rollout)
 
 
-def test_a_vector_environment_must_say_how_it_resets():
-    """Guessing wrong would corrupt transitions silently."""
+def test_a_vector_environment_must_declare_its_autoreset_mode():
+    """A wrong guess would corrupt transitions silently."""
     envs = SyncVectorEnv([partial(Diary, 0)])
     envs.metadata = {}
     spaces = Spaces.of(envs.single_observation_space, envs.single_action_space)
@@ -329,7 +328,7 @@ def workers(shared_memory):
 
 
 def test_a_second_reset_of_worker_processes():
-    """The same holds for one process each."""
+    """The same holds for one process per environment."""
     envs = workers(shared_memory=True)
     try:
         _check_second_reset(envs)
@@ -337,7 +336,7 @@ def test_a_second_reset_of_worker_processes():
         envs.close()
 
 
-def test_worker_processes_that_reset_unseen_are_refused():
+def test_worker_processes_with_hidden_resets_are_refused():
     """With shared_memory=False, Gymnasium's worker still resets in the step after reset(), if one was due."""
     envs = workers(shared_memory=False)
     try:
@@ -356,7 +355,7 @@ def _check_second_reset(envs: VectorEnv) -> None:
     rollout = Rollout(collector.spaces, 5, envs.num_envs)
     collector.collect(actor, rollout)
     for n in range(envs.num_envs):
-        steps = written(rollout, n)
+        steps = stored_steps(rollout, n)
         assert steps[0].start
         for step, following in pairwise(steps):
             if following.start:
@@ -367,8 +366,8 @@ def _check_second_reset(envs: VectorEnv) -> None:
             assert step.next_obs[2] == step.obs[2] + 1
 
 
-def dealt(order: np.ndarray, count: int) -> Iterator[list[np.ndarray]]:
-    """For each epoch the minibatches' sequences, without the index that stands for nothing."""
+def minibatches_of(order: np.ndarray, count: int) -> Iterator[list[np.ndarray]]:
+    """Yield, for each epoch, the sequences of every minibatch, without padding."""
     for epoch in order:
         assert ((epoch >= 0) & (epoch <= count)).all()
         yield [row[row < count] for row in epoch]
@@ -379,7 +378,7 @@ def dealt(order: np.ndarray, count: int) -> Iterator[list[np.ndarray]]:
 def test_every_valid_row_is_used_once_an_epoch(data):
     """None dropped, none twice, sizes differ by at most one; a sequence is used if it has a valid row.
 
-    No minibatch is empty, as long as there is anything to learn from.
+    No minibatch is empty unless the rollout has no valid row.
     """
     length = data.draw(st.integers(1, 3))
     steps, num_envs = length * data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
@@ -394,7 +393,7 @@ def test_every_valid_row_is_used_once_an_epoch(data):
     minibatches = max(min(minibatches, sequences), 1)
     assert order.shape == (epochs, minibatches, -(-count // minibatches))
     rows = np.arange(steps * num_envs).reshape(steps, num_envs)
-    for minibatch in dealt(order, count):
+    for minibatch in minibatches_of(order, count):
         sizes = [len(part) for part in minibatch]
         assert max(sizes) - min(sizes) <= 1
         assert min(sizes) >= 1 or not sequences
@@ -421,10 +420,10 @@ def test_epochs_are_shuffled_and_reproducible():
 
 
 def test_a_mask_must_allow_something():
-    """Where the policy acted; a final observation, which nobody acts on, may allow nothing."""
+    """At every observation that the policy acts on; a final observation may allow nothing."""
     rollout = Rollout(MASKED, 3, 2)
     rollout.obs["action_mask"][:3] = 1.0
-    rollout.check_finite()  # obs[3] allows nothing, and nobody acted on it yet
+    rollout.check_finite()  # obs[3] allows nothing, but no action was taken there
     rollout.obs["action_mask"][2, 1] = 0.0
     rollout.valid[2, 1] = False
     rollout.check_finite()  # a reset row

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, TensorBoard events with histograms, plots, and a file that runs it again."""
+"""Records of a run: metrics, TensorBoard events, plots, videos, and a settings file that reproduces it."""
 
 import io
 import json
@@ -15,33 +15,33 @@ from proximo.cli import main
 from proximo.errors import UserError
 from proximo.learner.schedules import hyper_at
 from proximo.ppo import PPO
-from proximo.report.plot import Run, grouped, mean_curve, plot
+from proximo.report.plot import Run, group_by_settings, mean_curve, plot
+from proximo.rollout.diagnostics import histograms_of
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.console import Console
-from proximo.run.diagnostics import histograms_of
 from proximo.run.metrics import read_metrics
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
-TINY = ["--preset", "none", "--num-steps", "16", "--minibatch-size", "16", "--update-epochs", "1", "--quiet"]
+TINY = ["--preset=none", "--num-steps=16", "--minibatch-size=16", "--update-epochs=1", "--quiet"]
 
 
-def events(run):
-    """TensorBoard's own reading of a run."""
+def read_events(run):
+    """Events of a run, read by TensorBoard."""
     accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
     accumulator.Reload()
     return accumulator
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_tensorboard_tells_what_the_metrics_tell(tmp_path, backend):
-    """Every scalar of metrics.jsonl at its step, and at an interval of 2 histograms of 2 × 16 transitions:
+def test_tensorboard_has_the_same_values_as_the_metrics(tmp_path, backend):
+    """Every scalar of metrics.jsonl at its step, and, with an interval of 2, histograms of 2 × 16 transitions in
     iterations 0, 2 and 4 of 5."""
     run = tmp_path / "run"
     settings = {**SMALL, "backend": backend, "num_envs": 2, "histogram_interval": 2, "seed": 3}
     with PPO("CartPole-v1", **settings) as agent:
         agent.learn(160, run_dir=run)
     rows = read_metrics(run)
-    found = events(run)
+    found = read_events(run)
     for name in ("losses/policy", "rollout/episode_return_mean", "update/learning_rate"):
         expected = {row["global_step"]: row[name] for row in rows if row[name] is not None}
         assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(expected, rel=1e-6)
@@ -52,27 +52,27 @@ def test_tensorboard_tells_what_the_metrics_tell(tmp_path, backend):
     ratio = found.Histograms("histograms/ratio")[0].histogram_value
     assert 0.5 < ratio.min < 1.0 < ratio.max < 2.0
     assert rows[0]["action/frequency/0"] + rows[0]["action/frequency/1"] == pytest.approx(1.0)
-    assert rows[0]["policy/probability/0"] == pytest.approx(0.5, abs=0.05)  # the head begins at gain 0.01
+    assert rows[0]["policy/probability/0"] == pytest.approx(0.5, abs=0.05)  # the head is initialized with gain 0.01
     assert "action/frequency/0" not in rows[1]
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_action_statistics_of_every_dimension(tmp_path, backend):
-    """Pendulum's torque is clipped to ±2 when taken; the policy's own deviation begins at init_std."""
+    """The policy's standard deviation starts at init_std; the environment clips torques to ±2."""
     run = tmp_path / "run"
     with PPO("Pendulum-v1", **SMALL, backend=backend, num_envs=4, init_std=0.5) as agent:
         agent.learn(64, run_dir=run)
     (row,) = read_metrics(run)
     assert row["policy/std/0"] == pytest.approx(0.5, rel=1e-5)
     assert abs(row["policy/mean/0"]) < 0.1
-    # 64 samples of deviation 0.5 about that mean: the standard error of the mean is 0.0625
+    # the mean of 64 samples with standard deviation 0.5 has a standard error of 0.0625
     assert row["action/mean/0"] == pytest.approx(row["policy/mean/0"], abs=0.25)
     assert row["action/std/0"] == pytest.approx(0.5, abs=0.2)
     assert "action/mean/1" not in row
 
 
-def test_looking_changes_nothing(tmp_path):
-    """A run with histograms every iteration learns the same, bit for bit, as one without any."""
+def test_histograms_do_not_affect_training(tmp_path):
+    """Runs with and without histograms have bit-identical parameters."""
     agents = [PPO("CartPole-v1", **SMALL, num_envs=2, histogram_interval=interval) for interval in (0, 1)]
     for agent in agents:
         agent.learn(128)
@@ -81,9 +81,8 @@ def test_looking_changes_nothing(tmp_path):
         np.testing.assert_array_equal(other[name], value, err_msg=name)
 
 
-def test_a_run_is_repeated_from_its_config(tmp_path):
-    """`config.yaml` names the environment and every resolved setting: run again, it gives the same metrics,
-    but for times."""
+def test_a_run_is_reproduced_from_its_config(tmp_path):
+    """Training with a run's `config.yaml` gives the same metrics, except times."""
     first, second = tmp_path / "first", tmp_path / "second"
     command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--lr", "1e-3", "--seed", "7"]
     assert main([*command, "--total-timesteps", "96", "--run-dir", str(first)]) == 0
@@ -91,14 +90,13 @@ def test_a_run_is_repeated_from_its_config(tmp_path):
 
     def untimed(run):
         return [
-            {name: value for name, value in row.items() if not name.startswith("time/")}
-            for row in read_metrics(run)
+            {name: value for name, value in row.items() if not name.startswith("time/")} for row in read_metrics(run)
         ]
 
     assert untimed(first) == untimed(second)
 
 
-def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
     """CartPole's preset has γ 0.98, λ 0.8 and learning rate 0.001."""
     file = tmp_path / "my.yaml"
     file.write_text("env_id: CartPole-v1\nn_envs: 4\ngamma: 0.9\nlr: 5e-4\nnum_minibatches: 2\n")
@@ -116,44 +114,44 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     [
         ("gamma: 0.99", "no environment"),
         ("env: CartPole-v1\ngama: 0.9", "unknown setting 'gama'; did you mean 'gamma'?"),
-        ("env: CartPole-v1\ngamma: 2", "gamma must be a number in [0, 1]"),
-        ("env: CartPole-v1\nbatch_size: 64", "batch_size means"),
-        ("env: CartPole-v1\nenv_id: Pendulum-v1", "one id"),
-        ("- CartPole-v1", "must hold names with values"),
-        ("env: [", "is no YAML"),
-        ("env: CartPole-v1\npreset: 3", "preset must be"),
-        ("env: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("env: CartPole-v1\ngamma: 2", "`gamma` is 2.0; expected a number in [0, 1]."),
+        ("env: CartPole-v1\nbatch_size: 64", "`batch_size` means"),
+        ("env: CartPole-v1\nenv_id: Pendulum-v1", "expected one id"),
+        ("- CartPole-v1", "expected names with values"),
+        ("env: [", "is not valid YAML"),
+        ("env: CartPole-v1\npreset: 3", "`preset` is 3"),
+        ("env: !!python/object/apply:os.system ['true']", "is not valid YAML"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, capsys, text, message):
-    """One line that names the file and what is wrong; nothing is written."""
+    """One line with the file and the problem; nothing is written."""
     file, run = tmp_path / "my.yaml", tmp_path / "run"
     file.write_text(text)
     assert main(["train", "--config", str(file), "--run-dir", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert str(file) in said
-    assert said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert str(file) in errors
+    assert errors.count("\n") == 1
     assert not run.exists()
 
 
-def test_seeds_become_one_line_with_a_band(tmp_path):
-    """Runs of three seeds and one of another γ are two lines."""
+def test_runs_that_differ_in_their_seed_form_one_group(tmp_path):
+    """Three seeds, and one run with another γ, form two groups."""
     config = {"env": "E-v0", "backend": "jax", "gamma": 0.9}
     runs = [
         Run(f"run{seed}", {**config, "seed": seed}, [{"global_step": s, "x": s * seed} for s in (0, 10)])
         for seed in (1, 2, 3)
     ]
     other = Run("other", {**config, "gamma": 0.5, "seed": 1}, runs[0].rows)
-    groups = grouped([*runs, other])
+    groups = group_by_settings([*runs, other])
     assert {label: len(members) for label, members in groups.items()} == {
         "gamma 0.9 (3 seeds)": 3,
         "gamma 0.5 (other)": 1,
     }
 
 
-def test_the_mean_of_runs_is_over_what_they_share():
-    """Two runs of slope 1 and 3: over steps 2 to 8, which both have, the mean is 2 s and the deviation s."""
+def test_the_mean_curve_covers_the_steps_of_all_runs():
+    """Over the common steps 2 to 8, values s and 3 s have mean 2 s and standard deviation s."""
     long, short = np.arange(0.0, 11.0), np.arange(2.0, 9.0)
     steps, mean, std = mean_curve([(long, long), (short, 3.0 * short)])
     assert (steps[0], steps[-1]) == (2.0, 8.0)
@@ -162,7 +160,7 @@ def test_the_mean_of_runs_is_over_what_they_share():
 
 
 def test_plots_of_runs(tmp_path, capsys):
-    """A run draws its own curves; several go where one asks for; a metric is found by its name."""
+    """Training plots the run's curves; `plot` writes several runs to a given file and selects metrics by name."""
     for seed in (0, 1):
         run = tmp_path / f"s{seed}"
         command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--seed", str(seed)]
@@ -183,8 +181,8 @@ def test_plots_of_runs(tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == 2
 
 
-def test_presets_are_shown_as_files_that_run(tmp_path, capsys):
-    """`presets NAME` prints YAML that `train --config` takes."""
+def test_printed_presets_are_valid_settings_files(tmp_path, capsys):
+    """`presets NAME` prints YAML that `train --config` accepts."""
     assert main(["presets"]) == 0
     table = capsys.readouterr().out
     assert "CartPole-v1" in table
@@ -197,8 +195,8 @@ def test_presets_are_shown_as_files_that_run(tmp_path, capsys):
     assert "did you mean" in capsys.readouterr().err
 
 
-def test_a_random_policy_is_the_baseline(capsys):
-    """CartPole under random pushes stands for about 22 steps; every Pendulum episode lasts 200."""
+def test_evaluation_of_a_random_policy(capsys):
+    """CartPole lasts about 22 steps with random actions, and Pendulum always 200."""
     command = ["evaluate", "--policy", "random", "--json", "--env"]
     assert main([*command, "CartPole-v1", "--episodes", "200"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -209,11 +207,11 @@ def test_a_random_policy_is_the_baseline(capsys):
     assert result["length_mean"] == 200.0
     assert -1500.0 < result["return_mean"] < -900.0
     assert main(["evaluate", "--policy", "random"]) == 2
-    assert "--env ENV_ID" in capsys.readouterr().err
+    assert "Add --env ENV_ID" in capsys.readouterr().err
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
-    """Without an account everything stays in the run folder: names of metrics and of histograms are in it."""
+    """Without an account, metrics and histograms are logged in the run folder."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -226,8 +224,8 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert b"histograms/ratio" in written
 
 
-def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    """Neither Weights & Biases nor PyAV is needed until it is asked for."""
+def test_missing_packages_are_reported_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    """Weights & Biases and PyAV are required only if requested."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "av", None)
     for flag, package in ((["--wandb", "mine"], "proximo[wandb]"), (["--capture-video"], "proximo[video]")):
@@ -237,8 +235,8 @@ def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypat
         assert not run.exists()
 
 
-def test_capture_video_films_on_the_way_and_at_the_end(tmp_path):
-    """10 iterations with a video every 4: after the 4th, the 8th and the last."""
+def test_videos_are_recorded_during_and_after_training(tmp_path):
+    """10 iterations with a video every 4: after the 4th, the 8th and the last iteration."""
     run = tmp_path / "run"
     command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--capture-video", "--video-interval", "4"]
     assert main([*command, "--total-timesteps", "320", "--run-dir", str(run)]) == 0
@@ -246,44 +244,42 @@ def test_capture_video_films_on_the_way_and_at_the_end(tmp_path):
     assert videos == [f"step_{step:012d}.mp4" for step in (128, 256, 320)]
 
 
-def test_a_video_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    """Said on the terminal; the run goes on to its end and keeps its checkpoint."""
+def test_a_failed_recording_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    """It is reported, and the run completes and has a checkpoint."""
     run = tmp_path / "run"
     with PPO("CartPole-v1", **SMALL, num_envs=2, capture_video=True) as agent:
-        monkeypatch.setattr("proximo.ppo.CAPTURED_FRAMES", 1)  # refused: a video has at least two frames
+        monkeypatch.setattr("proximo.ppo.MAX_TRAINING_FRAMES", 1)  # invalid: a video has at least two frames
         agent.learn(64, run_dir=run)
-    assert "was not recorded: max_frames must be" in capsys.readouterr().err
+    assert "could not be recorded: max_frames must be" in capsys.readouterr().err
     assert list((run / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_ratios_are_of_one_policy_to_another(backend):
-    """At learning rate 0 every ratio is 1; an absurd step makes ratios that are drawn at e¹⁰ and no further."""
+def test_ratios_compare_the_policies_before_and_after_the_update(backend):
+    """With learning rate 0 every ratio is 1; with a huge one, ratios are clipped at e¹⁰."""
     for rate, lowest, highest in ((0.0, 0.9999, 1.0001), (1e6, 0.0, np.exp(10.0))):
         settings = {**SMALL, "num_envs": 2, "backend": backend, "learning_rate": rate, "max_grad_norm": None}
         with PPO("Pendulum-v1", **settings) as agent:
             rollout, hyper = act_rollout(agent.learner, seed=0), hyper_at(agent.config, 0)
-            before = agent.learner.examine(rollout, hyper)
-            agent.learner.update(
-                rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper
-            )
-            after = agent.learner.examine(rollout, hyper, before["carry"])
+            before = agent.learner.inspect_rollout(rollout, hyper)
+            agent.learner.update(rollout, minibatch_order(rollout.valid, 1, 2, np.random.default_rng(0)), hyper)
+            after = agent.learner.inspect_rollout(rollout, hyper, before["carry"])
             ratio = histograms_of(rollout, agent.config, before, after)["ratio"]
         assert len(ratio) == rollout.valid.sum()
         assert lowest <= ratio.min() <= ratio.max() <= highest * (1 + 1e-6)
         assert np.isfinite(ratio).all()
 
 
-def test_nothing_left_to_train_leaves_a_folder_with_a_checkpoint(tmp_path):
-    """A second call up to the same total has no iteration, hence no curve to draw."""
+def test_a_run_without_iterations_writes_a_checkpoint(tmp_path):
+    """A second `learn` up to the same total has no iteration, so nothing is plotted."""
     with PPO("CartPole-v1", **SMALL, num_envs=2, total_timesteps=64) as agent:
         agent.learn().learn(run_dir=tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     assert not (tmp_path / "run" / "curves.png").exists()
 
 
-def test_environment_keywords_come_back_from_every_file(tmp_path):
-    """Infinity, NumPy's numbers and tuples survive config.yaml and the checkpoint's manifest."""
+def test_environment_keywords_survive_every_file(tmp_path):
+    """config.yaml and the manifest store infinity, NumPy numbers and tuples."""
     run = tmp_path / "run"
     given = {"healthy_z_range": (np.float64(0.7), np.inf), "frame_skip": np.int64(4)}
     with PPO("Hopper-v5", **SMALL, num_envs=2, env_kwargs=given) as agent:
@@ -292,12 +288,12 @@ def test_environment_keywords_come_back_from_every_file(tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["env_kwargs"] == plain
     assert PPO.load(run).config.env_kwargs == plain
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
-    with pytest.raises(UserError, match="env_kwargs must be names with plain values"):
+    with pytest.raises(UserError, match=r"`env_kwargs` is .*; expected a mapping of names to plain values"):
         PPO("CartPole-v1", env_kwargs={"a": object()})
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run():
-    """Writing fails, nothing is raised, and nothing is written any more."""
+def test_a_closed_terminal_does_not_stop_the_run():
+    """A failed write raises nothing, and later writes are skipped."""
 
     class Gone(io.StringIO):
         def write(self, text):
@@ -310,8 +306,8 @@ def test_a_terminal_that_goes_away_does_not_end_the_run():
     console.close()
 
 
-def test_a_live_terminal_is_rewritten_and_kept():
-    """On a terminal every iteration rewrites the line, and the last state stays; elsewhere lines come now and then."""
+def test_progress_rewrites_a_line_on_a_terminal():
+    """On a terminal every iteration rewrites the line; elsewhere a line is printed every few seconds."""
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -324,47 +320,44 @@ def test_a_live_terminal_is_rewritten_and_kept():
             console.write(row)
         console.close()
         text = stream.getvalue()
-        assert text.count("return 1.0") == lines
+        assert text.count("mean return 1.0") == lines
         assert text.endswith("\n")
         assert ("\r" in text) == stream.isatty()
 
 
-def test_a_logger_that_does_not_begin_leaves_no_folder(tmp_path, monkeypatch):
-    """So that the same command can be given again once that is mended."""
+def test_a_tracker_that_fails_to_start_leaves_no_folder(tmp_path, monkeypatch):
+    """The same command works once the problem is fixed."""
     wandb = pytest.importorskip("wandb")
 
     def refuse(**settings):
         raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with (
-        PPO("CartPole-v1", **SMALL, num_envs=2, wandb="mine") as agent,
-        pytest.raises(UserError, match="wandb login"),
-    ):
+    with PPO("CartPole-v1", **SMALL, num_envs=2, wandb="mine") as agent, pytest.raises(UserError, match="wandb login"):
         agent.learn(32, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_where_a_video_goes(tmp_path, capsys):
-    """Into the run's videos/; beside a checkpoint, never into it; and FILE must be a video's name."""
+def test_default_video_file(tmp_path, capsys):
+    """Videos go to videos/ of the run, or beside a checkpoint, never into it; FILE must end in .mp4."""
     run = tmp_path / "run"
     with PPO("CartPole-v1", **SMALL, num_envs=2) as agent:
         agent.learn(32, run_dir=run)
-        agent.save(tmp_path / "kept")
+        agent.save(tmp_path / "saved")
     for path, video in (
         (run, run / "videos" / "trained-seed0.mp4"),
         (next((run / "checkpoints").iterdir()), run / "videos" / "trained-seed1.mp4"),
-        (tmp_path / "kept", tmp_path / "kept-trained-seed0.mp4"),
+        (tmp_path / "saved", tmp_path / "saved-trained-seed0.mp4"),
     ):
         seed = video.stem[-1]
         assert main(["evaluate", str(path), "--episodes", "1", "--record", "--seed", seed]) == 0
         assert video.exists()
     assert main(["evaluate", "--record", str(run)]) == 2
-    assert "RUN comes before --record" in capsys.readouterr().err
+    assert "Put RUN before --record" in capsys.readouterr().err
 
 
-def test_a_window_that_does_not_open_is_one_clear_message(tmp_path, monkeypatch, capsys):
-    """There is no display, or Pygame, which CartPole's window needs, is not installed."""
+def test_a_window_that_cannot_open_gives_one_clear_message(tmp_path, monkeypatch, capsys):
+    """There is no display, or pygame is not installed."""
     with PPO("CartPole-v1", **SMALL, num_envs=2) as agent:
         agent.learn(32, run_dir=tmp_path / "run")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):

@@ -1,4 +1,4 @@
-"""A run that stopped and went on is the run that never stopped: parameters to the bit, and every metric."""
+"""A resumed run equals an uninterrupted one: bit-identical parameters, and every metric."""
 
 import json
 import os
@@ -19,8 +19,16 @@ from proximo.envs.make import make_envs, spaces_of
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.rollout.collector import Collector
-from proximo.rollout.env_state import GENERATORS, EnvState, generator_from, pack, remembers, same, unpack
-from proximo.run import checkpoint
+from proximo.rollout.env_state import (
+    GENERATORS,
+    EnvState,
+    decode_tree,
+    encode_tree,
+    generator_from_state,
+    has_hidden_state,
+    snapshots_equal,
+)
+from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
 
@@ -36,19 +44,19 @@ ITERATIONS, STOP = 6, 3
 
 
 def without_time(rows):
-    """Metrics without what a clock says."""
+    """Metrics without timings."""
     return [{name: value for name, value in row.items() if "time/" not in name} for row in rows]
 
 
-def equal(first, second):
-    """Two learners' states to the bit."""
+def has_equal_state(first, second):
+    """Whether two learners have bit-identical states."""
     first, second = first.learner.state(), second.learner.state()
     return first.keys() == second.keys() and all(first[k].tobytes() == second[k].tobytes() for k in first)
 
 
-def undisturbed_and_resumed(env, folder, *, stop=STOP, loaded_env=None, **settings):
-    """An agent that trained at once, one that was saved, closed and loaded after `stop` iterations, and the metrics of
-    both after that."""
+def train_and_resume(env, folder, *, stop=STOP, loaded_env=None, **settings):
+    """Train one agent without interruption and another that is saved, closed and loaded after `stop` iterations;
+    return both, and their metrics after `stop`."""
     rows = settings["num_envs"] * settings["num_steps"]
     settings["total_timesteps"] = settings.get("total_timesteps", ITERATIONS * rows)
     with PPO(env, **settings) as whole:
@@ -77,18 +85,15 @@ CASES = [
 ]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:builtin type:DeprecationWarning"
-)  # importing Box2D, which an error would crash
+# Box2D crashes if a warning during its import becomes an error.
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
 @pytest.mark.parametrize(("env", "settings"), CASES, ids=[f"{env}-{s['engine']}" for env, s in CASES])
-def test_resumed_is_undisturbed(env, settings, tmp_path, capsys):
-    """With normalisers, schedules and an adaptive step size, in the middle of episodes, here and in workers."""
-    whole, resumed, expected, found = undisturbed_and_resumed(
-        env, tmp_path / "saved", **{**EVERYTHING, **settings}
-    )
+def test_resumed_equals_uninterrupted(env, settings, tmp_path, capsys):
+    """With normalizers, schedules and adaptive learning rate; in the middle of episodes; in process and in workers."""
+    whole, resumed, expected, found = train_and_resume(env, tmp_path / "saved", **{**EVERYTHING, **settings})
     assert found == expected
-    assert equal(whole, resumed)
-    assert "environments go on exactly where they stood" in capsys.readouterr().err
+    assert has_equal_state(whole, resumed)
+    assert "training resumes from the exact simulator state of" in capsys.readouterr().err
     assert [one["exact"] for one in resumed.progress.resumed] == [True]
 
 
@@ -100,48 +105,40 @@ def test_resumed_is_undisturbed(env, settings, tmp_path, capsys):
         ("jax", {"std": "predicted"}),
     ],
 )
-def test_resumed_is_undisturbed_in_both_backends(backend, settings, tmp_path):
-    whole, resumed, expected, found = undisturbed_and_resumed(
+def test_resumed_equals_uninterrupted_in_both_backends(backend, settings, tmp_path):
+    whole, resumed, expected, found = train_and_resume(
         "Pendulum-v1", tmp_path / "saved", **{**EVERYTHING, "backend": backend, **settings}
     )
     assert found == expected
-    assert equal(whole, resumed)
+    assert has_equal_state(whole, resumed)
 
 
 GAMES = [("ALE/Breakout-v5", "workers", 6), ("BreakoutNoFrameskip-v4", "sync", 6), ("ALE/Pong-v5", "sync", 3)]
 
 
 @pytest.mark.parametrize(("game", "engine", "iterations"), GAMES)
-def test_games_go_on_exactly(game, engine, iterations, tmp_path):
-    """With sticky actions and lives lost: Breakout loses one about every thirty steps, a game of five every 150."""
-    settings = {
-        **QUICK,
-        "num_envs": 2,
-        "num_steps": 64,
-        "engine": engine,
-        "architecture": "mlp",
-        "hidden_sizes": [8],
-    }
-    settings["total_timesteps"] = iterations * 128
-    whole, resumed, expected, found = undisturbed_and_resumed(
-        game, tmp_path / "saved", stop=iterations // 2, **settings
-    )
+def test_games_resume_exactly(game, engine, iterations, tmp_path):
+    """With sticky actions and lost lives: in Breakout about one life every 30 steps, and a game of five lives every
+    150."""
+    settings = {**QUICK, "num_envs": 2, "num_steps": 64, "engine": engine, "total_timesteps": iterations * 128}
+    settings |= {"architecture": "mlp", "hidden_sizes": [8]}
+    whole, resumed, expected, found = train_and_resume(game, tmp_path / "saved", stop=iterations // 2, **settings)
     assert found == expected
-    assert equal(whole, resumed)
+    assert has_equal_state(whole, resumed)
 
 
 @pytest.mark.parametrize("moment", [1, 2, 5])
-def test_any_moment_will_do(moment, tmp_path):
-    """Three episodes of Pendulum (200 steps) are crossed at different places."""
-    whole, resumed, expected, found = undisturbed_and_resumed(
+def test_resume_at_any_moment(moment, tmp_path):
+    """Three episodes of Pendulum (200 steps) are interrupted at different steps."""
+    whole, resumed, expected, found = train_and_resume(
         "Pendulum-v1", tmp_path / "saved", stop=moment, **{**EVERYTHING, "num_steps": 96}
     )
     assert found == expected
-    assert equal(whole, resumed)
+    assert has_equal_state(whole, resumed)
 
 
-def test_twice_resumed_and_in_another_engine(tmp_path):
-    """Workers go on from where this process's environments stood, and the other way round."""
+def test_resume_twice_in_another_engine(tmp_path):
+    """Workers continue environments of the engine `sync`, and vice versa."""
     settings = {**EVERYTHING, "total_timesteps": 6 * ROWS}
     with PPO("Acrobot-v1", engine="sync", **settings) as whole:
         whole.learn()
@@ -153,35 +150,35 @@ def test_twice_resumed_and_in_another_engine(tmp_path):
         agent.save(tmp_path / "b")
     with PPO.load(tmp_path / "b", engine="sync") as agent:
         agent.learn()
-    assert equal(whole, agent)
+    assert has_equal_state(whole, agent)
     assert [one["global_step"] for one in agent.progress.resumed] == [ROWS, 2 * ROWS]
 
 
-def test_the_other_backend_goes_on_from_the_same_state_and_says_so(tmp_path, capsys):
-    """The same parameters, and the next rollout begins at the same observations."""
+def test_the_other_backend_resumes_from_the_same_state_with_a_note(tmp_path, capsys):
+    """The parameters are equal, and the next rollout starts at the same observations."""
     with PPO("Pendulum-v1", backend="jax", total_timesteps=2 * ROWS, **SMALL) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
-    seen = []
+    observed = []
 
-    class Seeing(gym.Wrapper):
+    class Observing(gym.Wrapper):
         def step(self, action):
-            seen.append(self.env.unwrapped._get_obs())
+            observed.append(self.env.unwrapped._get_obs())
             return self.env.step(action)
 
-    with PPO.load(tmp_path / "saved", lambda: Seeing(gym.make("Pendulum-v1")), backend="torch") as other:
+    with PPO.load(tmp_path / "saved", lambda: Observing(gym.make("Pendulum-v1")), backend="torch") as other:
         for name, value in agent.learner.state().items():
             assert np.array_equal(value, other.learner.state()[name]), name
         next(other.iterate())
-    first = np.array(seen[-ROWS:][:3])  # after what was repeated; the three environments step in turn
+    first = np.array(observed[-ROWS:][:3])  # after the replayed steps; the three environments step in turn
     assert np.array_equal(first, agent.progress.env_state.obs[""])
-    changed = "env Pendulum-v1 became one without a name; backend jax became torch"
-    assert f"not the same to the bit, since {changed}" in capsys.readouterr().err
+    changed = "env changed from Pendulum-v1 to an environment without an id; backend changed from jax to torch"
+    assert f"it is not bit-identical, because {changed}" in capsys.readouterr().err
     assert other.progress.resumed[0]["exact"] is False
 
 
-def test_learning_again_in_one_session_goes_on_as_well(tmp_path):
-    """Two calls with a stop between are one call; so is Ctrl-C and another call, in the middle of a rollout."""
+def test_a_second_learn_continues_the_first(tmp_path):
+    """Two calls with a stop between equal one call; so do calls before and after Ctrl-C in the middle of a rollout."""
     settings = {**QUICK, "total_timesteps": 6 * ROWS}
     with PPO("Pendulum-v1", **settings) as whole:
         whole.learn()
@@ -190,7 +187,7 @@ def test_learning_again_in_one_session_goes_on_as_well(tmp_path):
         agent.learn(stop=lambda: next(asked))
         assert agent.progress.iteration == 2
         agent.learn()
-    assert equal(whole, agent)
+    assert has_equal_state(whole, agent)
 
     with PPO(lambda: Interrupting(gym.make("Pendulum-v1")), **settings) as agent:
         Interrupting.at = 3 * 32 * 2 + 17
@@ -198,13 +195,13 @@ def test_learning_again_in_one_session_goes_on_as_well(tmp_path):
             agent.learn()
         assert agent.progress.iteration == 2
         agent.learn()
-    assert equal(whole, agent)
+    assert has_equal_state(whole, agent)
 
 
-@pytest.mark.parametrize("where", ["update", "examine", "capture_state"])
-def test_an_interrupt_anywhere_in_an_iteration_takes_all_of_it_back(where, tmp_path, monkeypatch):
-    """Ctrl-C after the environments have moved, and after the learner has: what is saved is what was before, and the
-    same agent and a loaded one end as one that was not interrupted."""
+@pytest.mark.parametrize("where", ["update", "inspect_rollout", "capture_state"])
+def test_an_interrupt_anywhere_in_an_iteration_discards_it(where, tmp_path, monkeypatch):
+    """After Ctrl-C, whether environments or learner have already changed, the previous iteration is saved; the same
+    agent and a loaded one then end like an uninterrupted one."""
     settings = {**QUICK, "total_timesteps": 6 * ROWS, "histogram_interval": 1}
     with PPO("Pendulum-v1", **settings) as whole:
         whole.learn(run_dir=tmp_path / "whole")
@@ -226,15 +223,15 @@ def test_an_interrupt_anywhere_in_an_iteration_takes_all_of_it_back(where, tmp_p
         assert 0 < agent.progress.iteration < 6
         with PPO.load(run) as loaded:
             assert loaded.progress.iteration == agent.progress.iteration
-            assert equal(agent, loaded)
+            assert has_equal_state(agent, loaded)
             loaded.learn()
         agent.learn()
-    assert equal(whole, agent)
-    assert equal(whole, loaded)
+    assert has_equal_state(whole, agent)
+    assert has_equal_state(whole, loaded)
 
 
 class Interrupting(gym.Wrapper):
-    """Ctrl-C in the step with this number, counted over all environments."""
+    """Raises KeyboardInterrupt in step number `at`, counted over all environments."""
 
     at = -1
 
@@ -245,20 +242,20 @@ class Interrupting(gym.Wrapper):
         return self.env.step(action)
 
 
-# What cannot be brought back
+# State that cannot be restored
 
 
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
-def test_a_simulator_that_remembers_is_noticed(tmp_path, capsys):
-    """BipedalWalker keeps its physics engine from one episode to the next, and the order of contacts in it."""
+def test_a_simulator_that_keeps_state_over_resets_is_detected(tmp_path, capsys):
+    """BipedalWalker keeps its physics engine, with the order of contacts, across episodes."""
     settings = {**EVERYTHING, "engine": "sync", "num_steps": 128}
-    *_, found = undisturbed_and_resumed("BipedalWalker-v3", tmp_path / "saved", **settings)
-    assert "new episodes begin, since environments could not be brought back" in capsys.readouterr().err
+    *_, found = train_and_resume("BipedalWalker-v3", tmp_path / "saved", **settings)
+    assert "the simulator state could not be restored, so every environment was reset" in capsys.readouterr().err
     assert len(found) == ITERATIONS - STOP
 
 
 class Hidden(gym.Env):
-    """Random numbers of its own decide, which nobody outside can restore; `kept` makes them part of a snapshot."""
+    """Has a random generator that is not seeded by reset, so its state cannot be restored from outside."""
 
     observation_space = gym.spaces.Box(-9, 9, (1,))
     action_space = gym.spaces.Discrete(2)
@@ -276,8 +273,8 @@ class Hidden(gym.Env):
         return self.own.normal(size=1).astype(np.float32), 1.0, False, self.steps == 13, {}
 
 
-class Kept(Hidden):
-    """The same with the two methods."""
+class Restorable(Hidden):
+    """The same with snapshot and restore."""
 
     def snapshot(self):
         return {"own": self.own.bit_generator.state, "note": [1, None, b"x", np.arange(3)]}
@@ -288,28 +285,26 @@ class Kept(Hidden):
         self.own.bit_generator.state = snapshot["own"]
 
 
-def test_what_an_environment_hides_is_noticed_and_said(tmp_path, capsys):
+def test_hidden_state_is_detected_and_reported(tmp_path, capsys):
     settings = {**QUICK, "total_timesteps": 4 * ROWS}
-    *_, found = undisturbed_and_resumed(Hidden, tmp_path / "saved", stop=2, loaded_env=Hidden, **settings)
-    said = capsys.readouterr().err
-    assert re.search(r"new episodes begin.* environment \d's observation came back another", said)
+    *_, found = train_and_resume(Hidden, tmp_path / "saved", stop=2, loaded_env=Hidden, **settings)
+    errors = capsys.readouterr().err
+    assert re.search(r"so every environment was reset: environment \d's observation differs after restoring", errors)
     assert len(found) == 2
 
 
-def test_an_environments_own_snapshot_brings_it_back(tmp_path):
+def test_an_environments_snapshot_restores_it(tmp_path):
     settings = {**QUICK, "total_timesteps": 4 * ROWS}
-    for env in (Kept, lambda: gym.wrappers.TimeLimit(Kept(), 7)):
-        whole, resumed, expected, found = undisturbed_and_resumed(
-            env, tmp_path / "saved", stop=2, loaded_env=env, **settings
-        )
+    for env in (Restorable, lambda: gym.wrappers.TimeLimit(Restorable(), 7)):
+        whole, resumed, expected, found = train_and_resume(env, tmp_path / "saved", stop=2, loaded_env=env, **settings)
         assert found == expected
-        assert equal(whole, resumed)
+        assert has_equal_state(whole, resumed)
 
 
-def test_a_snapshot_that_no_file_can_hold(tmp_path, capsys):
-    """Saving succeeds all the same, and the checkpoint says what is missing."""
+def test_a_snapshot_that_cannot_be_stored(tmp_path, capsys):
+    """Saving succeeds, and the checkpoint states what is missing."""
 
-    class Bad(Kept):
+    class Bad(Restorable):
         def snapshot(self):
             return {"own": object()}
 
@@ -318,21 +313,24 @@ def test_a_snapshot_that_no_file_can_hold(tmp_path, capsys):
         agent.save(tmp_path / "saved")
     with PPO.load(tmp_path / "saved", Bad) as agent:
         agent.learn()
-    assert "new episodes begin" in capsys.readouterr().err
+    assert "the simulator state could not be restored, so every environment was reset" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "saved")]) == 0
     assert "a snapshot holds object" in capsys.readouterr().out
 
 
-def test_engines_that_cannot_go_back_begin_new_episodes(tmp_path, capsys):
-    """AsyncVectorEnv; and fewer environments than before. Both are said, in the manifest as well."""
-    with PPO("CartPole-v1", engine="async", total_timesteps=4 * ROWS, **QUICK) as agent:
+def test_engines_without_exact_resume_start_new_episodes(tmp_path, capsys):
+    """With AsyncVectorEnv, and with another number of environments; both are reported, also in the manifest."""
+    kwargs = {"vectorization_mode": "async", "vector_kwargs": {"context": "spawn"}}
+    envs = lambda: gym.make_vec("CartPole-v1", QUICK["num_envs"], **kwargs)
+    settings = {key: value for key, value in QUICK.items() if key != "num_envs"}
+    with PPO(envs(), total_timesteps=4 * ROWS, **settings) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
-    manifest = json.loads((tmp_path / "saved" / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "saved" / checkpoint_files.MANIFEST).read_text())
     assert manifest["progress"]["exact"] is False
-    with PPO.load(tmp_path / "saved") as agent:
+    with PPO.load(tmp_path / "saved", envs()) as agent:
         agent.learn()
-    assert "AsyncVectorEnv does not say where its environments stand" in capsys.readouterr().err
+    assert "AsyncVectorEnv cannot export the state of its environments" in capsys.readouterr().err
     assert agent.progress.resumed[0]["exact"] is False
 
     with PPO("CartPole-v1", engine="sync", total_timesteps=4 * ROWS, **QUICK) as agent:
@@ -343,27 +341,21 @@ def test_engines_that_cannot_go_back_begin_new_episodes(tmp_path, capsys):
     assert "there were 3 environments, and now there are 4" in capsys.readouterr().err
 
 
-def test_exact_resume_keeps_to_engines_that_can(tmp_path):
-    settings = {
-        "exact_resume": True,
-        "backend": "torch",
-        "preset": None,
-        "num_steps": 8,
-        "num_minibatches": 1,
-    }
+def test_exact_resume_selects_engines_that_support_it(tmp_path):
+    settings = {"preset": None, "backend": "torch", "num_steps": 8, "num_minibatches": 1, "exact_resume": True}
     with PPO("HalfCheetah-v5", num_envs=64, **settings) as agent:
-        assert agent.config.engine in ("workers", "sync")  # EnvPool otherwise
+        assert agent.resolved.engine in ("workers", "sync")  # EnvPool otherwise
     with PPO("ALE/Pong-v5", num_envs=2, **settings) as agent:
-        assert agent.config.engine in ("workers", "sync")
+        assert agent.resolved.engine in ("workers", "sync")
     with PPO("CartPole-v1", num_envs=16, **settings) as agent:
-        assert agent.config.engine == "native"
-    with pytest.raises(UserError, match="engine async cannot bring"):
-        PPO("CartPole-v1", num_envs=2, engine="async", **settings)
+        assert agent.resolved.engine == "native"
+    with pytest.raises(UserError, match="engine native cannot restore its environments"):
+        PPO("ALE/Pong-v5", num_envs=2, engine="native", **settings)
 
 
-def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
-    """An environment that never ends would fill memory with its actions."""
-    monkeypatch.setattr("proximo.rollout.collector.LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
+def test_the_log_of_a_long_episode_is_dropped_and_reported(monkeypatch, tmp_path, capsys):
+    """The logged actions of an endless episode would fill memory."""
+    monkeypatch.setattr("proximo.rollout.collector.MAX_LOG_BYTES", 4000)  # 32 steps of 3 int32 are 384 bytes
 
     class Endless(Hidden):
         def step(self, action):
@@ -371,71 +363,69 @@ def test_a_long_episode_is_forgotten_and_said(monkeypatch, tmp_path, capsys):
 
     with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **QUICK) as agent:
         agent.learn()
-        assert agent._collector._bytes <= 4000
-        assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.why
+        assert agent.envs._collector._log_bytes <= 4000
+        assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.reset_reason
 
 
 # Parts
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_generators_survive_a_file(name):
+def test_generators_are_restored_from_a_file(name):
     generator = np.random.Generator(getattr(np.random, name)(5))
     generator.random(3, np.float32)
-    document, beside = pack(generator.bit_generator.state, "x")
-    again = generator_from(unpack(json.loads(json.dumps(document)), beside))
+    document, beside = encode_tree(generator.bit_generator.state, "x")
+    again = generator_from_state(decode_tree(json.loads(json.dumps(document)), beside))
     assert np.array_equal(generator.random(5), again.random(5))
 
 
-@pytest.mark.parametrize(
-    ("name", "place"), [("MT19937", "pos"), ("Philox", "buffer_pos"), ("PCG64", "has_uint32")]
-)
+@pytest.mark.parametrize(("name", "place"), [("MT19937", "pos"), ("Philox", "buffer_pos"), ("PCG64", "has_uint32")])
 @pytest.mark.parametrize("value", [-(10**9), 10**9, "0", None])
-def test_a_generator_that_would_read_other_memory_is_refused(name, place, value):
-    """Where in its block of numbers it stands, NumPy believes."""
+def test_generator_positions_outside_their_buffer_are_refused(name, place, value):
+    """NumPy does not check the position in a buffer."""
     state = dict(getattr(np.random, name)(5).state)
     if place in state:
         state[place] = value
     else:
         state["state"] = {**state["state"], place: value}
     with pytest.raises(UserError, match=place):
-        generator_from(state)
+        generator_from_state(state)
     if place not in state:  # a second one beside it, which NumPy does not read
         with pytest.raises(UserError, match=place):
-            generator_from({**state, place: 0})
+            generator_from_state({**state, place: 0})
 
 
-def test_only_known_generators_are_made():
-    with pytest.raises(UserError, match="one of NumPy's generators"):
-        generator_from({"bit_generator": "RandomState"})
+def test_only_known_generators_are_created():
+    with pytest.raises(UserError, match=r"expected the state of a NumPy generator .* got 'RandomState'"):
+        generator_from_state({"bit_generator": "RandomState"})
 
 
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
-def test_families_that_remember_are_known_by_their_base():
+def test_subclasses_of_environments_that_keep_state_are_detected():
     from gymnasium.envs.box2d.bipedal_walker import BipedalWalker
 
     class Own(BipedalWalker):
         pass
 
-    assert remembers(Own())
-    assert not remembers(gym.make("CartPole-v1"))
+    assert has_hidden_state(Own())
+    assert not has_hidden_state(gym.make("CartPole-v1"))
 
 
-def test_what_no_file_can_hold_is_left_out(monkeypatch):
-    """Numbers of more than 64 bits, or a snapshot that would take more text than is read again: new episodes begin."""
+def test_states_that_cannot_be_stored_are_omitted(monkeypatch):
+    """Numbers of more than 64 bits, or a snapshot larger than the limit."""
     none = np.zeros(1)
-    world = EnvState({}, none > 0, none > 0, none, none.astype(np.int64), snapshot={"x": np.longdouble(1)})
-    document, _ = Progress(env_state=world).to_document()
+    state = EnvState({}, none > 0, none > 0, none, none.astype(np.int64), snapshot={"x": np.longdouble(1)})
+    document, _ = Progress(env_state=state).to_document()
     assert (document["exact"], document["env_state"]) == (False, None)
     assert "float128" in document["why"] or "longdouble" in document["why"]
     monkeypatch.setattr("proximo.run.progress.ENV_STATE_BYTES", 1000)
-    document, _ = Progress(env_state=replace(world, snapshot=[10**6] * 200)).to_document()
+    document, _ = Progress(env_state=replace(state, snapshot=[10**6] * 200)).to_document()
     assert (document["exact"], document["env_state"]) == (False, None)
-    assert "keep numbers in arrays" in document["why"]
+    assert "store its numbers in NumPy arrays" in document["why"]
 
 
-def test_what_changes_learning_is_said(tmp_path, capsys):
-    """Another gamma or total of a linear schedule is not the run to the bit; how it is recorded makes no difference."""
+def test_changes_that_affect_learning_are_reported(tmp_path, capsys):
+    """Another gamma, or another total with a linear schedule, prevents an exact resume; recording settings do not."""
     settings = {**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS, "lr_schedule": "constant"}
     with PPO("CartPole-v1", **settings) as agent:
         next(agent.iterate())
@@ -447,13 +437,13 @@ def test_what_changes_learning_is_said(tmp_path, capsys):
             return again.progress.resumed[-1]
 
     assert gone_on(keep_checkpoints=7, tensorboard=False, total_timesteps=6 * ROWS)["exact"]
-    assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma 0.99 became 0.5"}
-    assert "not the same to the bit, since gamma 0.99 became 0.5" in capsys.readouterr().err
+    assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma changed from 0.99 to 0.5"}
+    assert "it is not bit-identical, because gamma changed from 0.99 to 0.5" in capsys.readouterr().err
     assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
 
 
 @pytest.mark.parametrize("method", ["learn", "iterate"])
-def test_steps_named_in_the_call_change_a_linear_schedule_too(method, tmp_path):
+def test_steps_given_in_the_call_change_a_linear_schedule(method, tmp_path):
     with PPO("CartPole-v1", **{**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS}) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
@@ -463,33 +453,31 @@ def test_steps_named_in_the_call_change_a_linear_schedule_too(method, tmp_path):
             assert again.progress.resumed[-1]["exact"] == exact
 
 
-def test_another_environment_or_another_way_to_compute_is_said(tmp_path, capsys):
-    """CartPole-v0 has the same spaces and moves the same, and ends after 200 steps rather than 500."""
+def test_another_environment_or_compilation_is_reported(tmp_path, capsys):
+    """CartPole-v0 differs from v1 only in its limit of 200 instead of 500 steps."""
     settings = {**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS, "lr_schedule": "constant"}
     with PPO("CartPole-v1", **settings) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
     saved = checkpoint.load(tmp_path / "saved")
-    config = agent.config
-    compiled = agent.learner.compiled
-    assert not checkpoint.inexact(saved, config, "CartPole-v1", compiled)
-    saved.manifest["compiled"] = not compiled
-    became = f"compiled {not compiled} became {compiled}"
-    assert checkpoint.inexact(saved, config, "CartPole-v1", compiled) == [became]
+    info, compiled = agent._info(), agent.learner.compiled
+    assert not checkpoint.find_differences(saved, info)
+    saved.manifest["resolved"]["compiled"] = not compiled
+    assert checkpoint.find_differences(saved, info) == [f"compiled changed from {not compiled} to {compiled}"]
     for env, changed in [
         ("CartPole", ""),
-        ("CartPole-v0", "env CartPole-v1 became CartPole-v0"),
-        (lambda: gym.make("CartPole-v1"), "env CartPole-v1 became one without a name"),
+        ("CartPole-v0", "env changed from CartPole-v1 to CartPole-v0"),
+        (lambda: gym.make("CartPole-v1"), "env changed from CartPole-v1 to an environment without an id"),
     ]:
         with PPO.load(tmp_path / "saved", env, engine="sync") as again:
             next(again.iterate())
         assert again.progress.resumed[-1] == {"global_step": ROWS, "exact": not changed, "why": changed}
-        assert f"not the same to the bit, since {changed}" in capsys.readouterr().err or not changed
+        assert f"it is not bit-identical, because {changed}" in capsys.readouterr().err or not changed
 
 
-def test_one_plan_is_compiled_or_not_as_a_whole():
-    """50 iterations of 320 minibatches, 16,000, are not worth compiling for; nor, after a stop, are the 15,680 that are
-    left, though both together are more than 20,000."""
+def test_compilation_is_decided_once_per_plan():
+    """50 iterations of 320 minibatches, 16,000, do not repay compiling. After a stop, nor do the remaining 15,680,
+    although both together exceed 20,000."""
     settings = {**QUICK, "num_minibatches": 32, "update_epochs": 10, "total_timesteps": 50 * ROWS}
     with PPO("CartPole-v1", **settings) as agent:
         for _ in range(2):
@@ -498,7 +486,7 @@ def test_one_plan_is_compiled_or_not_as_a_whole():
             assert not agent.learner.compiled
 
 
-def test_new_episodes_in_ones_own_environments_are_said(tmp_path, capsys):
+def test_new_episodes_in_a_users_vector_environment_are_reported(tmp_path, capsys):
     envs = gym.vector.SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 3)
     settings = {name: value for name, value in QUICK.items() if name != "num_envs"}
     with PPO(envs, total_timesteps=2 * ROWS, **settings) as agent:
@@ -506,44 +494,40 @@ def test_new_episodes_in_ones_own_environments_are_said(tmp_path, capsys):
         agent.save(tmp_path / "saved")
     with PPO.load(tmp_path / "saved", envs) as agent:
         next(agent.iterate())
-    assert "new episodes begin" in capsys.readouterr().err
+    assert "the simulator state could not be restored, so every environment was reset" in capsys.readouterr().err
 
 
-def test_a_snapshot_survives_a_file():
-    tree = {
-        "a": [1, 2.5, "x", None, True, b"\x00\xff"],
-        "b": {"of": np.eye(2), "array": np.float32(3)},
-        "c": (1, 2),
-    }
-    document, beside = pack(tree, "x")
-    back = unpack(json.loads(json.dumps(document)), beside)
+def test_a_snapshot_is_restored_from_a_file():
+    tree = {"a": [1, 2.5, "x", None, True, b"\x00\xff"], "b": {"of": np.eye(2), "array": np.float32(3)}, "c": (1, 2)}
+    document, beside = encode_tree(tree, "x")
+    back = decode_tree(json.loads(json.dumps(document)), beside)
     assert back["a"] == tree["a"]
     assert back["c"] == [1, 2]
     assert np.array_equal(back["b"]["of"], np.eye(2))
-    assert same(tree, back)
-    assert not same(tree, {**tree, "c": (1, 3)})
-    assert not same(tree, {**tree, "b": {"of": np.eye(2) * 2, "array": np.float32(3)}})
+    assert snapshots_equal(tree, back)
+    assert not snapshots_equal(tree, {**tree, "c": (1, 3)})
+    assert not snapshots_equal(tree, {**tree, "b": {"of": np.eye(2) * 2, "array": np.float32(3)}})
 
 
 @pytest.mark.parametrize("bad", [object(), {1: 2}, {"x": {3}}, np.array([None])])
-def test_a_snapshot_of_something_else_is_refused(bad):
+def test_a_snapshot_of_unsupported_types_is_refused(bad):
     with pytest.raises(UserError, match="a snapshot holds"):
-        pack(bad, "x")
+        encode_tree(bad, "x")
 
 
-def test_actions_since_an_origin_cross_rollouts():
-    """Two pieces of 3 steps; environment 0 has taken 4 steps since its origin, environment 1 one."""
+def test_actions_since_an_origin_span_rollouts():
+    """Two logs of 3 steps; environment 0 has taken 4 steps since its origin, environment 1 one."""
     log = [np.arange(6).reshape(3, 2), np.arange(6, 12).reshape(3, 2)]
     nothing = np.zeros(2)
-    world = EnvState({}, nothing, nothing, nothing, nothing, [b"", b""], np.array([4, 1]), log)
-    first, second = world.actions()
+    state = EnvState({}, nothing, nothing, nothing, nothing, [b"", b""], np.array([4, 1]), log)
+    first, second = state.actions()
     assert first.tolist() == [4, 6, 8, 10]
     assert second.tolist() == [11]
 
 
 @pytest.mark.parametrize("engine", ["sync", "workers"])
-def test_bringing_back_repeats_every_step(engine):
-    """To where 37 random steps of Pendulum, cut at 10, have led; from there both give the same numbers."""
+def test_replay_repeats_every_step(engine):
+    """After 37 random steps of Pendulum in episodes of 10; then both vector environments give the same numbers."""
     env = lambda: gym.make("Pendulum-v1", max_episode_steps=10)
     envs, others = make_envs(env, 3, engine), make_envs(env, 3, engine)
     rng = np.random.default_rng(0)
@@ -573,6 +557,10 @@ def train(run, *flags):
             *flags]  # fmt: skip
 
 
+def popen(command, **options):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
 def wait_for_rows(run, rows, process):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -583,52 +571,41 @@ def wait_for_rows(run, rows, process):
 
 
 def test_a_killed_run_is_resumed_by_command(tmp_path, capsys):
-    """SIGKILL somewhere after the 30th of 60 iterations, with a checkpoint every 7; then `proximo resume`: the same
-    parameters and metrics as the run that was left alone, in the same folder, with no iteration twice."""
+    """SIGKILL after the 30th of 60 iterations, with a checkpoint every 7, then `proximo resume`: parameters and
+    metrics equal those of an uninterrupted run, in the same folder, with no iteration twice."""
     flags = ["--total-timesteps", str(60 * ROWS), "--checkpoint-interval", "7"]
     assert main([*train(tmp_path / "whole", *flags)[len(PROXIMO) :], "--quiet"]) == 0
     killed = tmp_path / "killed"
-    with subprocess.Popen(
-        train(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(train(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for_rows(killed, 30, process)
         process.kill()
     assert not (killed / "learning_curve.png").exists()
     done = subprocess.run([*PROXIMO, "resume", str(killed)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "going on at step" in done.stdout
-    assert "go on exactly where they stood" in done.stderr
+    assert "resuming at step" in done.stdout
+    assert "training resumes from the exact simulator state of 3 environments" in done.stderr
     whole, resumed = (checkpoint.load(tmp_path / name) for name in ("whole", "killed"))
     assert all(whole.arrays[name].tobytes() == resumed.arrays[name].tobytes() for name in whole.arrays)
     assert without_time(read_metrics(killed)) == without_time(read_metrics(tmp_path / "whole"))
     assert not list(killed.glob("checkpoints/.*"))
     assert main(["resume", str(killed)]) == 2
-    assert "name a larger --total-timesteps" in capsys.readouterr().err
+    assert "Use a larger --total-timesteps" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
-    """SIGTERM gives 143; the command it prints goes on, to a larger total too, and says that schedules end later."""
+    """SIGTERM gives status 143. The printed command resumes the run, also with a larger total."""
     run = tmp_path / "a run"
-    with subprocess.Popen(
-        train(run, "--total-timesteps", "100_000_000", "--no-compile"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with popen(train(run, "--total-timesteps", "100_000_000", "--no-compile")) as process:
         wait_for_rows(run, 2, process)
         process.terminate()
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    (command,) = re.findall(r"go on with: (proximo resume .*)", output)
+    (command,) = re.findall(r"resume with: (proximo resume .*)", output)
     assert command == f"proximo resume '{run}'"
     step = checkpoint.load(run).progress.global_step
     total = step + 2 * ROWS
-    done = subprocess.run(
-        [*PROXIMO, "resume", str(run), "--total-timesteps", str(total)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [*PROXIMO, "resume", str(run), "--total-timesteps", str(total)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert checkpoint.load(run).progress.global_step == total
     assert [row["global_step"] for row in read_metrics(run)] == list(range(ROWS, total + 1, ROWS))
@@ -636,16 +613,8 @@ def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
 
 def test_a_second_signal_ends_at_once(tmp_path):
     """In the middle of an iteration that would take minutes."""
-    command = train(
-        tmp_path / "run", "--total-timesteps", "100_000_000", "--num-steps", "1_000_000", "--no-compile"
-    )
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    ) as process:
+    flags = ["--total-timesteps", "100_000_000", "--num-steps", "1_000_000", "--no-compile"]
+    with popen(train(tmp_path / "run", *flags), env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
         for line in process.stdout:
             if "run folder" in line:
                 break
@@ -662,10 +631,10 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
-    """A canary module that writes a file when it is imported; named by the user it is."""
+    """A canary module writes a file when it is imported; it is imported only if the user names it."""
     (tmp_path / "canary.py").write_text(
         "import pathlib, gymnasium\n"
-        f"pathlib.Path({str(tmp_path / 'sang')!r}).touch()\n"
+        f"pathlib.Path({str(tmp_path / 'imported')!r}).touch()\n"
         "gymnasium.register('Canary-v0', 'gymnasium.envs.classic_control.cartpole:CartPoleEnv')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -673,28 +642,28 @@ def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
     with PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, **QUICK) as agent:
         asked = iter([True])
         agent.learn(stop=lambda: next(asked))
-    path = checkpoint.steps_of(run)[-1]
-    arrays, manifest = checkpoint.read(path)
-    checkpoint.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})
-    (run / "config.yaml").write_text(
-        (run / "config.yaml").read_text().replace("CartPole-v1", "canary:Canary-v0")
-    )
+    path = checkpoint_files.list_checkpoints(run)[-1]
+    arrays, manifest = checkpoint_files.read(path)
+    checkpoint_files.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("CartPole-v1", "canary:Canary-v0"))
     for command in (["resume", str(run)], ["evaluate", str(run)], ["inspect", str(run)],
                     ["train", "--config", str(run / "config.yaml"), "--run-dir", str(tmp_path / "new")]):  # fmt: skip
         assert main([*command]) == (0 if command[0] == "inspect" else 2)
-        assert not (tmp_path / "sang").exists()
-    assert "what a file names is not imported" in capsys.readouterr().err
+        assert not (tmp_path / "imported").exists()
+    errors = capsys.readouterr().err
+    assert errors.count("modules named in a file are not imported") == 2
+    assert errors.count("a module named in a file is not imported") == 1
     assert main(["resume", str(run), "--env", "canary:Canary-v0", "--quiet"]) == 0
-    assert (tmp_path / "sang").exists()
+    assert (tmp_path / "imported").exists()
 
 
-def test_an_older_checkpoint_goes_on_in_another_folder(tmp_path, capsys):
+def test_an_older_checkpoint_resumes_in_another_folder(tmp_path, capsys):
     run = tmp_path / "run"
     PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, checkpoint_interval=1, **QUICK).learn().close()
-    first = checkpoint.steps_of(run)[0]
+    first = checkpoint_files.list_checkpoints(run)[0]
     with PPO.load(first) as agent, pytest.raises(UserError, match="not empty"):
         agent.learn(run_dir=run)
     new = Path(tmp_path / "new")
     assert main(["resume", str(first), "--run-dir", str(new), "--quiet"]) == 0
-    assert equal(PPO.load(run), PPO.load(new))
+    assert has_equal_state(PPO.load(run), PPO.load(new))
     capsys.readouterr()

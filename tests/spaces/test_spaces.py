@@ -1,9 +1,10 @@
-"""What a space means: leaves that a network reads, and the way from raw samples to environment actions."""
+"""Observation leaves, action heads, and the mapping from raw samples to environment actions."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,9 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.spaces.spaces import Leaf, Spaces
+from proximo.spaces.heads import Actions, CategoricalHead, GaussianHead, head_from_dict
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
 
 VECTOR = Box(-1.0, 1.0, (3,))
 NESTED = Dict(
@@ -38,54 +41,46 @@ def test_observations_become_leaves():
         "switches": Leaf("switches", "vector", (2,), "float32"),
         "bytes": Leaf("bytes", "vector", (5,), "float32"),
     }
-    assert {path: leaf.features for path, leaf in leaves.items()} == {
+    assert {path: leaf.num_features for path, leaf in leaves.items()} == {
         "camera": 192, "robot.joints": 4, "robot.gear": 4, "action_mask": 0, "switches": 2, "bytes": 5,
     }  # fmt: skip
     assert [leaf.path for leaf in Spaces.of(VECTOR, Discrete(3)).observation] == [""]
 
 
-def test_what_is_an_image_and_where_its_channels_are():
-    """Height, width and channels: of two axes side by side that are alike the third has the channels; otherwise the
-    shorter end has. Its upper bound is kept, at least 1."""
+def test_image_shapes_and_channel_axes():
+    """Of three axes, two equal neighbours are height and width; otherwise the shorter of the outer axes holds the
+    channels. The leaf stores the upper bound, at least 1."""
     for shape, picture in {
         (84, 84, 4): (84, 84, 4), (4, 84, 84): (84, 84, 4), (96, 72, 3): (96, 72, 3), (3, 72, 96): (72, 96, 3),
         (8, 8, 111): (8, 8, 111), (20, 9, 9): (9, 9, 20), (3, 3, 3): (3, 3, 3), (84, 84): (84, 84, 1),
         (8, 9): (8, 9, 1),
     }.items():  # fmt: skip
         (leaf,) = Spaces.of(Box(0, 255, shape, np.uint8), Discrete(2)).observation
-        assert (leaf.kind, leaf.picture, leaf.high) == ("image", picture, 255)
+        assert (leaf.kind, leaf.image_shape, leaf.high) == ("image", picture, 255)
     (leaf,) = Spaces.of(Box(0, 1, (10, 10, 6), np.bool_), Discrete(2)).observation  # MinAtar's
     assert leaf == Leaf("", "image", (10, 10, 6), "uint8", high=1)
     (leaf,) = Spaces.of(Box(0, 10, (7, 7, 3), np.uint8), Discrete(2)).observation
     assert leaf.high == 10
     spaces = Spaces((leaf,), Spaces.of(VECTOR, Discrete(2)).action)
     assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict()))) == spaces
-    for space in (
-        Box(0, 255, (7, 8), np.uint8),
-        Box(-1, 1, (84, 84)),
-        Box(-1, 1, (4, 8, 8)),
-        Box(0, 1, (3, 3, 2, 2)),
-    ):
+    for space in (Box(0, 255, (7, 8), np.uint8), Box(-1, 1, (84, 84)), Box(-1, 1, (4, 8, 8)), Box(0, 1, (3, 3, 2, 2))):
         (leaf,) = Spaces.of(space, Discrete(2)).observation
         assert (leaf.kind, leaf.dtype) == ("vector", "float32")
 
 
 @pytest.mark.parametrize(
-    "space",
-    [Box(0, 1, (84, 84, 3)), Box(0, 255, (4, 84, 84, 3), np.uint8), Box(0, 255, (3, 96, 96), np.float64)],
+    "space", [Box(0, 1, (84, 84, 3)), Box(0, 255, (4, 84, 84, 3), np.uint8), Box(0, 255, (3, 96, 96), np.float64)]
 )
-def test_what_only_looks_like_an_image_is_refused(space):
-    """Rather than read as thousands of numbers, unless it is one of these in a row."""
-    with pytest.raises(
-        UserError, match=r"looks like an image, but images are uint8 or bool, .*FlattenObservation"
-    ):
+def test_arrays_that_only_look_like_images_are_refused(space):
+    """A large array that is no valid image is refused; flattened, it is accepted as a vector."""
+    with pytest.raises(UserError, match=r"looks like an image, but images are uint8 or bool .*FlattenObservation"):
         Spaces.of(space, Discrete(2))
     (leaf,) = Spaces.of(gym.spaces.flatten_space(space), Discrete(2)).observation
     assert leaf.kind == "vector"
 
 
-def test_reading_an_observation_batched_or_not():
-    """Every leaf with its own trailing shape; what is missing or misshapen is named."""
+def test_reading_single_and_batched_observations():
+    """Every leaf keeps its trailing shape; the error for a missing key or a wrong shape names the leaf."""
     spaces = Spaces.of(NESTED, Discrete(3))
     single = NESTED.sample()
     batch = gym.vector.utils.batch_space(NESTED, 2).sample()
@@ -121,8 +116,8 @@ def test_reading_an_observation_batched_or_not():
         (VECTOR, Box(-1.0, 1.0, (0,)), "action space"),
     ],
 )  # fmt: skip
-def test_spaces_that_cannot_be_trained_on(observation, action, words):
-    """Refused when the environment is made, in words, not by a shape error in the middle of a run."""
+def test_unsupported_spaces_are_refused(observation, action, words):
+    """Refused when the environment is made, not by a shape error in the middle of a run."""
     with pytest.raises(UserError, match=words):
         Spaces.of(observation, action)
 
@@ -130,15 +125,15 @@ def test_spaces_that_cannot_be_trained_on(observation, action, words):
 @pytest.mark.parametrize(
     ("space", "settings", "words"),
     [
-        (Discrete(3), {"squash": True}, r"squash needs a Box .* Discrete\(3\)"),
-        (Discrete(3), {"rescale_actions": True}, "rescale_actions needs a Box"),
-        (Discrete(3), {"tanh_mean": True}, "tanh_mean needs a Box"),
+        (Discrete(3), {"squash": True}, r"`squash` needs a Box .* Discrete\(3\)"),
+        (Discrete(3), {"rescale_actions": True}, "`rescale_actions` needs a Box"),
+        (Discrete(3), {"tanh_mean": True}, "`tanh_mean` needs a Box"),
         (Box(-np.inf, np.inf, (2,)), {"rescale_actions": True}, "finite action bounds"),
         (Box(np.float32([-1]), np.float32([np.inf])), {"rescale_actions": True}, "finite action bounds"),
     ],
 )  # fmt: skip
-def test_settings_that_spaces_cannot_serve(space, settings, words):
-    """Rescaling to infinity, or squashing an index."""
+def test_settings_that_do_not_fit_the_spaces_are_refused(space, settings, words):
+    """For example rescaling to infinite bounds, or squashing an index."""
     with pytest.raises(UserError, match=words):
         Spaces.of(VECTOR, space).check(Config(**settings))
     Spaces.of(VECTOR, space).check(Config())
@@ -153,8 +148,8 @@ def test_settings_that_spaces_cannot_serve(space, settings, words):
         Box(np.array([-np.inf, -1.0]), np.array([np.inf, np.inf]), dtype=np.float64),
     ],
 )
-def test_spaces_survive_json(action):
-    """Strict JSON, which knows no infinity."""
+def test_spaces_round_trip_through_json(action):
+    """Strict JSON has no infinity, so infinite bounds need a code."""
     spaces = Spaces.of(NESTED if action == Discrete(3) else VECTOR, action)
     text = json.dumps(spaces.to_dict(), allow_nan=False)
     assert Spaces.from_dict(json.loads(text)) == spaces
@@ -163,11 +158,12 @@ def test_spaces_survive_json(action):
 def test_discrete_actions_begin_where_the_space_does():
     """Index 0, 1, 2 of Discrete(3, start=5) is action 5, 6, 7."""
     action = Spaces.of(VECTOR, Discrete(3, start=5)).action
-    mapped = action.to_env(np.array([0, 1, 2], np.int32), Config())
+    mapped = action.to_env({"": np.array([0, 1, 2], np.int32)}, Config())
     assert mapped.tolist() == [5, 6, 7]
     assert all(x in Discrete(3, start=5) for x in mapped)
-    assert action.head_size == 3
-    assert action.raw_shape == ()
+    assert action.output_size(Config()) == action.noise_size == 3
+    assert action.zeros((4, 2))[""].shape == (4, 2)
+    assert action.std_size == 0
 
 
 @pytest.mark.parametrize(
@@ -187,38 +183,40 @@ def test_discrete_actions_begin_where_the_space_does():
     ],
 )
 def test_from_raw_samples_to_actions(settings, expected):
-    """Squash into (−1, 1), then rescale [−1, 1] to the bounds, then clip to them, each where asked."""
+    """Squash into (−1, 1), then rescale [−1, 1] to the bounds, then clip to them, each where configured."""
     action = Spaces.of(VECTOR, Box(np.array([0.0, -1.0]), np.array([10.0, 1.0]), dtype=np.float64)).action
     raw = np.array([[0.5, -3.0], [-2.0, 1.0]], np.float32)
     before = raw.copy()
-    mapped = action.to_env(raw, Config(**settings))
+    mapped = action.to_env({"": raw}, Config(**settings))
     np.testing.assert_allclose(mapped, expected, rtol=1e-6)
     assert mapped.dtype == np.float64
-    np.testing.assert_array_equal(raw, before)  # the sample is what is stored and scored
+    np.testing.assert_array_equal(raw, before)  # the rollout stores and evaluates the raw sample
 
 
-def test_actions_take_the_shape_and_stay_inside_the_bounds():
-    """A raw sample is flat; the environment gets its own shape and dtype, within bounds at any magnitude."""
+def test_actions_have_the_shape_of_their_space_and_stay_inside_its_bounds():
+    """A raw sample is flat; the action has the space's shape and dtype, and respects bounds at any magnitude."""
     space = Box(-0.4, 0.4, (2, 3))
     action = Spaces.of(VECTOR, space).action
     raw = np.arange(-6, 6, dtype=np.float32).reshape(2, 6) * 1e30
     for settings in ({}, {"squash": True, "rescale_actions": True}):
-        mapped = action.to_env(raw, Config(**settings))
+        mapped = action.to_env({"": raw}, Config(**settings))
         assert mapped.shape == (2, 2, 3)
         assert all(x in space for x in mapped)
-    flat = action.to_env(np.arange(6, dtype=np.float32)[None], Config(clip_actions=False))
+    flat = action.to_env({"": np.arange(6, dtype=np.float32)[None]}, Config(clip_actions=False))
     np.testing.assert_array_equal(flat[0], [[0, 1, 2], [3, 4, 5]])
-    assert action.head_size == 6
+    assert action.output_size(Config()) == action.noise_size == action.std_size == 6
+    assert action.output_size(Config(std="predicted")) == 12
+    assert action.zeros((4, 2))[""].shape == (4, 2, 6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_actions_lie_within_their_space(dtype):
-    """Bounds of 0.1, which float32 and float64 round differently: the actions are the space's own numbers."""
+    """float32 and float64 round bounds of 0.1 differently: actions use them in the dtype of their space."""
     space = Box(-0.1, 0.1, (2,), dtype)
     action = Spaces.of(VECTOR, space).action
     for settings in ({}, {"rescale_actions": True}, {"squash": True, "rescale_actions": True}):
         for raw in ([-50.0, 50.0], [-1.0, 1.0], [0.3, -0.3]):
-            assert action.to_env(np.array([raw], np.float32), Config(**settings))[0] in space
+            assert action.to_env({"": np.array([raw], np.float32)}, Config(**settings))[0] in space
 
 
 def test_bounds_too_wide_to_rescale_are_refused():
@@ -226,3 +224,79 @@ def test_bounds_too_wide_to_rescale_are_refused():
     space = Box(-1.7e308, 1.7e308, (1,), np.float64)
     with pytest.raises(UserError, match="finite action bounds"):
         Spaces.of(VECTOR, space).check(Config(rescale_actions=True))
+
+
+HEADS = [
+    CategoricalHead(3),
+    CategoricalHead(4, start=-2, path="gear"),
+    GaussianHead((2, 2), (-1.0,) * 4, (1.0, 2.0, 3.0, 4.0)),
+    GaussianHead((3,), (-np.inf, -1.0, 0.0), (np.inf, np.inf, 2.5), "float64", "arm.joints"),
+    GaussianHead((), (-np.inf,), (np.inf,), path="scalar"),
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_round_trip_through_dictionaries(head):
+    """Through strict JSON, alone and as part of Actions; infinite bounds become null and come back with their sign."""
+    assert head_from_dict(json.loads(json.dumps(head.to_dict(), allow_nan=False))) == head
+    actions = Actions(tuple(sorted({CategoricalHead(2, path="z"), head}, key=lambda head: head.path)))
+    text = json.dumps(actions.to_dict(), allow_nan=False)
+    assert Actions.from_dict(json.loads(text)) == actions
+    if isinstance(head, GaussianHead):
+        restored = head_from_dict(json.loads(json.dumps(head.to_dict())))
+        assert (restored.low, restored.high, restored.dtype) == (head.low, head.high, head.dtype)
+        assert restored.bounds[0].dtype == head.dtype
+
+
+def test_descriptions_of_unknown_heads_are_refused():
+    """An unknown kind, an unknown dtype, and a description without a kind."""
+    with pytest.raises(ValueError, match="unknown kind of action head: 'bernoulli'"):
+        head_from_dict({"kind": "bernoulli", "n": 2})
+    with pytest.raises(TypeError, match="float31"):
+        head_from_dict(GaussianHead((1,), (-1.0,), (1.0,)).to_dict() | {"dtype": "float31"})
+    with pytest.raises(KeyError, match="kind"):
+        head_from_dict({"n": 2})
+
+
+@pytest.mark.parametrize("paths", [("b", "a"), ("a", "a"), ("a", "b", "a"), ("2", "10"), ("a", "")])
+def test_heads_must_be_sorted_by_unique_paths(paths):
+    """JAX visits dictionaries in the order of their sorted keys, so slices of the output need that order; as text,
+    10 precedes 2."""
+    with pytest.raises(ValueError, match="heads must be sorted by unique paths"):
+        Actions(tuple(CategoricalHead(2, path=path) for path in paths))
+    ordered = Actions(tuple(CategoricalHead(2, path=path) for path in sorted(set(paths))))
+    assert ordered.noise_size == 2 * len(set(paths))
+
+
+def test_heads_share_outputs_noise_and_deviations():
+    """Slices follow each other in the order of the heads; `std` predicted doubles the outputs of a Gaussian head."""
+    gaussian, categorical = GaussianHead((2,), (-1.0,) * 2, (1.0,) * 2, path="a"), CategoricalHead(3, path="b")
+    actions = Actions((gaussian, categorical, replace(gaussian, path="c")))
+    for std, outputs in (("learned", (2, 5, 7)), ("predicted", (4, 7, 11))):
+        config = Config(std=std)
+        found = [tuple((part.start, part.stop) for part in parts) for _, *parts in actions.slices(config)]
+        first, second, third = outputs
+        assert found == [
+            ((0, first), (0, 2), (0, 2)),
+            ((first, second), (2, 5), (2, 2)),
+            ((second, third), (5, 7), (2, 4)),
+        ]
+        assert (actions.output_size(config), actions.noise_size, actions.std_size) == (third, 7, 4)
+    raw = actions.zeros((5, 2))
+    assert {path: (x.shape, x.dtype) for path, x in raw.items()} == {
+        "a": ((5, 2, 2), np.float32), "b": ((5, 2), np.int32), "c": ((5, 2, 2), np.float32),
+    }  # fmt: skip
+    assert actions.noise(np.random.default_rng(0), (5, 2)).shape == (5, 2, 7)
+
+
+def test_random_raw_actions_lie_within_bounds():
+    """Uniform within finite bounds, standard normal where a dimension is unbounded, any index of a categorical head."""
+    head = GaussianHead((2,), (-2.0, -np.inf), (3.0, np.inf), path="b")
+    raw = Actions((CategoricalHead(3, start=5, path="a"), head)).random(np.random.default_rng(0), 10_000)
+    assert set(raw["a"]) == {0, 1, 2}
+    assert raw["b"].dtype == np.float32
+    bounded, unbounded = raw["b"].T
+    assert -2.0 <= bounded.min() < -1.9
+    assert 2.9 < bounded.max() <= 3.0
+    assert unbounded.mean() == pytest.approx(0.0, abs=0.05)
+    assert unbounded.std() == pytest.approx(1.0, abs=0.05)

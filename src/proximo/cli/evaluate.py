@@ -1,93 +1,92 @@
-"""`proximo evaluate`: statistics, and pictures, of complete episodes."""
+"""`proximo evaluate`: evaluate a policy over complete episodes, and record a video."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from proximo.cli.flags import whole
+from proximo.cli.flags import non_negative_int
 from proximo.errors import UserError
-
-if TYPE_CHECKING:
-    from proximo.evaluate import Evaluation
 
 
 def add_to(commands: Any) -> None:
-    """Declare the command."""
+    """Add the command's parser."""
     parser = commands.add_parser(
         "evaluate",
-        help="run episodes with a trained policy, or with a random one",
+        help="evaluate a trained or a random policy",
         usage="proximo evaluate RUN [options]\n       proximo evaluate --policy random --env ENV_ID [options]",
-        allow_abbrev=False,
     )
     parser.add_argument(
-        "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or a checkpoint folder"
+        "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or checkpoint folder"
     )
     parser.add_argument("--run", dest="run_path", help=argparse.SUPPRESS)
-    parser.add_argument("--episodes", type=whole, default=100, help="complete episodes to run [100]")
-    parser.add_argument("--seed", type=whole, default=0, help="seed of the environments [0]")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
+    parser.add_argument("--episodes", type=non_negative_int, default=100, help="number of complete episodes [100]")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the environments [0]")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--deterministic", dest="deterministic", action="store_true", default=True,
-        help="take the policy's mode (default)",
+        help="use the policy's mode (default)",
     )  # fmt: skip
-    how.add_argument(
+    mode.add_argument(
         "--stochastic", "--no-deterministic", dest="deterministic", action="store_false",
-        help="sample from the policy, as in training",
+        help="sample actions from the policy, as in training",
     )  # fmt: skip
     parser.add_argument(
         "--policy", choices=("trained", "random"), default="trained",
-        help="random draws actions from the action space: the baseline to compare with",
+        help="trained, or random: uniform samples from the action space, as a baseline [trained]",
     )  # fmt: skip
-    parser.add_argument("--env", help="environment id, instead of the one trained on")
-    parser.add_argument("--backend", help="jax or torch, instead of the one trained with")
+    parser.add_argument("--env", help="environment id [the one trained on]")
+    parser.add_argument("--backend", help="jax or torch [the one trained with]")
     parser.add_argument("--render", action="store_true", help="show the episodes in a window")
     parser.add_argument(
         "--record", nargs="?", const="", metavar="FILE",
-        help="also record an episode as MP4; by default into the run folder's videos/",
+        help="also record an episode as MP4 [FILE: in videos/ of the run folder]",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print only a JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate and print; return the exit status."""
+    """Evaluate and print the result; return the exit status."""
     from proximo.ppo import PPO, evaluate_random
 
-    path = options.path or options.run_path
+    path, agent = options.path or options.run_path, None
     if options.record and not options.record.lower().endswith(".mp4"):
-        raise UserError(f"--record FILE must end in .mp4, got {options.record!r}; RUN comes before --record")
+        raise UserError(f"--record FILE must end in .mp4, got {options.record!r}. Put RUN before --record.")
     if path is None and options.policy == "trained":
-        raise UserError("no policy is given: proximo evaluate RUN, a run folder or a checkpoint folder")
-    agent = None
+        raise UserError("no run is given. Use proximo evaluate RUN with a run folder or a checkpoint folder.")
     if path is not None:
         agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
     env = options.env or (agent.env_id if agent else None)
     if env is None:
-        raise UserError(agent.no_environment() if agent else "no environment is given: give --env ENV_ID")
+        raise UserError(agent.envs.missing_message() if agent else "no environment is given. Add --env ENV_ID.")
 
-    record = video_file(options, path, env)
+    record = choose_video_file(options, path, env)
     common = {"seed": options.seed, "render": options.render, "record": record}
-    if options.policy == "random":
+    if agent is not None and options.policy == "trained":
+        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
+    else:
         env_kwargs = agent.config.env_kwargs if agent else {}
         result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
-    else:
-        assert agent is not None
-        result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
+    values = result.to_dict()
     if options.json:
-        print(json.dumps(result.to_dict() | ({"video": str(record)} if record else {})))
+        print(json.dumps(values | ({"video": str(record)} if record else {})))
         return 0
-    print(describe(result, env, options.policy))
-    if record:
-        print(f"video: {record}")
+    low, high = values["return_ci95"]
+    mode = "random" if options.policy == "random" else "deterministic" if result.deterministic else "stochastic"
+    print(f"{env}: {values['episodes']} episodes, {mode} policy")
+    print(
+        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
+        f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]"
+    )
+    print(f"length {values['length_mean']:.1f}" + (f"\nvideo: {record}" if record else ""))
     return 0
 
 
-def video_file(options: argparse.Namespace, path: str | None, env: str) -> Path | None:
-    """Where `--record` writes; None where it was not asked for."""
-    from proximo.run.checkpoint import MANIFEST
+def choose_video_file(options: argparse.Namespace, path: str | None, env: str) -> Path | None:
+    """File for --record: as given, in the run folder, or beside a checkpoint; None without --record."""
+    from proximo.run.checkpoint_files import MANIFEST
 
     if options.record is None:
         return None
@@ -99,19 +98,6 @@ def video_file(options: argparse.Namespace, path: str | None, env: str) -> Path 
     folder = Path(path)
     if folder.parent.name == "checkpoints":
         return folder.parent.parent / "videos" / name
-    if (folder / MANIFEST).exists():  # a checkpoint holds nothing else: the next save would replace it
+    if (folder / MANIFEST).exists():  # not inside, because saving replaces the whole checkpoint folder
         return folder.with_name(f"{folder.name}-{name}")
     return folder / "videos" / name
-
-
-def describe(result: Evaluation, env: str, policy: str = "trained") -> str:
-    """An evaluation in words."""
-    values = result.to_dict()
-    low, high = values["return_ci95"]
-    how = "random" if policy == "random" else "deterministic" if result.deterministic else "stochastic"
-    return (
-        f"{env}: {values['episodes']} episodes, {how} policy\n"
-        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
-        f"95 % interval of the mean [{low:.2f}, {high:.2f}]\n"
-        f"length {values['length_mean']:.1f}"
-    )

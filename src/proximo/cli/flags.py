@@ -1,90 +1,96 @@
-"""From a user's spelling of flags and values to ours."""
+"""Command-line flags: one for every setting, and spellings of other libraries."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
-from proximo.config.files import plain_yaml
+from proximo.config.files import load_plain_yaml
 from proximo.config.names import ALIASES, AMBIGUOUS
-from proximo.config.settings import FIELDS
-from proximo.config.values import expected, to_int
-from proximo.errors import UserError
+from proximo.config.settings import SETTINGS
+from proximo.config.values import to_int
+from proximo.errors import UserError, notify_user
 
-GROUPS = {
-    "run": "run",
-    "records": "records",
-    "update": "update (the algorithm)",
-    "network": "network",
-    "policy": "policy (continuous actions)",
-    "normalisation": "normalisation",
-}
-# Names that other libraries have for what is no setting here.
-OTHERS = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+GROUP_TITLES = {"update": "update (the algorithm)", "policy": "policy (continuous actions)"}
+# Other libraries' names of flags that are not settings.
+FLAG_ALIASES = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+QUIET = "print only errors and notes, no progress and no summary"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, in groups, with its meaning, default and range."""
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
-    for field in FIELDS.values():
-        _add_setting(groups[field.metadata["group"]], field)
+    """Add one flag per setting, in groups, with its meaning, default and range."""
+    names = dict.fromkeys(setting.group for setting in SETTINGS.values())
+    groups = {name: parser.add_argument_group(GROUP_TITLES.get(name, name)) for name in names}
+    for name, setting in SETTINGS.items():
+        text = f"{setting.meaning} [{str(setting.default).lower()}]"
+        options: dict[str, Any] = {}
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif setting.kind is tuple:
+            options["metavar"] = "N N …"
+        elif setting.kind is Mapping:
+            options |= {"type": yaml_mapping, "metavar": "YAML"}
+        elif setting.choices:
+            options["metavar"] = "{" + ",".join(setting.choices) + "}"
+        else:
+            options["metavar"] = setting.kind.__name__.upper()
+            text += f"; {setting.expected}"
+        flag, text = "--" + name.replace("_", "-"), text.replace("%", "%%")
+        groups[setting.group].add_argument(flag, default=None, help=text, **options)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings whose flags were given."""
-    return {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+    """Return the settings whose flags were given."""
+    return {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
 
 
-def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
-    rule = field.metadata
-    flag = "--" + field.name.replace("_", "-")
-    default = field.default if field.default is not dataclasses.MISSING else {}
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-    text = f"{rule['meaning']} [{shown}]".replace("%", "%%")
-    if rule["kind"] == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif rule["kind"] == "ints":
-        group.add_argument(flag, default=None, metavar="N N …", help=text)
-    elif rule["kind"] == "mapping":
-        group.add_argument(flag, type=mapping, default=None, metavar="YAML", help=text)
-    else:
-        metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["kind"].upper()
-        limits = "" if rule["choices"] else f"; {expected(field)}"
-        group.add_argument(flag, default=None, metavar=metavar, help=text + limits)
-
-
-def mapping(text: str) -> dict[str, Any]:
-    """An argument that is a YAML or JSON mapping."""
-    try:
-        value = plain_yaml(text)
-    except yaml.YAMLError:
-        value = None
+def yaml_mapping(text: str) -> dict[str, Any]:
+    """Parse an argument that is a YAML or JSON mapping."""
+    value = None
+    with suppress(yaml.YAMLError):
+        value = load_plain_yaml(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
-            f"expected names with values such as '{{gravity: -5}}', got {text!r}"
+            f"{text!r} is not a mapping; expected names with values, such as '{{gravity: -5}}'."
         )
     return value
 
 
-def whole(text: str) -> int:
-    """An argument that is a whole number of at least 0."""
-    try:
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    number = -1
+    with suppress(ValueError, OverflowError):
         number = to_int(text)
-    except (ValueError, OverflowError):
-        number = -1
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number in [0, ∞), got {text!r}")
     return number
 
 
-def spelled(words: list[str], flags: set[str]) -> list[str]:
-    """Arguments as argparse wants them: our names of flags, and numbers tied to the flag they follow.
+def parse_seeds(text: str) -> list[int]:
+    """Parse a list of seeds and ranges, such as `0-3` or `0,2,7`."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise argparse.ArgumentTypeError(f"expected seeds such as 0-3 or 0,2,7, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"expected a range from low to high, got {part!r}")
+        found += range(first, last + 1)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
+    return found
 
-    Tied, `-1e2` is not taken for a flag, nor an environment's id for the width of a layer.
+
+def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:
+    """Rename flags to Proximo's names, and join numbers to the flag before them with "=".
+
+    Joining keeps argparse from reading `-1e2` as a flag, or an environment id as another value of --hidden-sizes.
     """
     result: list[str] = []
     for word in words:
@@ -107,18 +113,17 @@ def _is_number(word: str) -> bool:
 
 
 def _canonical_flag(word: str, flags: set[str]) -> str:
-    """Our spelling of a flag: underscores become hyphens, and other libraries' names become ours."""
+    """Proximo's name of a flag; underscores become hyphens, and names of other libraries are translated."""
     if not word.startswith("--") or word == "--":
         return word
     flag, equals, value = word.partition("=")
-    flag = "--" + flag[2:].replace("_", "-")
+    flag = flag.replace("_", "-")
     if flag not in flags:
         name = flag[2:].replace("-", "_")
         if name in AMBIGUOUS:
             raise UserError(AMBIGUOUS[name])
-        canonical = "--" + {**ALIASES, **OTHERS}.get(name, name).replace("_", "-")
-        if canonical not in flags:
-            return flag + equals + value
-        print(f"proximo: note: {flag} is {canonical} here", file=sys.stderr)
-        flag = canonical
+        canonical = "--" + (ALIASES | FLAG_ALIASES).get(name, name).replace("_", "-")
+        if canonical in flags:
+            notify_user(f"{flag} is called {canonical} in Proximo")
+            flag = canonical
     return flag + equals + value

@@ -1,4 +1,4 @@
-"""`proximo inspect`: what a run, a checkpoint or a bundle of a fault holds, in words."""
+"""`proximo inspect`: describe a run, a checkpoint or a debug bundle."""
 
 from __future__ import annotations
 
@@ -11,62 +11,57 @@ from proximo.errors import UserError
 
 
 def add_to(commands: Any) -> None:
-    """Declare the command."""
+    """Add the command's parser."""
     parser = commands.add_parser(
         "inspect",
-        help="say what a checkpoint holds, or what led to a fault",
+        help="describe a run, a checkpoint or a debug bundle",
         usage="proximo inspect PATH",
-        description="Say what a run's latest checkpoint or a checkpoint holds, or explain what a run that failed left "
-        "under faults/. Nothing is run and nothing is imported.",
-        allow_abbrev=False,
+        description="Describe a checkpoint (of a run folder, the latest), or a debug bundle of a failed run with the "
+        "likely cause. Nothing is executed or imported.",
     )
-    parser.add_argument("path", metavar="PATH", help="run folder, checkpoint folder, or folder under faults/")
-    parser.set_defaults(run=run)
+    parser.add_argument("path", metavar="PATH", help="run folder, checkpoint folder, or debug bundle under faults/")
 
 
 def run(options: Namespace) -> int:
     """Print the description; return the exit status."""
     path = Path(options.path)
     try:
-        lines = list(described(path))
+        lines = list(describe_path(path))
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from error
-    for line in lines:
-        print(line)
+        raise UserError(f"{path} is corrupt: its manifest or arrays are invalid ({error!r})") from error
+    print("\n".join(lines))
     return 0
 
 
-def described(path: Path) -> Iterator[str]:
-    """A checkpoint or a bundle in words, line by line."""
-    from proximo.run import debug_bundle as bundle
-    from proximo.run.checkpoint import BUNDLE, MANIFEST, load, manifest_of
+def describe_path(path: Path) -> Iterator[str]:
+    """Yield a description of a checkpoint or a debug bundle, line by line."""
+    from proximo.run.checkpoint import CUSTOM_NETWORK, load
+    from proximo.run.checkpoint_files import DEBUG_BUNDLE, MANIFEST, read_manifest
+    from proximo.run.debug_bundle import describe_bundle
 
-    if (path / MANIFEST).is_file() and manifest_of(path).get("format") == BUNDLE:
-        yield from bundle.explain(path)
+    if (path / MANIFEST).is_file() and read_manifest(path).get("format") == DEBUG_BUNDLE:
+        yield from describe_bundle(path)
         return
     saved = load(path)
-    said, progress = saved.manifest, saved.progress
-    mean = progress.return_mean
-    yield f"{saved.path}: a checkpoint, saved {said.get('saved')} by Proximo {said.get('proximo')}"
-    config = said["config"]
-    yield f"environment {said.get('env')}, backend {said['backend']}, network {said['network']}"
+    manifest, progress, config = saved.manifest, saved.progress, saved.manifest["config"]
+    network = "custom" if manifest["network"] == CUSTOM_NETWORK else manifest["network"]
+    count, mean = len(progress.episodes), progress.return_mean
+    exact, why = (manifest["progress"].get(name) for name in ("exact", "why"))
+    yield f"{saved.path}: checkpoint, saved {manifest.get('saved')} by Proximo {manifest.get('proximo')}"
+    yield f"environment {manifest.get('env')}, backend {manifest['backend']}, network {network}"
     yield f"step {progress.global_step:,} of {config.get('total_timesteps'):,}, iteration {progress.iteration}"
     yield f"seed {config.get('seed')}"
-    yield f"mean return of the last {len(progress.episodes)} episodes: {'none yet' if mean is None else f'{mean:.1f}'}"
-    exact = (
-        "exactly" if said["progress"].get("exact") else f"with new episodes: {said['progress'].get('why')}"
-    )
-    yield f"environments can be brought back {exact}"
+    yield "no episode has finished" if mean is None else f"mean return over the last {count} episodes: {mean:.1f}"
+    yield f"exact resume: {'supported' if exact else f'not supported ({why})'}"
     for one in progress.resumed:
-        how = "exactly" if one["exact"] else f"not exactly: {one['why']}"
+        how = "exactly" if one["exact"] else f"not exactly ({one['why']})"
         yield f"resumed at step {one['global_step']:,}, {how}"
-    versions = ", ".join(
-        f"{name} {version}" for name, version in (said.get("versions") or {}).items() if version
-    )
-    yield f"versions: {versions or 'unknown'}"
-    numbers = sum(array.size for name, array in saved.arrays.items() if name.startswith("params/"))
-    yield f"{numbers:,} parameters; proximo evaluate {path}"
+    versions = (manifest.get("versions") or {}).items()
+    yield f"versions: {', '.join(f'{name} {version}' for name, version in versions if version) or 'unknown'}"
+    parameters = sum(array.size for name, array in saved.arrays.items() if name.startswith("params/"))
+    yield f"{parameters:,} parameters"
+    yield f"evaluate with: proximo evaluate {path}"

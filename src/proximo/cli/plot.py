@@ -1,4 +1,4 @@
-"""`proximo plot`: curves of one or several runs."""
+"""`proximo plot`: plot learning curves of one or several runs."""
 
 from __future__ import annotations
 
@@ -7,29 +7,23 @@ from typing import Any
 
 
 def add_to(commands: Any) -> None:
-    """Declare the command."""
+    """Add the command's parser."""
     parser = commands.add_parser(
         "plot",
-        help="draw returns, lengths and losses of runs",
+        help="plot returns, episode lengths and losses of runs",
         usage="proximo plot RUN [RUN …] [options]",
-        description="Draw curves of runs. Runs that differ in nothing but their seed become one line, their mean, "
-        "with a band of one standard deviation.",
-        allow_abbrev=False,
+        description="Plot learning curves. Runs that differ only in their seed are combined: a line for their mean, a "
+        "band of one standard deviation.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="PNG, SVG or PDF [curves.png, in the run folder where there is one run]",
+        "--output", metavar="FILE", help="PNG, SVG or PDF file [curves.png, in the run folder if only one is given]"
     )
-    parser.add_argument(
-        "--metric", action="append", metavar="NAME", help="draw this metric alone; may be given several times"
-    )
-    parser.set_defaults(run=run)
+    parser.add_argument("--metric", action="append", metavar="NAME", help="plot only this metric; may be repeated")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw, and say where."""
+    """Plot, and print the path of the figure; return the exit status."""
     from proximo.report.plot import plot
 
     print(plot(options.runs, output=options.output, metrics=options.metric))

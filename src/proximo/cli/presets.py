@@ -1,4 +1,4 @@
-"""`proximo presets`: what settings there are for which environment, where from, and what they reached here."""
+"""`proximo presets`: list the presets with their sources and measured returns, or print one."""
 
 from __future__ import annotations
 
@@ -8,45 +8,42 @@ from typing import Any
 import yaml
 
 from proximo.config import presets
-from proximo.config.settings import FIELDS
+from proximo.config.settings import SETTINGS
 
 
 def add_to(commands: Any) -> None:
-    """Declare the command."""
+    """Add the command's parser."""
     parser = commands.add_parser(
-        "presets", help="list presets, or show one", usage="proximo presets [NAME]", allow_abbrev=False
+        "presets",
+        help="list presets, or print one",
+        usage="proximo presets [NAME]",
+        description="List the presets, or print one as a file for `proximo train --config`.",
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help="environment id of the preset to show")
-    parser.set_defaults(run=run)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="preset to print")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table, or one preset as YAML that `proximo train --config` takes."""
+    """Print the table, or one preset as a file of settings; return the exit status."""
     if options.name:
-        print(shown(options.name), end="")
+        preset = presets.load(options.name)
+        print(f"# {options.name}\n# source: {preset['source']}\n# measured: {format_measured(preset)}")
+        print(yaml.safe_dump({"env": options.name, **preset["settings"]}, sort_keys=False), end="")
         return 0
-    rows = [("environment", "steps", "return here (mean ± std over seeds)", "source")]
-    for name in presets.available():
+    rows = [("preset", "steps", "measured return (mean ± std over seeds)", "source")]
+    for name in presets.list_names():
         preset = presets.load(name)
-        steps = preset["settings"].get("total_timesteps", FIELDS["total_timesteps"].default)
-        rows.append((name, f"{int(steps):,}", measured_in_words(preset), preset["source"]))
+        steps = preset["settings"].get("total_timesteps", SETTINGS["total_timesteps"].default)
+        rows.append((name, f"{int(steps):,}", format_measured(preset), preset["source"]))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for environment, steps, measured, source in rows:
-        print(f"{environment:<{widths[0]}}  {steps:>{widths[1]}}  {measured:<{widths[2]}}  {source}")
+    for name, steps, measured, source in rows:
+        print(f"{name:<{widths[0]}}  {steps:>{widths[1]}}  {measured:<{widths[2]}}  {source}")
     return 0
 
 
-def measured_in_words(preset: dict[str, Any]) -> str:
-    """`500.0 ± 0.0 (5 seeds, jax)`, one for each backend measured."""
-    found = [
-        f"{of['mean']:.1f} ± {of['std']:.1f} ({of['seeds']} seeds, {backend})"
-        for backend, of in preset.get("measured", {}).items()
+def format_measured(preset: dict[str, Any]) -> str:
+    """Measured return of each backend, such as `500.0 ± 0.0 (5 seeds, jax)`."""
+    results = [
+        f"{result['mean']:.1f} ± {result['std']:.1f} ({result['seeds']} seeds, {backend})"
+        for backend, result in preset.get("measured", {}).items()
     ]
-    return "; ".join(found) or "not measured"
-
-
-def shown(name: str) -> str:
-    """One preset, its source and results as comments."""
-    preset = presets.load(name)
-    head = [f"# {name}", f"# source: {preset['source']}", f"# measured: {measured_in_words(preset)}"]
-    return "\n".join(head) + "\n" + yaml.safe_dump({"env": name, **preset["settings"]}, sort_keys=False)
+    return "; ".join(results) or "not measured"

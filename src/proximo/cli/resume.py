@@ -1,4 +1,4 @@
-"""`proximo resume`: a run that was interrupted, or that is to go on for longer."""
+"""`proximo resume`: continue a run from its latest checkpoint."""
 
 from __future__ import annotations
 
@@ -6,51 +6,44 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from proximo.cli.flags import whole
-from proximo.cli.train import learn, prepared, said
+from proximo.cli.flags import QUIET, non_negative_int
+from proximo.cli.train import learn, prepare_process
 from proximo.errors import UserError, notify_user
 
 
 def add_to(commands: Any) -> None:
-    """Declare the command."""
+    """Add the command's parser."""
     parser = commands.add_parser(
         "resume",
-        help="go on with a run where it stopped",
+        help="continue a run",
         usage="proximo resume RUN [options]",
-        description="Go on with a run from its latest checkpoint, in its own folder: to the bit as if it had "
-        "never stopped, if its environments can be brought back. An older checkpoint goes on in a new folder.",
-        allow_abbrev=False,
+        description="Continue a run from its latest checkpoint, in its folder. If the simulator state can be restored, "
+        "the result is bit-identical to an uninterrupted run. An older checkpoint continues in a new folder.",
     )
-    parser.add_argument("path", metavar="RUN", help="run folder, or a checkpoint folder")
+    parser.add_argument("path", metavar="RUN", help="run folder, or checkpoint folder")
     parser.add_argument(
         "--env",
-        help="the environment again, where it is of the form MODULE:ID: what a file names is not imported",
+        help="environment id; required for ids of the form MODULE:ID, because modules named in a file are not imported",
     )
     parser.add_argument(
-        "--total-timesteps",
-        type=whole,
-        help="steps of the whole run, if other than before; schedules then end there",
+        "--total-timesteps", type=non_negative_int, help="new total number of steps of the run; schedules end there"
     )
     parser.add_argument(
-        "--stop-at-return", type=float, help="the mean training return to stop at, if other than before"
+        "--stop-at-return", type=float, help="stop when the mean return of the last 100 training episodes reaches this"
     )
-    parser.add_argument("--backend", help="jax or torch, if other than before")
-    parser.add_argument("--engine", help="how environments are run, if other than before")
-    parser.add_argument("--run-dir", help="go on in this new folder instead")
-    parser.add_argument(
-        "--quiet",
-        action="store_true",
-        help="no progress and no summary: errors, and notes of what happens, alone",
-    )
-    parser.set_defaults(run=run, until_input_ends=False)
+    parser.add_argument("--backend", help="new backend: jax or torch")
+    parser.add_argument("--engine", help="new engine: auto, sync, workers, envpool or native")
+    parser.add_argument("--run-dir", help="new folder to continue in")
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
+    parser.set_defaults(until_input_ends=False)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train on, saying where everything is; return the exit status."""
-    with prepared(options) as interrupt:
+    """Continue training and print a summary; return the exit status."""
+    with prepare_process(options) as (signals, log):
         from proximo.ppo import PPO
         from proximo.run.folder import default_run_dir, require_empty
-        from proximo.train import solved
+        from proximo.train import is_solved
 
         names = ("total_timesteps", "stop_at_return", "backend", "engine")
         changes = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -59,21 +52,17 @@ def run(options: argparse.Namespace) -> int:
         agent = PPO.load(options.path, options.env, **changes)
         config, progress = agent.config, agent.progress
         if agent.env_id is None:
-            raise UserError(agent.no_environment())
+            raise UserError(agent.envs.missing_message())
         if progress.global_step >= config.total_timesteps:
-            raise UserError(
-                f"{options.path} has done its {config.total_timesteps:,} steps: name a larger --total-timesteps"
-            )
-        if solved(config, progress):
-            raise UserError(
-                f"{options.path} has reached its stop_at_return {config.stop_at_return:g}: name a larger one, with "
-                "--stop-at-return"
-            )
-        own = Path(options.path) if agent.home == Path(options.path).resolve() else agent.home
+            steps = f"{config.total_timesteps:,} steps"
+            raise UserError(f"{options.path} has already completed its {steps}. Use a larger --total-timesteps.")
+        if is_solved(config, progress):
+            goal = f"stop_at_return {config.stop_at_return:g}"
+            raise UserError(f"{options.path} has already reached {goal}. Use a higher --stop-at-return.")
+        # The path as given is shown, rather than the resolved one.
+        same = Path(options.path) if agent.run_dir == Path(options.path).resolve() else agent.run_dir
         new = default_run_dir(agent.env_id, agent.learner.backend, config.seed)
-        run_dir = Path(options.run_dir or own or new)
-        say = (lambda line: None) if options.quiet else said
-        say(f"{agent.env_id}: going on at step {progress.global_step:,} of {config.total_timesteps:,}")
+        log(f"{agent.env_id}: resuming at step {progress.global_step:,} of {config.total_timesteps:,}")
         if options.total_timesteps is not None and not options.quiet:
             notify_user(f"schedules end at step {config.total_timesteps:,}")
-        return learn(agent, run_dir, interrupt, say, progress=not options.quiet)
+        return learn(agent, Path(options.run_dir or same or new), signals, log, progress=not options.quiet)

@@ -13,71 +13,71 @@ import types
 
 from proximo.machine import HANGUP, STOP_SIGNALS
 
-GRACE_S = 10.0  # after a second signal
+GRACE_S = 10.0  # after the second signal
 
 
 def stop_when_input_ends() -> None:
-    """Ask this process to stop when whoever began it has ended."""
+    """Send SIGTERM to this process when its standard input ends, because its parent has ended."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def end_when_asked_twice(signals: socket.socket) -> None:
-    """End this process some seconds after its second signal, unless it ends before."""
-    asked: list[int] = []
+def exit_after_second_signal(signals: socket.socket) -> None:
+    """Exit `GRACE_S` seconds after the second stop signal, even if the main thread does not respond."""
+    received: list[int] = []
     with signals:
-        while len(asked) < 2:
-            arrived = signals.recv(1)
-            if not arrived:
+        while len(received) < 2:
+            numbers = signals.recv(1)
+            if not numbers:
                 return
-            asked += [number for number in arrived if asks(number, bool(asked))]
+            received += [number for number in numbers if is_stop_signal(number, bool(received))]
     time.sleep(GRACE_S)
-    os._exit(128 + asked[-1])
+    os._exit(128 + received[-1])
 
 
-def asks(number: int, again: bool) -> bool:
-    """Whether a signal asks for a stop, or once more: a terminal that goes away may send SIGHUP twice."""
-    return number in STOP_SIGNALS and not (again and number == HANGUP)
+def is_stop_signal(number: int, repeated: bool) -> bool:
+    """Whether a signal counts as a stop signal. A repeated SIGHUP does not: a closing terminal may send it twice."""
+    return number in STOP_SIGNALS and not (repeated and number == HANGUP)
 
 
-class Interrupt:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop after the iteration, a second SIGINT or SIGTERM ends it.
+class StopSignals:
+    """Signal handlers for training.
 
-    SIGHUP, from a terminal that went away, is ignored where it was before, as under nohup. Where the second one meets C
-    code that does not return, the process is ended some seconds later all the same.
+    The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current iteration. A second
+    SIGINT or SIGTERM raises KeyboardInterrupt; if C code keeps Python from handling it, the process exits after
+    `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored.
     """
 
-    def __init__(self, say: bool = True) -> None:
-        self.signal: int | None = None
-        self._say = say
+    def __init__(self, verbose: bool = True) -> None:
+        self.received: int | None = None
+        self._verbose = verbose
 
-    def __enter__(self) -> Interrupt:
-        self._before = {
-            number: signal.signal(number, self._ask)
+    def __enter__(self) -> StopSignals:
+        self._previous = {
+            number: signal.signal(number, self._handle)
             for number in STOP_SIGNALS
             if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
         }
-        # Written to when a signal arrives, and not only when Python gets to handle it.
-        self._read, self._written = socket.socketpair()
-        for end in (self._read, self._written):
-            end.setblocking(end is self._read)
-        self._woken_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=end_when_asked_twice, args=(self._read,), daemon=True).start()
+        # The wakeup socket receives a signal at once, even while C code blocks Python's handlers.
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=exit_after_second_signal, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._woken_before)
-        self._written.close()  # which ends the thread
-        for number, handler in self._before.items():
+        signal.set_wakeup_fd(self._previous_wakeup)
+        self._writer.close()  # ends the thread
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: types.FrameType | None) -> None:
-        if not asks(number, self.signal is not None):
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if not is_stop_signal(number, self.received is not None):
             return
-        if self.signal is not None:
+        if self.received is not None:
             raise KeyboardInterrupt(number)
-        self.signal = number
-        if self._say:
+        self.received = number
+        if self._verbose:
             with contextlib.suppress(OSError, ValueError):
-                print("\nproximo: stopping after this iteration; once more stops at once", file=sys.stderr)
+                print("\nproximo: stopping after this iteration (repeat to stop immediately)", file=sys.stderr)

@@ -3,67 +3,82 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import yaml
 
-from proximo.config.names import checked
+from proximo.config.names import convert_settings
+from proximo.config.settings import Config
 from proximo.errors import UserError
 
-FILE_CHARACTERS = 1 << 20  # more than any file of settings has
+MAX_CHARACTERS = 1 << 20  # far more than any settings file needs
+ENV_KEYS = ("env", "env_id", "env_name")
 
 
-class _Plain(yaml.SafeLoader):
-    """Numbers, text, lists and mappings, each written out: aliases could stand for more than memory holds."""
+class _PlainLoader(yaml.SafeLoader):
+    """Loader that rejects aliases, since a few nested aliases can expand to more than memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read: write out what they stand for")
+            raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
         return super().compose_node(parent, index)
 
 
-def plain_yaml(text: str) -> Any:
-    """Read YAML that holds data only.
+def load_plain_yaml(text: str) -> Any:
+    """Parse YAML of numbers, strings, lists and mappings.
 
     Raises:
-        yaml.YAMLError: it is none, holds tags of objects or aliases, or is too long or too deep.
+        yaml.YAMLError: the text is not valid YAML, has object tags or aliases, or is too long or too deep.
     """
-    if len(text) > FILE_CHARACTERS:
-        raise yaml.YAMLError(f"longer than {FILE_CHARACTERS:,} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"longer than {MAX_CHARACTERS:,} characters")
     try:
-        return yaml.load(text, _Plain)
+        return yaml.load(text, _PlainLoader)
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
-    except ValueError as error:  # such as a date that is none
+    except ValueError as error:  # such as the date 2024-13-45
         raise yaml.YAMLError(str(error)) from error
 
 
-ENV_NAMES = ("env", "env_id", "env_name")
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of names and values; raise `UserError` if it cannot be read or is something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} is not a mapping; expected names with values, such as `gamma: 0.99`.")
+    return values
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[str | None, str, dict[str, Any]]:
-    """Environment (None where it names none), preset ("auto" where it names none) and settings of a YAML file.
+    """Return a settings file's environment id or None, preset (by default "auto"), and converted settings.
 
-    Raises:
-        UserError: it cannot be read, is no mapping, or holds an unknown name or a bad value.
+    Raises `UserError` if the file cannot be read, is not a YAML mapping, or has a bad name or value.
     """
+    values = read_mapping(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            values = plain_yaml(file.read(FILE_CHARACTERS + 1))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} must hold names with values, such as `gamma: 0.99`")
-    try:
-        named = [env for name in ENV_NAMES if (env := values.pop(name, None)) is not None]
-        if len(named) > 1 or not all(isinstance(env, str) for env in named):
-            raise UserError(f"the environment must be one id, as env, got {named}")
+        envs = [env for key in ENV_KEYS if (env := values.pop(key, None)) is not None]
+        if len(envs) > 1 or not all(isinstance(env, str) for env in envs):
+            raise UserError(f"the environment is {envs}; expected one id, as `env: CartPole-v1`.")
         preset = values.pop("preset", "auto") or "none"
         if not isinstance(preset, str):
-            raise UserError(f"preset must be auto, none or a name, got {preset!r}")
-        settings = checked(values)
+            raise UserError(f"`preset` is {preset!r}; expected auto, none or the name of a preset.")
+        settings = convert_settings(values)
     except UserError as error:
         raise UserError(f"config file {path}: {error}") from error
-    return (named[0] if named else None), preset, settings
+    return (envs[0] if envs else None), preset, settings
+
+
+def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collection[str] = ("run_dir",)) -> str:
+    """Return the text of a settings file, from which `proximo train --config` reproduces `config`.
+
+    All settings except those in `omit` are in it and override those of the preset, whose name is only a record.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name not in omit}
+    values = {"env": env_id, "preset": preset or "none", **settings}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,51 +1,21 @@
-"""Every setting of a run, once: its meaning, range, default and source.
+"""The table of settings: type, default, range, meaning and source of each.
 
-The command line, YAML files, presets, checkpoints and `PPO(...)` all read this one table, so a setting has
-the same name and the same checks wherever it is given.
+The command line, YAML files, presets, checkpoints and `PPO(...)` share this table, so a setting has the same name and
+the same checks everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from math import inf, isqrt
+from typing import Any, Literal, get_type_hints
 
-from proximo.config.values import check
+from proximo.config.values import Setting
 from proximo.errors import UserError
-
-ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu", "leaky_relu")
-
-
-def option(
-    default: Any,
-    meaning: str,
-    *,
-    group: str,
-    kind: str,
-    optional: bool = False,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    source: str = "",
-) -> Any:
-    """A setting. `kind` is int, float, bool, str, ints or mapping; `low`/`high` include, `above` excludes."""
-    metadata = {
-        "meaning": meaning,
-        "group": group,
-        "kind": kind,
-        "optional": optional,
-        "low": low,
-        "high": high,
-        "above": above,
-        "choices": choices,
-        "source": source,
-    }
-    if kind == "mapping":
-        return dataclasses.field(default_factory=dict, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
 
 PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347"
 GAE_PAPER = "Schulman et al. 2015, arXiv:1506.02438"
@@ -53,365 +23,283 @@ DETAILS = "Huang et al. 2022, The 37 Implementation Details of PPO"
 WHAT_MATTERS = "Andrychowicz et al. 2020, arXiv:2006.05990"
 
 
+def option(
+    group: str, default: Any, meaning: str, low: float = -inf, high: float = inf, above: float = -inf, source: str = ""
+) -> Any:
+    """Return the field of one setting; its annotation gives the type and the choices. See `Setting`."""
+    rules = dict(group=group, meaning=meaning, low=low, high=high, above=above, source=source)
+    if default == {}:
+        return dataclasses.field(default_factory=dict, metadata=rules)
+    return dataclasses.field(default=default, metadata=rules)
+
+
+# Groups of settings.
+run, records, update, network, policy, normalisation = (
+    partial(option, group) for group in ("run", "records", "update", "network", "policy", "normalisation")
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of one run. Immutable, and checked when built.
+    """The settings of one run. Immutable; values are converted and checked at construction.
 
     Raises:
-        UserError: a value has the wrong type or lies outside its range, or two settings contradict.
+        UserError: a value has the wrong type or is out of range, or two settings contradict each other.
     """
 
-    # Run
-    total_timesteps: int = option(
-        1_000_000,
-        "agent steps to train for, over all environments; a frame-skipped step counts once",
-        group="run", kind="int", low=1,
-    )  # fmt: skip
-    num_envs: int = option(8, "environments stepped in parallel (N)", group="run", kind="int", low=1)
-    num_steps: int = option(256, "steps per environment in one rollout (T)", group="run", kind="int", low=1)
-    seed: int = option(0, "seed of every random number", group="run", kind="int", low=0)
-    backend: str = option(
-        "auto",
-        "array library of the learner; auto takes the quicker one: PyTorch for convolutions, where it is installed, "
-        "and otherwise JAX",
-        group="run", kind="str", choices=("auto", "jax", "torch"),
-    )  # fmt: skip
-    engine: str = option(
-        "auto",
-        "how environments are run: auto (the quickest of the others, by a rule), sync (in this process), workers "
-        "(many in each of a few processes, this one among them), async (one process each), envpool (in C++, where "
-        "EnvPool has the environment), native (the environment's own vectorised version)",
-        group="run", kind="str", choices=("auto", "sync", "workers", "async", "envpool", "native"),
-    )  # fmt: skip
-    isolate_envs: bool = option(
-        False,
-        "keep all environments out of the process that learns (engine workers): one that crashes or never returns then "
-        "ends the run with a message, at some cost in speed; videos still run one in it",
-        group="run", kind="bool",
-    )  # fmt: skip
-    env_timeout: float = option(
-        60.0,
-        "seconds that a step or reset of one environment may take before it counts as stuck and ends the run, which "
-        "names it (engines workers and sync)",
-        group="run", kind="float", above=0.0,
-    )  # fmt: skip
-    device: str = option(
-        "auto",
-        "where it is learned: cpu, cuda, mps (PyTorch on a Mac); auto takes cuda for convolutions, where there is one, "
-        "and otherwise the CPU",
-        group="run", kind="str", choices=("auto", "cpu", "cuda", "mps"),
-    )  # fmt: skip
-    threads: int | None = option(
-        None,
-        "threads that learn on the CPU; 1 for small networks and one for each core for others, unless given",
-        group="run", kind="int", optional=True, low=1, high=1024,
-    )  # fmt: skip
-    compile: bool | None = option(
-        None,
-        "compile PyTorch's minibatch step; where it is not given, a run long enough to win the time back compiles",
-        group="run", kind="bool", optional=True,
-    )  # fmt: skip
-    run_dir: str | None = option(
-        None, "folder of the run; by default a new one under runs/", group="run", kind="str", optional=True
+    # fmt: off
+    total_timesteps: int = run(
+        1_000_000, "steps to train for, summed over all environments; an action with frame skip is one step", low=1
     )
-    env_kwargs: Mapping[str, Any] = option(
-        {}, "keyword arguments for the environment, as YAML or JSON", group="run", kind="mapping"
+    num_envs: int = run(8, "environments stepped in parallel (N)", low=1)
+    num_steps: int = run(256, "steps per environment in one rollout (T)", low=1)
+    seed: int = run(0, "seed of all random numbers", low=0)
+    backend: Literal["auto", "jax", "torch"] = run(
+        "auto", "array library of the learner; auto selects PyTorch for convolutions if it is installed, else JAX"
     )
-    stop_at_return: float | None = option(
-        None,
-        "stop when the mean return of the last 100 training episodes reaches this",
-        group="run", kind="float", optional=True,
-    )  # fmt: skip
-    exact_resume: bool = option(
-        False,
-        "have auto choose among the engines that can be brought back to where they stood, so that the run can be "
-        "resumed exactly",
-        group="run", kind="bool",
-    )  # fmt: skip
-    checkpoint_interval: int = option(
-        50, "iterations between checkpoints; 0 for none by count", group="run", kind="int", low=0
+    engine: Literal["auto", "sync", "workers", "envpool", "native"] = run(
+        "auto", "how environments run: sync (in this process), workers (in a few processes, many in each), envpool (in "
+        "C++), native (the environment's own vectorised version), or auto (the fastest of these, by rule)"
     )
-    checkpoint_minutes: float | None = option(
-        10.0, "minutes after which a checkpoint is written in any case; none for none by time",
-        group="run", kind="float", optional=True, above=0,
-    )  # fmt: skip
-    keep_checkpoints: int = option(
-        3, "latest checkpoints that are kept, besides the best one", group="run", kind="int", low=1
+    isolate_envs: bool = run(
+        False, "run all environments in worker processes (engine workers): slower, but a crash or hang ends the run "
+        "with an error message; videos still use an environment in the main process"
     )
-    evaluation_interval: int = option(
-        0,
-        "iterations between evaluations of the policy's mode in environments of their own, by which the best "
-        "checkpoint is then chosen; 0 for none",
-        group="run", kind="int", low=0,
-    )  # fmt: skip
-    evaluation_episodes: int = option(
-        20, "complete episodes of each such evaluation", group="run", kind="int", low=1
+    env_timeout: float = run(
+        60.0, "seconds after which a step or reset counts as stuck and stops the run (engines workers and sync)",
+        above=0
     )
-    tensorboard: bool = option(
-        True, "write TensorBoard events into the run folder", group="records", kind="bool"
+    device: Literal["auto", "cpu", "cuda", "mps"] = run(
+        "auto", "device of the learner (mps: PyTorch on a Mac); auto selects cuda for convolutions if available, "
+        "else cpu"
     )
-    wandb: str | None = option(
-        None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account",
-        group="records", kind="str", optional=True,
-    )  # fmt: skip
-    histogram_interval: int = option(
-        20,
-        "iterations between histograms of returns, advantages, values, actions and ratios, and statistics "
-        "of every action dimension; 0 for none",
-        group="records", kind="int", low=0,
-    )  # fmt: skip
-    capture_video: bool = option(
-        False, "record an episode of the policy now and then, and at the end", group="records", kind="bool"
+    threads: int | None = run(
+        None, "CPU threads of the learner; by default 1 for small networks, otherwise one per core", low=1, high=1024
     )
-    video_interval: int = option(
-        100, "iterations between videos; 0 records only the last", group="records", kind="int", low=0
+    compile: bool | None = run(
+        None, "compile PyTorch's minibatch step; by default in runs long enough to recover the compile time"
+    )
+    run_dir: str | None = run(None, "run folder; by default a new folder under runs/")
+    env_kwargs: Mapping[str, Any] = run({}, "keyword arguments of the environment, as YAML or JSON")
+    stop_at_return: float | None = run(
+        None, "stop when the mean return of the last 100 training episodes reaches this value"
+    )
+    exact_resume: bool = run(False, "let auto select only engines that support exact resume")
+    checkpoint_interval: int = run(50, "iterations between checkpoints; 0 disables", low=0)
+    checkpoint_minutes: float | None = run(
+        10.0, "minutes after which a checkpoint is written in any case; none disables", above=0
+    )
+    keep_checkpoints: int = run(3, "number of latest checkpoints to keep, in addition to the best one", low=1)
+    evaluation_interval: int = run(
+        0, "iterations between evaluations of the deterministic policy, which then select the best checkpoint; "
+        "0 disables", low=0
+    )
+    evaluation_episodes: int = run(20, "complete episodes per evaluation", low=1)
+
+    tensorboard: bool = records(True, "write TensorBoard events to the run folder")
+    wandb: str | None = records(None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account")
+    histogram_interval: int = records(
+        20, "iterations between histograms of returns, advantages, values, actions and ratios, with statistics per "
+        "action dimension; 0 disables", low=0
+    )
+    capture_video: bool = records(False, "record videos of the policy during training and at the end")
+    video_interval: int = records(100, "iterations between videos; 0 records only at the end", low=0)
+
+    update_epochs: int = update(10, "passes over each rollout", low=1, source=PPO_PAPER)
+    minibatch_size: int | None = update(
+        None, "transitions per minibatch; by default 64, unless num_minibatches is given", low=1, source=PPO_PAPER
+    )
+    num_minibatches: int | None = update(
+        None, "minibatches per epoch, as an alternative to minibatch_size", low=1, source=DETAILS
+    )
+    sequence_length: int = update(
+        1, "steps per training sequence, a divisor of num_steps; above 1 for custom recurrent networks only", low=1
+    )
+    learning_rate: float = update(3e-4, "initial learning rate of Adam", low=0, source=PPO_PAPER)
+    actor_learning_rate: float | None = update(
+        None, "learning rate of the actor and of a shared trunk; by default learning_rate", low=0
+    )
+    critic_learning_rate: float | None = update(None, "learning rate of the critic; by default learning_rate", low=0)
+    final_learning_rate: float = update(0.0, "learning rate at the end of a linear or cosine schedule", low=0)
+    lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = update(
+        "linear", "schedule of the learning rate; adaptive adjusts it to reach desired_kl", source=DETAILS
+    )
+    adam_epsilon: float = update(1e-5, "term added to the denominator of Adam", above=0, source=DETAILS)
+    gamma: float = update(0.99, "discount factor", low=0, high=1, source=PPO_PAPER)
+    gae_lambda: float = update(
+        0.95, "λ of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo",
+        low=0, high=1, source=GAE_PAPER
+    )
+    clip_coef: float = update(0.2, "clip range of the probability ratio, 1 ± this value", above=0, source=PPO_PAPER)
+    clip_schedule: Literal["constant", "linear"] = update("constant", "schedule of clip_coef", source=PPO_PAPER)
+    final_clip_coef: float = update(0.0, "clip_coef at the end of a linear schedule", low=0)
+    vf_clip_coef: float | None = update(
+        None, "clip range of the new value around the old value; off by default", above=0, source=DETAILS
+    )
+    ent_coef: float = update(0.0, "weight of the entropy bonus", low=0, source=PPO_PAPER)
+    ent_schedule: Literal["constant", "linear"] = update("constant", "schedule of ent_coef")
+    final_ent_coef: float = update(0.0, "ent_coef at the end of a linear schedule", low=0)
+    vf_coef: float = update(
+        0.5, "weight of the value loss, which is half the mean squared error", low=0, source=PPO_PAPER
+    )
+    max_grad_norm: float | None = update(
+        0.5, "maximum norm of the gradient over all parameters; none disables clipping", above=0, source=DETAILS
+    )
+    target_kl: float | None = update(
+        None, "stop the update before the minibatch whose KL divergence exceeds this value; off by default",
+        above=0, source=DETAILS
+    )
+    desired_kl: float = update(
+        0.01, "target KL divergence of the adaptive learning rate schedule",
+        above=0, source="Rudin et al. 2021, arXiv:2109.11978"
+    )
+    normalize_advantage: Literal["minibatch", "rollout", "off"] = update(
+        "minibatch", "scope in which advantages are scaled to mean 0 and standard deviation 1; off disables",
+        source=DETAILS
     )
 
-    # Update
-    update_epochs: int = option(
-        10, "passes over each rollout", group="update", kind="int", low=1, source=PPO_PAPER
+    architecture: Literal["auto", "mlp", "nature", "impala"] = network(
+        "auto", "built-in network: mlp, or nature or impala with convolutions; auto selects mlp without images, nature "
+        "with images, and impala for images too small for nature",
+        source="Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv:1802.01561 (impala)"
     )
-    minibatch_size: int | None = option(
-        None,
-        "transitions per minibatch; 64 unless num_minibatches is given",
-        group="update", kind="int", optional=True, low=1, source=PPO_PAPER,
-    )  # fmt: skip
-    num_minibatches: int | None = option(
-        None, "minibatches per epoch, instead of minibatch_size", group="update", kind="int", optional=True,
-        low=1, source=DETAILS,
-    )  # fmt: skip
-    sequence_length: int = option(
-        1,
-        "steps per training sequence, a divisor of num_steps; only recurrent networks of your own need more than 1",
-        group="update", kind="int", low=1,
-    )  # fmt: skip
-    learning_rate: float = option(
-        3e-4, "Adam's step size at the start", group="update", kind="float", low=0, source=PPO_PAPER
+    hidden_sizes: tuple[int, ...] | None = network(
+        None, "widths of the hidden layers; by default 64 64 (mlp), 512 (nature) or 256 (impala)",
+        low=1, source=PPO_PAPER
     )
-    actor_learning_rate: float | None = option(
-        None, "step size of the actor and of a shared trunk; learning_rate unless given",
-        group="update", kind="float", optional=True, low=0,
-    )  # fmt: skip
-    critic_learning_rate: float | None = option(
-        None, "step size of the critic; learning_rate unless given", group="update", kind="float",
-        optional=True, low=0,
-    )  # fmt: skip
-    final_learning_rate: float = option(
-        0.0, "step size at the end of a linear or cosine schedule", group="update", kind="float", low=0
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] | None = network(
+        None, "activation function of the hidden layers; by default tanh (mlp) or relu (nature, impala)",
+        source=WHAT_MATTERS
     )
-    lr_schedule: str = option(
-        "linear",
-        "step size over the run; adaptive follows desired_kl",
-        group="update", kind="str", choices=("constant", "linear", "cosine", "adaptive"), source=DETAILS,
-    )  # fmt: skip
-    adam_epsilon: float = option(
-        1e-5, "added to Adam's denominator", group="update", kind="float", above=0, source=DETAILS
+    shared_trunk: bool | None = network(
+        None, "one body with a policy and a value head, not two networks; by default with nature and impala"
     )
-    gamma: float = option(
-        0.99, "discount factor", group="update", kind="float", low=0, high=1, source=PPO_PAPER
+    precision: Literal["float32", "bfloat16"] = network(
+        "float32", "precision of convolutions and the hidden layers after them; everything else is float32",
+        source="Micikevicius et al. 2018, arXiv:1710.03740"
     )
-    gae_lambda: float = option(
-        0.95, "bias-variance trade-off of the advantages: 0 one-step, 1 Monte Carlo",
-        group="update", kind="float", low=0, high=1, source=GAE_PAPER,
-    )  # fmt: skip
-    clip_coef: float = option(
-        0.2, "the ratio is clipped to 1 ± this", group="update", kind="float", above=0, source=PPO_PAPER
-    )
-    clip_schedule: str = option(
-        "constant", "clip_coef over the run", group="update", kind="str", choices=("constant", "linear"),
-        source=PPO_PAPER,
-    )  # fmt: skip
-    final_clip_coef: float = option(
-        0.0, "clip_coef at the end of a linear schedule", group="update", kind="float", low=0
-    )
-    vf_clip_coef: float | None = option(
-        None, "the new value is clipped to the old ± this; off by default",
-        group="update", kind="float", optional=True, above=0, source=DETAILS,
-    )  # fmt: skip
-    ent_coef: float = option(
-        0.0, "weight of the entropy bonus", group="update", kind="float", low=0, source=PPO_PAPER
-    )
-    ent_schedule: str = option(
-        "constant", "ent_coef over the run", group="update", kind="str", choices=("constant", "linear")
-    )
-    final_ent_coef: float = option(
-        0.0, "ent_coef at the end of a linear schedule", group="update", kind="float", low=0
-    )
-    vf_coef: float = option(
-        0.5, "weight of the value loss, half the mean squared error", group="update", kind="float", low=0,
-        source=PPO_PAPER,
-    )  # fmt: skip
-    max_grad_norm: float | None = option(
-        0.5, "gradients are scaled down to this norm, taken over all parameters; none for no clipping",
-        group="update", kind="float", optional=True, above=0, source=DETAILS,
-    )  # fmt: skip
-    target_kl: float | None = option(
-        None, "stop the update before the minibatch whose KL divergence exceeds this; off by default",
-        group="update", kind="float", optional=True, above=0, source=DETAILS,
-    )  # fmt: skip
-    desired_kl: float = option(
-        0.01, "KL divergence that the adaptive schedule steers to", group="update", kind="float", above=0,
-        source="Rudin et al. 2021, arXiv:2109.11978",
-    )  # fmt: skip
-    normalize_advantage: str = option(
-        "minibatch", "over what advantages get mean 0 and standard deviation 1",
-        group="update", kind="str", choices=("minibatch", "rollout", "off"), source=DETAILS,
-    )  # fmt: skip
-
-    # Networks
-    architecture: str = option(
-        "auto",
-        "built-in network: mlp; nature or impala, convolutional; auto takes mlp without images, and with them "
-        "nature, or impala where they are too small for it",
-        group="network", kind="str", choices=("auto", "mlp", "nature", "impala"),
-        source="Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv:1802.01561 (impala)",
-    )  # fmt: skip
-    hidden_sizes: tuple[int, ...] | None = option(
-        None, "widths of the hidden layers; unless given 64 64, with nature 512, with impala 256",
-        group="network", kind="ints", optional=True, low=1, source=PPO_PAPER,
-    )  # fmt: skip
-    activation: str | None = option(
-        None, "nonlinearity of the hidden layers; unless given tanh, with nature and impala relu",
-        group="network", kind="str", optional=True, choices=ACTIVATIONS, source=WHAT_MATTERS,
-    )  # fmt: skip
-    shared_trunk: bool | None = option(
-        None,
-        "one body with a policy head and a value head, instead of two networks; unless given with nature and impala",
-        group="network", kind="bool", optional=True,
-    )  # fmt: skip
-    precision: str = option(
-        "float32",
-        "arithmetic of convolutions and of the hidden layers behind them; parameters, policy, losses and optimizer are "
-        "float32 in any case",
-        group="network", kind="str", choices=("float32", "bfloat16"),
-        source="Micikevicius et al. 2018, arXiv:1710.03740",
-    )  # fmt: skip
-    orthogonal_init: bool = option(
-        True,
-        "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise "
-        "uniform in ±1/sqrt(inputs), PyTorch's default",
-        group="network", kind="bool", source=DETAILS,
-    )  # fmt: skip
-
-    # Policy
-    std: str = option(
-        "learned",
-        "standard deviation of a Gaussian policy: learned without state, predicted from the observation, "
-        "or fixed",
-        group="policy", kind="str", choices=("learned", "predicted", "fixed"), source=WHAT_MATTERS,
-    )  # fmt: skip
-    init_std: float = option(
-        1.0, "standard deviation at the start", group="policy", kind="float", above=0, high=7.0
-    )
-    min_std: float = option(
-        1e-3, "lower bound of the standard deviation", group="policy", kind="float", above=0
-    )
-    tanh_mean: bool = option(
-        False, "bound the Gaussian's mean to [-1, 1] with tanh", group="policy", kind="bool"
-    )
-    squash: bool = option(
-        False, "squash actions into (-1, 1) with tanh, with the density corrected", group="policy",
-        kind="bool", source="Haarnoja et al. 2018, arXiv:1801.01290, appendix C",
-    )  # fmt: skip
-    rescale_actions: bool = option(
-        False, "map actions from [-1, 1] to the bounds of the action space", group="policy", kind="bool"
-    )
-    clip_actions: bool = option(
-        True, "clip actions to the bounds of the action space", group="policy", kind="bool", source=DETAILS
+    orthogonal_init: bool = network(
+        True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
+        "default, uniform in ±1/sqrt(inputs)", source=DETAILS
     )
 
-    # Normalisation
-    normalize_observation: bool = option(
-        False, "bring observations to running mean 0 and standard deviation 1", group="normalisation",
-        kind="bool", source=DETAILS,
-    )  # fmt: skip
-    normalize_reward: bool = option(
-        False, "divide rewards by the running standard deviation of the discounted return",
-        group="normalisation", kind="bool", source=DETAILS,
-    )  # fmt: skip
-    clip_observation: float = option(
-        10.0, "normalised observations are clipped to ± this", group="normalisation", kind="float", above=0,
-        source=DETAILS,
-    )  # fmt: skip
-    clip_reward: float = option(
-        10.0, "normalised rewards are clipped to ± this", group="normalisation", kind="float", above=0,
-        source=DETAILS,
-    )  # fmt: skip
+    std: Literal["learned", "predicted", "fixed"] = policy(
+        "learned", "standard deviation of a Gaussian policy: learned, predicted from the observation, or fixed",
+        source=WHAT_MATTERS
+    )
+    init_std: float = policy(1.0, "initial standard deviation", above=0, high=7)
+    min_std: float = policy(1e-3, "lower bound of the standard deviation", above=0)
+    tanh_mean: bool = policy(False, "bound the mean of the Gaussian to [-1, 1] with tanh")
+    squash: bool = policy(
+        False, "squash actions into (-1, 1) with tanh and correct their density",
+        source="Haarnoja et al. 2018, arXiv:1801.01290, appendix C"
+    )
+    rescale_actions: bool = policy(False, "map actions from [-1, 1] to the bounds of the action space")
+    clip_actions: bool = policy(True, "clip actions to the bounds of the action space", source=DETAILS)
 
+    normalize_observation: bool = normalisation(
+        False, "scale observations to running mean 0 and standard deviation 1", source=DETAILS
+    )
+    normalize_reward: bool = normalisation(
+        False, "divide rewards by the running standard deviation of the discounted return", source=DETAILS
+    )
+    clip_observation: float = normalisation(
+        10.0, "clip normalised observations to ± this value", above=0, source=DETAILS
+    )
+    clip_reward: float = normalisation(10.0, "clip normalised rewards to ± this value", above=0, source=DETAILS)
+
+    # fmt: on
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = check(field, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-        self._check_together()
+        for name, setting in SETTINGS.items():
+            object.__setattr__(self, name, setting.convert(getattr(self, name)))
+        self._check_consistency()
 
-    def _check_together(self) -> None:
-        if self.minibatch_size is not None and self.num_minibatches is not None:
-            raise UserError(
-                "minibatch_size and num_minibatches are both given, but one decides the other: give one of them"
-            )
+    def _check_consistency(self) -> None:
         if self.isolate_envs and self.engine not in ("auto", "workers"):
             raise UserError(
-                f"isolate_envs is for engine workers, not {self.engine}: use engine workers or auto"
+                f"`isolate_envs` needs worker processes, but `engine` is {self.engine}. Use `engine` workers or auto."
             )
-        rows, what = (
-            self.num_envs * self.num_steps,
-            f"num_envs × num_steps = {self.num_envs} × {self.num_steps}",
-        )
-        if self.num_steps % self.sequence_length:
-            raise UserError(
-                f"num_steps {self.num_steps} is not divisible by sequence_length {self.sequence_length}: "
-                "choose a sequence_length that divides it"
-            )
-        if self.num_minibatches is not None and rows % (self.num_minibatches * self.sequence_length):
-            raise UserError(
-                f"{what} = {rows} transitions do not divide into num_minibatches {self.num_minibatches}"
-                f"{self._of_sequences()}: choose a divisor, or change num_envs or num_steps"
-            )
-        size = self.minibatch_transitions
-        if rows % size or size % self.sequence_length:
-            raise UserError(
-                f"{what} = {rows} transitions do not divide into minibatches of minibatch_size {size}"
-                f"{self._of_sequences()}: choose a divisor of {rows}, or give num_minibatches instead"
-            )
-        if self.lr_schedule == "adaptive" and 0 in (self.learning_rate, self.actor_learning_rate):
-            raise UserError("lr_schedule adaptive multiplies the step size: give a learning_rate above 0")
+        for name in ("learning_rate", "actor_learning_rate"):
+            if self.lr_schedule == "adaptive" and getattr(self, name) == 0:
+                raise UserError(f"`{name}` is 0, but `lr_schedule` adaptive multiplies it; expected a number > 0.")
         if self.std != "fixed" and self.init_std <= self.min_std:
-            raise UserError(f"init_std {self.init_std} must be above min_std {self.min_std}")
+            raise UserError(f"`init_std` is {self.init_std}; expected a number above `min_std`, {self.min_std}.")
         if self.squash and self.tanh_mean:
             raise UserError(
-                "squash and tanh_mean both apply tanh, which would bound actions to tanh(±1): give one of them"
+                "`squash` and `tanh_mean` both apply tanh, which would bound actions to tanh(±1). Use one of them."
+            )
+        if self.minibatch_size is not None and self.num_minibatches is not None:
+            raise UserError(
+                "`minibatch_size` and `num_minibatches` are both given, but each determines the other. Use one of them."
+            )
+        self._check_divisibility()
+
+    def _check_divisibility(self) -> None:
+        length, sequences = self.sequence_length, self.rollout_transitions // self.sequence_length
+        if self.num_steps % length:
+            raise UserError(
+                f"`sequence_length` {length} does not divide `num_steps` {self.num_steps}. "
+                f"Use {nearest_divisors(self.num_steps, length)}."
+            )
+        if self.num_minibatches is not None:
+            name, value, unit, other = "num_minibatches", self.num_minibatches, 1, "minibatch_size"
+        else:
+            name, value, unit, other = "minibatch_size", self.minibatch_transitions, length, "num_minibatches"
+        if value % unit or sequences % (value // unit):
+            default = ", the default," if getattr(self, name) is None else ""
+            whole = f" into whole sequences of {length}" if length > 1 else ""
+            raise UserError(
+                f"`{name}` {value}{default} does not divide the rollout of {self.rollout_transitions} transitions "
+                f"(`num_envs` {self.num_envs} × `num_steps` {self.num_steps}){whole}. "
+                f"Use {nearest_divisors(sequences, value, unit)}, or set `{other}`."
             )
 
-    def _of_sequences(self) -> str:
-        return f" of whole sequences of {self.sequence_length}" if self.sequence_length > 1 else ""
+    @property
+    def rollout_transitions(self) -> int:
+        """Transitions per rollout."""
+        return self.num_envs * self.num_steps
 
     @property
     def minibatch_transitions(self) -> int:
         """Transitions per minibatch."""
         if self.num_minibatches is not None:
-            return self.num_envs * self.num_steps // self.num_minibatches
+            return self.rollout_transitions // self.num_minibatches
         return 64 if self.minibatch_size is None else self.minibatch_size
 
     @property
     def minibatch_count(self) -> int:
         """Minibatches per epoch."""
-        return self.num_envs * self.num_steps // self.minibatch_transitions
+        return self.rollout_transitions // self.minibatch_transitions
 
-    def minibatches_of(self, steps: int) -> int:
-        """Minibatches that are learned from in so many steps, in whole rollouts."""
-        rollouts = -(-steps // (self.num_envs * self.num_steps))
+    def count_minibatches(self, steps: int) -> int:
+        """Return the number of minibatch updates in `steps` agent steps, rounded up to whole rollouts."""
+        rollouts = -(-steps // self.rollout_transitions)
         return rollouts * self.update_epochs * self.minibatch_count
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some settings changed, checked again."""
-        return dataclasses.replace(self, **changes)
+        """Return a checked copy with some settings changed; names of other libraries are accepted."""
+        from proximo.config.names import canonical_names  # which imports this module
+
+        return dataclasses.replace(self, **canonical_names(changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, fit for YAML and JSON."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return the settings as plain values for YAML and JSON."""
+        values = {name: getattr(self, name) for name in SETTINGS}
         values["hidden_sizes"] = None if self.hidden_sizes is None else list(self.hidden_sizes)
         values["env_kwargs"] = dict(self.env_kwargs)
         return values
 
 
-FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Config)}
+def nearest_divisors(total: int, value: int, unit: int = 1) -> str:
+    """Return, as "50, 80 or 100", `unit` times divisors of `total`: the nearest below `value` and two above."""
+    small = [number for number in range(1, min(isqrt(total), 100_000) + 1) if total % number == 0]
+    divisors = [unit * number for number in sorted({*small, *(total // number for number in small)})]
+    above = bisect(divisors, value)
+    *others, last = map(str, divisors[max(above - 1, 0) : above + 2])
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+_ANNOTATIONS = get_type_hints(Config)
+SETTINGS: dict[str, Setting] = {
+    field.name: Setting.from_field(field, _ANNOTATIONS[field.name]) for field in dataclasses.fields(Config)
+}

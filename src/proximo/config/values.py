@@ -1,92 +1,93 @@
-"""Conversion and range checks of setting values."""
+"""One setting of the table: its type, range and text, and the conversion of its values."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
 from proximo.errors import UserError, suggest
 
 
-def check(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return `value` as its setting's type, or say what was expected.
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table of settings."""
 
-    Raises:
-        UserError: wrong type or out of range.
-    """
-    rule = field.metadata
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        if rule["optional"]:
-            return None
-        raise UserError(f"{field.name} must be {expected(field)}, got none")
-    if value is False and "off" in (rule["choices"] or ()):
-        value = "off"  # which YAML 1.1 reads as false
-    try:
-        converted = _CONVERT[rule["kind"]](value)
-        within = _within(rule, converted)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{field.name} must be {expected(field)}, got {value!r}") from None
-    if not within:
-        hint = suggest(converted, rule["choices"]) if rule["choices"] else ""
-        raise UserError(f"{field.name} must be {expected(field)}, got {converted!r}{hint}")
-    return converted
+    name: str
+    default: Any
+    kind: type  # int, float, bool, str, tuple (of ints) or Mapping
+    optional: bool  # whether None is a value
+    choices: tuple[str, ...]  # the accepted strings; empty if `kind` or the range decides
+    group: str
+    meaning: str  # one sentence for `--help` and the documentation
+    low: float  # inclusive; infinite without a bound, as are the others
+    high: float  # inclusive
+    above: float  # exclusive lower bound
+    source: str  # publication that the setting or its default comes from
 
+    @classmethod
+    def from_field(cls, field: dataclasses.Field[Any], annotation: Any) -> Setting:
+        """Derive kind, optional and choices from the annotation of a dataclass field."""
+        is_union = get_origin(annotation) in (Union, UnionType)
+        members = get_args(annotation) if is_union else (annotation,)
+        (value_type,) = (member for member in members if member is not NoneType)
+        choices = get_args(value_type) if get_origin(value_type) is Literal else ()
+        kind: Any = str if choices else get_origin(value_type) or value_type
+        default = {} if kind is Mapping else field.default
+        return cls(field.name, default, kind, NoneType in members, choices, **field.metadata)
 
-def _within(rule: Mapping[str, Any], value: Any) -> bool:
-    if rule["choices"]:
-        return value in rule["choices"]
-    numbers = value if rule["kind"] == "ints" else [value] if rule["kind"] in ("int", "float") else []
-    return all(
-        math.isfinite(number)
-        and (rule["low"] is None or number >= rule["low"])
-        and (rule["high"] is None or number <= rule["high"])
-        and (rule["above"] is None or number > rule["above"])
-        for number in numbers
-    )
+    @property
+    def expected(self) -> str:
+        """The accepted values in words, such as "a number in [0, 1]" or "an integer ≥ 1, or none"."""
+        text = "one of " + ", ".join(self.choices) if self.choices else _KINDS[self.kind][0]
+        is_open = math.isfinite(self.above)
+        if math.isfinite(self.high):
+            text += f" in {f'({self.above:g}' if is_open else f'[{self.low:g}'}, {self.high:g}]"
+        elif is_open or math.isfinite(self.low):
+            text += f" > {self.above:g}" if is_open else f" ≥ {self.low:g}"
+        return text + (", or none" if self.optional else "")
 
+    def convert(self, value: Any) -> Any:
+        """Convert a value to the type of the setting; raise `UserError` if that fails or the value is out of range."""
+        if (self.name, value) == ("engine", "async"):
+            raise UserError("`engine` async was removed. Use workers.")
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            if self.optional:
+                return None
+            raise UserError(f"`{self.name}` is none; expected {self.expected}.")
+        if value is False and "off" in self.choices:
+            value = "off"  # YAML 1.1 reads a bare off as false
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            value = _KINDS[self.kind][1](value)
+            if self._is_in_range(value):
+                return value
+        hint = suggest(str(value), self.choices) if self.choices else "."
+        raise UserError(f"`{self.name}` is {value!r}; expected {self.expected}{hint}")
 
-def expected(field: dataclasses.Field[Any]) -> str:
-    """What a setting accepts, in words, such as 'a number in [0, 1]'."""
-    rule = field.metadata
-    if rule["choices"]:
-        text = "one of " + ", ".join(rule["choices"])
-    else:
-        text = {
-            "int": "a whole number",
-            "float": "a number",
-            "bool": "true or false",
-            "str": "text",
-            "ints": "whole numbers",
-            "mapping": "names with plain values (numbers, text, lists and the like)",
-        }[rule["kind"]]
-        low = (
-            f"[{rule['low']:g}"
-            if rule["low"] is not None
-            else f"({rule['above']:g}"
-            if rule["above"] is not None
-            else None
-        )
-        if low is not None:
-            text += f" in {low}, {rule['high']:g}]" if rule["high"] is not None else f" in {low}, ∞)"
-    return text + (" or none" if rule["optional"] else "")
+    def _is_in_range(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        numbers = value if self.kind is tuple else [value] if self.kind in (int, float) else []
+        return all(math.isfinite(x) and self.low <= x <= self.high and x > self.above for x in numbers)
 
 
 def to_int(value: Any) -> int:
-    """Whole numbers, also as `1e6` and `1_000_000`; TypeError, ValueError or OverflowError for anything else."""
+    """Convert an integer, also one written as `1e6` or `1_000_000`; else TypeError, ValueError or OverflowError."""
     if isinstance(value, bool):
         raise TypeError
-    number = float(value.replace("_", "")) if isinstance(value, str) else value
+    digits = value.replace("_", "") if isinstance(value, str) else ""
+    number = float(digits) if isinstance(value, str) else value
     if number != int(number):
         raise ValueError
-    return (
-        int(value.replace("_", "")) if isinstance(value, str) and value.strip("-_").isdigit() else int(number)
-    )
+    return int(digits if digits.strip("-").isdigit() else number)  # a float is exact up to 2**53 only
 
 
 def _to_float(value: Any) -> float:
@@ -97,17 +98,10 @@ def _to_float(value: Any) -> float:
 
 def _to_bool(value: Any) -> bool:
     words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
+    value = words.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError
     return bool(value)
-
-
-def _to_str(value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError
-    return os.fspath(value)
 
 
 def _to_ints(value: Any) -> tuple[int, ...]:
@@ -119,23 +113,24 @@ def _to_ints(value: Any) -> tuple[int, ...]:
 def _to_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
-    try:  # they are saved with the run
-        return json.loads(json.dumps(dict(value), default=_plain))
+    try:  # the run stores the values as YAML and JSON
+        return json.loads(json.dumps(dict(value), default=_to_plain))
     except RecursionError as error:
         raise TypeError from error
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError
 
 
-_CONVERT = {
-    "int": to_int,
-    "float": _to_float,
-    "bool": _to_bool,
-    "str": _to_str,
-    "ints": _to_ints,
-    "mapping": _to_mapping,
+# Type of a setting → expected value in words, converter (raises TypeError, ValueError or OverflowError).
+_KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    int: ("an integer", to_int),
+    float: ("a number", _to_float),
+    bool: ("true or false", _to_bool),
+    str: ("a string", os.fsdecode),
+    tuple: ("integers", _to_ints),
+    Mapping: ("a mapping of names to plain values (numbers, strings, lists and the like)", _to_mapping),
 }

@@ -1,4 +1,4 @@
-"""Environments: how one is made, and the engines that step many of them as one vector environment.
+"""Environments: how they are made, and the engines that step many of them as one vector environment.
 
-NumPy and Gymnasium only; nothing here knows what a policy is.
+Uses only NumPy and Gymnasium, and is independent of policies and learners.
 """

@@ -1,187 +1,143 @@
-"""Atari games as the literature plays them: in ALE's vector environment, and one by one in Gymnasium's.
+"""Atari games with the preprocessing of the literature: in ALE's vector environment, or one by one in Gymnasium's.
 
-Both repeat an action for four frames, take the greater of the last two in each pixel, make it gray and 84 × 84, and
-show the last four (Mnih et al. 2015, Methods). An episode of the learner ends where a life is lost, though the game
-goes on; rewards are −1, 0 or 1. Reports are of whole games, with the game's own rewards. After 108,000 frames, half an
-hour, a game is truncated. `env_kwargs` change any of that, by the names of ALE's vector environment.
+Both repeat an action for four frames, take the pixel-wise maximum of the last two, convert it to 84 × 84 gray, and
+stack the last four (Mnih et al. 2015, Methods). Losing a life ends an episode for the learner, but the game continues.
+Rewards are clipped to −1, 0 or 1. Reported episodes are whole games with unclipped rewards. A game is truncated after
+108,000 frames (half an hour). `env_kwargs` change any of these, by the names of ALE's vector environment.
 
-`ALE/Pong-v5` repeats the action before with probability 0.25 in each frame (Machado et al. 2018); `PongNoFrameskip-v4`
-never does. The number in an id that says how many frames an action lasts is replaced, so that it is 4 and never 16.
+`ALE/Pong-v5` repeats the previous action with probability 0.25 in each frame (Machado et al. 2018);
+`PongNoFrameskip-v4` never does. The frame skip that an id implies is replaced, so that it is 4 and never 16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from proximo.envs.shared_memory import mask_of, seeds_of
+from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import UserError, suggest
 
 ENTRY_POINT = "ale_py.env:AtariEnv"
-RAW = "obs_type"  # who names it wants Gymnasium's environment as it is
-FOR_THE_LEARNER = ("episodic_life", "reward_clipping")  # which change nothing that is reported
+RAW = "obs_type"  # this keyword selects Gymnasium's environment without preprocessing
+LEARNER_ONLY = ("episodic_life", "reward_clipping")  # settings that do not affect reported episodes
 NOOP = 0
 
-# What is done to a game, unless `env_kwargs` say otherwise.
-DEFAULTS: dict[str, Any] = {
-    "frameskip": 4,
-    "stack_num": 4,
-    "img_height": 84,
-    "img_width": 84,
-    "noop_max": 30,
-    "use_fire_reset": True,
-    **dict.fromkeys(FOR_THE_LEARNER, True),
-}
-GAMES = ("repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
-ONE_BY_ONE = ("mode", "difficulty", "render_mode")  # which ALE's vector environment does not have
+DEFAULTS: dict[str, Any] = dict.fromkeys(LEARNER_ONLY, True)
+DEFAULTS |= {"frameskip": 4, "stack_num": 4, "img_height": 84, "img_width": 84, "noop_max": 30, "use_fire_reset": True}
+GAME_SETTINGS = ("repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
+SINGLE_GAME_SETTINGS = ("mode", "difficulty", "render_mode")  # not available in ALE's vector environment
 
 
-def is_named(env_id: str) -> bool:
+def has_atari_id(env_id: str) -> bool:
     """Whether an id looks like one of ALE's, registered or not."""
     return env_id.startswith("ALE/") or "NoFrameskip" in env_id
 
 
 def is_atari(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool:
-    """Whether an environment is a game that is to be played as described above."""
+    """Whether an environment is a game that gets the preprocessing of this module."""
     return spec is not None and spec.entry_point == ENTRY_POINT and RAW not in env_kwargs
 
 
-def has_vector(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> bool:
-    """Whether ALE's vector environment can play it so: not with a frame skip drawn at random."""
+def supports_vector(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether ALE's vector environment supports a game with these settings. A random frame skip is not supported."""
+    if spec is None or not is_atari(spec, env_kwargs):
+        return False
     settings = _settings(spec, env_kwargs)
-    return isinstance(settings["frameskip"], int) and not any(name in settings for name in ONE_BY_ONE)
-
-
-def plays(spec: EnvSpec | None, env_kwargs: Mapping[str, Any]) -> bool:
-    """Whether it is a game that ALE's vector environment plays."""
-    return spec is not None and is_atari(spec, env_kwargs) and has_vector(spec, env_kwargs)
+    return isinstance(settings["frameskip"], int) and not any(name in settings for name in SINGLE_GAME_SETTINGS)
 
 
 def _settings(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides how a game is played.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    known = {*DEFAULTS, *GAMES, *ONE_BY_ONE}
+    """Return all settings of a game; raise UserError if one is unknown."""
+    known = {*DEFAULTS, *GAME_SETTINGS, *SINGLE_GAME_SETTINGS}
     for name in env_kwargs:
         if name not in known:
             raise UserError(
-                f"{spec.id} does not know {name!r}{suggest(name, known)}; it knows {', '.join(sorted(known))}, and "
-                f"with {RAW} it is Gymnasium's own environment"
+                f"{spec.id} has no setting {name!r}{suggest(name, known)} It has {', '.join(sorted(known))}; with "
+                f"{RAW} it is Gymnasium's environment without preprocessing."
             )
-    settings = {**spec.kwargs, **DEFAULTS, **env_kwargs}
-    at_random = spec.kwargs.get("frameskip")
-    if isinstance(at_random, (tuple, list)) and "frameskip" not in env_kwargs:
-        settings["frameskip"] = tuple(at_random)
-    return settings
+    skip = spec.kwargs.get("frameskip")
+    random_skip = {"frameskip": tuple(skip)} if isinstance(skip, (tuple, list)) else {}
+    return {**spec.kwargs, **DEFAULTS, **random_skip, **env_kwargs}
 
 
-class AtariGames(VectorEnv):
+class AtariVectorEnv(VectorEnv):
     """N games in ALE's threads.
 
-    A life that is lost and a game that is over both end an episode: `terminated`. In the step that follows
-    (AutoresetMode.NEXT_STEP) the action counts for nothing: a game that is over begins anew, and in one that goes on
-    the fire button is pressed, where it has one, since some games wait for that.
-
-    `info` has the whole games that ended in a step: `episode`, with `r` [N] (undiscounted sum of the game's own
-    rewards) and `l` [N] (steps), where `_episode` [N] is True.
+    A lost life terminates an episode, like the end of a game. In the step after that (AutoresetMode.NEXT_STEP) the
+    action is ignored: a finished game restarts, and in a game that continues the fire button is pressed if there is
+    one, since some games wait for it. `info` reports the games that ended in a step: see
+    `proximo.rollout.collector.Collector`.
 
     Raises:
-        UserError: a setting that it does not have.
+        UserError: a setting is unknown or not supported by ALE's vector environment.
     """
 
     takes_seed_list = True
     reports_episodes = True
 
     def __init__(self, spec: EnvSpec, num_envs: int, env_kwargs: Mapping[str, Any]) -> None:
-        from ale_py import Action
-        from ale_py.vector_env import AtariVectorEnv
+        from ale_py import Action, vector_env
 
         super().__init__()
-        if not has_vector(spec, env_kwargs):
+        if not supports_vector(spec, env_kwargs):
             raise UserError(
-                f"ALE's vector environment plays no {spec.id} with a random frame skip, mode, difficulty or "
-                "render_mode: use engine auto, workers or sync"
+                f"ALE's vector environment does not support {spec.id} with a random frame skip, mode, difficulty or "
+                "render_mode. Use engine auto, workers or sync."
             )
         settings = _settings(spec, env_kwargs)
         self.num_envs, self.spec = num_envs, spec
-        self._by_life, self._clips = (settings.pop(name) for name in FOR_THE_LEARNER)
-        self._games = AtariVectorEnv(
-            num_envs=num_envs,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            episodic_life=False,
-            reward_clipping=False,
-            **settings,
-        )
+        self._is_episodic_life, self._clips_rewards = (settings[name] for name in LEARNER_ONLY)
+        settings |= {**dict.fromkeys(LEARNER_ONLY, False), "autoreset_mode": AutoresetMode.NEXT_STEP}
+        self._games = vector_env.AtariVectorEnv(num_envs=num_envs, **settings)
         self.metadata = {**self._games.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.single_observation_space = self._games.single_observation_space
-        self.single_action_space = self._games.single_action_space
-        self.observation_space, self.action_space = (
-            batch_space(space, num_envs)
-            for space in (self.single_observation_space, self.single_action_space)
-        )
+        for space in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
+            setattr(self, space, getattr(self._games, space))
         buttons = list(self._games.ale.get_action_set())
-        fires = settings["use_fire_reset"] and Action.FIRE in buttons
-        self._between_lives = buttons.index(Action.FIRE) if fires else NOOP
-        self._begin(np.ones(num_envs, bool))
+        has_fire = settings["use_fire_reset"] and Action.FIRE in buttons
+        self._action_between_lives = buttons.index(Action.FIRE) if has_fire else NOOP
+        self._lives = np.zeros(num_envs, np.int32)
+        self._life_lost, self._game_over = np.zeros((2, num_envs), bool)
+        self._return, self._length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
 
-    def _begin(self, where: np.ndarray) -> None:
-        if where.all():
-            self._lives = np.zeros(self.num_envs, np.int32)
-            self._life_lost, self._over = np.zeros((2, self.num_envs), bool)
-            self._return, self._length = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        self._life_lost[where] = self._over[where] = False
+    def _begin_games(self, where: np.ndarray) -> None:
+        self._life_lost[where] = self._game_over[where] = False
         self._return[where] = self._length[where] = 0
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin new games: everywhere, or where `options["reset_mask"]` ([N] bool) says.
-
-        Args:
-            seed: one per game; or one number, from which game n takes seed + n.
-        """
-        mask, _ = mask_of(options, self.num_envs)
-        seeds = np.array([-1 if one is None else one for one in seeds_of(seed, self.num_envs)])
-        self._begin(mask)
-        whole = {} if mask.all() else {"options": {"reset_mask": mask}}
-        observation, info = self._games.reset(seed=seeds[mask], **whole)
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Restart all games, or those that `options["reset_mask"]` ([N] bool) selects, with `seed[n]` or seed + n."""
+        mask, _ = split_reset_options(options, self.num_envs)
+        seeds = np.array([-1 if one is None else one for one in seed_per_env(seed, self.num_envs)])
+        self._begin_games(mask)
+        partial = {} if mask.all() else {"options": {"reset_mask": mask}}
+        observation, info = self._games.reset(seed=seeds[mask], **partial)
         self._lives = info["lives"].copy()
         return observation, {}
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Take actions [N] everywhere: observations, rewards, terminated, truncated, info."""
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Return observations, rewards [N], terminated [N], truncated [N], and the games that ended, as info."""
         if self._life_lost.any():
-            actions = np.where(self._life_lost, self._between_lives, actions)
+            actions = np.where(self._life_lost, self._action_between_lives, actions)
         observation, reward, terminated, truncated, info = self._games.step(np.asarray(actions, np.int64))
-        began, between, lives = self._over.copy(), self._life_lost.copy(), info["lives"]
-        self._begin(began)
-        self._return += np.where(began, 0, reward)
-        self._length += ~began
-        self._over = over = terminated | truncated
-        self._life_lost = (lives < self._lives) & (lives > 0) & ~over & ~began & self._by_life
+        restarted, between_lives, lives = self._game_over.copy(), self._life_lost.copy(), info["lives"]
+        self._begin_games(restarted)
+        self._return += np.where(restarted, 0, reward)
+        self._length += ~restarted
+        self._game_over = over = terminated | truncated
+        lost = (lives < self._lives) & (lives > 0) & ~over & ~restarted
+        self._life_lost = lost & self._is_episodic_life
         self._lives = lives.copy()
-        ended = {}
+        report = {}
         if over.any():
-            ended = {"episode": {"r": self._return.copy(), "l": self._length.copy()}, "_episode": over.copy()}
-        if (over & between).any():  # the step that is no transition is over, and no other follows it
-            observation, _ = self.reset(options={"reset_mask": over & between})
-        return (
-            observation,
-            np.sign(reward) if self._clips else reward,
-            terminated | self._life_lost,
-            truncated,
-            ended,
-        )
+            report = {"episode": {"r": self._return.copy(), "l": self._length.copy()}, "_episode": over.copy()}
+        if (over & between_lives).any():  # this step already is the one that resets, so restart within it
+            observation, _ = self.reset(options={"reset_mask": over & between_lives})
+        reward = np.sign(reward) if self._clips_rewards else reward
+        return observation, reward, terminated | self._life_lost, truncated, report
 
     def close_extras(self, **kwargs: Any) -> None:
         """End ALE's threads."""
@@ -189,77 +145,60 @@ class AtariGames(VectorEnv):
 
 
 def make_game(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> gym.Env:
-    """One game in Gymnasium's environment and wrappers.
-
-    Raises:
-        UserError: an unknown setting.
-        gymnasium.error.DependencyNotInstalled: OpenCV is missing.
-    """
+    """Make one game from Gymnasium's environment and wrappers; raise UserError if a setting is unknown."""
     settings = _settings(spec, env_kwargs)
-    at_random = not isinstance(settings["frameskip"], int)
-    frameskip = settings["frameskip"] if at_random else 1
-    own = {name: settings[name] for name in (*GAMES, *ONE_BY_ONE) if name in settings}
-    env = gym.make(spec, frameskip=frameskip, disable_env_checker=True, **own)
-    env = gym.wrappers.AtariPreprocessing(
-        env,
-        noop_max=settings["noop_max"],
-        frame_skip=1 if at_random else settings["frameskip"],
-        screen_size=(settings["img_width"], settings["img_height"]),
-    )
+    skip, size = settings["frameskip"], (settings["img_width"], settings["img_height"])
+    # The environment itself can skip a random number of frames, the wrapper a fixed one.
+    game_skip, wrapper_skip = (1, skip) if isinstance(skip, int) else (skip, 1)
+    kwargs = {name: settings[name] for name in (*GAME_SETTINGS, *SINGLE_GAME_SETTINGS) if name in settings}
+    env = gym.make(spec, frameskip=game_skip, disable_env_checker=True, **kwargs)
+    env = gym.wrappers.AtariPreprocessing(env, settings["noop_max"], wrapper_skip, size)
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = gym.wrappers.FrameStackObservation(env, settings["stack_num"], padding_type="zero")
-    return AtariGame(env, settings["use_fire_reset"], *(settings[name] for name in FOR_THE_LEARNER))
+    return AtariLearnerWrapper(env, settings["use_fire_reset"], *(settings[name] for name in LEARNER_ONLY))
 
 
-class AtariGame(gym.Wrapper):
-    """What a learner is told of a game: the same as `AtariGames` tells of each of its own.
-
-    `reset` after a life is lost goes on with the game, unless it is given a seed. `info["episode"]` is of the whole
-    game, and stands where that ends.
-    """
+class AtariLearnerWrapper(gym.Wrapper):
+    """Episodes and rewards for the learner, as in `AtariVectorEnv`; `info["episode"]` reports a game when it ends."""
 
     reports_episodes = True
 
-    def __init__(self, env: gym.Env, fires: bool, by_life: bool, clips: bool) -> None:
+    def __init__(self, env: gym.Env, uses_fire: bool, is_episodic_life: bool, clips_rewards: bool) -> None:
         super().__init__(env)
-        game: Any = env.unwrapped
-        buttons = game.get_action_meanings()
-        self._fire = buttons.index("FIRE") if fires and "FIRE" in buttons else None
-        self._by_life, self._clips = by_life, clips
-        self._lives, self._goes_on = 0, False
+        self._game: Any = env.unwrapped
+        buttons = self._game.get_action_meanings()
+        self._fire = buttons.index("FIRE") if uses_fire and "FIRE" in buttons else None
+        self._is_episodic_life, self._clips_rewards = is_episodic_life, clips_rewards
+        self._lives, self._game_continues = 0, False
 
     def snapshot(self) -> bytes | None:
-        """The machine with its random numbers, before a new game; None inside a game."""
-        game: Any = self.env.unwrapped
-        return None if self._goes_on else game.clone_state(include_rng=True).serialize()
+        """Return the emulator state with its random state before a new game; None inside a game."""
+        return None if self._game_continues else self._game.clone_state(include_rng=True).serialize()
 
     def restore(self, snapshot: bytes) -> None:
-        """The inverse of `snapshot`."""
+        """Set the state to that of a snapshot."""
         from ale_py import ALEState
 
-        game: Any = self.env.unwrapped
-        game.restore_state(ALEState(snapshot))
-        self._goes_on = False
+        self._game.restore_state(ALEState(snapshot))
+        self._game_continues = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """Begin a new game, or go on with one after a life was lost."""
-        goes_on = self._goes_on and seed is None
-        observation, info = (None, {}) if goes_on else self.env.reset(seed=seed, options=options)
-        if goes_on or self._fire is not None:
+        """Begin a new game, or continue the game after a lost life if there is no seed."""
+        continues = self._game_continues and seed is None
+        observation, info = (None, {}) if continues else self.env.reset(seed=seed, options=options)
+        if continues or self._fire is not None:
             action = NOOP if self._fire is None else self._fire
             observation, _, terminated, truncated, info = self.env.step(action)
             if terminated or truncated:
                 observation, info = self.env.reset(options=options)
-        self._lives, self._goes_on = info["lives"], False
+        self._lives, self._game_continues = info["lives"], False
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        """Take an action."""
+        """Step the game; losing a life terminates the episode."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         lives = info["lives"]
-        self._goes_on = self._by_life and 0 < lives < self._lives and not (terminated or truncated)
+        self._game_continues = self._is_episodic_life and 0 < lives < self._lives and not (terminated or truncated)
         self._lives = lives
-        reward = float(reward)
-        if self._clips:
-            reward = float(np.sign(reward))
-        return observation, reward, terminated or self._goes_on, truncated, info
+        reward = float(np.sign(float(reward)) if self._clips_rewards else reward)
+        return observation, reward, terminated or self._game_continues, truncated, info

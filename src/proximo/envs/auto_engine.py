@@ -1,4 +1,4 @@
-"""Which engine `auto` means."""
+"""The rule by which engine `auto` chooses an engine."""
 
 from __future__ import annotations
 
@@ -9,114 +9,97 @@ import random
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from proximo.envs.env_slice import EnvFactory
 from proximo.envs.envpool_engine import supports
 from proximo.envs.workers import is_sendable
 from proximo.machine import cores
 
 CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
-MANY = 16  # environments, below which what steps them all in one call saves little
-MANY_MUJOCO = 32  # which is in C in any case: EnvPool saves no Python, but shares out the work as it comes
+MIN_ENVS = 16  # with fewer environments, stepping all of them in one call saves little
+MIN_ENVS_MUJOCO = 32  # MuJoCo already runs in C, so EnvPool saves no Python, only distributes the work better
 
-# What a step of one environment, and of all of them, costs besides the environment's own work.
-SYNC_S, WORKER_S, MEETING_S = 2e-6, 3e-6, 20e-6
-UNEVEN = 1.1  # the slowest worker's share over the mean
-START_S = 3.0  # for worker processes to begin
-PROBE_S, PROBE_STEPS, WARM_UP = 0.05, 200, 5
+# Overhead of a step in seconds: for each environment with sync and with workers, and for synchronising the workers.
+SYNC_OVERHEAD_S, WORKER_OVERHEAD_S, SYNCHRONISATION_S = 2e-6, 3e-6, 20e-6
+IMBALANCE = 1.1  # time of the slowest worker divided by the mean
+START_S = 3.0  # for worker processes to start
+TRIAL_S, TRIAL_STEPS, WARM_UP_STEPS = 0.05, 200, 5
 
 
 def choose_engine(
-    spec: EnvSpec,
-    make: Callable[[], gym.Env],
-    num_envs: int,
-    total_timesteps: int,
-    env_kwargs: Mapping[str, Any],
-    exact: bool = False,
+    spec: EnvSpec, make: EnvFactory, num_envs: int, total_timesteps: int, env_kwargs: Mapping[str, Any], exact: bool
 ) -> str:
-    """The engine that is expected to be quickest for a registered environment; the first of these that applies:
+    """Return the engine that is expected to be fastest for a registered environment.
 
-    1. native: sixteen environments or more, and the environment has a vectorised version of its own;
-    2. envpool: sixteen environments or more, 32 of MuJoCo's, and EnvPool is installed and its version is known to be
-       Gymnasium's;
-    3. workers: more than one core, the environment comes from an installed package, and a trial of it says that worker
-       processes save a sixth of its time and more over the run than they take to begin;
+    The first of these that applies:
+
+    1. native: at least 16 environments, and the environment has a vectorised version;
+    2. envpool: at least 16 environments (32 for MuJoCo), EnvPool is installed, and its version of the environment is
+       verified to match Gymnasium's;
+    3. workers: more than one core, the environment belongs to an installed package, and a trial predicts that workers
+       save a sixth of the stepping time, and over the run more than they take to start;
     4. sync.
 
-    Where nothing is shared with the program, as between an installed package and what imports it, `workers` and `sync`
-    give the same rollouts, so that the trial decides nothing but speed.
-
-    Args:
-        spec: how it is registered.
-        make: makes one environment.
-        exact: leave out what cannot be brought back to where it stood: EnvPool, and all vectorised versions but that
-            of CartPole.
+    Environments of an installed package share no state with the program, so `workers` and `sync` give the same
+    rollouts and the trial only affects speed. `exact` excludes engines without exact resume: EnvPool, and all
+    vectorised versions except CartPole's.
     """
-    if num_envs >= MANY:
-        plain = not env_kwargs and not spec.additional_wrappers  # which a vectorised version does not take
-        if (
-            spec.vector_entry_point is not None
-            and plain
-            and (spec.vector_entry_point == CARTPOLE or not exact)
-        ):
-            return "native"
-        mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-        enough = num_envs >= (MANY_MUJOCO if mujoco else MANY)
-        if enough and not exact and supports(spec.id, env_kwargs):
-            return "envpool"
+    has_native = spec.vector_entry_point is not None and not env_kwargs and not spec.additional_wrappers
+    if num_envs >= MIN_ENVS and has_native and (spec.vector_entry_point == CARTPOLE or not exact):
+        return "native"
+    is_mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+    if num_envs >= (MIN_ENVS_MUJOCO if is_mujoco else MIN_ENVS) and not exact and supports(spec.id, env_kwargs):
+        return "envpool"
     workers = min(cores(), num_envs)
-    if workers < 2 or not is_installed(spec) or not is_sendable(make):
-        return "sync"
-    seconds = step_seconds(make)
+    is_possible = workers > 1 and is_installed(spec) and is_sendable(make)
+    seconds = step_seconds(make) if is_possible else None
     if seconds is None:
         return "sync"
-    together = num_envs * (seconds + SYNC_S)
-    apart = math.ceil(num_envs / workers) * (seconds + WORKER_S) * UNEVEN + MEETING_S
-    saved = (together - apart) / num_envs * total_timesteps
-    return "workers" if apart < together * 5 / 6 and saved > START_S else "sync"
+    sync_s = num_envs * (seconds + SYNC_OVERHEAD_S)
+    workers_s = math.ceil(num_envs / workers) * (seconds + WORKER_OVERHEAD_S) * IMBALANCE + SYNCHRONISATION_S
+    saved_s = (sync_s - workers_s) / num_envs * total_timesteps
+    return "workers" if workers_s < sync_s * 5 / 6 and saved_s > START_S else "sync"
 
 
 def is_installed(spec: EnvSpec) -> bool:
-    """Whether the environment's code is that of an installed package, and no part of somebody's program."""
+    """Whether the environment belongs to an installed package, not to the user's program."""
     if not isinstance(spec.entry_point, str) or spec.additional_wrappers:
         return False
-    found = importlib.util.find_spec(spec.entry_point.partition(":")[0].partition(".")[0])
+    module = importlib.util.find_spec(spec.entry_point.partition(":")[0].partition(".")[0])
     folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    return found is not None and any(str(found.origin).startswith(folder + os.sep) for folder in folders)
+    return module is not None and any(str(module.origin).startswith(folder + os.sep) for folder in folders)
 
 
-def step_seconds(make: Callable[[], gym.Env]) -> float | None:
-    """Mean time of a step with random actions, resets included; None where the environment fails.
+def step_seconds(make: EnvFactory) -> float | None:
+    """Return the mean time of a step with random actions, including resets; None if the environment fails.
 
-    The random numbers of Python and NumPy that a program shares with its environments are left as they were.
+    The global random states of Python and NumPy are restored afterwards.
     """
-    python, numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever it has to say, it says again when it is used
-            env = make()
-            try:
-                return _timed(env)
-            finally:
-                env.close()
-    except (Exception, SystemExit):  # which making the environments will report
+        # Warnings appear again when the environments are made.
+        with warnings.catch_warnings(action="ignore"), closing(make()) as env:
+            return _time_steps(env)
+    except (Exception, SystemExit):  # reported when the environments are made
         return None
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
-def _timed(env: gym.Env) -> float:
+def _time_steps(env: gym.Env) -> float:
     env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(WARM_UP + PROBE_STEPS)]
+    actions = [env.action_space.sample() for _ in range(WARM_UP_STEPS + TRIAL_STEPS)]
     env.reset(seed=0)
-    steps, began = -WARM_UP, time.perf_counter()
-    while steps < PROBE_STEPS and (steps < 1 or time.perf_counter() - began < PROBE_S):
+    steps, began = -WARM_UP_STEPS, time.perf_counter()
+    while steps < TRIAL_STEPS and (steps < 1 or time.perf_counter() - began < TRIAL_S):
         if steps == 0:
             began = time.perf_counter()
         _, _, terminated, truncated, _ = env.step(actions[steps])

@@ -1,4 +1,4 @@
-"""Environments of consecutive indices, stepped one after the other."""
+"""A slice of the environments of a vector environment, stepped one after another in one process."""
 
 from __future__ import annotations
 
@@ -11,187 +11,179 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from proximo.envs.shared_memory import NOWHERE, SharedArrays, leaves, store
+from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation_leaves, store_observation
 from proximo.errors import UserError
-from proximo.rollout.env_state import Origin, generator_from, generator_of, remembers
+from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 
-GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20  # room for an origin; what is not written to takes no memory
+EnvFactory = Callable[[], gym.Env]
+# Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
+GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
+CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
 
 
-LOOKS = 8  # at an environment that does not answer, before it counts as stuck
+class Declaration(NamedTuple):
+    """Properties of the environments in a slice."""
 
-
-class Declared(NamedTuple):
-    """What a worker says of its environments: the spaces of its first one, and of any that differs from that."""
-
-    spaces: list[tuple[int, gym.Space[Any], gym.Space[Any]]]
+    spaces: list[tuple[int, gym.Space[Any], gym.Space[Any]]]  # of the first, and of one that differs, if any
     metadata: dict[str, Any]
     render_mode: str | None
-    reports: bool  # whether they say themselves which episodes ended, and what they returned
-    origin_bytes: int  # that each may need to say from where its episode began
+    reports_episodes: bool
+    origin_bytes: int  # space for the origin of each episode
 
 
 def reports_episodes(env: gym.Env) -> bool:
-    """Whether an environment says itself which episodes ended; see `proximo.rollout.collector.Collector`."""
-    name = "reports_episodes"
-    return env.has_wrapper_attr(name) and bool(env.get_wrapper_attr(name))
+    """Whether an environment reports its own episodes; see `proximo.rollout.collector.Collector`."""
+    return env.has_wrapper_attr("reports_episodes") and bool(env.get_wrapper_attr("reports_episodes"))
+
+
+def snapshot_method(env: gym.Env) -> Callable[[], Any] | None:
+    """Return `env.snapshot` if the environment has both `snapshot` and `restore`, otherwise None."""
+    has_both = env.has_wrapper_attr("snapshot") and env.has_wrapper_attr("restore")
+    return env.get_wrapper_attr("snapshot") if has_both else None
 
 
 class EnvSlice:
-    """Some of the environments, which are stepped one after the other."""
+    """Environments of consecutive indices that read actions from and write results to `SharedArrays`."""
 
-    def __init__(self, environments: range) -> None:
-        self.environments = environments
+    def __init__(self, indices: range) -> None:
+        self.indices = indices
         self.envs: list[gym.Env] = []
-        self.at: int | None = None  # the environment that is being made, reset or stepped, or was last
-        self.doing, self.calls, self.closed = "making", 0, False
-        self.thread: int | None = None  # that resets or steps them
-        self.late: tuple[int, int] | None = None  # a call that takes longer than `limit_s`
-        self.limit_s = math.inf
+        self.last_index: int | None = None  # of the environment that is or was last made, reset or stepped
+        self.activity, self.calls, self.closed = "making", 0, False
+        self.thread: int | None = None  # identifier of the thread that runs the environments
+        self.overdue_call: tuple[int, int] | None = None  # a `current_call` that takes longer than `timeout_s`
+        self.timeout_s = math.inf
 
-    def place(self) -> tuple[int, int]:
-        """The environment that is being reset or stepped, or NOWHERE, and the number of the call."""
+    def current_call(self) -> tuple[int, int]:
+        """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the number of the call."""
         return self.current[0], self.calls
 
-    def make(self, factory: Callable[[], gym.Env], made: Callable[[], None] = lambda: None) -> None:
-        """Make them all; `made` is called after each.
-
-        Raises:
-            UserError: one would end the program.
-        """
-        for n in self.environments:
-            self.at = n
+    def make(self, factory: EnvFactory, on_made: Callable[[], None] = lambda: None) -> None:
+        """Make the environments, calling `on_made` after each; raise UserError if a constructor calls `sys.exit`."""
+        for n in self.indices:
+            self.last_index = n
             try:
                 self.envs.append(factory())
             except SystemExit as error:
-                raise UserError(
-                    f"environment {n} called sys.exit({error.code!r}) while it was made"
-                ) from error
-            made()
-        self.at = None
+                raise UserError(f"environment {n} called sys.exit({error.code!r}) in its constructor") from error
+            on_made()
+        self.last_index = None
 
-    def declare(self) -> Declared:
-        """What they are like."""
-        spaces = [
-            (n, env.observation_space, env.action_space)
-            for n, env in zip(self.environments, self.envs, strict=True)
-        ]
+    def declare(self) -> Declaration:
+        """Return the properties of the environments."""
+        spaces = [(n, env.observation_space, env.action_space) for n, env in zip(self.indices, self.envs, strict=True)]
         differing = [item for item in spaces[1:] if item[1:] != spaces[0][1:]]
         first = self.envs[0]
-        return Declared(
-            [spaces[0], *differing[:1]],
-            dict(first.metadata),
-            first.render_mode,
-            reports_episodes(first),
-            SNAPSHOT_BYTES if snapshot_of(first) else GENERATOR_BYTES,
+        origin_bytes = SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES
+        return Declaration(
+            [spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports_episodes(first), origin_bytes
         )
 
-    def attach(self, board: SharedArrays, index: int) -> None:
-        """Write into this board from now on, as worker `index`."""
-        first = self.envs[0]
-        self.board, self.current = board, memoryview(board.current[index])
-        self.current[0] = NOWHERE
-        self.observation = list(leaves(first.observation_space, board.observation))
-        self.final = list(leaves(first.observation_space, board.final))
-        self.reports = len(board.episode) > 0
-        self.since = board.since[self.environments.start : self.environments.stop]
-        self.snapshots = [snapshot_of(env) for env in self.envs]
-        self.fresh = set(self.environments)  # which have not been reset yet
+    def attach(self, arrays: SharedArrays, process: int) -> None:
+        """Use these arrays from now on. `process` is this process's row of `arrays.current`."""
+        space = self.envs[0].observation_space
+        self.arrays, self.current = arrays, memoryview(arrays.current[process])
+        self.current[0] = NO_ENVIRONMENT
+        self.observation = list(observation_leaves(space, arrays.observation))
+        self.final = list(observation_leaves(space, arrays.final))
+        self.reports_episodes = len(arrays.episode) > 0
+        self.steps_since_origin = arrays.steps_since_origin[self.indices.start : self.indices.stop]
+        self.snapshot_methods = [snapshot_method(env) for env in self.envs]
+        self.never_reset = set(self.indices)
 
-    def reset(
-        self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
-    ) -> None:
-        """Begin new episodes where the mask says."""
-        self.doing, self.calls, self.thread = "resetting", self.calls + 1, threading.get_ident()
+    def run(self, command: Command, *arguments: Any) -> None:
+        """Execute a command on the attached environments."""
+        self.activity, self.calls, self.thread = command.activity, self.calls + 1, threading.get_ident()
         try:
-            for n, env, seed, chosen in zip(self.environments, self.envs, seeds, mask, strict=True):
-                if chosen:
-                    self.at = self.current[0] = n
-                    self._remember(n, env, seed, replayable=not options)
-                    observation, _ = env.reset(seed=seed, options=options)
-                    store(self.observation, n, observation)
+            command.method(self, *arguments)
         finally:
-            self.current[0] = NOWHERE
+            self.current[0] = NO_ENVIRONMENT
 
-    def _remember(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
-        """Keep from where the episode begins that the coming reset begins."""
-        board, snapshot = self.board, None
-        if n not in self.fresh and remembers(env):
-            replayable = False
-        self.fresh.discard(n)
-        take = self.snapshots[n - self.environments.start]
-        if take is not None:
-            snapshot = take()
-            if snapshot is None and seed is None and board.since[n]:
-                return  # it goes on from what was before
-        packed = b""
+    def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None) -> None:
+        for n, env, seed, selected in zip(self.indices, self.envs, seeds, mask, strict=True):
+            if selected:
+                self.last_index = self.current[0] = n
+                self._record_origin(n, env, seed, replayable=not options)
+                observation, _ = env.reset(seed=seed, options=options)
+                store_observation(self.observation, n, observation)
+
+    def _record_origin(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
+        """Store the origin of the episode that the next reset begins."""
+        arrays, snapshot = self.arrays, None
+        replayable = replayable and (n in self.never_reset or not has_hidden_state(env))
+        self.never_reset.discard(n)
+        take_snapshot = self.snapshot_methods[n - self.indices.start]
+        if take_snapshot is not None:
+            snapshot = take_snapshot()
+            if snapshot is None and seed is None and arrays.steps_since_origin[n]:
+                return  # the reset continues from the state before it, so the earlier origin stays valid
+        pickled = b""
         if replayable:
-            with contextlib.suppress(Exception):  # a snapshot that no process can be told
-                packed = Origin(seed, generator_of(env) if seed is None else None, snapshot).pickled()
-        size = len(packed) if len(packed) <= board.origin.shape[1] else 0
-        board.origin[n, :size] = np.frombuffer(packed[:size], np.uint8)
-        board.origin_size[n], board.since[n] = size, 0
+            with contextlib.suppress(Exception):  # a snapshot that cannot be pickled
+                pickled = Origin(seed, get_generator_state(env) if seed is None else None, snapshot).to_bytes()
+        size = len(pickled) if len(pickled) <= arrays.origin.shape[1] else 0
+        arrays.origin[n, :size] = np.frombuffer(pickled[:size], np.uint8)
+        arrays.origin_size[n], arrays.steps_since_origin[n] = size, 0
 
-    def replay(self, part: Sequence[tuple[bytes, np.ndarray]]) -> None:
-        """Bring each to where it was, from its origin by its actions; `reward` is then that of the episode so far."""
-        board, current = self.board, self.current
-        self.doing, self.calls, self.thread = "replaying", self.calls + 1, threading.get_ident()
-        try:
-            for n, env, (packed, actions) in zip(self.environments, self.envs, part, strict=True):
-                self.at = current[0] = n
-                origin = Origin.of(packed)
-                if origin.snapshot is not None:
-                    env.get_wrapper_attr("restore")(origin.snapshot)
-                if origin.generator is not None:
-                    env.unwrapped.np_random = generator_from(origin.generator)
-                board.since[n] = board.reward[n] = 0
-                self._remember(n, env, origin.seed)
-                observation, _ = env.reset(seed=origin.seed)
-                for action in actions.astype(board.action.dtype):
-                    self.calls += 1
-                    current[1] = self.calls  # it is not stuck
-                    observation, reward, terminated, truncated, _ = env.step(action)
-                    board.reward[n] += reward
-                    if terminated or truncated:
-                        observation, _ = env.reset()
-                        board.reward[n] = 0
-                store(self.observation, n, observation)
-                board.since[n] = len(actions)
-        finally:
-            current[0] = NOWHERE
-
-    def step(self) -> None:
-        """Take the board's actions; an environment whose episode ends is reset."""
-        board, current = self.board, self.current
-        reward, terminated, truncated = board.reward, board.terminated, board.truncated
-        # A copy, since an environment may keep its action for longer than this step.
-        actions = board.action[self.environments.start : self.environments.stop].copy()
-        self.doing, self.calls, self.thread = "stepping", self.calls + 1, threading.get_ident()
-        self.since += 1
-        try:
-            for n, env, action in zip(self.environments, self.envs, actions, strict=True):
-                self.at = current[0] = n
-                observation, reward[n], terminated[n], truncated[n], info = env.step(action)
-                if terminated[n] or truncated[n]:
-                    if self.reports:
-                        report = info.get("episode")
-                        board.episode[n] = (report["r"], report["l"]) if report else np.nan
-                    store(self.final, n, observation)
-                    self._remember(n, env)
+    def _replay(self, episodes: Sequence[tuple[bytes, np.ndarray]]) -> None:
+        """Repeat each environment's actions from its origin; `reward` becomes the return of the episode so far."""
+        arrays, current = self.arrays, self.current
+        for n, env, (pickled, actions) in zip(self.indices, self.envs, episodes, strict=True):
+            self.last_index = current[0] = n
+            origin = Origin.from_bytes(pickled)
+            if origin.snapshot is not None:
+                env.get_wrapper_attr("restore")(origin.snapshot)
+            if origin.generator is not None:
+                env.unwrapped.np_random = generator_from_state(origin.generator)
+            arrays.steps_since_origin[n] = arrays.reward[n] = 0
+            self._record_origin(n, env, origin.seed)
+            observation, _ = env.reset(seed=origin.seed)
+            for action in actions.astype(arrays.action.dtype):
+                self.calls += 1
+                current[1] = self.calls  # the timeout is for one step, not for the whole replay
+                observation, reward, terminated, truncated, _ = env.step(action)
+                arrays.reward[n] += reward
+                if terminated or truncated:
                     observation, _ = env.reset()
-                store(self.observation, n, observation)
-        finally:
-            current[0] = NOWHERE
+                    arrays.reward[n] = 0
+            store_observation(self.observation, n, observation)
+            arrays.steps_since_origin[n] = len(actions)
+
+    def _step(self) -> None:
+        """Apply the actions in the arrays; reset environments whose episode ends."""
+        arrays, current = self.arrays, self.current
+        reward, terminated, truncated = arrays.reward, arrays.terminated, arrays.truncated
+        # A copy, since an environment may keep a reference to its action.
+        actions = arrays.action[self.indices.start : self.indices.stop].copy()
+        self.steps_since_origin += 1
+        for n, env, action in zip(self.indices, self.envs, actions, strict=True):
+            self.last_index = current[0] = n
+            observation, reward[n], terminated[n], truncated[n], info = env.step(action)
+            if terminated[n] or truncated[n]:
+                if self.reports_episodes:
+                    report = info.get("episode")
+                    arrays.episode[n] = (report["r"], report["l"]) if report else np.nan
+                store_observation(self.final, n, observation)
+                self._record_origin(n, env)
+                observation, _ = env.reset()
+            store_observation(self.observation, n, observation)
 
     def close(self) -> None:
-        """Close them all."""
+        """Close the environments, ignoring errors."""
         self.closed = True
         for env in self.envs:
-            with contextlib.suppress(Exception, SystemExit):  # nobody is left to hear of it
+            with contextlib.suppress(Exception, SystemExit):
                 env.close()
 
 
-def snapshot_of(env: gym.Env) -> Callable[[], Any] | None:
-    """The method by which an environment says what it carries from one episode into the next, if it takes it back."""
-    names = ("snapshot", "restore")
-    return env.get_wrapper_attr(names[0]) if all(map(env.has_wrapper_attr, names)) else None
+class Command(NamedTuple):
+    """What `EnvSlice.run` executes."""
+
+    code: bytes  # one byte, sent to worker processes
+    activity: str  # for messages
+    method: Callable[..., None]
+
+
+STEP = Command(b"s", "stepping", EnvSlice._step)
+RESET = Command(b"r", "resetting", EnvSlice._reset)
+REPLAY = Command(b"p", "replaying", EnvSlice._replay)

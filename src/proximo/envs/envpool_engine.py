@@ -1,8 +1,8 @@
-"""Environments that EnvPool runs: many in each of a few threads of this process, stepped in C++.
+"""Engine `envpool`: environments that EnvPool steps in C++, on threads of this process.
 
-EnvPool has its own versions of Gymnasium's environments. `VERIFIED` names those that tests drive side by side with
-Gymnasium's, from the same states with the same actions: MuJoCo's observations agree bit for bit, those of classic
-control to float32. Rewards come as float32. Others of EnvPool's run too, for who asks for them.
+EnvPool has its own implementations of Gymnasium's environments. Tests step those in `VERIFIED` side by side with
+Gymnasium's, from the same states with the same actions: observations of MuJoCo are bit-identical, those of classic
+control agree to float32. Rewards are float32. EnvPool's other environments run too if `engine` is envpool.
 """
 
 from __future__ import annotations
@@ -16,234 +16,172 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 
-from proximo.envs.shared_memory import mask_of, seeds_of
+from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
 
 INSTALL = "pip install 'proximo[envpool]'"
-FOREVER = 2**31 - 1  # steps, where there is no time limit
+FIX = "Use engine workers or sync."
+NO_TIME_LIMIT = 2**31 - 1  # steps
 
+_MUJOCO = "Ant HalfCheetah Hopper InvertedDoublePendulum InvertedPendulum Reacher Swimmer Walker2d"
 VERIFIED = frozenset(
-    [
-        *("Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"),
-        *("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "Walker2d-v5"),
-        *("InvertedDoublePendulum-v5", "InvertedPendulum-v5", "Reacher-v5"),
-        *("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Swimmer-v4", "Walker2d-v4"),
-        *("InvertedDoublePendulum-v4", "InvertedPendulum-v4", "Reacher-v4"),
-    ]
+    ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
+    + [f"{task}-v{version}" for task in _MUJOCO.split() for version in (4, 5)]
 )
-"""Ids of which EnvPool's version is known to be Gymnasium's.
+"""Ids whose implementation in EnvPool is verified to match Gymnasium's.
 
-Others are not, and these do differ:
+Known differences:
 
-- Pendulum-v1: where the speed is cut to 8, EnvPool moves the angle by what it was before, at most 0.053 too far.
-- Humanoid-v5, HumanoidStandup-v5, Pusher-v5: with MuJoCo 3.6.0, which EnvPool 1.2.5 is built with, Gymnasium's agree
-  bit for bit too. With MuJoCo 3.8.1, whose solver and collisions take other steps, they part: Humanoids by 1e-7 in
-  the first step, Pusher in one episode of twenty, on contact.
-- Humanoid-v4: observations hold contact forces in Gymnasium and none in EnvPool.
+- Pendulum-v1: where the speed is clipped to 8, EnvPool moves the angle by the unclipped speed, at most 0.053 too far.
+- Humanoid-v5, HumanoidStandup-v5, Pusher-v5: bit-identical if Gymnasium uses MuJoCo 3.6.0, which EnvPool 1.2.5 is
+  built with. With MuJoCo 3.8.1, whose solver and collisions changed, Humanoids differ by 1e-7 in the first step, and
+  Pusher on contact, in one episode of twenty.
+- Humanoid-v4: observations include contact forces in Gymnasium but not in EnvPool.
 """
 
-# Keywords of Gymnasium's environments, and what EnvPool calls them. A range has two names there; None stands for an
-# end that EnvPool leaves infinite.
-Name = str | tuple[str | None, str | None]
-
-
-def _same(*names: str) -> dict[str, Name]:
-    return {name: name for name in names}
-
-
-_GAIT = _same(
-    "ctrl_cost_weight",
-    "exclude_current_positions_from_observation",
-    "forward_reward_weight",
-    "frame_skip",
-    "reset_noise_scale",
-)
-_HEALTH = _same("healthy_reward", "terminate_when_unhealthy")
-_UPRIGHT: dict[str, Name] = {"healthy_z_range": ("healthy_z_min", "healthy_z_max")}
-_LEANING: dict[str, Name] = {"healthy_angle_range": ("healthy_angle_min", "healthy_angle_max")}
-_KEYWORDS: dict[str, dict[str, Name]] = {
-    "Ant": {
-        **_GAIT,
-        **_HEALTH,
-        **_UPRIGHT,
-        "contact_cost_weight": "contact_cost_weight",
-        "contact_force_range": ("contact_force_min", "contact_force_max"),
-    },
+_SIMULATION = ("frame_skip", "reset_noise_scale")
+_POSITIONS = "exclude_current_positions_from_observation"
+_GAIT = (*_SIMULATION, _POSITIONS, "forward_reward_weight", "ctrl_cost_weight")
+_UPRIGHT = (*_GAIT, "healthy_reward", "healthy_z_range", "terminate_when_unhealthy")
+_ARM = ("frame_skip", "reward_control_weight", "reward_dist_weight")
+_KEYWORDS: dict[str, tuple[str, ...]] = {  # Gymnasium's keywords that EnvPool supports
+    "Ant": (*_UPRIGHT, "contact_cost_weight", "contact_force_range"),
     "HalfCheetah": _GAIT,
-    "Hopper": {
-        **_GAIT,
-        **_HEALTH,
-        **_LEANING,
-        "healthy_z_range": ("healthy_z_min", None),
-        "healthy_state_range": ("healthy_state_min", "healthy_state_max"),
-    },
-    "Humanoid": {
-        **_GAIT,
-        **_HEALTH,
-        **_UPRIGHT,
-        "contact_cost_weight": "contact_cost_weight",
-        "contact_cost_range": (None, "contact_cost_max"),
-    },
-    "HumanoidStandup": _same("exclude_current_positions_from_observation"),
-    "InvertedDoublePendulum": _same("frame_skip", "healthy_reward", "reset_noise_scale"),
-    "InvertedPendulum": _same("frame_skip", "reset_noise_scale"),
-    "Pusher": {
-        "frame_skip": "frame_skip",
-        "reward_control_weight": "ctrl_cost_weight",
-        "reward_dist_weight": "dist_cost_weight",
-        "reward_near_weight": "near_cost_weight",
-    },
-    "Reacher": {
-        "frame_skip": "frame_skip",
-        "reward_control_weight": "ctrl_cost_weight",
-        "reward_dist_weight": "dist_cost_weight",
-    },
+    "Hopper": (*_UPRIGHT, "healthy_angle_range", "healthy_state_range"),
+    "Humanoid": (*_UPRIGHT, "contact_cost_weight", "contact_cost_range"),
+    "HumanoidStandup": (_POSITIONS,),
+    "InvertedDoublePendulum": (*_SIMULATION, "healthy_reward"),
+    "InvertedPendulum": _SIMULATION,
+    "Pusher": (*_ARM, "reward_near_weight"),
+    "Reacher": _ARM,
     "Swimmer": _GAIT,
-    "Walker2d": {**_GAIT, **_HEALTH, **_UPRIGHT, **_LEANING},
+    "Walker2d": (*_UPRIGHT, "healthy_angle_range"),
 }
+# EnvPool uses the same names, except for these; for `x_range` it has `x_min` and `x_max`, if not listed as unbounded.
+_RENAMED = {
+    "reward_control_weight": "ctrl_cost_weight",
+    "reward_dist_weight": "dist_cost_weight",
+    "reward_near_weight": "near_cost_weight",
+}
+_UNBOUNDED = {("Hopper", "healthy_z_range"): "max", ("Humanoid", "contact_cost_range"): "min"}
 
 
 def supports(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether EnvPool is here and runs this very environment: a verified id with its version, and known keywords."""
-    if env_id not in VERIFIED or not _is_gymnasiums(env_id) or importlib.util.find_spec("envpool") is None:
+    """Whether EnvPool is installed, the id with its version is verified, and all keywords are supported."""
+    if env_id not in VERIFIED or not _is_from_gymnasium(env_id) or importlib.util.find_spec("envpool") is None:
         return False
     try:
-        _translated(env_id, env_kwargs or {})
+        _to_envpool_settings(env_id, env_kwargs or {})
     except UserError:
         return False
     return True
 
 
-class PoolVectorEnv(VectorEnv):
-    """N environments that EnvPool steps.
+class EnvPoolVectorEnv(VectorEnv):
+    """N environments stepped by EnvPool.
 
-    They do not reset on their own (AutoresetMode.DISABLED): `reset(options={"reset_mask": …})` resets those that
-    ended. EnvPool's own way, to reset in the step after the end, would spend that step on no transition, and would
-    report an episode that terminates in the last step it is allowed as truncated alone. So EnvPool is given one more
-    step than the time limit, which is counted here.
+    They do not reset automatically (AutoresetMode.DISABLED): `reset(options={"reset_mask": …})` resets those that
+    ended. EnvPool's own autoreset would spend the next step on the reset, and would report an episode that terminates
+    in the last step of its time limit as truncated only. So EnvPool gets a time limit one step longer, and the time
+    limit is applied here.
 
-    Spaces are those of Gymnasium's environment, observations have their type, rewards are float64 of EnvPool's
-    float32. What EnvPool says in `info` is left out.
+    Spaces and observation dtypes are Gymnasium's; rewards are float64. EnvPool's `info` is dropped.
 
     Args:
-        example: one such environment, made by Gymnasium: it says the id, the spaces and the time limit.
-        num_envs: N.
-        env_kwargs: the keywords that `example` was made with.
-        threads: that step; by default as many as there are cores, and never more than N.
+        example: an environment made by Gymnasium, for its id, spaces and time limit.
+        env_kwargs: keywords that `example` was made with.
+        threads: number of stepping threads; by default the number of cores, and never more than N.
 
     Raises:
-        UserError: EnvPool is not installed, has no such environment or another one of that name, or does not know
-            a keyword.
+        UserError: EnvPool is not installed, or does not have this environment or support a keyword.
     """
 
-    takes_seed_list = True  # one seed per environment, as SyncVectorEnv does
+    takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
     def __init__(
-        self,
-        example: gym.Env,
-        num_envs: int,
-        env_kwargs: Mapping[str, Any] | None = None,
-        threads: int | None = None,
+        self, example: gym.Env, num_envs: int, env_kwargs: Mapping[str, Any] | None = None, threads: int | None = None
     ) -> None:
         super().__init__()
         if example.spec is None:
-            raise UserError("engine envpool needs an environment that Gymnasium made from its id")
+            raise UserError(f"engine envpool needs an environment made with gymnasium.make(id). {FIX}")
         self.spec, self._id, self.num_envs = example.spec, example.spec.id, num_envs
-        self.single_observation_space, self.single_action_space = (
-            example.observation_space,
-            example.action_space,
-        )
+        self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
         self.observation_space = batch_space(example.observation_space, num_envs)
         self.action_space = batch_space(example.action_space, num_envs)
         self.metadata = {**example.metadata, "autoreset_mode": AutoresetMode.DISABLED}
 
         limit = example.spec.max_episode_steps
-        self._limit = limit if limit is not None and limit > 0 else None
+        self._limit = limit if limit is not None and limit > 0 else math.inf
         self._settings = {
             "num_envs": num_envs,
             "num_threads": min(cores() if threads is None else threads, num_envs),
-            "max_episode_steps": FOREVER if self._limit is None else self._limit + 1,
-            **_translated(self._id, env_kwargs or {}),
+            "max_episode_steps": min(self._limit + 1, NO_TIME_LIMIT),
+            **_to_envpool_settings(self._id, env_kwargs or {}),
         }
-        _check(self._id, example, self._settings)
-        self._pool: Any = None  # made by reset, since EnvPool takes seeds only then
-        self._observation = np.zeros(0)
-        self._over = np.ones(num_envs, bool)  # to be reset before they are stepped
+        _require_same_env(self._id, example, self._settings)
+        self._pool: Any = None  # made by `reset`, since EnvPool takes seeds only in its constructor
+        self._observation: Any = create_empty_array(example.observation_space, num_envs)
+        self._needs_reset = np.ones(num_envs, bool)
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin new episodes: everywhere, or where `options["reset_mask"]` ([N] bool) says.
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
-        Args:
-            seed: one per environment; or one number, from which environment n takes seed + n. EnvPool takes seeds
-                only when it makes environments, so that with a seed all are made anew.
-
-        Returns:
-            Observations [N, ...], those of environments left alone as they were, and an empty info.
+        Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number. A seed recreates all environments,
+        since EnvPool takes seeds only in its constructor. Observations [N, ...] are unchanged for environments that
+        are not reset; info is empty.
 
         Raises:
-            UserError: the wrong number of seeds, no proper mask, other options, or a seed for a part of the
-                environments.
+            UserError: the number of seeds or the mask is wrong, there are other options, or a seed has a mask.
         """
         if self.closed:
-            raise RunError("this vector environment is closed: make a new one")
-        mask, others = mask_of(options, self.num_envs)
+            raise RunError("this vector environment is closed. Make a new one.")
+        mask, others = split_reset_options(options, self.num_envs)
         if others:
-            raise UserError(f"EnvPool's environments know no reset options, got {others}")
+            raise UserError(f"EnvPool supports no reset options except reset_mask, got {others}")
         if seed is not None or self._pool is None:
             if not mask.all():
-                raise UserError("EnvPool seeds all environments at once: give no reset_mask, or no seed")
-            self._pool = None  # which ends its threads
-            self._pool = _make(self._id, self._settings, _seeds(seed, self.num_envs))
-        which = np.flatnonzero(mask).astype(np.int32)
-        if len(which):
-            observation, info = self._asked(self._pool.reset, which)
-            fresh = np.empty_like(self._shaped(observation), shape=(self.num_envs, *observation.shape[1:]))
-            if not mask.all():
-                fresh[:] = self._observation
-            fresh[info["env_id"]] = self._shaped(observation)
-            self._observation = fresh
-            self._over = self._over & ~mask
+                raise UserError("EnvPool seeds all environments at once. Omit reset_mask, or omit the seed.")
+            self._pool = None  # ends its threads
+            self._pool = _make_pool(self._id, self._settings, _int32_seeds(seed, self.num_envs))
+        selected = np.flatnonzero(mask).astype(np.int32)
+        if len(selected):
+            observation, info = self._call(self._pool.reset, selected)
+            self._observation = self._observation.copy()
+            self._observation[info["env_id"]] = self._convert(observation)
+            self._needs_reset = self._needs_reset & ~mask
         return self._observation, {}
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Take actions [N, ...] everywhere.
-
-        Returns:
-            Observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and an empty info.
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and an empty info.
 
         Raises:
-            UserError: actions of the wrong shape, or an environment that ended was not reset.
+            UserError: the actions' shape is wrong, or an environment that ended was not reset.
         """
         if self._pool is None:
-            raise RunError("EnvPool has no environments: call reset() first")
-        if self._over.any():
+            raise RunError("the environments have not been reset. Call reset() first.")
+        if self._needs_reset.any():
             raise UserError(
-                f"environments {np.flatnonzero(self._over).tolist()} have ended: "
-                "call reset(options={'reset_mask': …}) first"
+                f"the episodes of environments {np.flatnonzero(self._needs_reset).tolist()} have ended. "
+                "Call reset(options={'reset_mask': …}) first."
             )
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise UserError(
-                f"actions have shape {actions.shape}, but the action space expects {self.action_space.shape}"
+                f"actions have shape {actions.shape}, expected {self.action_space.shape}, as the action space declares"
             )
-        observation, reward, terminated, truncated, info = self._asked(self._pool.step, actions)
-        if self._limit is not None:
-            truncated = truncated | (info["elapsed_step"] >= self._limit)
-        self._over = terminated | truncated
-        self._observation = self._shaped(observation)
+        observation, reward, terminated, truncated, info = self._call(self._pool.step, actions)
+        truncated = truncated | (info["elapsed_step"] >= self._limit)
+        self._needs_reset = terminated | truncated
+        self._observation = self._convert(observation)
         return self._observation, reward.astype(np.float64), terminated, truncated, {}
 
-    def _asked(self, what: Callable[[np.ndarray], Any], argument: np.ndarray) -> Any:
-        """EnvPool's answer. After an interrupt between question and answer all others would be late by one."""
+    def _call(self, method: Callable[[np.ndarray], Any], argument: np.ndarray) -> Any:
+        """Call EnvPool; discard it on an exception, since an interrupted call would shift all later results by one."""
         try:
-            return what(argument)
+            return method(argument)
         except BaseException:
             self._pool = None
             raise
@@ -252,98 +190,78 @@ class PoolVectorEnv(VectorEnv):
         """End EnvPool's threads."""
         self._pool = None
 
-    def _shaped(self, observation: np.ndarray) -> np.ndarray:
+    def _convert(self, observation: np.ndarray) -> np.ndarray:
+        """Return the observations with the shape and dtype of Gymnasium's space."""
         space = self.single_observation_space
         return observation.reshape(-1, *(space.shape or ())).astype(space.dtype, copy=False)
 
 
-def _check(env_id: str, example: gym.Env, settings: Mapping[str, Any]) -> None:
-    """See that EnvPool has this environment, so far as names and spaces tell.
-
-    Raises:
-        UserError: says why not.
-    """
-    envpool = _envpool()
-    instead = "use engine workers or sync"
-    if not _is_gymnasiums(env_id) or env_id not in envpool.list_all_envs():
-        raise UserError(f"engine envpool: EnvPool has no {env_id}; {instead}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = envpool.make_spec(env_id, **settings)
-        spaces = theirs.gymnasium_observation_space, theirs.gymnasium_action_space
-    for what, own, its in zip(
-        ("observation", "action"), (example.observation_space, example.action_space), spaces, strict=True
-    ):
-        if (
-            type(own) is not type(its)
-            or own.shape != its.shape
-            or getattr(own, "n", 0) != getattr(its, "n", 0)
-        ):
-            raise UserError(
-                f"engine envpool: EnvPool's {env_id} has {what}s {its}, but Gymnasium's {own}; {instead}"
-            )
-
-
-def _make(env_id: str, settings: Mapping[str, Any], seeds: list[int]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about bounds that float32 rounds
-        pool = _envpool().make(env_id, env_type="gymnasium", env_seed=seeds, **settings)
-        _ = pool.observation_space  # which is made, with the warning, when first asked for
-    return pool
-
-
-def _envpool() -> Any:
+def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]) -> None:
+    """Raise UserError unless EnvPool has an environment of this name with the same spaces."""
     try:
         import envpool
     except ImportError as error:
         raise UserError(
-            f"engine envpool needs a package that is not installed: {INSTALL}, or choose engine auto"
+            f"engine envpool needs a package that is not installed. Run: {INSTALL}, or use engine auto."
         ) from error
-    return envpool
+    if not _is_from_gymnasium(env_id) or env_id not in envpool.list_all_envs():
+        raise UserError(f"engine envpool: EnvPool has no {env_id}. {FIX}")
+    with warnings.catch_warnings(action="ignore"):
+        spec = envpool.make_spec(env_id, **settings)
+        spaces = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    expected_spaces = example.observation_space, example.action_space
+    for kind, space, expected in zip(("observation", "action"), spaces, expected_spaces, strict=True):
+        has_same_type = type(expected) is type(space) and expected.shape == space.shape
+        if not has_same_type or getattr(expected, "n", 0) != getattr(space, "n", 0):
+            raise UserError(
+                f"engine envpool: EnvPool's {kind} space of {env_id} is {space}, but Gymnasium's is {expected}. {FIX}"
+            )
 
 
-def _is_gymnasiums(env_id: str) -> bool:
-    """Whether the id stands for what comes with Gymnasium, and for that alone."""
+def _make_pool(env_id: str, settings: Mapping[str, Any], seeds: list[int]) -> Any:
+    import envpool
+
+    with warnings.catch_warnings(action="ignore"):  # about bounds that float32 rounds
+        pool = envpool.make(env_id, env_type="gymnasium", env_seed=seeds, **settings)
+        _ = pool.observation_space  # made, with the warning, on first access
+    return pool
+
+
+def _is_from_gymnasium(env_id: str) -> bool:
+    """Whether the id is registered by Gymnasium itself."""
     spec = gym.registry.get(env_id)
     return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.") and spec.namespace is None
 
 
-def _translated(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Gymnasium's keywords in EnvPool's words, less the time limit.
-
-    Raises:
-        UserError: EnvPool has no word for one of them.
-    """
-    known = _KEYWORDS.get(env_id.rpartition("-v")[0], {})
+def _to_envpool_settings(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate Gymnasium's keywords to EnvPool's, without the time limit; raise UserError for unsupported ones."""
+    task = env_id.rpartition("-v")[0]
+    known = (*_KEYWORDS.get(task, ()), "max_episode_steps")
     settings: dict[str, Any] = {}
     for keyword, value in env_kwargs.items():
+        if keyword not in known:
+            supported = ", ".join(sorted(known))
+            raise UserError(f"engine envpool does not support {keyword!r} for {env_id}, only {supported}. {FIX}")
         if keyword == "max_episode_steps":
             continue
-        if keyword not in known:
-            takes = ", ".join(sorted([*known, "max_episode_steps"]))
-            raise UserError(
-                f"engine envpool cannot give {env_id} {keyword!r}, only {takes}: use engine workers or sync"
-            )
-        name = known[keyword]
-        if isinstance(name, str):
-            settings[name] = value
+        if not keyword.endswith("_range"):
+            settings[_RENAMED.get(keyword, keyword)] = value
             continue
         if not (isinstance(value, Sequence) and len(value) == 2):
             raise UserError(f"{keyword} must be two numbers, got {value!r}")
-        for end, its, infinite in zip(value, name, (-math.inf, math.inf), strict=True):
-            if its is not None:
-                settings[its] = end
-            elif end != infinite:
+        for end, bound, infinity in zip(("min", "max"), value, (-math.inf, math.inf), strict=True):
+            if _UNBOUNDED.get((task, keyword)) != end:
+                settings[f"{keyword.removesuffix('_range')}_{end}"] = bound
+            elif bound != infinity:
                 raise UserError(
-                    f"engine envpool cannot give {env_id} {keyword} {value}, since EnvPool takes only {infinite} "
-                    f"for {end}: use engine workers or sync"
+                    f"engine envpool does not support {keyword} {value} for {env_id}: EnvPool only has {infinity} "
+                    f"instead of {bound}. {FIX}"
                 )
     return settings
 
 
-def _seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int]:
-    """One seed for each environment, as int32; what is None comes from the operating system."""
-    chance = np.random.SeedSequence().generate_state(num_envs, np.uint32)
-    given = seeds_of(seed, num_envs)
-    words = [int(chance[n]) if number is None else int(number) for n, number in enumerate(given)]
-    return [(word + 2**31) % 2**32 - 2**31 for word in words]
+def _int32_seeds(seed: Seeds, num_envs: int) -> list[int]:
+    """Return one int32 seed for each environment; None is replaced by a seed from the operating system."""
+    random = np.random.SeedSequence().generate_state(num_envs, np.uint32)
+    seeds = [random[n] if one is None else one for n, one in enumerate(seed_per_env(seed, num_envs))]
+    return [(int(one) + 2**31) % 2**32 - 2**31 for one in seeds]

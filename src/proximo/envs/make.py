@@ -1,42 +1,34 @@
-"""From an environment id, a factory or a ready vector environment to what the collector steps."""
+"""Make the vector environment that the collector steps: from an id, a factory or a ready vector environment."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
-import multiprocessing
 import re
-import signal
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import VectorEnv
 
 from proximo.envs import atari
 from proximo.envs.auto_engine import choose_engine
+from proximo.envs.envpool_engine import EnvPoolVectorEnv
 from proximo.envs.local import LocalVectorEnv
+from proximo.envs.native import make_native
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
-from proximo.spaces.spaces import Discrete, Spaces
+from proximo.spaces.spaces import Spaces
 
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
 
-# What makes an environment that Gymnasium alone cannot: an extra, or the package and module that register it.
-_EXTRAS = {
-    "mujoco": "pip install 'proximo[mujoco]'",
-    "box2d": "pip install 'proximo[box2d]'",
-    "opencv": "pip install 'proximo[atari]'",
-}
-_NAMESPACES = {
-    "BabyAI": ("minigrid", "minigrid"),
-    "MinAtar": ("minatar", "minatar.gym"),
-}
+# For environments that need other packages: Proximo's extra, by a word in Gymnasium's error ...
+_EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "opencv": "atari"}
+# ... or the package, and its module that registers the environments, by namespace.
+_NAMESPACES = {"BabyAI": ("minigrid", "minigrid"), "MinAtar": ("minatar", "minatar.gym")}
 
 
 def make_envs(
@@ -47,50 +39,53 @@ def make_envs(
     isolate: bool = False,
     timeout_s: float = 60.0,
 ) -> VectorEnv:
-    """Build N copies of an environment.
+    """Make a vector environment of N copies of an environment.
 
     Args:
-        env: an id registered with Gymnasium, a function that makes one environment, or a vector environment,
-            which is returned as it is.
-        engine: sync, workers, async, envpool, native or auto, which `engine_for` resolves.
-        isolate: whether all of them run outside this process: in worker processes.
-        timeout_s: seconds that one step or reset of one environment may take, with engines workers and sync.
+        env: an id registered with Gymnasium, a function that makes one environment, or a vector environment, which is
+            returned unchanged.
+        engine: sync, workers, envpool, native, or auto (see `resolve_engine`).
+        isolate: run all environments in worker processes.
+        timeout_s: limit in seconds for one step or reset of one environment, with engines workers and sync.
 
     Raises:
-        UserError: the environment cannot be made; the message says what to install or write instead.
+        UserError: the environment cannot be made; the message explains how to fix it.
     """
     if isinstance(env, VectorEnv):
         return env
     if not (isinstance(env, str) or callable(env)):
         raise UserError(
-            f"an environment is given as an id, a function that makes one, or a vector environment, not as {env!r}: "
-            "give its id, or lambda: gymnasium.make(…)"
+            f"{env!r} is not an environment. Pass an id, a function that makes one environment, or a vector "
+            'environment: "CartPole-v1", or lambda: gymnasium.make(…).'
         )
     env_kwargs = dict(env_kwargs or {})
-    engine = engine_for(env, num_envs, engine, env_kwargs, isolate=isolate)
-    env = env if isinstance(env, str) else partial(_checked, env)
+    engine = resolve_engine(env, num_envs, engine, env_kwargs, isolate=isolate)
+    if engine in ("native", "envpool") and not isinstance(env, str):
+        raise UserError(f"engine {engine} needs an environment id, got a function. Use engine workers or sync.")
+    # With its specification, a process that has not registered an environment can make it too.
+    make = partial(make_one, _find_spec(env) or env) if isinstance(env, str) else partial(_make_with_factory, env)
+    factory = partial(make, **env_kwargs)
     try:
         if engine == "native":
-            return _native(env, num_envs, env_kwargs)
+            return _make_native(str(env), num_envs, env_kwargs)
         if engine == "envpool":
-            return _pool(env, num_envs, env_kwargs)
-        factory = _factory(env, env_kwargs)
+            with contextlib.closing(factory()) as example:
+                return EnvPoolVectorEnv(example, num_envs, env_kwargs)
+        # The collector copies observations.
         if engine == "workers":
-            return _workers(factory, num_envs, isolate, timeout_s, bool(env_kwargs))
-        if engine == "async":
-            # Spawned: a fork of a process in which JAX runs threads can deadlock.
-            factories = [partial(_in_worker, factory)] * num_envs
-            return AsyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED, context="spawn")
-        return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)  # the collector copies
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(explain(str(env), error)) from error
-    except TypeError as error:
-        if not env_kwargs or "argument" not in str(error):
-            raise
-        raise UserError(f"{env} does not accept env_kwargs {env_kwargs}: {error}") from error
+            return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, copy=False)
+        return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)
+    except Exception as error:
+        # An exception in a constructor is the cause of the error of WorkerVectorEnv.
+        cause = error.__cause__ if engine == "workers" and isinstance(error, UserError) else error
+        if isinstance(cause, (gym.error.Error, ImportError)):
+            raise UserError(explain_make_error(str(env), cause)) from cause
+        if isinstance(cause, TypeError) and env_kwargs and "argument" in str(cause):
+            raise UserError(f"{env} does not accept `env_kwargs` {env_kwargs}: {cause}") from cause
+        raise
 
 
-def engine_for(
+def resolve_engine(
     env: EnvLike,
     num_envs: int,
     engine: str = "auto",
@@ -99,210 +94,140 @@ def engine_for(
     isolate: bool = False,
     exact: bool = False,
 ) -> str:
-    """The engine itself, or where it is auto, the one that `proximo.envs.auto_engine` expects to be quickest.
+    """Return the engine; for auto, the one that `proximo.envs.auto_engine` expects to be fastest.
 
-    What a function makes runs in this process then, since it may share something with its program, or do more than
-    step. A vector environment is run as it is, whatever the engine.
+    With auto, environments made by a function run in this process, since they may share state with the program. Vector
+    environments run as they are, whatever the engine.
 
     Args:
         isolate: auto means workers, which then run all environments.
-        exact: auto means an engine that can be brought back to where it stood (`proximo.rollout.env_state`).
+        exact: let auto choose only engines that support exact resume (`proximo.rollout.env_state`).
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
     if isolate:
         return "workers"
-    spec = _spec(env) if isinstance(env, str) else None
+    spec = _find_spec(env) if isinstance(env, str) else None
     if spec is None:
         return "sync"
     kwargs = dict(env_kwargs or {})
-    if atari.plays(spec, kwargs) and not exact:
+    if atari.supports_vector(spec, kwargs) and not exact:
         return "native"
     return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs, exact)
 
 
-def plays_games(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
-    """Whether it is an Atari game that ALE's vector environment plays."""
-    return isinstance(env, str) and atari.plays(_spec(env), env_kwargs)
+def is_vectorized_atari(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether ALE's vector environment supports this environment."""
+    return isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
 
 
-def _factory(env: str | Callable[..., gym.Env], env_kwargs: Mapping[str, Any]) -> Callable[[], gym.Env]:
-    """What makes one environment, also in a process in which the program registered nothing."""
-    if isinstance(env, str):
-        return partial(make_one, _spec(env) or env, **env_kwargs)
-    return partial(env, **env_kwargs)
-
-
-def _spec(env_id: str) -> EnvSpec | None:
-    """How an environment is registered; None where it is not, or its module cannot be imported."""
+def _find_spec(env_id: str) -> EnvSpec | None:
+    """Return the specification of an environment; None if it is not registered or its module cannot be imported."""
     module, _, name = env_id.rpartition(":")
     try:
         if module:
             importlib.import_module(module)
         return gym.spec(with_version(name))
-    except Exception:  # making it will say what is wrong
+    except Exception:  # making the environment reports the error
         return None
 
 
 def with_version(env_id: str) -> str:
-    """An id with its latest version, where it names none."""
-    if atari.is_named(env_id):
-        register_games()
+    """Return the id, with its latest version appended if it has none."""
+    if atari.has_atari_id(env_id):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ale_py")  # registers the games
     if re.search(r"-v\d+$", env_id) or ":" in env_id:
         return env_id
-    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == env_id]
-    latest = max((version for version in versions if version is not None), default=None)
+    latest = _latest_version(env_id)
     return env_id if latest is None else f"{env_id}-v{latest}"
 
 
-def register_games() -> None:
-    """Have ALE's games registered, where it is installed."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("ale_py")
+def _latest_version(name: str) -> int | None:
+    """Return the latest registered version of an id without version."""
+    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name]
+    return max((version for version in versions if version is not None), default=None)
 
 
-def _checked(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
+def _make_with_factory(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
     env = factory(**env_kwargs)
     if not isinstance(env, gym.Env):
-        raise UserError(f"a function given as environment must return a gymnasium.Env, got {env!r}")
+        raise UserError(f"the function passed as environment must return a gymnasium.Env, got {env!r}")
     return env
 
 
 def make_one(env: str | EnvSpec, **env_kwargs: Any) -> gym.Env:
-    """`gymnasium.make` without its advice to take a later version: who names an older one means it.
+    """Make one environment like `gymnasium.make`, without its advice to use a later version.
 
-    Atari games are played as `proximo.envs.atari` says.
+    Atari games get the preprocessing of `proximo.envs.atari`.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
-        spec = _spec(env) if isinstance(env, str) else env
+        spec = _find_spec(env) if isinstance(env, str) else env
         if spec is not None and atari.is_atari(spec, env_kwargs):
             return atari.make_game(spec, env_kwargs)
         return gym.make(spec or with_version(str(env)), **env_kwargs)
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:
-    """The spaces of one of the environments."""
+    """Return the spaces of one environment."""
     return Spaces.of(envs.single_observation_space, envs.single_action_space)
 
 
-def require_same(spaces: Spaces, expected: Spaces) -> None:
-    """Refuse an environment whose spaces are not those that a policy was made for.
-
-    Raises:
-        UserError: says what differs.
-    """
-    for what in ("observation", "action"):
-        given, own = getattr(spaces, what), getattr(expected, what)
-        if given != own:
+def require_matching_spaces(spaces: Spaces, expected: Spaces) -> None:
+    """Raise UserError unless an environment has the spaces of a policy."""
+    for kind in ("observation", "action"):
+        given, policy = getattr(spaces, kind), getattr(expected, kind)
+        if given != policy:
             raise UserError(
-                f"the environment's {what} is {_words(given)}, but the policy was made for {_words(own)}"
+                f"the environment's {kind} is {_describe(given)}, but the policy was trained on "
+                f"{_describe(policy)}. Use an environment with the same spaces, or train a new agent."
             )
 
 
-def _words(space: Any) -> str:
-    """Observation leaves or an action as a user would say it."""
+def _describe(space: Any) -> str:
+    """Describe observation leaves or an action."""
     if isinstance(space, tuple):
-        return " and ".join(f"{leaf.kind} {leaf.path or ''}{leaf.n or leaf.shape}" for leaf in space)
-    if isinstance(space, Discrete):
-        return f"one of {space.n} actions from {space.start}"
-    return f"numbers of shape {space.shape}, from {space.low} to {space.high}, as {space.dtype}"
+        return " and ".join(
+            f"{leaf.kind} {leaf.path + ' ' if leaf.path else ''}{leaf.n or leaf.shape}" for leaf in space
+        )
+    return space.describe()
 
 
-def _in_worker(factory: Callable[[], gym.Env]) -> gym.Env:
-    """Make an environment in a worker process, which leaves Ctrl-C to the process that trains."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return factory()
-
-
-def _workers(
-    factory: Callable[[], gym.Env], num_envs: int, isolate: bool, timeout_s: float, with_kwargs: bool
-) -> VectorEnv:
+def _make_native(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
+    spec = _find_spec(env_id) or gym.spec(with_version(env_id))
+    if atari.is_atari(spec, env_kwargs):
+        return atari.AtariVectorEnv(spec, num_envs, env_kwargs)
     try:
-        # The collector copies.
-        return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, copy=False)
-    except UserError as error:
-        cause = error.__cause__
-        if isinstance(cause, (gym.error.Error, ImportError)) or (
-            with_kwargs and isinstance(cause, TypeError)
-        ):
-            raise cause from None  # which make_envs explains
-        raise
-
-
-def _pool(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    from proximo.envs.envpool_engine import PoolVectorEnv
-
-    if not isinstance(env, str):
-        raise UserError("engine envpool needs an environment id: use engine workers or sync with a function")
-    example = make_one(env, **env_kwargs)
-    try:
-        return PoolVectorEnv(example, num_envs, env_kwargs)
-    finally:
-        example.close()
-
-
-def _native(env: EnvLike, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    if not isinstance(env, str):
-        raise UserError("engine native needs an environment id: use engine auto or sync with a function")
-    spec = _spec(env)
-    if spec is not None and atari.is_atari(spec, env_kwargs):
-        return atari.AtariGames(spec, num_envs, env_kwargs)
-    try:
-        from proximo.envs import native
-
-        return native.make(spec or gym.spec(with_version(env)), num_envs, env_kwargs)
-    except gym.error.UnregisteredEnv:
-        raise
+        return make_native(spec, num_envs, env_kwargs)
     except gym.error.Error as error:
-        raise UserError(f"engine native: {error}; use engine auto or sync") from error
+        raise UserError(f"engine native: {error}. Use engine auto or sync.") from error
 
 
-def successor(env_id: str) -> str | None:
-    """The latest registered version of an environment, where it is later than the one named."""
-    try:
-        namespace, name, version = registration.parse_env_id(env_id)
-    except gym.error.Error:
-        return None
-    versions = [
-        spec.version
-        for spec in gym.registry.values()
-        if (spec.namespace, spec.name) == (namespace, name) and spec.version is not None
-    ]
-    latest = max(versions, default=-1)
-    if version is None or latest <= version:
-        return None
-    return registration.get_env_id(namespace, name, latest)
-
-
-def explain(env_id: str, error: Exception) -> str:
-    """What went wrong while making an environment, and what to do."""
+def explain_make_error(env_id: str, error: Exception) -> str:
+    """Return an error message with a fix for an exception raised while an environment was made."""
     text = str(error)
-    newer = successor(env_id)
-    retired = (
-        isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
-    )
-    if retired and newer:
-        return f"environment {env_id!r} is retired: use {newer!r}"
-    if atari.is_named(env_id):
+    name, _, version = env_id.rpartition("-v")
+    latest = _latest_version(name) if version.isdigit() else None
+    is_retired = isinstance(error, (gym.error.DeprecatedEnv, gym.error.VersionNotFound)) or "have been moved" in text
+    if is_retired and latest is not None and latest > int(version):
+        return f"environment {env_id!r} is retired. Use '{name}-v{latest}'."
+    if atari.has_atari_id(env_id):
         if importlib.util.find_spec("ale_py") is None:
-            return (
-                f"environment {env_id!r} needs a package that is not installed: pip install 'proximo[atari]'"
-            )
+            return f"environment {env_id!r} needs a package that is not installed. Run: pip install 'proximo[atari]'"
     elif isinstance(error, gym.error.NamespaceNotFound):
         package, module = _NAMESPACES.get(env_id.partition("/")[0], ("", ""))
-        remedy = f"pip install {package}, and name it {module}:{env_id}" if package else text
-        return f"unknown environment {env_id!r}: {remedy}"
+        fix = f"Run: pip install {package}. Then use the id {module}:{env_id}." if package else text
+        return f"unknown environment {env_id!r}. {fix}"
     if isinstance(error, gym.error.UnregisteredEnv):
         known = [spec for spec in gym.registry if not spec.startswith("phys2d")]
         return (
             f"unknown environment {env_id!r}{suggest(env_id, known)}\n"
-            "  all that are known: python -c 'import gymnasium; gymnasium.pprint_registry()'\n"
-            "  one of another package is named MODULE:ID, so that its module is imported"
+            "  List all environments with: python -c 'import gymnasium; gymnasium.pprint_registry()'\n"
+            "  For an environment of another package use MODULE:ID, where MODULE is the module that registers it."
         )
     if isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
-        lower = text.lower()
-        remedy = next((command for name, command in _EXTRAS.items() if name in lower), None)
-        return f"environment {env_id!r} needs a package that is not installed: {remedy or text}"
+        extra = next((extra for word, extra in _EXTRAS.items() if word in text.lower()), None)
+        fix = f". Run: pip install 'proximo[{extra}]'" if extra else f": {text}"
+        return f"environment {env_id!r} needs a package that is not installed{fix}"
     return f"environment {env_id!r} cannot be made: {text}"

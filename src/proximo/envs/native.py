@@ -1,4 +1,4 @@
-"""Vectorised environments of Gymnasium's own that say where they stand; see `proximo.rollout.env_state`."""
+"""Engine `native`: vectorised environments that Gymnasium provides, with exact resume where possible."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import EnvSpec
 
 from proximo.envs.auto_engine import CARTPOLE
-from proximo.rollout.env_state import generator_from, generator_of
+from proximo.rollout.env_state import generator_from_state, get_generator_state
 
-STATE = ("state", "steps", "prev_done", "low", "high")
+STATE_ATTRIBUTES = ("state", "steps", "prev_done", "low", "high")
 
 
-def make(spec: EnvSpec, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
-    """The vectorised version that an environment is registered with.
-
-    Raises:
-        gymnasium.error.Error: it has none.
-    """
+def make_native(spec: EnvSpec, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.VectorEnv:
+    """Make the vectorised version of a registered environment; raise gymnasium.error.Error if it has none."""
     if spec.vector_entry_point == CARTPOLE:
-        spec = replace(spec, vector_entry_point=f"{__name__}:{CartPoles.__name__}")
+        spec = replace(spec, vector_entry_point=f"{__name__}:{ResumableCartPoleVectorEnv.__name__}")
     return gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
 
 
-class CartPoles(CartPoleVectorEnv):
-    """Gymnasium's, able to be brought back."""
+class ResumableCartPoleVectorEnv(CartPoleVectorEnv):
+    """Gymnasium's vectorised CartPole, with `SupportsSnapshot` of `proximo.rollout.env_state`."""
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that the coming steps depend on."""
-        return {name: copy.copy(getattr(self, name)) for name in STATE} | {"generator": generator_of(self)}
+        """Return the state that future steps depend on."""
+        state = {name: copy.copy(getattr(self, name)) for name in STATE_ATTRIBUTES}
+        return {**state, "generator": get_generator_state(self)}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """The inverse of `snapshot`."""
-        for name in STATE:
+        """Set the state to that of a snapshot."""
+        for name in STATE_ATTRIBUTES:
             setattr(self, name, copy.copy(snapshot[name]))
-        self.np_random = generator_from(snapshot["generator"])
+        self.np_random = generator_from_state(snapshot["generator"])

@@ -1,4 +1,4 @@
-"""Environments of consecutive numbers, and the arrays that they write into: in this process or in workers."""
+"""Arrays that environments write their results into, in this process or shared with worker processes."""
 
 from __future__ import annotations
 
@@ -12,131 +12,128 @@ import numpy as np
 
 from proximo.errors import UserError
 
-LINE = 64  # bytes of a cache line
-NOWHERE = -1  # in none of the environments
+CACHE_LINE = 64  # bytes
+NO_ENVIRONMENT = -1  # value of `SharedArrays.current` between calls
 
 
-class Arena:
-    """Arrays one behind the other in a piece of memory; without memory it only adds up their size."""
+class Allocator:
+    """Place arrays one after another in a block of memory. Without memory, only compute their total size."""
 
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         self.memory, self.size = memory, 0
 
-    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """The next array, on a cache line of its own."""
-        start, dtype = -(-self.size // LINE) * LINE, np.dtype(dtype)
+    def array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return the next array, aligned to a cache line."""
+        start, dtype = -(-self.size // CACHE_LINE) * CACHE_LINE, np.dtype(dtype)
         self.size = start + math.prod(shape) * dtype.itemsize
-        if self.memory is None:
-            return np.empty(0, dtype)
-        return np.ndarray(shape, dtype, self.memory, start)
+        return np.empty(0, dtype) if self.memory is None else np.ndarray(shape, dtype, self.memory, start)
 
-    def rows(self, space: gym.Space[Any], count: int) -> Any:
-        """[count, *shape] of a space's own type, or a dict of these."""
+    def batch(self, space: gym.Space[Any], count: int) -> Any:
+        """Return an array [count, *shape] of the space's dtype, or a dict of such arrays for a Dict space."""
         if isinstance(space, gym.spaces.Dict):
-            return {key: self.rows(child, count) for key, child in space.spaces.items()}
-        return self.take((count, *(space.shape or ())), space.dtype)
+            return {key: self.batch(child, count) for key, child in space.spaces.items()}
+        return self.array((count, *(space.shape or ())), space.dtype)
 
 
 class SharedArrays(NamedTuple):
-    """What all processes see."""
+    """Arrays of all N environments; W is the number of processes."""
 
-    current: np.ndarray  # [W, 8] int64: where each worker is, on a cache line of its own
-    observation: Any  # [N, ...], or a dict of these
-    final: Any  # the same: observations that ended an episode
+    # [W, 8] int64, a cache line for each process: the environment that runs now, and the count of replayed steps
+    current: np.ndarray
+    observation: Any  # [N, ...], or a dict of such arrays
+    final: Any  # like `observation`: the last observation of each episode that ended
     action: np.ndarray  # [N, ...]
     reward: np.ndarray  # [N] float64
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
-    episode: (
-        np.ndarray
-    )  # [N, 2] float64: an episode's return and length as reported, or NaN; [0, 2] if none are
-    origin: (
-        np.ndarray
-    )  # [N, any number] uint8: from where each episode began, a pickled `proximo.rollout.env_state.Origin`
-    origin_size: np.ndarray  # [N] int64: its bytes; 0 where it does not fit
-    since: np.ndarray  # [N] int64: steps taken since
+    episode: np.ndarray  # [N, 2] float64: reported return and length, or NaN; [0, 2] without `reports_episodes`
+    origin: np.ndarray  # [N, any] uint8: a pickled `proximo.rollout.env_state.Origin` of each episode
+    origin_size: np.ndarray  # [N] int64: bytes used of `origin`; 0 if the origin is unknown or too large
+    steps_since_origin: np.ndarray  # [N] int64
 
 
-def lay_out(
-    arena: Arena,
-    observation: gym.Space[Any],
-    action: gym.Space[Any],
-    num_envs: int,
-    workers: int,
-    reports: bool,
-    origin_bytes: int,
-) -> SharedArrays:
-    """The same arrays at the same places in every process."""
-    return SharedArrays(
-        arena.take((workers, LINE // 8), np.int64),
-        arena.rows(observation, num_envs),
-        arena.rows(observation, num_envs),
-        arena.rows(action, num_envs),
-        arena.take((num_envs,), np.float64),
-        arena.take((num_envs,), np.bool_),
-        arena.take((num_envs,), np.bool_),
-        arena.take((num_envs * reports, 2), np.float64),
-        arena.take((num_envs, origin_bytes), np.uint8),
-        arena.take((num_envs,), np.int64),
-        arena.take((num_envs,), np.int64),
-    )
+class Layout(NamedTuple):
+    """Sizes and types of `SharedArrays`, equal in every process."""
+
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    num_envs: int
+    workers: int
+    reports_episodes: bool
+    origin_bytes: int
+
+    def allocate(self, allocator: Allocator) -> SharedArrays:
+        """Allocate the arrays, at the same offsets in every process."""
+        n = self.num_envs
+        return SharedArrays(
+            current=allocator.array((self.workers, CACHE_LINE // 8), np.int64),
+            observation=allocator.batch(self.observation_space, n),
+            final=allocator.batch(self.observation_space, n),
+            action=allocator.batch(self.action_space, n),
+            reward=allocator.array((n,), np.float64),
+            terminated=allocator.array((n,), np.bool_),
+            truncated=allocator.array((n,), np.bool_),
+            episode=allocator.array((n * self.reports_episodes, 2), np.float64),
+            origin=allocator.array((n, self.origin_bytes), np.uint8),
+            origin_size=allocator.array((n,), np.int64),
+            steps_since_origin=allocator.array((n,), np.int64),
+        )
+
+    def size(self) -> int:
+        """Return the size of the arrays in bytes."""
+        self.allocate(allocator := Allocator())
+        return allocator.size
 
 
-def mapped(change: Callable[[np.ndarray], Any], tree: Any) -> Any:
-    """The same tree with every array changed."""
+def map_arrays(function: Callable[[np.ndarray], Any], tree: Any) -> Any:
+    """Apply a function to every array of a nested dict."""
     if isinstance(tree, dict):
-        return {key: mapped(change, value) for key, value in tree.items()}
-    return change(tree)
+        return {key: map_arrays(function, value) for key, value in tree.items()}
+    return function(tree)
 
 
-def leaves(space: gym.Space[Any], tree: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
-    """Where each part of an observation goes."""
-    if isinstance(space, gym.spaces.Dict):
-        for key, child in space.spaces.items():
-            yield from leaves(child, tree[key], (*path, key))
-    else:
-        yield Leaf(path, tree, tree.shape[1:], tree.dtype)
-
-
-class Leaf(NamedTuple):
-    """Where one array of an observation goes."""
+class ObservationLeaf(NamedTuple):
+    """One array of a possibly nested observation."""
 
     path: tuple[str, ...]
     rows: np.ndarray  # [N, *shape]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    def refuse(self, problem: str) -> UserError:
-        """The error for an observation that does not fit."""
+    def error(self, problem: str) -> UserError:
+        """Return the error for an observation that does not match its space."""
         name = f"observation {'.'.join(self.path)!r}" if self.path else "the observation"
-        return UserError(
-            f"{name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares"
-        )
+        return UserError(f"{name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares")
 
 
-def store(leaves: Sequence[Leaf], n: int, observation: Any) -> None:
-    """Copy environment n's observation into the shared memory.
+def observation_leaves(space: gym.Space[Any], tree: Any, path: tuple[str, ...] = ()) -> Iterator[ObservationLeaf]:
+    """Yield the arrays of a batched observation with their paths."""
+    if isinstance(space, gym.spaces.Dict):
+        for key, child in space.spaces.items():
+            yield from observation_leaves(child, tree[key], (*path, key))
+    else:
+        yield ObservationLeaf(path, tree, tree.shape[1:], tree.dtype)
 
-    Raises:
-        UserError: a missing key, a wrong shape or a type that does not fit.
-    """
+
+def store_observation(leaves: Sequence[ObservationLeaf], n: int, observation: Any) -> None:
+    """Copy the observation of environment n into the arrays; raise UserError if it does not match its space."""
     for leaf in leaves:
         path, rows, shape, dtype = leaf
         value = observation
         for key in path:
             if not isinstance(value, Mapping) or key not in value:
-                raise leaf.refuse("is missing")
+                raise leaf.error("is missing")
             value = value[key]
         array = np.asarray(value)
         if array.shape != shape:
-            raise leaf.refuse(f"has shape {array.shape}")
+            raise leaf.error(f"has shape {array.shape}")
         if array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
-            raise leaf.refuse(f"is {array.dtype}")
+            raise leaf.error(f"is {array.dtype}")
         rows[n] = array
 
 
-def write_actions(rows: np.ndarray, actions: Any) -> None:
-    """Copy actions [N, ...] where the environments find them."""
+def store_actions(rows: np.ndarray, actions: Any) -> None:
+    """Copy actions [N, ...] into `rows`; raise UserError if the shape or dtype does not match the action space."""
     actions = np.asarray(actions)
     if actions.shape != rows.shape or not np.can_cast(actions.dtype, rows.dtype, "same_kind"):
         raise UserError(
@@ -145,77 +142,17 @@ def write_actions(rows: np.ndarray, actions: Any) -> None:
     rows[...] = actions
 
 
-def agreed(declared: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:
-    """The observation and action space of all, given as (number, observation space, action space).
-
-    Raises:
-        UserError: they differ.
-    """
-    first, observation, action = declared[0]
-    for n, *own in declared[1:]:
-        for what, space, expected in zip(("observation", "action"), own, (observation, action), strict=True):
-            if space != expected:
-                raise UserError(
-                    f"environment {n}'s {what} space is {space}, but environment {first}'s is {expected}: all must "
-                    "have the same"
-                )
-    return observation, action
-
-
-def mask_of(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """Which environments to reset ([N] bool), and the other options."""
-    if options is None or "reset_mask" not in options:
-        return np.ones(num_envs, bool), None if options is None else dict(options)
-    others = dict(options)
-    mask = np.asarray(others.pop("reset_mask"))
-    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        raise UserError(
-            f"reset_mask is {mask.dtype} of shape {mask.shape}, expected bool of shape ({num_envs},)"
-        )
-    return mask, others
-
-
-def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """One seed for each environment: environment n takes seed + n of a single one."""
-    if seed is None:
-        return [None] * num_envs
-    if isinstance(seed, (int, np.integer)):
-        return [int(seed) + n for n in range(num_envs)]
-    if len(seed) != num_envs:
-        raise UserError(f"{len(seed)} seeds were given for {num_envs} environments: give one for each")
-    return list(seed)
-
-
-def seen(board: SharedArrays, copy: bool) -> Any:
-    """The observations, copied where asked; otherwise the next step overwrites them."""
-    return mapped(np.copy, board.observation) if copy else board.observation
-
-
-def origins(board: SharedArrays) -> tuple[list[bytes], np.ndarray]:
-    """From where each environment's episode began, empty where that is not known, and the steps since [N]."""
-    rows = zip(board.origin, board.origin_size, strict=True)
-    return [row[:size].tobytes() for row, size in rows], board.since.copy()
-
-
-def outcome(
-    board: SharedArrays, copy: bool
-) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-    """What a vector environment's `step` returns once all environments have stepped."""
-    terminated, truncated = board.terminated.copy(), board.truncated.copy()
-    return seen(board, copy), board.reward.copy(), terminated, truncated, finals(board)
-
-
-def finals(board: SharedArrays) -> dict[str, Any]:
-    """What `step` says of episodes that ended."""
-    over = board.terminated | board.truncated
-    if not over.any():
+def final_info(arrays: SharedArrays) -> dict[str, Any]:
+    """Return the `info` of a step: final observations and reported episodes, or nothing if no episode ended."""
+    ended = arrays.terminated | arrays.truncated
+    if not ended.any():
         return {}
-    final = np.full(len(over), None, object)
-    for n in np.flatnonzero(over):
-        final[n] = mapped(lambda rows, n=n: rows[n].copy(), board.final)
-    found: dict[str, Any] = {"final_obs": final, "_final_obs": over}
-    if len(board.episode):
-        returns, lengths = board.episode.T.copy()
-        found["episode"] = {"r": returns, "l": np.nan_to_num(lengths).astype(np.int64)}
-        found["_episode"] = over & ~np.isnan(returns)
-    return found
+    final = np.full(len(ended), None, object)
+    for n in np.flatnonzero(ended):
+        final[n] = map_arrays(lambda rows, n=n: rows[n].copy(), arrays.final)
+    info: dict[str, Any] = {"final_obs": final, "_final_obs": ended}
+    if len(arrays.episode):
+        returns, lengths = arrays.episode.T.copy()
+        info["episode"] = {"r": returns, "l": np.nan_to_num(lengths).astype(np.int64)}
+        info["_episode"] = ended & ~np.isnan(returns)
+    return info

@@ -1,4 +1,4 @@
-"""A time-out for environments that this process steps itself, as those of workers have one."""
+"""A timeout for environments that run in the training process."""
 
 from __future__ import annotations
 
@@ -10,76 +10,65 @@ import types
 import weakref
 from typing import Any
 
-from proximo.envs.env_slice import LOOKS, EnvSlice
-from proximo.envs.shared_memory import NOWHERE
+from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, EnvSlice
+from proximo.envs.shared_memory import NO_ENVIRONMENT
 from proximo.errors import RunError, notify_user
 
+HAS_SIGNAL = hasattr(signal, "SIGURG") and hasattr(signal, "pthread_kill")
 
-def watch(share: EnvSlice, limit_s: float) -> None:
-    """Raise RunError out of a reset or step of an attached share's environment that takes longer than `limit_s`.
 
-    That can be done to Python code in the main thread, sleeping or not. Where it cannot be, as in C code, or where a
-    debugger traces the code, a note is given. The thread that looks after the share ends with it.
+def start_timeout_thread(env_slice: EnvSlice, timeout_s: float) -> None:
+    """Raise RunError inside a reset or step of an attached slice that takes longer than `timeout_s` seconds.
+
+    Only Python code in the main thread can be interrupted, including `time.sleep`. Elsewhere (C code, other threads,
+    code under a debugger) a note is printed instead. The thread ends when the slice is closed or garbage-collected.
     """
-    if _signals() and threading.current_thread() is threading.main_thread():
-        _alarm().shares.add(share)
-    threading.Thread(target=_look, args=(weakref.ref(share), limit_s), daemon=True).start()
+    if HAS_SIGNAL and threading.current_thread() is threading.main_thread():
+        # Only sockets with urgent data use this signal, and it is ignored by default.
+        handler = signal.getsignal(signal.SIGURG)
+        if not isinstance(handler, _TimeoutHandler):
+            handler = _TimeoutHandler(handler)
+            signal.signal(signal.SIGURG, handler)
+        handler.slices.add(env_slice)
+    threading.Thread(target=_check_repeatedly, args=(weakref.ref(env_slice), timeout_s), daemon=True).start()
 
 
-def _signals() -> bool:
-    return hasattr(signal, "SIGURG") and hasattr(signal, "pthread_kill")
+class _TimeoutHandler:
+    """Signal handler that raises RunError if the overdue call is still running."""
 
-
-def _alarm() -> _Alarm:
-    """What handles SIGURG, which nothing but sockets with urgent data sends, and whose default is to do nothing."""
-    handler = signal.getsignal(signal.SIGURG)
-    if not isinstance(handler, _Alarm):
-        handler = _Alarm(handler)
-        signal.signal(signal.SIGURG, handler)
-    return handler
-
-
-class _Alarm:
-    """Raises out of a call that is late, if it has not returned meanwhile."""
-
-    def __init__(self, before: Any) -> None:
-        self.before = before
-        self.shares: weakref.WeakSet[EnvSlice] = weakref.WeakSet()
+    def __init__(self, previous: Any) -> None:
+        self.previous = previous
+        self.slices: weakref.WeakSet[EnvSlice] = weakref.WeakSet()
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        own = [share for share in self.shares if share.thread == threading.get_ident()]
-        for share in own:
-            if share.late == share.place() and sys.gettrace() is None:
-                share.late = None
-                raise RunError(_stuck(share, frame))
-        if callable(self.before):
-            self.before(number, frame)
+        for env_slice in [one for one in self.slices if one.thread == threading.get_ident()]:
+            if env_slice.overdue_call == env_slice.current_call() and sys.gettrace() is None:
+                env_slice.overdue_call = None
+                location = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
+                raise RunError(
+                    f"environment {env_slice.current[0]} did not return within {env_slice.timeout_s:g} s while "
+                    f"{env_slice.activity}{location}. Fix the environment, or increase `env_timeout`."
+                )
+        if callable(self.previous):
+            self.previous(number, frame)
 
 
-def _stuck(share: EnvSlice, frame: types.FrameType | None) -> str:
-    where = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
-    return (
-        f"environment {share.current[0]} has not answered for {share.limit_s:g} s, while {share.doing}{where}: mend "
-        "the environment, or give it more time with env_timeout"
-    )
-
-
-def _look(reference: weakref.ref[EnvSlice], limit_s: float) -> None:
-    """Counts looks rather than seconds, so that a process that was itself stopped accuses nobody."""
-    seen, looks = (NOWHERE, 0), 0
+def _check_repeatedly(reference: weakref.ref[EnvSlice], timeout_s: float) -> None:
+    """Count checks instead of seconds, so that suspending the whole process causes no timeout."""
+    call, unchanged = (NO_ENVIRONMENT, 0), 0
     while True:
-        time.sleep(limit_s / LOOKS)
-        share = reference()
-        if share is None or share.closed:
+        time.sleep(timeout_s / CHECKS_PER_TIMEOUT)
+        env_slice = reference()
+        if env_slice is None or env_slice.closed:
             return
-        before, seen = seen, share.place()
-        looks = looks + 1 if seen == before and seen[0] != NOWHERE else 0
-        if looks == LOOKS and _signals():
-            share.late, share.limit_s = seen, limit_s
+        previous, call = call, env_slice.current_call()
+        unchanged = unchanged + 1 if call == previous and call[0] != NO_ENVIRONMENT else 0
+        if unchanged == CHECKS_PER_TIMEOUT and HAS_SIGNAL:
+            env_slice.overdue_call, env_slice.timeout_s = call, timeout_s
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-        if looks == LOOKS + 1:
+        if unchanged == CHECKS_PER_TIMEOUT + 1:
             notify_user(
-                f"{share.doing} environment {seen[0]} takes longer than {limit_s:g} s and cannot be interrupted; with "
-                "--isolate-envs it could be ended"
+                f"{env_slice.activity} environment {call[0]} takes longer than {timeout_s:g} s and cannot be "
+                "interrupted. With `isolate_envs` a worker process runs it and can be killed."
             )
-        del share  # so that it can go while this sleeps
+        del env_slice  # so that it can be garbage-collected during the sleep

@@ -1,4 +1,4 @@
-"""The process that runs a slice of the environments for `WorkerVectorEnv`."""
+"""The worker process of `WorkerVectorEnv`: runs a slice of the environments and executes commands."""
 
 from __future__ import annotations
 
@@ -21,145 +21,146 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 
-from proximo.envs.env_slice import EnvSlice
-from proximo.envs.shared_memory import (
-    Arena,
-    lay_out,
-)
-from proximo.errors import UserError
+from proximo.envs.env_slice import REPLAY, RESET, STEP, EnvSlice
+from proximo.envs.shared_memory import Allocator, Layout
+from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS
 
-STEP, RESET, REPLAY, ATTACH, CLOSE = b"s", b"r", b"p", b"a", b"c"  # to a worker
-DONE, MADE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # from a worker
+COMMANDS = {command.code: command for command in (STEP, RESET, REPLAY)}
+ATTACH, CLOSE = b"a", b"c"  # other commands
+DONE, MADE_ONE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # answers of a worker
+CLOSE_GRACE_S = 3.0  # for workers to close their environments before they are killed
+PARENT_CHECK_S = 1.0  # between checks that the parent process is alive
+SPIN_S = 0.0005  # both sides poll this long before they sleep, since waking up may take 0.1 ms
 
 
-GRACE_S = 3.0  # for workers to close their environments; after that they are killed
-
-
-WATCH_S = 1.0  # between a worker's looks at whether its parent lives
-
-
-SPIN_S = 0.0005  # for which both sides look for a byte before they sleep: being woken may take 0.1 ms
-
-
-class _Report(NamedTuple):
-    """What an exception says. `error` is the exception itself, pickled, where that is possible."""
+class ErrorReport(NamedTuple):
+    """An exception of an environment, as text; `error` is the pickled exception, if it can be pickled."""
 
     environment: int | None
-    doing: str
-    users: bool
+    activity: str
+    is_user_error: bool
     summary: str
     traceback: str
     error: bytes | None
 
+    @classmethod
+    def of(cls, env_slice: EnvSlice, error: BaseException) -> ErrorReport:
+        """Describe an exception that the slice raised."""
+        pickled = None
+        with contextlib.suppress(Exception):
+            pickled = pickle.dumps(error)
+        is_user_error = env_slice.activity == "making" or isinstance(error, UserError)
+        summary = "".join(traceback.format_exception_only(error)).strip()
+        text = "".join(traceback.format_exception(error))
+        return cls(env_slice.last_index, env_slice.activity, is_user_error, summary, text, pickled)
 
-def _report(share: EnvSlice, error: BaseException) -> _Report:
-    return _Report(
-        share.at,
-        share.doing,
-        share.doing == "making" or isinstance(error, UserError),
-        "".join(traceback.format_exception_only(error)).strip(),
-        "".join(traceback.format_exception(error)),
-        _pickled_or_none(error),
-    )
+    def to_error(self, process: str, when: str) -> UserError | RunError:
+        """Return the error to raise, with the traceback, and with the exception as its cause if it can be unpickled."""
+        subject, location = process, ""
+        if self.environment is not None:
+            subject, location = f"environment {self.environment}", f", in {process}"
+        error = (UserError if self.is_user_error else RunError)(
+            f"{subject} raised {self.summary}\nwhile {self.activity}, {when}{location}\n{self.traceback.rstrip()}"
+        )
+        with contextlib.suppress(Exception):
+            error.__cause__ = pickle.loads(self.error) if self.error else None
+        return error
 
 
-def begin(descriptor: int) -> None:
-    """What a process that was spawned does: its task comes over standard input."""
+def main(descriptor: int) -> None:
+    """Run a spawned worker: its task arrives on standard input, and `descriptor` is its end of the connection."""
     factory, index, environments = pickle.load(sys.stdin.buffer)
-    _work(Connection(descriptor), [], factory, index, environments)
+    run_worker(Connection(descriptor), [], factory, index, environments)
 
 
-def _work(
+def run_worker(
     connection: Connection, inherited: Sequence[Connection], factory: bytes, index: int, environments: range
 ) -> None:
-    """What a worker process does from beginning to end."""
+    """Serve the trainer until it closes the connection.
+
+    A fork inherits the trainer's ends of connections, and has to close them. The factory is pickled.
+    """
     for other in inherited:
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends the workers
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so are these, where a whole group of processes is told
-        # What is ignored, as under nohup, stays so for what environments begin.
+    # A signal may go to the whole process group. Only the trainer reacts to it, and then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # A signal that is ignored, as under nohup, stays ignored in processes that environments start.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, partial(_leave_to_trainer, os.getpid()))
+            signal.signal(number, partial(_ignore_in_worker, os.getpid()))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     process = multiprocessing.current_process()
     process.name = f"proximo-worker-{index}"
-    process.daemon = False  # environments may start processes of their own
-    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
-    _Host(connection, index, environments).run(factory)
+    process.daemon = False  # so that environments may start processes
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    _Worker(connection, index, environments).run(factory)
 
 
-def _leave_to_trainer(worker: int, number: int, frame: Any) -> None:
-    """Do nothing in a worker; a process that an environment forked ends as it would have."""
+def _ignore_in_worker(worker: int, number: int, frame: Any) -> None:
+    """Ignore a signal in the worker, but not in processes that an environment forked."""
     if os.getpid() != worker:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
-def _watch_parent(parent: int) -> None:
-    """End this process when its parent is gone, even if an environment never returns."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process when its parent has died, even if an environment never returns."""
     while os.getppid() == parent:
-        time.sleep(WATCH_S)
-    time.sleep(GRACE_S)  # in which it may notice and close its environments
+        time.sleep(PARENT_CHECK_S)
+    time.sleep(CLOSE_GRACE_S)  # for the main thread to close the environments
     os._exit(1)
 
 
 class _TrainerGone(Exception):
-    """The other end of the connection is closed."""
+    """The trainer has closed its end of the connection."""
 
 
-class _Host:
-    """A share of the environments, and the process that runs them."""
+class _Worker:
+    """Executes commands from the connection on a slice of the environments."""
 
     def __init__(self, connection: Connection, index: int, environments: range) -> None:
-        self.connection, self.index, self.share = connection, index, EnvSlice(environments)
+        self.connection, self.index, self.slice = connection, index, EnvSlice(environments)
         self.poller = select.poll()
         self.poller.register(connection.fileno(), select.POLLIN)
 
     def run(self, factory: bytes) -> None:
-        """Serve until told to close, until the trainer is gone or until an environment fails."""
+        """Serve until the trainer closes the worker or dies, or an environment fails."""
         try:
-            self.share.make(pickle.loads(factory), made=lambda: self._answer(MADE))
-            self._answer(DECLARED, cloudpickle.dumps(self.share.declare()))
-            self._serve()
+            self.slice.make(pickle.loads(factory), on_made=lambda: self._answer(MADE_ONE))
+            self._answer(DECLARED, cloudpickle.dumps(self.slice.declare()))
+            while (code := self._receive()) != CLOSE:
+                self._execute(code)
+                self._answer(DONE)
         except _TrainerGone:
             pass
         except BaseException as error:
             with contextlib.suppress(_TrainerGone):
-                self._answer(FAILED, pickle.dumps(_report(self.share, error)))
+                self._answer(FAILED, pickle.dumps(ErrorReport.of(self.slice, error)))
         finally:
-            self.share.close()
+            self.slice.close()
 
-    def _serve(self) -> None:
-        commands = {STEP: self.share.step, RESET: self._reset, REPLAY: self._replay, ATTACH: self._attach}
-        while (command := self._receive()) != CLOSE:
-            commands[command]()
-            self._answer(DONE)
+    def _execute(self, code: bytes) -> None:
+        arguments = () if code == STEP.code else pickle.loads(self.connection.recv_bytes())
+        if code == ATTACH:
+            self._attach(*arguments)
+        else:
+            self.slice.run(COMMANDS[code], *arguments)
 
-    def _attach(self) -> None:
-        size, *counts = pickle.loads(self.connection.recv_bytes())
+    def _attach(self, size: int, *sizes: Any) -> None:
         descriptor = reduction.recv_handle(self.connection)
         memory = mmap.mmap(descriptor, size)
         os.close(descriptor)
-        first = self.share.envs[0]
-        spaces = first.observation_space, first.action_space
-        self.share.attach(lay_out(Arena(memory), *spaces, *counts), self.index)
-
-    def _reset(self) -> None:
-        self.share.reset(*pickle.loads(self.connection.recv_bytes()))
-
-    def _replay(self) -> None:
-        self.share.replay(pickle.loads(self.connection.recv_bytes()))
+        first = self.slice.envs[0]
+        layout = Layout(first.observation_space, first.action_space, *sizes)
+        self.slice.attach(layout.allocate(Allocator(memory)), self.index)
 
     def _receive(self) -> bytes:
-        _awaited(self.poller)
-        try:
-            command = os.read(self.connection.fileno(), 1)
-        except OSError as error:
-            raise _TrainerGone from error
-        if not command:
-            raise _TrainerGone
-        return command
+        poll_briefly(self.poller)
+        with contextlib.suppress(OSError):
+            if code := os.read(self.connection.fileno(), 1):
+                return code
+        raise _TrainerGone
 
     def _answer(self, answer: bytes, message: bytes | None = None) -> None:
         try:
@@ -170,16 +171,9 @@ class _Host:
             raise _TrainerGone from error
 
 
-def _awaited(poller: select.poll) -> list[tuple[int, int]]:
-    """What there is to read, looked for without sleeping; between looks whoever else wants this core gets it."""
-    until = time.perf_counter() + SPIN_S
-    while not (ready := poller.poll(0)) and time.perf_counter() < until:
+def poll_briefly(poller: select.poll) -> list[tuple[int, int]]:
+    """Poll for SPIN_S seconds without sleeping, yielding the core to other threads between polls."""
+    deadline = time.perf_counter() + SPIN_S
+    while not (ready := poller.poll(0)) and time.perf_counter() < deadline:
         os.sched_yield()
     return ready
-
-
-def _pickled_or_none(error: BaseException) -> bytes | None:
-    try:
-        return pickle.dumps(error)
-    except Exception:
-        return None

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from proximo.learner.arrays import require_shape
+
 
 def gae(
     reward: Array,
@@ -22,24 +24,26 @@ def gae(
         δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t)
         A_t = δ_t + γ λ (1 − over_t) A_{t+1},    over = terminated or truncated
 
-    Termination means that nothing follows: it cuts the bootstrap. Truncation only stops watching: V of the
-    true final observation stands for what would have followed. Both cut the sum over later steps, which
-    belong to another episode.
+    After termination nothing follows, so the bootstrap is cut. After truncation the episode would have continued, so
+    V of the true final observation is used. Both cut the sum, because later steps belong to another episode.
 
     Args:
         reward, value: [T, N] r_t and V(s_t).
-        next_value: [T, N] V(s'_t), s'_t being the true observation after step t.
+        next_value: [T, N] V(s'_t) of the true next observation.
         terminated, truncated: [T, N] bool.
         valid: [T, N] bool; rows that are no transition get advantage 0.
     """
+    require_shape(
+        reward.shape, value=value, next_value=next_value, terminated=terminated, truncated=truncated, valid=valid
+    )
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
-    keep = jnp.where(terminated | truncated, 0.0, gamma * gae_lambda)
+    delta = jnp.where(valid, delta, 0.0)
+    decay = jnp.where(terminated | truncated | ~valid, 0.0, gamma * gae_lambda)
 
-    def backwards(following: Array, row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        delta, keep, valid = row
-        advantage = jnp.where(valid, delta + keep * following, 0.0)
+    def step(advantage: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, decay = row
+        advantage = delta + decay * advantage
         return advantage, advantage
 
-    last = jnp.zeros_like(delta[0])
-    _, advantage = jax.lax.scan(backwards, last, (delta, keep, valid), reverse=True)
+    _, advantage = jax.lax.scan(step, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
     return advantage

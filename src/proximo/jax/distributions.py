@@ -1,12 +1,16 @@
-"""Policies as distributions over raw samples, before clipping, squashing or rescaling.
+"""Distributions over raw actions, before clipping, squashing or rescaling.
 
-Leading dimensions are free ([T, N] or [L, S]); the last one is the action's. Noise comes from outside, and
-zero noise gives the mode.
+A `Policy` joins one distribution per action head. Leading dimensions are free ([T, N] or [L, S]); the last one belongs
+to the action. Noise comes from outside, and zero noise gives the mode.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -14,18 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from proximo.config.settings import Config
+from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head
+from proximo.spaces.spaces import Spaces
+
 LOG_2PI = math.log(2.0 * math.pi)
 QUADRATURE_NODES, QUADRATURE_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 QUADRATURE_WEIGHTS = QUADRATURE_WEIGHTS / QUADRATURE_WEIGHTS.sum()
 
 
 class Categorical(NamedTuple):
-    """One of A actions. A masked action has the logit MASKED, hence probability 0."""
+    """One of A actions. A masked action has the logit MASKED and probability 0."""
 
     logits: Array  # [..., A]
 
     def sample(self, noise: Array) -> Array:
-        """The Gumbel-max trick: standard Gumbel noise [..., A] -> index [...]."""
+        """Standard Gumbel noise [..., A] -> index [...] (Gumbel-max trick)."""
         return jnp.argmax(self.logits + noise, axis=-1).astype(jnp.int32)
 
     def log_prob(self, action: Array) -> Array:
@@ -38,9 +46,9 @@ class Categorical(NamedTuple):
         log_probs = jax.nn.log_softmax(self.logits)
         return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
-    def std(self) -> Array:
-        """A categorical has no standard deviation: NaN [...], reported as none."""
-        return jnp.full(self.logits.shape[:-1], jnp.nan)
+    def stds(self) -> Array:
+        """Standard deviations: none, [..., 0]."""
+        return self.logits[..., :0]
 
     def describe(self) -> dict[str, Array]:
         """`probability` of every action: [..., A]."""
@@ -66,31 +74,24 @@ class Gaussian(NamedTuple):
         """Σ log σ + ½ log 2πe: [...]."""
         return jnp.sum(self.log_std + 0.5 * (1.0 + LOG_2PI), axis=-1)
 
-    def std(self) -> Array:
-        """Mean standard deviation over dimensions: [...]."""
-        return jnp.mean(jnp.exp(self.log_std), axis=-1)
+    def stds(self) -> Array:
+        """Standard deviations: [..., D]."""
+        return jnp.exp(self.log_std)
 
     def describe(self) -> dict[str, Array]:
         """`mean` and `std` of every dimension: [..., D]."""
-        return {"mean": self.mean, "std": jnp.exp(self.log_std)}
+        return {"mean": self.mean, "std": self.stds()}
 
 
-class SquashedGaussian(NamedTuple):
-    """tanh of a Gaussian; samples are stored *before* the tanh, so that no atanh is ever needed.
+class SquashedGaussian(Gaussian):
+    """tanh of a Gaussian. Samples, means and deviations are those before the tanh, so that no atanh is needed.
 
-    Densities are those of the squashed action (Haarnoja et al. 2018, appendix C, eq. 21).
+    The density is that of the squashed action (Haarnoja et al. 2018, arXiv:1801.01290, appendix C, eq. 21).
     """
-
-    mean: Array  # [..., D]
-    log_std: Array  # [..., D]
-
-    def sample(self, noise: Array) -> Array:
-        """Standard normal noise [..., D] -> sample before the tanh [..., D]."""
-        return Gaussian(self.mean, self.log_std).sample(noise)
 
     def log_prob(self, action: Array) -> Array:
         """log density of the tanh of a sample [..., D], summed over dimensions: [...]."""
-        normal = Gaussian(self.mean, self.log_std).log_prob(action)
+        normal = super().log_prob(action)
         return normal - jnp.sum(log_tanh_slope(action.astype(self.mean.dtype)), axis=-1)
 
     def entropy(self) -> Array:
@@ -99,15 +100,7 @@ class SquashedGaussian(NamedTuple):
         weights = jnp.asarray(QUADRATURE_WEIGHTS, self.mean.dtype)
         points = self.mean[..., None] + jnp.exp(self.log_std)[..., None] * nodes
         slope = jnp.sum(log_tanh_slope(points) * weights, axis=-1)
-        return Gaussian(self.mean, self.log_std).entropy() + jnp.sum(slope, axis=-1)
-
-    def std(self) -> Array:
-        """Mean standard deviation before the tanh, over dimensions: [...]."""
-        return Gaussian(self.mean, self.log_std).std()
-
-    def describe(self) -> dict[str, Array]:
-        """`mean` and `std` of every dimension, before the tanh: [..., D]."""
-        return Gaussian(self.mean, self.log_std).describe()
+        return super().entropy() + jnp.sum(slope, axis=-1)
 
 
 def log_tanh_slope(x: Array) -> Array:
@@ -115,4 +108,81 @@ def log_tanh_slope(x: Array) -> Array:
     return 2.0 * (math.log(2.0) - x - jax.nn.softplus(-2.0 * x))
 
 
-Policy = Categorical | Gaussian | SquashedGaussian
+Distribution = Categorical | Gaussian
+
+
+class Policy(NamedTuple):
+    """Independent distributions, one per action head. Raw actions are dictionaries `path -> [..., *raw_shape]`."""
+
+    parts: dict[str, Distribution]
+
+    def sample(self, noise: Array) -> dict[str, Array]:
+        """Noise [..., K] of all heads -> raw action."""
+        sizes = [part[0].shape[-1] for part in self.parts.values()]
+        ends = list(itertools.accumulate(sizes))
+        return {
+            path: part.sample(noise[..., end - size : end])
+            for (path, part), size, end in zip(self.parts.items(), sizes, ends, strict=True)
+        }
+
+    def log_prob(self, action: dict[str, Array]) -> Array:
+        """log π of a raw action, summed over heads: [...]."""
+        return reduce(add, [part.log_prob(action[path]) for path, part in self.parts.items()])
+
+    def entropy(self) -> Array:
+        """Entropy, summed over heads: [...]."""
+        return reduce(add, [part.entropy() for part in self.parts.values()])
+
+    def std(self) -> Array:
+        """Mean standard deviation over all continuous dimensions: [...]; NaN, reported as none, without any."""
+        return jnp.mean(jnp.concatenate([part.stds() for part in self.parts.values()], axis=-1), axis=-1)
+
+    def describe(self) -> dict[str, Array]:
+        """`mean` and `std` [..., D] or `probability` [..., A] of each head, after its path where it has one."""
+        return {
+            f"{path}/{name}" if path else name: value
+            for path, part in self.parts.items()
+            for name, value in part.describe().items()
+        }
+
+
+def categorical(
+    config: Config, head: Head, logits: Array, log_std: Array | None, masks: Sequence[Array]
+) -> Categorical:
+    """The distribution of a categorical head from its logits [..., A]; masks [..., A] are > 0 for allowed actions."""
+    for mask in masks:
+        logits = jnp.where(mask > 0, logits, MASKED)
+    return Categorical(logits)
+
+
+def gaussian(config: Config, head: Head, output: Array, log_std: Array | None, masks: Sequence[Array]) -> Gaussian:
+    """The distribution of a Gaussian head from its output [..., D or 2 D]; log_std [D] where it is learned."""
+    mean = output[..., : head.std_size]
+    if config.tanh_mean:
+        mean = jnp.tanh(mean)
+    if config.std == "predicted":
+        # The shift makes a zero output give init_std.
+        shift = math.log(math.expm1(config.init_std - config.min_std))
+        std = jax.nn.softplus(output[..., head.std_size :] + shift) + config.min_std
+        log_std = jnp.minimum(jnp.log(std), MAX_LOG_STD)
+    elif config.std == "fixed" or log_std is None:
+        log_std = jnp.full(head.std_size, math.log(config.init_std), mean.dtype)
+    log_std = jnp.broadcast_to(log_std, mean.shape)
+    return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)
+
+
+BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
+
+
+def policy_from_output(
+    config: Config, spaces: Spaces, output: Array, log_std: Array | None, obs: dict[str, Array]
+) -> Policy:
+    """The policy from the output [..., K] of a network; log_std [D] of all Gaussian heads where it is learned."""
+    heads, parts = spaces.action.heads, {}
+    for head, outputs, _, stds in spaces.action.slices(config):
+        masks = [obs[path] for path in spaces.masks(head)]
+        columns, learned = output, log_std
+        if len(heads) > 1:  # slicing, with its gradient, takes 5 % of a small network's step in PyTorch
+            columns, learned = output[..., outputs], None if log_std is None else log_std[stds]
+        parts[head.path] = BUILDERS[head.kind](config, head, columns, learned, masks)
+    return Policy(parts)

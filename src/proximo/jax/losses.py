@@ -5,26 +5,30 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.jax.normalization import Reduce
+from proximo.jax.normalization import Reduce, weighted_moments
+from proximo.learner.arrays import require_shape
 
 STD_EPSILON = 1e-8
 
 
 def clipped_surrogate(ratio: Array, advantage: Array, clip_coef: Array) -> Array:
     """−min(r A, clip(r, 1 − ε, 1 + ε) A) (eq. 7)."""
+    require_shape(ratio.shape, advantage=advantage)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
     return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
 def squared_error(value: Array, target: Array) -> Array:
     """½ (V − R)²."""
+    require_shape(value.shape, target=target)
     return 0.5 * (value - target) ** 2
 
 
 def clipped_squared_error(value: Array, old_value: Array, target: Array, clip: Array) -> Array:
-    """½ max((V − R)², (V_clipped − R)²), V_clipped within ± clip of the old value."""
-    near = old_value + jnp.clip(value - old_value, -clip, clip)
-    return 0.5 * jnp.maximum((value - target) ** 2, (near - target) ** 2)
+    """½ max((V − R)², (V_clipped − R)²) with V_clipped within ± clip of the old value."""
+    require_shape(value.shape, old_value=old_value, target=target)
+    clipped = old_value + jnp.clip(value - old_value, -clip, clip)
+    return 0.5 * jnp.maximum((value - target) ** 2, (clipped - target) ** 2)
 
 
 def kl_estimate(log_ratio: Array) -> Array:
@@ -34,7 +38,6 @@ def kl_estimate(log_ratio: Array) -> Array:
 
 def standardize(x: Array, weight: Array, reduce: Reduce) -> Array:
     """(x − mean) / (population std + 1e-8) over weighted samples; a single sample becomes 0."""
-    count = jnp.maximum(reduce(jnp.sum(weight)), 1.0)
-    mean = reduce(jnp.sum(weight * x)) / count
-    variance = reduce(jnp.sum(weight * (x - mean) ** 2)) / count
+    require_shape(x.shape, weight=weight)
+    _, mean, variance = weighted_moments(x, weight, reduce)
     return (x - mean) / (jnp.sqrt(variance) + STD_EPSILON)

@@ -16,10 +16,10 @@ from proximo.jax.networks import Obs
 
 
 class Transitions(NamedTuple):
-    """A rollout as arrays; `final_value` replaces V(obs[t + 1]) where `final` says so."""
+    """A rollout as arrays; `final_value` replaces V(obs[t + 1]) where `final` is True."""
 
     obs: Obs  # path -> [T + 1, N, ...]
-    action: Array  # [T, N, ...]
+    action: dict[str, Array]  # path -> [T, N, ...]
     reward: Array  # [T, N]
     terminated: Array  # [T, N]
     truncated: Array  # [T, N]
@@ -30,16 +30,16 @@ class Transitions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The samples that minibatches are taken from: [L, K, ...], and with S for K a minibatch."""
+    """All samples [L, K, ...] of a rollout, or those of one minibatch [L, S, ...]."""
 
     obs: Obs
-    action: Array
+    action: dict[str, Array]
     start: Array
     carry: Array  # [1, K, H] at the first step of each sequence
     log_prob: Array
     value: Array
     advantage: Array
-    target: Array  # advantage + value: what the critic learns
+    target: Array  # advantage + value, the critic's target
     weight: Array  # 1 for a transition, 0 for a reset row
 
 
@@ -51,5 +51,10 @@ def to_sequences(length: int, x: Array) -> Array:
 
 
 def take(batch: Batch, indices: Array) -> Batch:
-    """The minibatch of these sequences [S]; an index out of range takes zeros, hence weight 0."""
+    """The minibatch of these sequences [S]; padding gets weight 0."""
     return jax.tree.map(lambda x: jnp.take(x, indices, axis=1, mode="fill", fill_value=0), batch)
+
+
+def zero_invalid(valid: Array, x: Array) -> Array:
+    """Replace the rows of x [T, N, ...] that are no transition by 0."""
+    return jnp.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)

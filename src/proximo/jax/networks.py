@@ -1,8 +1,7 @@
-"""Networks: pure functions from parameters and observations to a policy, a value and a carry."""
+"""Networks: pure functions from parameters and observations to a policy, values and a recurrent state."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,21 +12,14 @@ import numpy as np
 from jax import Array, lax
 
 from proximo.config.settings import Config
-from proximo.jax.distributions import Categorical, Gaussian, Policy, SquashedGaussian
-from proximo.learner.architecture import (
-    MASKED,
-    MAX_LOG_STD,
-    NATURE,
-    Architecture,
-    architecture,
-    convolutions,
-    initial_parameters,
-)
-from proximo.spaces.spaces import Discrete, Leaf, Spaces
+from proximo.jax.distributions import Policy, policy_from_output
+from proximo.learner.architecture import NATURE, Architecture, architecture, convolutions, initial_parameters
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
 
 Params = dict[str, Array]
 Obs = dict[str, Array]  # path -> [T, N, ...]
-Output = tuple[Policy, Array, Array]  # of a network: policy, values and carries, each [T, N, ...]
+Output = tuple[Policy, Array, Array]  # policy, values and carries, each [T, N, ...]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -40,68 +32,68 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Network(NamedTuple):
-    """What the learner needs of a network, built-in or the user's own.
+    """A network, built-in or custom.
 
-    `init()` gives the initial parameters, flat names to arrays. `apply(params, obs, start, carry)` takes
-    time-major observations [T, N, ...], `start` [T, N] (True where an episode begins, so that a recurrent
-    network forgets) and the carry [N, H] before step 0, and returns the policy [T, N], the values [T, N] and
-    the carries [T, N, H] after each step. Feed-forward networks have H = 0.
+    `init()` returns the initial parameters by name. `apply(params, obs, start, carry)` takes time-major observations
+    [T, N, ...], `start` [T, N] (True where an episode begins and the recurrent state is reset) and the recurrent state
+    `carry` [N, H] before step 0. It returns the policy [T, N], values [T, N] and recurrent states [T, N, H] after each
+    step. Feed-forward networks have H = 0.
     """
 
     init: Callable[[], dict[str, np.ndarray]]
     apply: Callable[[Params, Obs, Array, Array], Output]
     carry_size: int = 0
-    pictures: bool = False  # whether it wants images as [height, width, channels], however they come
+    wants_channels_last: bool = False  # images as [height, width, channels] in every case
 
 
 def built_in(config: Config, spaces: Spaces) -> Network:
     """The built-in networks: separate actor and critic, or a shared trunk with two heads."""
-    made = architecture(config, spaces)
-    lower = None if config.precision == "float32" else jnp.dtype(config.precision)
+    arch = architecture(config, spaces)
+    precision = None if config.precision == "float32" else jnp.dtype(config.precision)
 
     def apply(params: Params, obs: Obs, start: Array, carry: Array) -> Output:
-        actor, critic = ("trunk", "trunk") if made.shared_trunk else ("actor", "critic")
-        low = jax.tree.map(lambda x: x.astype(lower), params) if lower else params
-        hidden = body(made, spaces, low, actor, obs).astype(dtype_of(params))
+        actor, critic = ("trunk", "trunk") if arch.shared_trunk else ("actor", "critic")
+        low = jax.tree.map(lambda x: x.astype(precision), params) if precision else params
+        hidden = hidden_layers(arch, spaces, low, actor, obs).astype(dtype_of(params))
         critic_hidden = hidden
-        if not made.shared_trunk:
-            critic_hidden = body(made, spaces, low, critic, obs).astype(dtype_of(params))
+        if not arch.shared_trunk:
+            critic_hidden = hidden_layers(arch, spaces, low, critic, obs).astype(dtype_of(params))
         output = linear(params, "actor.head", hidden)
         value = linear(params, "critic.head", critic_hidden)[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
         return policy, value, jnp.zeros((*value.shape, 0), value.dtype)
 
-    return Network(lambda: initial_parameters(config, spaces), apply, pictures=True)
+    return Network(lambda: initial_parameters(config, spaces), apply, wants_channels_last=True)
 
 
-def body(made: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:
-    """One part of the network up to its last hidden layer: [..., shape of a leaf] -> [..., H]."""
-    x = encode(spaces, obs, dtype_of(params), partial(see, made, params, part))
-    for index in range(len(made.hidden_sizes)):
-        x = ACTIVATIONS[made.activation](linear(params, f"{part}.{index}", x))
+def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:
+    """The output [..., H] of a part's last hidden layer."""
+    x = encode(spaces, obs, dtype_of(params), partial(convolve_image, arch, params, part))
+    for index in range(len(arch.hidden_sizes)):
+        x = ACTIVATIONS[arch.activation](linear(params, f"{part}.{index}", x))
     return x
 
 
 def dtype_of(params: Params) -> jnp.dtype:
-    """The type of the parameters, in which everything is computed."""
+    """The type of the parameters and of the computation."""
     return next(iter(params.values())).dtype
 
 
 def encode(
-    spaces: Spaces, obs: Obs, dtype: jnp.dtype, see: Callable[[Leaf, Array], Array] | None = None
+    spaces: Spaces, obs: Obs, dtype: jnp.dtype, encode_image: Callable[[Leaf, Array], Array] | None = None
 ) -> Array:
-    """All leaves as one vector of features [..., F]: numbers flat, discrete values one-hot, no masks.
+    """Concatenate all leaves but masks to features [..., F]: vectors and images flat, discrete one-hot.
 
     Args:
-        see: what is made of images [B, height, width, channels].
+        encode_image: applied to images [B, height, width, channels]; without it images are left out.
     """
     parts = []
     for leaf in spaces.observation:
         value = obs[leaf.path]
-        if leaf.kind == "image" and see is not None:
-            value = pictures(leaf, value)
-            seen = see(leaf, value.reshape(-1, *leaf.picture))
-            parts.append(seen.reshape(*value.shape[:-3], -1))
+        if leaf.kind == "image" and encode_image is not None:
+            value = channels_last(leaf, value)
+            features = encode_image(leaf, value.reshape(-1, *leaf.image_shape))
+            parts.append(features.reshape(*value.shape[:-3], -1))
         elif leaf.kind == "discrete":
             parts.append(jax.nn.one_hot(value - leaf.start, leaf.n, dtype=dtype))
         elif leaf.kind == "vector":
@@ -109,53 +101,53 @@ def encode(
     return jnp.concatenate(parts, axis=-1)
 
 
-def pictures(leaf: Leaf, value: Array) -> Array:
-    """Images as [..., height, width, channels]: [..., *shape of the leaf], or as they shall be."""
-    if value.shape[-3:] == leaf.picture:
+def channels_last(leaf: Leaf, value: Array) -> Array:
+    """Images [..., *leaf shape] as [..., height, width, channels]; unchanged where they have that shape."""
+    if value.shape[-3:] == leaf.image_shape:
         return value
-    return jnp.moveaxis(value, -3, -1) if leaf.channels_first else value[..., None]
+    return jnp.moveaxis(value, -3, -1) if leaf.is_channels_first else value[..., None]
 
 
 def linear(params: Params, name: str, x: Array) -> Array:
     """x W + b: [..., inputs] -> [..., outputs]."""
-    return product(x, params[f"{name}.weight"]) + params[f"{name}.bias"]
+    return matmul(x, params[f"{name}.weight"]) + params[f"{name}.bias"]
 
 
 @jax.custom_vjp
-def product(x: Array, weight: Array) -> Array:
+def matmul(x: Array, weight: Array) -> Array:
     """x W: [..., inputs] -> [..., outputs].
 
-    Its gradient is written out for the sake of speed: of that which JAX derives XLA turns both factors, and then
-    multiplies them in its slowest way on a CPU. With x turned beforehand, an update with minibatches of 2048 takes half
-    the time. There is no forward mode (`jax.jvp`).
+    The gradient is written out for speed: for the derived one, XLA transposes both factors and multiplies them slowly
+    on a CPU. With x transposed first, an update with minibatches of 2048 takes half the time. Forward mode is not
+    supported.
     """
     return x @ weight
 
 
-def _product_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     return x @ weight, (x, weight)
 
 
-def _product_backward(factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _matmul_backward(factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = factors
     rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     return gradient @ weight.T, lax.optimization_barrier(rows.T) @ columns
 
 
-product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Array) -> Array:
-    """What convolutions make of images: uint8 [B, height, width, channels] -> [B, height', width', outputs]."""
-    if made.architecture == "mlp":
+def convolve_image(arch: Architecture, params: Params, part: str, leaf: Leaf, image: Array) -> Array:
+    """Convolutional features: uint8 [B, height, width, channels] -> [B, height', width', outputs]."""
+    if arch.architecture == "mlp":
         return image.astype(dtype_of(params)) / leaf.high
-    # The first weights are divided rather than every pixel.
-    layers = [f"{part}.{layer.name}" for layer in convolutions(made.architecture, leaf)]
+    # Scale the first weights instead of every pixel.
+    layers = [f"{part}.{layer.name}" for layer in convolutions(arch.architecture, leaf)]
     scales = [1 / leaf.high] + [1.0] * len(layers)
     x = image
-    if made.architecture == "nature":
-        for name, scale, (_, _, step) in zip(layers, scales, NATURE, strict=False):
-            x = jax.nn.relu(convolve(params, name, x, step, scale))
+    if arch.architecture == "nature":
+        for name, scale, (_, _, stride) in zip(layers, scales, NATURE, strict=False):
+            x = jax.nn.relu(convolve(params, name, x, stride, scale))
         return x
     for first in range(0, len(layers), 5):
         x = pool(convolve(params, layers[first], pad(x), 1, scales[first]))
@@ -165,86 +157,62 @@ def see(made: Architecture, params: Params, part: str, leaf: Leaf, image: Array)
     return jax.nn.relu(x)
 
 
-def convolve(params: Params, name: str, image: Array, step: int, scale: float = 1.0) -> Array:
+def convolve(params: Params, name: str, image: Array, stride: int, scale: float = 1.0) -> Array:
     """A convolution of `scale` · image: [B, height, width, inputs] -> [B, height', width', outputs]."""
-    return quickest(image, params[f"{name}.weight"] * scale, step) + params[f"{name}.bias"]
+    return fastest_convolution(image, params[f"{name}.weight"] * scale, stride) + params[f"{name}.bias"]
 
 
 @partial(jax.jit, static_argnums=2, inline=True)
-def quickest(image: Array, weight: Array, step: int) -> Array:
-    """A convolution in the way that is quick where it runs: [B, height', width', outputs].
+def fastest_convolution(image: Array, weight: Array, stride: int) -> Array:
+    """The convolution that is fastest on the device: [B, height', width', outputs].
 
-    Compiled by itself, so that it is traced once where nothing around it is compiled.
+    Jitted by itself, so that it is traced once where the caller is not jitted.
     """
     return lax.platform_dependent(
         image,
         weight,
-        cpu=lambda image, weight: convolve_by_product(image, weight, step),
-        default=lambda image, weight: convolve_by_xla(image, weight, step),
+        cpu=lambda image, weight: convolve_by_matmul(image, weight, stride),
+        default=lambda image, weight: convolve_by_xla(image, weight, stride),
     )
 
 
-def convolve_by_xla(image: Array, weight: Array, step: int) -> Array:
-    """XLA's own convolution, which is slow on a CPU."""
+def convolve_by_xla(image: Array, weight: Array, stride: int) -> Array:
+    """XLA's convolution, which is slow on a CPU."""
     layout = ("NHWC", "HWIO", "NHWC")
     image = image.astype(weight.dtype)
-    return lax.conv_general_dilated(image, weight, (step, step), "VALID", dimension_numbers=layout)
+    return lax.conv_general_dilated(image, weight, (stride, stride), "VALID", dimension_numbers=layout)
 
 
 @partial(jax.checkpoint, static_argnums=2)
-def convolve_by_product(image: Array, weight: Array, step: int) -> Array:
-    """The same as one product of matrices.
+def convolve_by_matmul(image: Array, weight: Array, stride: int) -> Array:
+    """The convolution as one matrix product.
 
-    Squares of `step` by `step` pixels become one pixel with more channels, so that filters then move by 1, and the
-    patches under them are whole slices of the image. Patches are many times the image, so that they are not kept for
-    the gradient but cut again.
+    Space-to-depth turns the stride into 1, so that patches are slices of the image. Patches take many times the memory
+    of the image, so they are recomputed for the gradient.
     """
     width, _, inputs, outputs = weight.shape
-    rows, columns = ((size - width) // step + 1 for size in image.shape[1:3])
-    used = [(count - 1) * step + width for count in (rows, columns)]
-    image, filters = squares(image[:, : used[0], : used[1]], step), width // step
+    rows, columns = ((size - width) // stride + 1 for size in image.shape[1:3])
+    used = [(count - 1) * stride + width for count in (rows, columns)]
+    image, filters = space_to_depth(image[:, : used[0], : used[1]], stride), width // stride
     patches = [image[:, i : i + rows, j : j + columns] for i in range(filters) for j in range(filters)]
     x = jnp.concatenate(patches, axis=-1).astype(weight.dtype)
-    weight = weight.reshape(filters, step, filters, step, inputs, outputs).swapaxes(1, 2)
-    return product(x, weight.reshape(-1, outputs))
+    weight = weight.reshape(filters, stride, filters, stride, inputs, outputs).swapaxes(1, 2)
+    return matmul(x, weight.reshape(-1, outputs))
 
 
-def squares(image: Array, step: int) -> Array:
-    """[B, height, width, channels] -> [B, height / step, width / step, step · step · channels]."""
+def space_to_depth(image: Array, stride: int) -> Array:
+    """[B, height, width, channels] -> [B, height / stride, width / stride, stride · stride · channels]."""
     count, height, width, channels = image.shape
-    split = image.reshape(count, height // step, step, width // step, step, channels).swapaxes(2, 3)
-    return split.reshape(count, height // step, width // step, step * step * channels)
+    split = image.reshape(count, height // stride, stride, width // stride, stride, channels).swapaxes(2, 3)
+    return split.reshape(count, height // stride, width // stride, stride * stride * channels)
 
 
 def pad(image: Array) -> Array:
-    """A border of zeros, one pixel wide."""
+    """Add a border of zeros, one pixel wide."""
     return jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
 def pool(image: Array) -> Array:
-    """The largest of every 3 by 3 pixels, at every second of them."""
+    """3 × 3 max pooling with stride 2."""
     border = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(image, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), border)
-
-
-def policy_from_output(
-    config: Config, spaces: Spaces, output: Array, log_std: Array | None, obs: Obs
-) -> Policy:
-    """The distribution that the policy head's output [T, N, K] stands for."""
-    if isinstance(spaces.action, Discrete):
-        for leaf in spaces.observation:
-            if leaf.kind == "mask":
-                output = jnp.where(obs[leaf.path] > 0, output, MASKED)
-        return Categorical(output)
-    mean = output[..., : spaces.action.size]
-    if config.tanh_mean:
-        mean = jnp.tanh(mean)
-    if config.std == "predicted":
-        # Shifted so that a zero output means init_std.
-        shift = math.log(math.expm1(config.init_std - config.min_std))
-        std = jax.nn.softplus(output[..., spaces.action.size :] + shift) + config.min_std
-        log_std = jnp.minimum(jnp.log(std), MAX_LOG_STD)
-    elif config.std == "fixed" or log_std is None:
-        log_std = jnp.full(spaces.action.size, math.log(config.init_std), mean.dtype)
-    log_std = jnp.broadcast_to(log_std, mean.shape)
-    return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)

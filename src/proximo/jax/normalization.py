@@ -1,4 +1,4 @@
-"""Running moments of observations and returns, part of the learner's state."""
+"""Running moments of observations and returns; they belong to the learner's state."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.arrays import require_shape
 
 Reduce = Callable[[Array], Array]  # sums over processes; the identity for one
 
@@ -22,17 +23,24 @@ class Moments(NamedTuple):
     variance: Array  # [...]
 
 
+def weighted_moments(x: Array, weight: Array, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:
+    """Moments of weighted samples over some axes, by default all."""
+    count = reduce(jnp.sum(weight))
+    divisor = jnp.maximum(count, 1.0)
+    mean = reduce(jnp.sum(weight * x, axis=axis)) / divisor
+    variance = reduce(jnp.sum(weight * (x - mean) ** 2, axis=axis)) / divisor
+    return Moments(count, mean, variance)
+
+
 def merge(moments: Moments, x: Array, weight: Array, reduce: Reduce) -> Moments:
-    """Moments of the old samples and the new ones together (Chan et al. 1979).
+    """Moments of old and new samples together (Chan et al. 1979).
 
     Args:
         x: [T, N, ...] new samples.
         weight: [T, N] 1 for a sample, 0 for none.
     """
     weight = weight.reshape(*weight.shape, *[1] * (x.ndim - 2))
-    count = reduce(jnp.sum(weight))
-    mean = reduce(jnp.sum(weight * x, axis=(0, 1))) / jnp.maximum(count, 1.0)
-    variance = reduce(jnp.sum(weight * (x - mean) ** 2, axis=(0, 1))) / jnp.maximum(count, 1.0)
+    count, mean, variance = weighted_moments(x, weight, reduce, axis=(0, 1))
     total = jnp.maximum(moments.count + count, 1.0)
     share = count / total
     delta = mean - moments.mean
@@ -43,31 +51,40 @@ def merge(moments: Moments, x: Array, weight: Array, reduce: Reduce) -> Moments:
     )
 
 
+def explained_variance(value: Array, target: Array, weight: Array, reduce: Reduce) -> Array:
+    """1 − Var(target − value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
+    require_shape(value.shape, target=target, weight=weight)
+    _, _, variance = weighted_moments(target, weight, reduce)
+    _, _, residual = weighted_moments(target - value, weight, reduce)
+    return 1.0 - residual / jnp.maximum(variance, 1e-8)
+
+
 def normalize(x: Array, moments: Moments, clip: float) -> Array:
     """(x − mean) / std, clipped to ± clip."""
     scaled = (x - moments.mean) * jax.lax.rsqrt(moments.variance + VARIANCE_EPSILON)
     return jnp.clip(scaled, -clip, clip)
 
 
-def discounted_returns(
-    reward: Array, start: Array, valid: Array, running: Array, gamma: Array
-) -> tuple[Array, Array]:
-    """R_t = γ R_{t−1} + r_t, begun anew with each episode.
+def discounted_returns(reward: Array, start: Array, valid: Array, running: Array, gamma: Array) -> tuple[Array, Array]:
+    """R_t = γ R_{t−1} + r_t, from 0 in each episode.
 
     Args:
         reward, valid: [T, N].
         start: [T, N] step t is the first of an episode.
-        running: [N] R carried over from the rollout before.
+        running: [N] R at the end of the previous rollout.
 
     Returns:
-        R [T, N], and R [N] to carry on from.
+        R [T, N], and R [N] at the end.
     """
+    require_shape(reward.shape, start=start, valid=valid)
+    reward = jnp.where(valid, reward, 0.0)
+    discount = jnp.where(valid, gamma, 1.0)  # rows that are no transition keep the sum
+    discount = jnp.where(start, 0.0, discount)
 
-    def advance(running: Array, row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        reward, start, valid = row
-        before = jnp.where(start, 0.0, running)
-        running = jnp.where(valid, gamma * before + reward, before)
+    def step(running: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, discount = row
+        running = reward + discount * running
         return running, running
 
-    running, returns = jax.lax.scan(advance, running, (reward, start, valid))
+    running, returns = jax.lax.scan(step, running, (reward, discount))
     return returns, running

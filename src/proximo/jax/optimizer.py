@@ -1,4 +1,4 @@
-"""Adam with a clipped gradient, and the step size that follows the KL divergence."""
+"""Adam with a clipped gradient, and the adaptive learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ NORM_EPSILON = 1e-6
 
 
 def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[State, Array]:
-    """Clip the gradient's global norm, then one step of Adam (Kingma & Ba 2014); also the norm before."""
+    """Clip the gradient's global norm and take one step of Adam (Kingma & Ba 2014).
+
+    Returns:
+        The new state, and the norm before clipping.
+    """
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in gradient.values()))
     if spec.config.max_grad_norm is not None:
         scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + NORM_EPSILON))
@@ -34,7 +38,7 @@ def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[Stat
 
 
 def adapt(rate_scale: Array, approx_kl: Array, hyper: Hyper) -> Array:
-    """Step down when an epoch moved too far, up when it hardly moved (Rudin et al. 2021)."""
+    """Lower the rate after a KL divergence above 2 × `desired_kl`, raise it below half (Rudin et al. 2021)."""
     factor = jnp.where(
         approx_kl > 2.0 * hyper.desired_kl, 1 / 1.5, jnp.where(approx_kl < 0.5 * hyper.desired_kl, 1.5, 1.0)
     )

@@ -1,4 +1,4 @@
-"""How JAX runs: on how many threads."""
+"""Devices and threads of JAX."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import os
 
 import jax
 
-HINT = "--device cuda needs JAX for CUDA: pip install 'jax[cuda12]'; JAX has no mps"
-THREADS = "PJRT_NPROC"  # read when JAX starts, and never again
+HINT = "--device cuda needs JAX for CUDA: pip install 'jax[cuda12]'; JAX does not support mps"
+THREADS = "PJRT_NPROC"  # environment variable that JAX reads once, when it starts
 
 
-def devices() -> list[str]:
-    """What JAX can use here, once it has started."""
+def available_devices() -> list[str]:
+    """Names of the available devices; starts JAX."""
     return ["cpu", *(["cuda"] if any(device.platform == "gpu" for device in jax.devices()) else [])]
 
 
 def start(threads: int) -> int:
-    """Start JAX with so many threads on the CPU, unless it runs already or the variable says otherwise.
+    """Start JAX with `threads` CPU threads; return their number.
 
-    Returns:
-        How many were asked for: by the variable, where it is set.
+    A number in the environment variable PJRT_NPROC takes precedence. There is no effect if JAX is already running.
     """
     if THREADS in os.environ:
         return int(os.environ[THREADS])

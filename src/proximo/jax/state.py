@@ -1,4 +1,4 @@
-"""What a learner keeps: what is fixed for its life, and what it has learned."""
+"""The two parts of a learner: `Spec`, fixed for its life, and `State`, everything learned."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from proximo.config.settings import Config
-from proximo.jax.networks import Network, Obs, Params, pictures
+from proximo.jax.networks import Network, Obs, Params, channels_last
 from proximo.jax.normalization import Moments, Reduce, normalize
 from proximo.spaces.spaces import Spaces
 
 
 class Spec(NamedTuple):
-    """What is compiled in: everything here is fixed for the life of a learner."""
+    """Everything that is fixed for the life of a learner, and compiled in."""
 
     config: Config
     spaces: Spaces
@@ -23,21 +23,21 @@ class Spec(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a learner has learned; all that a checkpoint needs of it."""
+    """Everything learned, as checkpoints store it."""
 
     params: Params
     moment_1: Params  # Adam's running mean of gradients
-    moment_2: Params  # and of their squares
+    moment_2: Params  # running mean of squared gradients
     count: Array  # [] Adam's steps  # pyright: ignore[reportIncompatibleMethodOverride]
-    rate_scale: Array  # [] factor on the step sizes; 1 unless adaptive
+    rate_scale: Array  # [] factor on the learning rates; 1 unless adaptive
     obs_moments: dict[str, Moments]
     return_moments: Moments
-    running_return: Array  # [N] discounted return so far, of raw rewards
-    carry: Array  # [N, H] recurrent state at the next rollout's first step
+    running_return: Array  # [N] discounted sum of raw rewards
+    carry: Array  # [N, H] recurrent state before the next rollout
 
 
 def initial_state(spec: Spec, num_envs: int, dtype: str) -> State:
-    """Parameters from the network, everything else at its neutral value."""
+    """The network's initial parameters; everything else zero or neutral."""
 
     def moments(shape: tuple[int, ...]) -> Moments:
         return Moments(jnp.zeros((), dtype), jnp.zeros(shape, dtype), jnp.ones(shape, dtype))
@@ -51,21 +51,18 @@ def initial_state(spec: Spec, num_envs: int, dtype: str) -> State:
         moment_2=zeros,
         count=jnp.zeros((), jnp.int32),
         rate_scale=jnp.ones((), dtype),
-        obs_moments={
-            leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation
-        },
+        obs_moments={leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation},
         return_moments=moments(()),
         running_return=jnp.zeros(num_envs, dtype),
         carry=jnp.zeros((num_envs, spec.network.carry_size), dtype),
     )
 
 
-def observe(spec: Spec, state: State, obs: Obs) -> Obs:
-    """Observations as the network sees them: normalised where asked, images in the order that it wants."""
+def preprocess(spec: Spec, state: State, obs: Obs) -> Obs:
+    """Observations as the network reads them: normalised where configured, images channels-last where it wants that."""
     moments, clip = state.obs_moments, spec.config.clip_observation
-    seen = {
-        path: normalize(value, moments[path], clip) if path in moments else value
-        for path, value in obs.items()
+    processed = {
+        path: normalize(value, moments[path], clip) if path in moments else value for path, value in obs.items()
     }
-    images = [leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.pictures]
-    return seen | {leaf.path: pictures(leaf, obs[leaf.path]) for leaf in images}
+    images = [leaf for leaf in spec.spaces.observation if leaf.kind == "image" and spec.network.wants_channels_last]
+    return processed | {leaf.path: channels_last(leaf, obs[leaf.path]) for leaf in images}

@@ -1,9 +1,9 @@
 """The parameters of the built-in networks: names, shapes and initial values, the same for both backends.
 
 A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias` [outputs], where part is
-`actor`, `critic` or `trunk`, and layer a number or `head`. A convolution is `<part>.conv.<layer>`, and its weight
-[height, width, inputs, outputs]. `actor.log_std` [size] belongs to a Gaussian
-whose standard deviation is learned. Networks whose names begin with `critic` move at the critic's rate.
+`actor`, `critic` or `trunk`, and layer a number or `head`. A convolution is `<part>.conv.<layer>`, with a weight
+[height, width, inputs, outputs]. `actor.log_std` [D] is the learned log standard deviation of all Gaussian heads.
+Parameters whose names begin with `critic` use the critic's learning rate.
 """
 
 from __future__ import annotations
@@ -11,92 +11,81 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.rollout.randomness import Purpose, generator
-from proximo.spaces.spaces import Box, Leaf, Spaces
+from proximo.spaces.heads import MAX_LOG_STD
+from proximo.spaces.observations import Leaf
+from proximo.spaces.spaces import Spaces
 
 Parameters = dict[str, np.ndarray]
 
-MAX_LOG_STD = 2.0
-MASKED = -1e9  # logit of a forbidden action; finite, so that a row with every action masked stays finite
 VARIANCE_EPSILON = 1e-8  # added to a variance before its root
 DEFAULT_SIZES = {"mlp": (64, 64), "nature": (512,), "impala": (256,)}
-NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # outputs, width of the filters and step of each convolution
+NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # outputs, filter width and stride of each convolution
 NATURE_SMALLEST = 36  # pixels
-IMPALA = (
-    16,
-    32,
-    32,
-)  # outputs of each section: a convolution, a pooling that halves the image, two residual blocks
+IMPALA = (16, 32, 32)  # outputs of each section: convolution, pooling by 2, two residual blocks
 HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN = math.sqrt(2.0), 0.01, 1.0
 
 
 def is_critic(name: str) -> bool:
-    """Whether a parameter moves at the critic's learning rate."""
+    """Whether a parameter uses the critic's learning rate."""
     return name.startswith("critic")
 
 
 def limits(name: str, config: Config) -> tuple[float, float]:
-    """The range that a parameter is put back into after every step: only a learned log-std has one."""
+    """The range that a parameter is clipped to after every step; only a learned log-std has a finite one."""
     return (math.log(config.min_std), MAX_LOG_STD) if name == "actor.log_std" else (-math.inf, math.inf)
 
 
-def head_width(config: Config, spaces: Spaces) -> int:
-    """K, the outputs of the policy head: a logit per action, or a mean per dimension and perhaps a deviation."""
-    predicted = isinstance(spaces.action, Box) and config.std == "predicted"
-    return spaces.action.head_size * (2 if predicted else 1)
-
-
 class Architecture(NamedTuple):
-    """A built-in network, with nothing left open."""
+    """A built-in network, every choice resolved."""
 
     architecture: str  # mlp, nature or impala
     hidden_sizes: tuple[int, ...]
-    activation: str  # of the hidden layers; convolutions have relu
+    activation: str  # of the hidden layers; convolutions use relu
     shared_trunk: bool
 
 
 class Convolution(NamedTuple):
-    """One convolution of square filters: name, inputs, outputs, width of the filter, and step from one to the next."""
+    """One convolution with square filters."""
 
     name: str
-    inputs: int
+    inputs: int  # channels
     outputs: int
-    width: int
-    step: int
+    width: int  # of the filters
+    stride: int
 
 
 def architecture(config: Config, spaces: Spaces) -> Architecture:
-    """The network that a config means for these spaces: what is not given depends on whether there are images, and of
-    several the smallest decides.
+    """Resolve the network settings; defaults depend on the images among the observations, and on the smallest of them.
 
     Raises:
-        UserError: convolutions without an image, an image that is too small for them, or a precision for images alone.
+        UserError: convolutions without images, images too small for them, or bfloat16 without convolutions.
     """
     images = [leaf for leaf in spaces.observation if leaf.kind == "image"]
-    smallest = min((min(leaf.picture[:2]) for leaf in images), default=0)
+    smallest = min((min(leaf.image_shape[:2]) for leaf in images), default=0)
     network = config.architecture
     if network == "auto":
         network = "mlp" if not images else "nature" if smallest >= NATURE_SMALLEST else "impala"
     if network != "mlp" and not images:
         raise UserError(
-            f"architecture {network} reads images, and there is none among the observations: use mlp, or give pixels "
-            "as uint8, [height, width, channels] or [channels, height, width]"
+            f"`architecture` {network} needs images, and the observations contain none. Use mlp, or provide pixels as "
+            "uint8 with shape [height, width, channels] or [channels, height, width]."
         )
     if network == "nature" and smallest < NATURE_SMALLEST:
         raise UserError(
-            f"an image of {smallest} pixels is too small for architecture nature, which needs {NATURE_SMALLEST} in "
-            "height and width: use impala or mlp, or make the images larger"
+            f"`architecture` nature needs images of at least {NATURE_SMALLEST} pixels in height and width, but one has "
+            f"{smallest}. Use impala or mlp, or larger images."
         )
     convolutional = network != "mlp"
     if config.precision != "float32" and not convolutional:
         raise UserError(
-            f"precision {config.precision} is for convolutions, and architecture mlp has none: use float32"
+            f"`precision` {config.precision} is for convolutions, and `architecture` mlp has none. Use float32."
         )
     return Architecture(
         network,
@@ -107,14 +96,14 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
 
 
 def convolutions(network: str, leaf: Leaf) -> list[Convolution]:
-    """The convolutions over an image, from the first to the last."""
+    """The convolutions of an image, in order."""
     prefix = f"conv.{leaf.path}." if leaf.path else "conv."
-    channels = leaf.picture[2]
+    channels = leaf.image_shape[2]
     if network == "nature":
         widths = [channels, *(layer[0] for layer in NATURE)]
         return [
-            Convolution(f"{prefix}{index}", widths[index], outputs, width, step)
-            for index, (outputs, width, step) in enumerate(NATURE)
+            Convolution(f"{prefix}{index}", widths[index], outputs, width, stride)
+            for index, (outputs, width, stride) in enumerate(NATURE)
         ]
     found = []
     for section, outputs in enumerate(IMPALA):
@@ -125,11 +114,11 @@ def convolutions(network: str, leaf: Leaf) -> list[Convolution]:
 
 
 def flat_size(network: str, leaf: Leaf) -> int:
-    """Numbers that the convolutions make of an image."""
-    height, width, _ = leaf.picture
+    """Features that the convolutions compute from an image."""
+    height, width, _ = leaf.image_shape
     if network == "nature":
-        for _, filters, step in NATURE:
-            height, width = (height - filters) // step + 1, (width - filters) // step + 1
+        for _, filters, stride in NATURE:
+            height, width = (height - filters) // stride + 1, (width - filters) // stride + 1
         return height * width * NATURE[-1][0]
     for _ in IMPALA:
         height, width = -(-height // 2), -(-width // 2)
@@ -148,21 +137,27 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
         rows, columns = math.prod(shape[:-1]), shape[-1]
         weight, bias = _layer(rng, rows, columns, gain, config.orthogonal_init)
         parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight.reshape(shape), bias
-    if isinstance(spaces.action, Box) and config.std == "learned":
-        parameters["actor.log_std"] = np.full(spaces.action.size, math.log(config.init_std))
-    return parameters
+    return parameters | initial_log_std(config, spaces)
 
 
-def size(config: Config, spaces: Spaces) -> int:
-    """How many numbers the weights and biases hold."""
+def initial_log_std(config: Config, spaces: Spaces) -> Parameters:
+    """`actor.log_std` [D], where the standard deviation of Gaussian heads is learned."""
+    size = spaces.action.std_size
+    if not size or config.std != "learned":
+        return {}
+    return {"actor.log_std": np.full(size, math.log(config.init_std))}
+
+
+def num_parameters(config: Config, spaces: Spaces) -> int:
+    """Number of weights and biases."""
     return sum(math.prod(shape) + shape[-1] for _, shape, _ in _layers(config, spaces))
 
 
 def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """Name, shape of the weight and gain of every layer."""
+    """Yield (name, shape of the weight, gain) of every layer."""
     network, hidden_sizes, _, shared = architecture(config, spaces)
     images = [leaf for leaf in spaces.observation if leaf.kind == "image" and network != "mlp"]
-    inputs = sum(flat_size(network, leaf) if leaf in images else leaf.features for leaf in spaces.observation)
+    inputs = sum(flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation)
     for body in ["trunk"] if shared else ["actor", "critic"]:
         for leaf in images:
             for name, channels, outputs, width, _ in convolutions(network, leaf):
@@ -170,7 +165,7 @@ def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ..
         for index, (rows, columns) in enumerate(itertools.pairwise([inputs, *hidden_sizes])):
             yield f"{body}.{index}", (rows, columns), HIDDEN_GAIN
     last = [inputs, *hidden_sizes][-1]
-    yield "actor.head", (last, head_width(config, spaces)), POLICY_GAIN
+    yield "actor.head", (last, spaces.action.output_size(config)), POLICY_GAIN
     yield "critic.head", (last, 1), VALUE_GAIN
 
 
@@ -182,5 +177,10 @@ def _layer(
         return rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
     tall = rng.standard_normal((max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(tall)
-    q *= np.sign(np.diag(r))  # makes the decomposition unique, hence the matrix uniformly distributed
+    q *= np.sign(np.diag(r))  # unique decomposition, hence a uniformly distributed matrix
     return gain * (q if rows >= columns else q.T), np.zeros(columns)
+
+
+def is_chunked(spec: Any) -> bool:
+    """Whether a rollout passes through the network of a `Spec` in parts, because convolutional features are large."""
+    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)

@@ -1,4 +1,4 @@
-"""A learner's state as flat names and arrays, the form in which it crosses backends and lies in files."""
+"""Named arrays: the form in which a learner's state is exchanged between backends and stored in files."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ import numpy as np
 
 from proximo.errors import NotFinite, UserError, suggest
 
-PER_ENVIRONMENT = ("running_return", "carry")  # begin at zero when the number of environments changes
+PER_ENVIRONMENT = ("running_return", "carry")  # reset to zero when the number of environments changes
 
 
-def require_finite(metrics: Mapping[str, float], sound: bool = True) -> None:
-    """Look at an update before its result is taken over.
+def require_shape(shape: tuple[int, ...], **arrays: Any) -> None:
+    """Raise ValueError unless all arrays have this shape: [T, N, 1] would broadcast silently."""
+    for name, array in arrays.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(shape)}")
 
-    Args:
-        sound: whether all of what it learned is finite.
+
+def require_finite(metrics: Mapping[str, float], is_state_finite: bool = True) -> None:
+    """Check the result of an update before it replaces the state.
 
     Raises:
-        NotFinite: the loss, the gradient or what was learned is NaN or infinite.
+        NotFinite: the loss, the gradient or the new state is NaN or infinite.
     """
     for name in ("losses/total", "update/gradient_norm"):
         if not math.isfinite(metrics[name]):
             raise NotFinite(
-                f"{name} is {metrics[name]}, so the update has diverged and is not taken over: lower learning_rate, "
-                "set max_grad_norm, or normalise observations and rewards",
+                f"the update diverged and was discarded: {name} is {metrics[name]}. Lower `learning_rate`, set "
+                "`max_grad_norm`, or normalise observations and rewards.",
                 metrics=dict(metrics),
             )
-    if not sound:
+    if not is_state_finite:
         raise NotFinite(
-            "parameters or normalisers became NaN or infinite, so the update is not taken over: look for huge rewards "
-            "or observations",
+            "the update was discarded: parameters or normalisers became NaN or infinite. Look for huge rewards or "
+            "observations.",
             metrics=dict(metrics),
         )
 
@@ -49,39 +53,46 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
-def restore(template: Any, flat: Mapping[str, np.ndarray]) -> Any:
-    """The inverse of `flatten`: arrays of `flat` in the structure, and with the dtypes, of `template`.
+def unflatten(template: Any, flat: Mapping[str, np.ndarray]) -> Any:
+    """The inverse of `flatten`: the arrays of `flat` in the structure, and with the types, of `template`.
 
     Raises:
-        UserError: an array is missing, left over or of another shape; the message names it.
+        UserError: an array is missing, unknown or has another shape; the message names it.
     """
     expected = flatten(template)
     for name in flat:
         if name not in expected:
             raise UserError(
-                f"the checkpoint holds {name!r}, which this network does not have{suggest(name, expected)}: "
-                "its settings or spaces are not the ones it was trained with"
+                f"the checkpoint contains {name!r}, which this network does not have{suggest(name, expected)} Use the "
+                "settings and spaces it was trained with."
             )
-    return _restore(template, flat, "")
+    return _unflatten(template, flat, "")
 
 
-def _restore(template: Any, flat: Mapping[str, np.ndarray], prefix: str) -> Any:
+def _unflatten(template: Any, flat: Mapping[str, np.ndarray], prefix: str) -> Any:
     if isinstance(template, tuple):
         fields = template._asdict()  # type: ignore[attr-defined]
-        return type(template)(**_restore(fields, flat, prefix))
+        return type(template)(**_unflatten(fields, flat, prefix))
     if isinstance(template, Mapping):
         return {
-            name: _restore(child, flat, f"{prefix}/{name}" if prefix else name)
-            for name, child in template.items()
+            name: _unflatten(child, flat, f"{prefix}/{name}" if prefix else name) for name, child in template.items()
         }
-    own = np.asarray(template)
+    expected = np.asarray(template)
     if prefix not in flat:
-        raise UserError(f"the checkpoint has no {prefix!r}, which this network needs")
-    value = np.asarray(flat[prefix])
-    if prefix in PER_ENVIRONMENT and value.shape[1:] == own.shape[1:] and len(value) != len(own):
-        return np.zeros_like(own)
-    if value.shape != own.shape:
         raise UserError(
-            f"{prefix!r} has shape {value.shape} in the checkpoint, but this network needs {own.shape}"
+            f"the checkpoint has no {prefix!r}, which this network needs. Use the settings it was trained with."
         )
-    return value.astype(own.dtype)
+    value = np.asarray(flat[prefix])
+    if prefix in PER_ENVIRONMENT and value.shape[1:] == expected.shape[1:] and len(value) != len(expected):
+        return np.zeros_like(expected)
+    if value.shape != expected.shape:
+        raise UserError(
+            f"{prefix!r} has shape {value.shape} in the checkpoint, but this network needs {expected.shape}. Use the "
+            "settings and spaces it was trained with."
+        )
+    return value.astype(expected.dtype)
+
+
+def identity(x: Any) -> Any:
+    """Return x: the sum over a single process."""
+    return x

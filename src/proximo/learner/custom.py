@@ -1,104 +1,164 @@
-"""What networks of the user's own have to keep to, whichever backend they are for."""
+"""Custom networks: the code that both backends share.
+
+`proximo.<backend>.custom` provides the rest: `networks`, `cast(array, dtype)`, `make_part` and `evaluate`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.learner.architecture import head_width
-from proximo.spaces.spaces import Discrete, Obs, Spaces
+from proximo.learner.architecture import Parameters, architecture, initial_log_std, initial_parameters
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
 Features = Literal["encoded", "dict"]
+Read = Callable[[Mapping[str, Any], Any], Any]  # (observations [B, ...], dtype) -> input of a custom network
+Part = tuple[Parameters, Callable[[Any, Any], Any]]  # initial parameters, (parameters, observations) -> output
 
-HALF = {"policy": "actor", "value": "critic", "both": "actor"}  # what parameters' names begin with
-ROWS = 64  # of the batch that a network is tried on
+PREFIXES = {"policy": "actor", "value": "critic", "both": "actor"}  # of parameter names, by role
+NUM_ROWS = 64  # observations in the trial batch
+
+
+def network_builder(name: str, given: Mapping[str, Any], features: Features) -> Callable[[Config, Spaces], Any]:
+    """Return a function that builds the network of backend `name` from role -> custom network; see `custom_network`."""
+    if not given or ("both" in given and len(given) > 1):
+        got = " and ".join(f"`{role}`" for role in given) or "no network"
+        raise UserError(f"custom_network got {got}. Pass `policy`, `value` or these two, or only `both`.")
+    if features not in ("encoded", "dict"):
+        raise UserError(f"custom_network: `features` is {features!r}; expected 'encoded' or 'dict'.")
+    is_joint = "both" in given
+
+    def build(config: Config, spaces: Spaces) -> Any:
+        check_settings(config, spaces, name, is_joint, features)
+        backend = importlib.import_module(f"proximo.{name}.custom")
+        networks, cast = backend.networks, backend.cast
+        to_cast = {leaf.path for leaf in spaces.observation if leaf.kind in ("vector", "mask")}
+
+        def read(rows: Mapping[str, Any], dtype: Any) -> Any:
+            if features == "encoded":
+                return networks.encode(spaces, rows, dtype)
+            inputs = {path: cast(x, dtype) if path in to_cast else x for path, x in rows.items()}
+            return inputs.get("", inputs)
+
+        def make_part(role: str) -> Part:
+            if role in given:
+                return backend.make_part(role, given[role], config, spaces, read)
+            return built_in_part(role, networks, config, spaces)
+
+        parts = [make_part(role) for role in (["both"] if is_joint else ["policy", "value"])]
+        initial = {name: array for params, _ in parts for name, array in params.items()}
+        initial |= initial_log_std(config, spaces)
+
+        def apply_parts(params: Any, rows: Any) -> Any:
+            outputs = tuple(function(params, rows) for _, function in parts)
+            return outputs[0] if is_joint else outputs
+
+        def apply(params: Any, obs: Any, start: Any, carry: Any) -> tuple[Any, Any, Any]:
+            count = math.prod(start.shape)
+            outputs = apply_parts(params, {path: x.reshape(count, *x.shape[2:]) for path, x in obs.items()})
+            output, value = (cast(x, networks.dtype_of(params)) for x in outputs)
+            output = output.reshape(*start.shape, spaces.action.output_size(config))
+            policy = networks.policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
+            return policy, value.reshape(start.shape), output[..., :0]
+
+        rng, rows = np.random.default_rng(0), sample_rows(spaces)
+        half = {path: x[: NUM_ROWS // 2] for path, x in rows.items()}
+        # A last layer of zeros would hide that outputs are random or depend on other rows.
+        noisy = {name: x + 0.1 * rng.standard_normal(x.shape) for name, x in initial.items()}
+        check_outputs(config, spaces, *backend.evaluate(apply_parts, noisy, [rows, rows, half]))
+        return networks.Network(lambda: initial, apply)
+
+    return build
+
+
+def built_in_part(role: str, networks: Any, config: Config, spaces: Spaces) -> Part:
+    """The built-in network for the policy or the value."""
+    prefix, config = PREFIXES[role], config.replace(shared_trunk=False)
+    arch, params = architecture(config, spaces), initial_parameters(config, spaces)
+
+    def apply(params: Any, rows: Any) -> Any:
+        return networks.linear(params, f"{prefix}.head", networks.hidden_layers(arch, spaces, params, prefix, rows))
+
+    return {name: x for name, x in params.items() if name.startswith(prefix) and name != "actor.log_std"}, apply
 
 
 def sample_rows(spaces: Spaces) -> Obs:
-    """Random observations [ROWS, ...], every action allowed."""
+    """Random observations [NUM_ROWS, ...]; masks allow every action."""
     rng = np.random.default_rng(0)
     rows: Obs = {}
     for leaf in spaces.observation:
-        shape = (ROWS, *leaf.shape)
-        if leaf.kind == "discrete":
-            value = leaf.start + rng.integers(leaf.n, size=shape)
-        elif leaf.kind == "image":
-            value = rng.integers(leaf.high + 1, size=shape)
+        shape = (NUM_ROWS, *leaf.shape)
+        if leaf.kind in ("discrete", "image"):
+            value = leaf.start + rng.integers(leaf.n or leaf.high + 1, size=shape)
         else:
             value = np.ones(shape) if leaf.kind == "mask" else rng.standard_normal(shape)
         rows[leaf.path] = value.astype(leaf.dtype)
     return rows
 
 
-def roles(policy: Any, value: Any, both: Any, features: str) -> dict[str, Any]:
-    """What is given, by its role.
-
-    Raises:
-        UserError: nothing, or `both` beside another; or an unknown kind of features.
-    """
-    given = {role: x for role, x in (("policy", policy), ("value", value), ("both", both)) if x is not None}
-    if not given or ("both" in given and len(given) > 1):
-        raise UserError("custom_network needs policy=…, value=… or these two, or one for both=…")
-    if features not in ("encoded", "dict"):
-        raise UserError(f"custom_network: features must be 'encoded' or 'dict', got {features!r}")
-    return given
-
-
-def check_setting(config: Config, spaces: Spaces, both: bool, features: str, backend: str) -> None:
-    """Refuse settings that a network of the user's own cannot serve.
-
-    Raises:
-        UserError: another backend, a shared trunk in two networks, or images among encoded features.
-    """
+def check_settings(config: Config, spaces: Spaces, backend: str, is_joint: bool, features: str) -> None:
+    """Raise UserError for settings or spaces that a custom network cannot serve."""
     if config.backend not in ("auto", backend):
+        raise UserError(f"`backend` is {config.backend}, but the network is for {backend}. Set backend={backend!r}.")
+    if config.shared_trunk and not is_joint:
+        raise UserError("`shared_trunk` is for built-in networks. Turn it off, or pass one network as `both`.")
+    for leaf in spaces.observation:
+        if leaf.kind == "image" and features == "encoded":
+            raise UserError(f"{leaf.name} is an image, which encoded features leave out. Set features='dict'.")
+
+
+def check_parameters(role: str, parameters: list[tuple[str, Any]], is_real: Callable[[Any], Any]) -> None:
+    """Raise UserError unless all (name, array) can be trained; `is_real` tests for real floating-point numbers."""
+    start, names = f"custom_network({role}=…)", [name for name, _ in parameters]
+    if not parameters:
+        raise UserError(f"{start} has no trainable parameters. Add one, or let one require gradients (PyTorch).")
+    for name, x in parameters:
+        if not is_real(x):
+            dtype = getattr(x, "dtype", type(x).__name__)
+            raise UserError(f"{start}: parameter {name!r} is {dtype}; expected real floating-point numbers. Remove it.")
+    if len(set(names)) < len(names):
+        raise UserError(f"{start}: parameter names are not unique: {sorted(names)}. Rename one.")
+    if "actor.log_std" in names:
+        raise UserError(f"{start}: the parameter name 'log_std' is reserved for std='learned'. Rename it.")
+
+
+def check_outputs(config: Config, spaces: Spaces, outputs: Any, repeated: Any, half: Any) -> None:
+    """Check (policy output, value) for the trial batch, the same batch again, and its first half; raise UserError."""
+
+    def shape(output: Any) -> Any:
+        return tuple(output.shape) if hasattr(output, "shape") else type(output).__name__
+
+    def differ(others: Any) -> bool:
+        pairs = zip(outputs, others, strict=True)
+        return any(bool((abs(a[: len(b)] - b) > 1e-2 * (1 + abs(b))).any()) for a, b in pairs)
+
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
+        raise UserError(f"custom_network(both=…) returned {shape(outputs)}. Return a tuple (policy output, value).")
+    expected, meaning = (NUM_ROWS, spaces.action.output_size(config)), spaces.action.describe_outputs(config)
+    if shape(outputs[0]) != expected:
         raise UserError(
-            f"proximo.{backend}.custom_network makes a network for that backend: give backend={backend!r}"
+            f"custom_network: the policy output for {NUM_ROWS} observations has shape {shape(outputs[0])}, expected "
+            f"{expected}: {meaning}. Change the last layer."
         )
-    if config.shared_trunk and not both:
+    if shape(outputs[1]) not in ((NUM_ROWS,), (NUM_ROWS, 1)):
         raise UserError(
-            "shared_trunk is for the built-in network: turn it off, or pass one network that returns "
-            "(policy's output, value) as custom_network(both=…)"
+            f"custom_network: the value of {NUM_ROWS} observations has shape {shape(outputs[1])}, expected "
+            f"{(NUM_ROWS,)} or {(NUM_ROWS, 1)}. Change the last layer."
         )
-    images = [leaf.path for leaf in spaces.observation if leaf.kind == "image"]
-    if images and features == "encoded":
+    if differ(repeated):
         raise UserError(
-            f"observation {images[0]!r} is an image, which is not among encoded features: give "
-            "custom_network(…, features='dict')"
+            "custom_network: outputs for equal observations differ (as with Dropout in training mode), but acting and "
+            "learning need the same network. Remove the random layer, or call the module's eval() first."
         )
-
-
-def check_answer(config: Config, spaces: Spaces, answer: Any) -> None:
-    """Refuse what is not (policy's output [ROWS, K], value [ROWS] or [ROWS, 1]).
-
-    Raises:
-        UserError: says what was expected and what came.
-    """
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise UserError(f"custom_network(both=…) must return (policy's output, value), got {_shape(answer)}")
-    needed = (ROWS, head_width(config, spaces))
-    if _shape(answer[0]) != needed:
+    if differ(half):
         raise UserError(
-            f"custom_network: the policy's output for {ROWS} observations has shape {_shape(answer[0])}, "
-            f"expected {needed}: {_meaning(config, spaces)}"
+            "custom_network: the output for one observation depends on the others in its batch (as with BatchNorm), "
+            "but acting and learning use different batches. Use LayerNorm or GroupNorm."
         )
-    if _shape(answer[1]) not in ((ROWS,), (ROWS, 1)):
-        raise UserError(
-            f"custom_network: the value of {ROWS} observations has shape {_shape(answer[1])}, expected "
-            f"{(ROWS,)} or {(ROWS, 1)}"
-        )
-
-
-def _shape(answer: Any) -> Any:
-    """The shape of what should be an array; of anything else its type's name."""
-    return tuple(answer.shape) if hasattr(answer, "shape") else type(answer).__name__
-
-
-def _meaning(config: Config, spaces: Spaces) -> str:
-    """What the policy's outputs are, in words."""
-    if isinstance(spaces.action, Discrete):
-        return "one logit for each action"
-    predicted = config.std == "predicted"
-    return "one mean for each dimension of the action" + (", then one for its deviation" if predicted else "")

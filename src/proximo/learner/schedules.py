@@ -1,4 +1,4 @@
-"""The hyperparameters that an update reads, as functions of the global step."""
+"""Hyperparameters of an update as functions of the global step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from proximo.config.settings import Config
 
-# The adaptive schedule keeps the actor's step size within these bounds (as rl_games does).
+# Bounds of the actor's learning rate under the adaptive schedule, as in rl_games.
 MIN_ADAPTIVE_RATE, MAX_ADAPTIVE_RATE = 1e-6, 1e-2
 
 
 class Hyper(NamedTuple):
-    """Numbers handed to one update. Traced, not compiled in, so that changing them recompiles nothing.
+    """Hyperparameters of one update: floats outside an update, scalars of the backend inside.
 
-    A setting that is off is 0 here and is left out of the computation by the config. Each field is a float
-    in the world, and a scalar of the backend's inside an update.
+    They are traced, so that a change does not recompile. A setting that is off is 0 here; `Config` decides whether the
+    computation uses it.
     """
 
     actor_learning_rate: Any
@@ -33,7 +33,7 @@ class Hyper(NamedTuple):
 
 
 def interpolate(kind: str, start: float, end: float, fraction: float) -> float:
-    """The value of a schedule after `fraction` in [0, 1] of the run; constant and adaptive keep `start`."""
+    """Return the value of a schedule after `fraction` of the run; constant and adaptive schedules return `start`."""
     fraction = min(max(fraction, 0.0), 1.0)
     if kind == "linear":
         return end + (start - end) * (1.0 - fraction)
@@ -43,16 +43,16 @@ def interpolate(kind: str, start: float, end: float, fraction: float) -> float:
 
 
 def hyper_at(config: Config, global_step: int) -> Hyper:
-    """The hyperparameters of the iteration that begins at `global_step`."""
+    """Return the hyperparameters of the iteration that begins at `global_step`."""
     fraction = global_step / config.total_timesteps
 
-    def rate(own: float | None) -> float:
-        start = config.learning_rate if own is None else own
+    def learning_rate(initial: float | None) -> float:
+        start = config.learning_rate if initial is None else initial
         return interpolate(config.lr_schedule, start, config.final_learning_rate, fraction)
 
     return Hyper(
-        actor_learning_rate=rate(config.actor_learning_rate),
-        critic_learning_rate=rate(config.critic_learning_rate),
+        actor_learning_rate=learning_rate(config.actor_learning_rate),
+        critic_learning_rate=learning_rate(config.critic_learning_rate),
         adam_epsilon=config.adam_epsilon,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,

@@ -1,1 +1,1 @@
-"""What a user looks at after training: plots and videos."""
+"""Outputs of a run: its recorder, plots and videos."""

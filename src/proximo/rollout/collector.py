@@ -14,27 +14,28 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.rollout.env_state import EnvState, Replays, Snapshots, same
+from proximo.rollout.env_state import EnvState, SupportsReplay, SupportsSnapshot, snapshots_equal
 from proximo.rollout.rollout import Actor, Episode, Rollout
-from proximo.spaces.spaces import Obs, Spaces
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
-LOG_BYTES = 1 << 28  # of actions, kept for episodes that are under way
+MAX_LOG_BYTES = 1 << 28  # of the actions of unfinished episodes
+MAX_LOG_PIECES = 256
 
 
-PIECES = 256  # that the log is kept in
+def state_adapters(envs: VectorEnv) -> tuple[SupportsReplay | None, SupportsSnapshot | None]:
+    """How a vector environment's state can be captured: by repeating episodes, by snapshots, or not at all (None).
 
-
-def state_adapters(envs: VectorEnv) -> tuple[Any, Any]:
-    """What can repeat episodes, and what can restore a snapshot of its own; None where a vector environment cannot."""
+    Wrapped environments are not inspected for snapshots, because a wrapper may have state of its own.
+    """
     inner = envs.unwrapped
-    replays = inner if isinstance(inner, Replays) else None
-    # Of what is inside a wrapper it is not asked: the wrapper may keep something itself.
-    says = envs if isinstance(envs, Snapshots) else None
-    return replays, says
+    replays: Any = inner if isinstance(inner, SupportsReplay) else None
+    snapshots: Any = envs if isinstance(envs, SupportsSnapshot) else None
+    return replays, snapshots
 
 
 class Collected(NamedTuple):
-    """What one collection reports besides the rollout: episodes that ended, and seconds spent."""
+    """Result of one collection besides the rollout: finished episodes, and seconds spent."""
 
     episodes: list[Episode]
     env_seconds: float
@@ -42,55 +43,47 @@ class Collected(NamedTuple):
 
 
 class Collector:
-    """Steps the environments and fills rollouts; episodes run on from one rollout into the next.
+    """Steps the environments and fills rollouts; episodes continue from one rollout to the next.
 
     Every autoreset mode of Gymnasium 1.x gives the same stream of valid transitions and episodes.
 
-    What ends an episode for the learner need not end what a user calls one: a game with several lives, say. An
-    environment, or a vector environment, with the attribute `reports_episodes = True` says itself what ended, in the
-    form of Gymnasium's RecordEpisodeStatistics: `info["episode"]`, with `r` (undiscounted sum of raw rewards) and `l`
-    (steps), where an episode ended, and in a vector environment [N] each, where `info["_episode"]` [N] is True.
+    The end of an episode for the learner may differ from that of a reported episode, as in a game with several lives.
+    An environment or vector environment with the attribute `reports_episodes = True` reports finished episodes itself,
+    in the format of Gymnasium's RecordEpisodeStatistics: `info["episode"]` with `r` (undiscounted sum of raw rewards)
+    and `l` (steps); in a vector environment [N] each, where `info["_episode"]` [N] is True.
 
     Args:
-        resumable: whether `stand` and `go_back` are going to be called.
+        resumable: record what `capture_state` needs.
 
     Raises:
-        UserError: the vector environment does not say how it resets, or does not do as it says.
+        UserError: the vector environment declares no autoreset mode, or does not follow it.
     """
 
     def __init__(self, envs: VectorEnv, spaces: Spaces, config: Config, resumable: bool = False) -> None:
         mode = envs.metadata.get("autoreset_mode")
         if mode is None:
             raise UserError(
-                "the vector environment does not say how it resets: set metadata['autoreset_mode'] to a "
-                "gymnasium.vector.AutoresetMode"
+                "the vector environment declares no autoreset mode. Set metadata['autoreset_mode'] to a "
+                "gymnasium.vector.AutoresetMode."
             )
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
-        self.state_is_current = False  # since `stand`, nothing has moved
-        self._replays: Any
-        self._says: Any
-        self._replays, self._says = state_adapters(envs) if resumable else (None, None)
-        self._forget()
-        self.reported = bool(getattr(inner, "reports_episodes", False))
-        if (
-            isinstance(inner, AsyncVectorEnv)
-            and not inner.shared_memory
-            and self.mode is AutoresetMode.NEXT_STEP
-        ):
+        self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
+        self._set_log()
+        self.state_is_current = False  # no step since `capture_state`
+        self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
+        if isinstance(inner, AsyncVectorEnv) and not inner.shared_memory and self.mode is AutoresetMode.NEXT_STEP:
             raise UserError(
-                "AsyncVectorEnv(shared_memory=False) still resets in the step after reset(), unseen, if a reset "
-                "was due (NEXT_STEP): use shared_memory=True, or autoreset_mode SAME_STEP or DISABLED"
+                "AsyncVectorEnv(shared_memory=False) with autoreset mode NEXT_STEP resets an environment twice after "
+                "reset(). Use shared_memory=True, or autoreset mode SAME_STEP or DISABLED."
             )
 
     def reset(self, seeds: list[int]) -> None:
-        """Begin new episodes everywhere. A vector environment that takes a single seed gets the first."""
+        """Begin new episodes. A vector environment that takes a single seed gets the first."""
         inner = self.envs.unwrapped
-        listed = isinstance(inner, (SyncVectorEnv, AsyncVectorEnv)) or getattr(
-            inner, "takes_seed_list", False
-        )
-        seed: Any = seeds if listed else seeds[0]
+        takes_list = isinstance(inner, (SyncVectorEnv, AsyncVectorEnv)) or getattr(inner, "takes_seed_list", False)
+        seed: Any = seeds if takes_list else seeds[0]
         observation, _ = self.envs.reset(seed=seed)
         self.obs: Obs = {path: np.array(value) for path, value in self.spaces.read(observation)}
         count = self.envs.num_envs
@@ -98,98 +91,90 @@ class Collector:
         self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
         self.episode_return = np.zeros(count, np.float64)
         self.episode_length = np.zeros(count, np.int64)
-        self._forget()
+        self._set_log()
 
     def capture_state(self) -> EnvState:
-        """Where the environments stand, from where `collect` goes on, and `go_back` in another process."""
-        world = EnvState(
-            self.obs,
-            self.start.copy(),
-            self.resetting.copy(),
-            self.episode_return.copy(),
-            self.episode_length.copy(),
+        """The state of the environments, from which `collect` continues, and `restore_state` in another process."""
+        state = EnvState(
+            self.obs, self.start.copy(), self.resetting.copy(), self.episode_return.copy(), self.episode_length.copy()
         )
-        if self._says:
-            world = replace(world, snapshot=copy.deepcopy(self._says.snapshot()))
+        if self._snapshots:
+            state = replace(state, snapshot=copy.deepcopy(self._snapshots.snapshot()))
         elif self._replays:
-            world = self._repeatable(world, *self._replays.origins())
+            state = self._with_origins(state, *self._replays.origins())
         else:
             name = type(self.envs.unwrapped).__name__
-            world = replace(world, why=f"{name} does not say where its environments stand")
+            state = replace(state, reset_reason=f"{name} cannot export the state of its environments")
         self.state_is_current = True
-        return world
+        return state
 
-    def _repeatable(self, world: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
-        """With what repeats the episodes; forgets actions that nothing needs any more."""
-        while self._log and (self._steps - len(self._log[0]) >= since.max() or self._bytes > LOG_BYTES):
+    def _with_origins(self, state: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
+        """Add what repeats the unfinished episodes; drop actions of finished ones."""
+        while self._log and (self._steps - len(self._log[0]) >= since.max() or self._log_bytes > MAX_LOG_BYTES):
             oldest = self._log.popleft()
-            self._steps, self._bytes = self._steps - len(oldest), self._bytes - oldest.nbytes
-        if len(self._log) > PIECES:
+            self._steps, self._log_bytes = self._steps - len(oldest), self._log_bytes - oldest.nbytes
+        if len(self._log) > MAX_LOG_PIECES:
             self._log = deque([np.concatenate(self._log)])
-        known = (since <= self._steps) & [bool(origin) for origin in origins]
-        if not known.all():
-            n = int(np.argmin(known))
-            what = (
-                "its episode is too long to be repeated"
-                if origins[n]
-                else "how its episode began is not known"
-            )
-            return replace(world, why=f"environment {n}: {what}")
-        return replace(world, origins=origins, since=since, log=tuple(self._log))
+        is_known = (since <= self._steps) & [bool(origin) for origin in origins]
+        if not is_known.all():
+            n = int(np.argmin(is_known))
+            reason = "its episode is too long to be repeated" if origins[n] else "its last reset is unknown"
+            return replace(state, reset_reason=f"environment {n}: {reason}")
+        return replace(state, origins=origins, steps_since_origin=since, action_log=tuple(self._log))
 
-    def restore_state(self, world: EnvState) -> str:
-        """Bring the environments to where they stood.
+    def restore_state(self, state: EnvState) -> str:
+        """Bring the environments into a captured state.
 
         Returns:
-            Why that did not succeed, after which only `reset` helps, or, after an error in them, new environments; or
-            nothing.
+            Why that failed, or "". After a failure call `reset`; after an exception make new environments.
         """
-        if world.why:
-            return world.why
-        if len(world.start) != self.envs.num_envs:
-            return f"there were {len(world.start)} environments, and now there are {self.envs.num_envs}"
-        were = {path: value.shape for path, value in world.obs.items()}
-        now = {leaf.path: (self.envs.num_envs, *leaf.shape) for leaf in self.spaces.observation}
-        if were != now:
-            return f"observations had shapes {were}, and now they have {now}"
-        known = world.snapshot is not None if self._says else bool(self._replays and world.origins)
-        if not known:
+        if state.reset_reason:
+            return state.reset_reason
+        count = self.envs.num_envs
+        if len(state.start) != count:
+            return f"there were {len(state.start)} environments, and now there are {count}"
+        before = {path: value.shape for path, value in state.obs.items()}
+        now = {leaf.path: (count, *leaf.shape) for leaf in self.spaces.observation}
+        if before != now:
+            return f"observations had shapes {before}, and now have {now}"
+        is_supported = state.snapshot is not None if self._snapshots else bool(self._replays and state.origins)
+        if not is_supported:
             name = type(self.envs.unwrapped).__name__
-            return f"{name} cannot bring environments back that another engine ran"
+            return f"{name} cannot restore environments of another engine"
         try:
-            if self._says is not None:
-                self._says.restore(world.snapshot)
-                where = "" if same(self._says.snapshot(), world.snapshot) else "their snapshot"
-            else:
-                where = self._differing(world, *self._replays.replay(world.origins, world.actions()))
+            difference = self._restore_envs(state)
         except Exception as error:
-            return f"bringing the environments back failed: {error}"
-        if where:
+            return f"restoring the environments failed: {error}"
+        if difference:
             return (
-                f"{where} came back another: something decides that is neither np_random nor an action, see snapshot "
-                "and restore in proximo.rollout.env_state"
+                f"{difference} differs after restoring: the environment has state beyond np_random and its actions. "
+                "Add snapshot() and restore(), see proximo.rollout.env_state"
             )
-        self._forget(world.log)
-        self.obs, self.start, self.resetting = world.obs, world.start.copy(), world.resetting.copy()
-        self.episode_return, self.episode_length = world.episode_return.copy(), world.episode_length.copy()
+        self._set_log(state.action_log)
+        self.obs, self.start, self.resetting = state.obs, state.start.copy(), state.resetting.copy()
+        self.episode_return, self.episode_length = state.episode_return.copy(), state.episode_length.copy()
         return ""
 
-    def _forget(self, log: Sequence[np.ndarray] = ()) -> None:
-        """Forget actions, but for these."""
-        self._log = deque(log)
-        self._steps, self._bytes = sum(map(len, log)), sum(taken.nbytes for taken in log)
-
-    def _differing(self, world: EnvState, observation: Any, returns: np.ndarray) -> str:
-        """What is not to the bit as it was."""
-        if returns.tobytes() != world.episode_return.tobytes():
-            n = int(np.argmax(returns != world.episode_return))
-            return f"environment {n}'s return so far, {returns[n]} instead of {world.episode_return[n]},"
+    def _restore_envs(self, state: EnvState) -> str:
+        """Restore the environments; return what is not bit-identical, or ""."""
+        if self._snapshots:
+            self._snapshots.restore(state.snapshot)
+            return "" if snapshots_equal(self._snapshots.snapshot(), state.snapshot) else "their snapshot"
+        assert self._replays
+        observation, returns = self._replays.replay(state.origins, state.actions())
+        if returns.tobytes() != state.episode_return.tobytes():
+            n = int(np.argmax(returns != state.episode_return))
+            return f"environment {n}'s return so far ({returns[n]} instead of {state.episode_return[n]})"
         for path, value in self.spaces.read(observation):
-            was = world.obs[path]
-            alike = (value.astype(was.dtype) == was).reshape(len(was), -1).all(axis=1)
-            if not alike.all():
-                return f"environment {int(np.argmin(alike))}'s observation {path}".rstrip()
+            old = state.obs[path]
+            is_equal = (value.astype(old.dtype) == old).reshape(len(old), -1).all(axis=1)
+            if not is_equal.all():
+                return f"environment {int(np.argmin(is_equal))}'s observation {path}".rstrip()
         return ""
+
+    def _set_log(self, log: Sequence[np.ndarray] = ()) -> None:
+        self._log = deque(log)
+        self._steps, self._log_bytes = sum(map(len, log)), sum(piece.nbytes for piece in log)
 
     def collect(self, actor: Actor, rollout: Rollout) -> Collected:
         """Fill `rollout` with T steps of every environment.
@@ -199,35 +184,37 @@ class Collector:
         """
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
-        rollout.clear()
+        rollout.clear_final_obs()
         self.state_is_current = False
-        taken: list[np.ndarray] = []  # actions
+        actions: list[np.ndarray] = []
         self._store_observation(rollout, 0)
         for t in range(rollout.num_steps):
             began = time.perf_counter()
             raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
             action = self.spaces.action.to_env(raw, self.config)
-            taken.append(action)
+            actions.append(action)
             acted = time.perf_counter()
             observation, reward, terminated, truncated, info = self.envs.step(action)
             env_seconds += time.perf_counter() - acted
             act_seconds += acted - began
 
-            rollout.action[t], rollout.reward[t] = raw, reward
+            for path, values in raw.items():
+                rollout.action[path][t] = values
+            rollout.reward[t] = reward
             rollout.terminated[t], rollout.truncated[t] = terminated, truncated
             valid = rollout.valid[t] = ~self.resetting
             over = (rollout.terminated[t] | rollout.truncated[t]) & valid
             ended = over.nonzero()[0]
-            counted = self._count(reward, valid, ended)
-            episodes += reported_in(info) if self.reported else counted
+            counted = self._count_episodes(reward, valid, ended)
+            episodes += reported_episodes(info) if self.reports_episodes else counted
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
             self.obs = dict(self.spaces.read(observation))
             self._store_observation(rollout, t + 1)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
-            self._log.append(np.stack(taken))
-            self._steps, self._bytes = self._steps + len(taken), self._bytes + self._log[-1].nbytes
+            self._log.append(np.stack(actions))
+            self._steps, self._log_bytes = self._steps + len(actions), self._log_bytes + self._log[-1].nbytes
         rollout.check_finite()
         return Collected(episodes, env_seconds, act_seconds)
 
@@ -239,47 +226,47 @@ class Collector:
     def _begin_next(
         self, rollout: Rollout, t: int, observation: Any, over: np.ndarray, ended: np.ndarray, info: dict
     ) -> Any:
-        """Keep final observations that a reset replaces; return what the next step acts on."""
+        """Store final observations that a reset replaces; return the observation of the next step."""
         if self.mode is AutoresetMode.NEXT_STEP:
-            # The final observation stands at t + 1; the step from there resets and is no transition.
+            # The final observation stays at t + 1; the step from there resets and is no transition.
             self.start, self.resetting = self.resetting, over
             return observation
         self.start = over
         if not len(ended):
             return observation
-        same_step = self.mode is AutoresetMode.SAME_STEP
-        if same_step and "final_obs" not in info:
-            raise UserError("the vector environment resets in the same step but gives no info['final_obs']")
-        source = info["final_obs"] if same_step else observation
+        is_same_step = self.mode is AutoresetMode.SAME_STEP
+        if is_same_step and "final_obs" not in info:
+            raise UserError(
+                "the vector environment resets in the same step (SAME_STEP) but info has no 'final_obs'. Add it."
+            )
+        source = info["final_obs"] if is_same_step else observation
         for n in ended:
-            rollout.add_final(t, int(n), one(source, int(n)))
-        if not same_step:
+            rollout.add_final_obs(t, int(n), select_env(source, int(n)))
+        if not is_same_step:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation
 
-    def _count(self, reward: np.ndarray, valid: np.ndarray, ended: np.ndarray) -> list[Episode]:
+    def _count_episodes(self, reward: np.ndarray, valid: np.ndarray, ended: np.ndarray) -> list[Episode]:
         np.add(self.episode_return, reward, out=self.episode_return, where=valid)
         np.add(self.episode_length, 1, out=self.episode_length, where=valid)
         if not len(ended):
             return []
-        episodes = [
-            Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended
-        ]
+        episodes = [Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended]
         self.episode_return[ended] = 0.0
         self.episode_length[ended] = 0
         return episodes
 
 
-def reported_in(info: dict[str, Any]) -> list[Episode]:
-    """The episodes that an environment says have ended."""
+def reported_episodes(info: dict[str, Any]) -> list[Episode]:
+    """The finished episodes that an environment reports in `info`."""
     if "_episode" not in info:
         return []
     returns, lengths = info["episode"]["r"], info["episode"]["l"]
     return [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in np.flatnonzero(info["_episode"])]
 
 
-def one(batch: Any, n: int) -> Any:
+def select_env(batch: Any, n: int) -> Any:
     """Environment n's part of a batched observation."""
     if isinstance(batch, dict):
-        return {key: one(value, n) for key, value in batch.items()}
+        return {key: select_env(value, n) for key, value in batch.items()}
     return batch[n]

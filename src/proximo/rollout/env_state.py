@@ -1,270 +1,234 @@
-"""Where the environments stand between two rollouts, kept so that a run can go on from there exactly.
+"""State of the environments between two rollouts, stored so that a run can resume exactly.
 
-An environment is brought back by being reset as it was when its episode began, and acted on as it has been since. That
-restores whatever an episode depends on, in simulators of any kind, as long as the episode is a function of three
-things: the state of `np_random` before `reset`, or the seed that `reset` was given; the actions; and what the
-environment itself says it carries from one episode into the next:
+An environment is restored by repeating its current episode: it is reset as it was when the episode began, and the same
+actions are applied. This works in any simulator, as long as the episode is a function of three things: the state of
+`np_random` before `reset`, or the seed passed to `reset`; the actions; and the state that the environment carries from
+one episode into the next. An environment exposes the latter with two optional methods:
 
     def snapshot(self) -> Any: ...          # called before each reset
-    def restore(self, snapshot) -> None: ...  # called on a new environment, before the reset that repeats that one
+    def restore(self, snapshot) -> None: ...  # called on a new environment, before that reset is repeated
 
-Both are optional. A snapshot is made of numbers, text, bytes, None, arrays, and of lists and dictionaries of these.
-None means that the coming reset goes on with what was before, so that the snapshot before stays the one to begin from.
-A vector environment may have the same two methods, which then are about all of its environments at any time between two
-steps.
+A snapshot consists of numbers, text, bytes, None, arrays, and lists and dictionaries of these. None means that the
+coming reset continues the previous episode, as in a game with several lives: the snapshot before stays the origin. A
+vector environment may have the same two methods, for the state of all its environments between any two steps.
 
-Whether it worked is seen: the observations, and the returns of the episodes so far, have to be the same to the bit.
+After restoring, the observations and the returns of the episodes so far must be bit-identical to the stored ones.
 
-`envs.env_slice.EnvSlice` records an Origin before each reset and repeats episodes; the collector logs the actions,
+`envs.env_slice.EnvSlice` records an Origin before each reset and repeats episodes. The collector logs the actions,
 returns an EnvState (`Collector.capture_state`) and restores it (`restore_state`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from proximo.errors import UserError
 
-# Keep their physics engine, which remembers, from one episode to the next.
-REMEMBERING = ("gymnasium.envs.box2d.bipedal_walker", "gymnasium.envs.box2d.car_racing")
+# Environments that carry the hidden state of their physics engine from one episode into the next.
+HIDDEN_STATE_MODULES = ("gymnasium.envs.box2d.bipedal_walker", "gymnasium.envs.box2d.car_racing")
 GENERATORS = ("PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937")  # of NumPy
-# Where in its block of numbers a generator may stand: beyond, NumPy reads other memory.
-BLOCKS = {"MT19937": ("pos", 624), "Philox": ("buffer_pos", 4)}
-ARRAY, BYTES = "array", "bytes"  # stand for what lies beside a document
+# Key and maximum of a generator's position in its block of numbers. Beyond it, NumPy reads out of bounds.
+BLOCK_POSITIONS = {"MT19937": ("pos", 624), "Philox": ("buffer_pos", 4)}
+ARRAY, BYTES, MAPPING = "array", "bytes", "of"  # tags in a document
+FILE_KEYS = {"steps_since_origin": "since", "action_log": "log", "reset_reason": "why"}  # of fields, if renamed
 
 
 @runtime_checkable
-class Snapshots(Protocol):
-    """An environment, or a vector environment, that says what it carries on; see above."""
+class SupportsSnapshot(Protocol):
+    """An environment or vector environment that exposes the state it carries on; see the module docstring."""
 
     def snapshot(self) -> Any:
-        """Everything that is to come depends on."""
+        """Return the state that future steps depend on."""
         ...
 
     def restore(self, snapshot: Any) -> None:
-        """The inverse."""
+        """Set the state to that of a snapshot."""
         ...
 
 
 @runtime_checkable
-class Replays(Protocol):
-    """A vector environment that repeats episodes from their origins."""
+class SupportsReplay(Protocol):
+    """A vector environment that can repeat episodes from their origins."""
 
     def origins(self) -> tuple[list[bytes], np.ndarray]:
-        """N pickled origins, empty where one is not known, and the steps since [N]."""
+        """Return N pickled origins, empty where unknown, and the steps since them [N]."""
         ...
 
     def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
-        """Observations [N, ...] to which actions lead, and the returns of the episodes so far [N]."""
+        """Repeat N episodes; return the observations [N, ...] and the returns of the episodes so far [N]."""
         ...
 
 
 class Origin(NamedTuple):
-    """From where an environment reached the state that it is in."""
+    """What determines the reset that began an episode."""
 
-    seed: int | None  # that `reset` was given
-    generator: dict[str, Any] | None  # state of `np_random` before it, where there was no seed
-    snapshot: Any  # what the environment said of itself before it
+    seed: int | None  # passed to `reset`
+    generator: dict[str, Any] | None  # state of `np_random` before it, without a seed
+    snapshot: Any  # of the environment before it
 
-    def pickled(self) -> bytes:
-        """For other processes of this run."""
+    def to_bytes(self) -> bytes:
+        """Pickle for other processes of this run."""
         return pickle.dumps(tuple(self), protocol=pickle.HIGHEST_PROTOCOL)
 
     @classmethod
-    def of(cls, pickled: bytes) -> Origin:
-        """The inverse of `pickled`, for what came from this run's own processes."""
+    def from_bytes(cls, pickled: bytes) -> Origin:
+        """Invert `to_bytes`; only for bytes from this run's own processes."""
         return cls(*pickle.loads(pickled))
 
 
 @dataclass(frozen=True)
 class EnvState:
-    """N environments between two rollouts.
+    """State of N environments between two rollouts.
 
-    Environment n was reset from `origins[n]`, and has taken the last `since[n]` of the actions in `log`, which are in
-    the order of steps, pieces of [any number, N, ...]. Or `snapshot` is what a vector environment says of itself. Where
-    neither is known, `why` says the reason.
+    Environment n was reset from `origins[n]`, and has executed the last `steps_since_origin[n]` of the logged actions.
+    Alternatively, `snapshot` is the state of a vector environment. Without either, `reset_reason` explains why.
     """
 
     obs: dict[str, np.ndarray]  # path -> [N, ...]
     start: np.ndarray  # [N] bool: the observation begins an episode
-    resetting: np.ndarray  # [N] bool: the coming step only resets
+    resetting: np.ndarray  # [N] bool: the next step only resets
     episode_return: np.ndarray  # [N] float64, of the episode so far
     episode_length: np.ndarray  # [N] int64
-    origins: Sequence[
-        bytes
-    ] = ()  # N, each an Origin as `Origin.pickled` gives it; in files they are documents
-    since: np.ndarray | None = None  # [N] int64, with origins
-    log: Sequence[np.ndarray] = ()
+    origins: Sequence[bytes] = ()  # N, each from `Origin.to_bytes`
+    steps_since_origin: np.ndarray | None = None  # [N] int64, with origins
+    action_log: Sequence[np.ndarray] = ()  # pieces [any number, N, ...] in the order of steps
     snapshot: Any = None
-    why: str = ""
+    reset_reason: str = ""  # why resuming has to reset the environments; empty if it is exact
 
     def actions(self) -> list[np.ndarray]:
-        """What each environment has done since its origin: N times [since, ...]."""
-        since = np.zeros(0, np.int64) if self.since is None else self.since
-        steps = self._steps()
-        return [steps[len(steps) - count :, n] if count else steps[:0] for n, count in enumerate(since)]
+        """Return the actions of each environment since its origin: N arrays [steps_since_origin, ...]."""
+        log, counts = self._needed_actions(), self.steps_since_origin
+        return [] if counts is None else [log[len(log) - count :, n] for n, count in enumerate(counts)]
 
-    def _steps(self) -> np.ndarray:
-        """The latest actions [any number, N, ...], as many as some environment needs."""
-        missing = 0 if self.since is None else int(self.since.max())
-        pieces = [np.zeros((0, len(self.start)))]
-        for piece in reversed(self.log):
-            if missing <= 0:
-                break
-            pieces.insert(1, piece[-missing:])
-            missing -= len(pieces[1])
-        return np.concatenate(pieces[1:]) if pieces[1:] else pieces[0]
+    def _needed_actions(self) -> np.ndarray:
+        """Return the end of the log [any number, N, ...] that covers every episode."""
+        if self.steps_since_origin is None or not self.action_log:
+            return np.zeros((0, len(self.start)))
+        log = np.concatenate(self.action_log)
+        return log[max(len(log) - self.steps_since_origin.max(), 0) :]
 
     def to_document(self, name: str) -> tuple[Any, dict[str, np.ndarray]]:
-        """A JSON document, and the arrays that lie beside it under names that begin with `name`.
-
-        Raises:
-            UserError: a snapshot holds what no file can.
-        """
-        tree = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tree["origins"] = [Origin.of(pickled) for pickled in self.origins]
-        tree["log"] = [self._steps()]
-        return pack(tree, name)
+        """Return a JSON document, and arrays whose names begin with `name`; see `encode_tree`."""
+        tree = {FILE_KEYS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
+        tree["origins"] = [Origin.from_bytes(pickled) for pickled in self.origins]
+        tree["log"] = [self._needed_actions()]
+        return encode_tree(tree, name)
 
     @classmethod
-    def from_document(cls, document: Any, beside: Mapping[str, np.ndarray]) -> EnvState:
-        """The inverse of `to_document`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        tree = unpack(document, beside)
-        origins = [Origin(*origin).pickled() for origin in tree["origins"]]
-        world = cls(**{**tree, "origins": origins})
-        world._check()
-        return world
+    def from_document(cls, document: Any, arrays: Mapping[str, np.ndarray]) -> EnvState:
+        """Invert `to_document`; raise KeyError, TypeError or ValueError if the document is invalid."""
+        tree = decode_tree(document, arrays)
+        tree["origins"] = [Origin(*origin).to_bytes() for origin in tree["origins"]]
+        names = {key: name for name, key in FILE_KEYS.items()}
+        state = cls(**{str(names.get(key, key)): value for key, value in tree.items()})
+        state._check()
+        return state
 
     def _check(self) -> None:
-        """Refuse, with a ValueError, what are not N environments."""
-        count = len(self.start)
-        per_environment = {
-            "start": (self.start, "bool"),
-            "resetting": (self.resetting, "bool"),
-            "episode_return": (self.episode_return, "float64"),
-            "episode_length": (self.episode_length, "int64"),
-        }
-        if self.since is not None:
-            per_environment["since"] = (self.since, "int64")
-        for name, (array, dtype) in per_environment.items():
-            if array.shape != (count,) or array.dtype != dtype:
-                raise ValueError(f"{name} is not {dtype} [{count}]")
-        if any(array.shape[:1] != (count,) for array in self.obs.values()):
-            raise ValueError(f"observations are not of {count} environments")
-        if any(piece.shape[1:2] != (count,) for piece in self.log):
-            raise ValueError(f"actions are not of {count} environments")
-        if not isinstance(self.why, str) or bool(self.origins) != (self.since is not None):
-            raise ValueError("origins, the steps since, or why there are none are missing")
-        if self.since is not None and (len(self.origins) != count or self.since.min() < 0):
-            raise ValueError(f"there are not {count} origins")
+        """Raise ValueError unless shapes and dtypes are those of N environments."""
+        n, steps = len(self.start), self.steps_since_origin
+        dtypes = {"start": "bool", "resetting": "bool", "episode_return": "float64", "episode_length": "int64"}
+        if steps is not None:
+            dtypes["steps_since_origin"] = "int64"
+        for name, dtype in dtypes.items():
+            array = getattr(self, name)
+            if array.shape != (n,) or array.dtype != dtype:
+                raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape}, not {dtype} and ({n},)")
+        for name, arrays, axis in (("observations", self.obs.values(), 0), ("actions", self.action_log, 1)):
+            if any(array.shape[axis : axis + 1] != (n,) for array in arrays):
+                raise ValueError(f"the number of environments in {name} is not {n}")
+        if not isinstance(self.reset_reason, str) or bool(self.origins) != (steps is not None):
+            raise ValueError("origins, the steps since them, or the reason why there are none are missing")
+        if steps is not None and (len(self.origins) != n or steps.min() < 0):
+            raise ValueError(f"expected {n} origins, and no negative count of steps since them")
 
 
-def generator_of(env: Any) -> dict[str, Any] | None:
-    """State of an environment's `np_random`; None where it has none of NumPy's."""
+def get_generator_state(env: Any) -> dict[str, Any] | None:
+    """Return the state of an environment's `np_random`; None if that is not a NumPy generator."""
     generator = getattr(env.unwrapped, "np_random", None)
     return dict(generator.bit_generator.state) if isinstance(generator, np.random.Generator) else None
 
 
-def remembers(env: Any) -> bool:
-    """Whether an environment is known to carry more from one episode into the next than it says."""
-    return any(base.__module__ in REMEMBERING for base in type(env.unwrapped).__mro__)
-
-
-def generator_from(state: Mapping[str, Any]) -> np.random.Generator:
-    """A generator in this state.
-
-    Raises:
-        UserError: it is none of NumPy's, or of none that can be.
-    """
+def generator_from_state(state: Mapping[str, Any]) -> np.random.Generator:
+    """Return a generator in the given state; raise UserError if that is not a valid state of a NumPy generator."""
     name = state.get("bit_generator")
     if name not in GENERATORS:
-        raise UserError(
-            f"expected the state of one of NumPy's generators, {', '.join(GENERATORS)}, got {name!r}"
-        )
-    held = state.get("state")
-    key, most = BLOCKS.get(name, ("has_uint32", 1))
-    at = state.get(key) if name != "MT19937" else held.get(key) if isinstance(held, Mapping) else None
-    if (
-        not isinstance(at, (int, np.integer))
-        or not 0 <= at <= most
-        or state.get("has_uint32", 0) not in (0, 1)
-    ):
-        raise UserError(f"expected {key} from 0 to {most} in the state of a {name}, got {at!r}")
+        raise UserError(f"expected the state of a NumPy generator ({', '.join(GENERATORS)}), got {name!r}")
+    inner = state.get("state")
+    key, maximum = BLOCK_POSITIONS.get(name, ("has_uint32", 1))
+    holder = inner if name == "MT19937" else state
+    position = holder.get(key) if isinstance(holder, Mapping) else None
+    is_valid = isinstance(position, (int, np.integer)) and 0 <= position <= maximum
+    if not is_valid or state.get("has_uint32", 0) not in (0, 1):
+        raise UserError(f"expected {key} in [0, {maximum}] in the state of a {name}, got {position!r}")
     bits = getattr(np.random, name)()
     bits.state = dict(state)
     return np.random.Generator(bits)
 
 
-def same(first: Any, second: Any) -> bool:
-    """Whether two snapshots are the same to the bit."""
-    (one, arrays), (other, others) = pack(first, ""), pack(second, "")
-    return one == other and all(
-        (array.dtype, array.shape, array.tobytes()) == (more.dtype, more.shape, more.tobytes())
-        for array, more in zip(arrays.values(), others.values(), strict=True)
+def has_hidden_state(env: Any) -> bool:
+    """Whether an environment is known to carry state between episodes without exposing it."""
+    return any(base.__module__ in HIDDEN_STATE_MODULES for base in type(env.unwrapped).__mro__)
+
+
+def snapshots_equal(first: Any, second: Any) -> bool:
+    """Whether two snapshots are bit-identical."""
+    (document, arrays), (other, others) = encode_tree(first, ""), encode_tree(second, "")
+    return document == other and all(
+        (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+        for a, b in zip(arrays.values(), others.values(), strict=True)
     )
 
 
-# In files
-
-
-def pack(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """A tree as a JSON document, and the arrays that lie beside it under names that begin with `name`.
+def encode_tree(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return nested values as a JSON document, and arrays whose names begin with `name`.
 
     Raises:
-        UserError: something in it is no number, text, bytes, None, array, list or dictionary.
+        UserError: a value is not a number, text, bytes, None, array, list or dictionary.
     """
-    beside: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
 
-    def packed(value: Any) -> Any:
+    def encode(value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, np.generic):
             value = np.asarray(value)
-        if isinstance(value, bytes) or (isinstance(value, np.ndarray) and storable(value.dtype)):
-            kind = BYTES if isinstance(value, bytes) else ARRAY
-            key = f"{name}/{len(beside)}"
-            beside[key] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
-            return {kind: key}
+        is_bytes = isinstance(value, bytes)
+        if is_bytes or (isinstance(value, np.ndarray) and is_storable(value.dtype)):
+            key = f"{name}/{len(arrays)}"
+            arrays[key] = np.frombuffer(value, np.uint8) if is_bytes else value
+            return {BYTES if is_bytes else ARRAY: key}
         if isinstance(value, (list, tuple)):
-            return [packed(item) for item in value]
+            return [encode(item) for item in value]
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {"of": {key: packed(item) for key, item in value.items()}}
+            return {MAPPING: {key: encode(item) for key, item in value.items()}}
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise UserError(
-            f"a snapshot holds {kind}: it may hold numbers, text, bytes, None, arrays, lists and "
-            "dictionaries with names"
+            f"a snapshot holds {kind}. Use only numbers, text, bytes, None, arrays, lists, and dictionaries with "
+            "text keys."
         )
 
-    return packed(tree), beside
+    return encode(tree), arrays
 
 
-def storable(dtype: np.dtype) -> bool:
-    """Whether a file can hold numbers of this type."""
+def is_storable(dtype: np.dtype) -> bool:
+    """Whether arrays of this dtype can be stored in a file."""
     return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
 
 
-def unpack(document: Any, beside: Mapping[str, np.ndarray]) -> Any:
-    """The inverse of `pack`; tuples have become lists.
-
-    Raises:
-        KeyError, TypeError: it is no document of `pack`.
-    """
+def decode_tree(document: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Invert `encode_tree`, except that tuples become lists; raise KeyError or TypeError for an invalid document."""
     if isinstance(document, list):
-        return [unpack(item, beside) for item in document]
+        return [decode_tree(item, arrays) for item in document]
     if not isinstance(document, dict):
         return document
-    ((kind, value),) = document.items()
-    if kind == "of":
-        return {key: unpack(item, beside) for key, item in value.items()}
-    array = beside[value]
-    return array.tobytes() if kind == BYTES else array
+    ((tag, value),) = document.items()
+    if tag == MAPPING:
+        return {key: decode_tree(item, arrays) for key, item in value.items()}
+    array = arrays[value]
+    return array.tobytes() if tag == BYTES else array

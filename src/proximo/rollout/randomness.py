@@ -1,4 +1,4 @@
-"""Random numbers, derived rather than streamed.
+"""Random numbers, derived from seed, purpose, iteration and rank.
 
 Every draw comes from a counter-based generator keyed by (seed, purpose, iteration, rank). Nothing has to
 be saved to continue a run exactly, both backends see the same numbers, and two ranks never share a stream.

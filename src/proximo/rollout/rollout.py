@@ -1,7 +1,8 @@
-"""What the world hands to the learner, and how it is collected.
+"""The arrays of one rollout.
 
-T is steps per environment, N environments, B = T × N rows. Arrays are time-major [T, N]. A rollout carries
-facts of the world only: nothing that a network said about them.
+T is steps per environment, N environments, B = T × N rows. Arrays are time-major [T, N]. A rollout holds data of the
+environments and the sampled actions only; network outputs such as values and log-probabilities are recomputed when an
+update begins.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proximo.errors import NotFinite, RunError
-from proximo.spaces.spaces import Obs, Spaces
+from proximo.spaces.heads import RawAction
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
 
-Actor = Callable[[Obs, np.ndarray], np.ndarray]
-"""(observation [N, ...], start [N] bool) -> raw samples [N, ...]."""
+Actor = Callable[[Obs, np.ndarray], RawAction]
+"""(observation [N, ...], start [N] bool) -> raw actions, path -> [N, ...]."""
+
+Metrics = dict[str, float | None]
+Diagnostics = dict[str, np.ndarray]  # name -> values of one rollout, any number
 
 
 class Episode(NamedTuple):
-    """A finished episode: undiscounted sum of raw rewards, number of steps, and which environment ran it."""
+    """A finished episode: undiscounted sum of raw rewards, number of steps, and index of its environment."""
 
     episode_return: float
     length: int
@@ -29,26 +35,24 @@ class Episode(NamedTuple):
 class Rollout:
     """T steps of N environments; allocated once and overwritten by each collection.
 
-    Row (t, n) is the transition obs[t, n], action[t, n] -> reward[t, n], and the observation that followed:
-    obs[t + 1, n], or the entry of `final_obs` whose `final_index` is t * N + n, where an autoreset put the
-    next episode's first observation in its place.
+    Row (t, n) is the transition from obs[t, n] by action[t, n] to reward[t, n] and the next observation. That is
+    obs[t + 1, n], except where an autoreset stored the first observation of the next episode there: then `final_index`
+    contains t * N + n, and `final_obs` the next observation.
     """
 
     def __init__(self, spaces: Spaces, num_steps: int, num_envs: int) -> None:
         rows = (num_steps, num_envs)
-        action = spaces.action
         self.spaces = spaces
         self.obs: Obs = {
-            leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype)
-            for leaf in spaces.observation
+            leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype) for leaf in spaces.observation
         }
-        self.action = np.zeros((*rows, *action.raw_shape), action.raw_dtype)
+        self.action = spaces.action.zeros(rows)
         self.reward = np.zeros(rows, np.float32)
         self.terminated = np.zeros(rows, bool)
         self.truncated = np.zeros(rows, bool)
-        self.valid = np.ones(rows, bool)  # False: a NEXT_STEP reset row, no transition at all
-        self.start = np.zeros((num_steps + 1, num_envs), bool)  # obs[t] begins an episode
-        self.clear()
+        self.valid = np.ones(rows, bool)  # False: a row that only resets (NEXT_STEP), no transition
+        self.start = np.zeros((num_steps + 1, num_envs), bool)  # obs[t] is the first of an episode
+        self.clear_final_obs()
 
     @property
     def num_steps(self) -> int:
@@ -60,13 +64,13 @@ class Rollout:
         """N."""
         return self.reward.shape[1]
 
-    def clear(self) -> None:
-        """Forget the final observations of the rollout before."""
+    def clear_final_obs(self) -> None:
+        """Remove the final observations of the previous collection."""
         self._final_index: list[int] = []
         self._final_obs: list[Obs] = []
 
-    def add_final(self, t: int, n: int, observation: Any) -> None:
-        """Keep a copy of the observation that ended environment n's episode at step t."""
+    def add_final_obs(self, t: int, n: int, observation: Any) -> None:
+        """Store a copy of the observation that ended environment n's episode at step t."""
         self._final_index.append(t * self.num_envs + n)
         self._final_obs.append(
             {path: np.array(value, self.obs[path].dtype) for path, value in self.spaces.read(observation)}
@@ -74,12 +78,12 @@ class Rollout:
 
     @property
     def final_index(self) -> np.ndarray:
-        """[M] int64, rows t * N + n whose following observation is not obs[t + 1, n]."""
+        """[M] int64, rows t * N + n whose next observation is not obs[t + 1, n]."""
         return np.asarray(self._final_index, np.int64)
 
     @property
     def final_obs(self) -> Obs:
-        """path -> [M, ...], the true final observations of those rows."""
+        """path -> [M, ...], the next observations of those rows."""
         return {
             path: np.stack([final[path] for final in self._final_obs])
             if self._final_obs
@@ -88,11 +92,11 @@ class Rollout:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it, by name."""
-        plain = ("action", "reward", "terminated", "truncated", "valid", "start", "final_index")
+        """All arrays by name."""
+        nested = {"obs": self.obs, "final_obs": self.final_obs, "action": self.action}
+        plain = ("reward", "terminated", "truncated", "valid", "start", "final_index")
         return {
-            **{f"obs/{path}": array for path, array in self.obs.items()},
-            **{f"final_obs/{path}": array for path, array in self.final_obs.items()},
+            **{f"{name}/{path}": array for name, arrays in nested.items() for path, array in arrays.items()},
             **{name: getattr(self, name) for name in plain},
         }
 
@@ -100,38 +104,38 @@ class Rollout:
         """Refuse NaN and infinity before they reach a normaliser or an advantage.
 
         Raises:
-            RunError: names the environment, the step and the quantity.
+            NotFinite: a reward or an observation; the message names the environment and the step.
+            RunError: an action mask allows nothing.
         """
-        self._refuse("reward", self.reward, self.valid)
+        self._check("reward", self.reward, self.valid)
         for leaf in self.spaces.observation:
             if leaf.kind == "mask":
-                self._refuse_empty(leaf.path)
+                self._check_mask(leaf.path)
         final_obs = self.final_obs
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
                 finite = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
                 final = final_obs[path]
                 finite.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
-                what = f"observation {path!r}" if path else "observation"
-                self._refuse(what, np.where(finite, 0.0, np.nan))
+                name = f"observation {path!r}" if path else "observation"
+                self._check(name, np.where(finite, 0.0, np.nan))
 
-    def _refuse_empty(self, path: str) -> None:
-        """Something must be allowed wherever the policy acted."""
+    def _check_mask(self, path: str) -> None:
         empty = ~(self.obs[path][:-1] > 0).any(axis=-1) & self.valid
         if empty.any():
             t, n = (int(index[0]) for index in np.nonzero(empty))
             raise RunError(
-                f"environment {n}: {path!r} allows no action at step {t} of the rollout: allow at least one"
+                f"environment {n}: {path!r} allows no action at step {t} of the rollout. Allow at least one."
             )
 
-    def _refuse(self, what: str, array: np.ndarray, where: np.ndarray | bool = True) -> None:
+    def _check(self, name: str, array: np.ndarray, where: np.ndarray | bool = True) -> None:
         bad = ~np.isfinite(array) & where
         if bad.any():
             t, n = (int(index[0]) for index in np.nonzero(bad))
             raise NotFinite(
-                f"environment {n}: {what} is not finite at step {t} of the rollout: mend the "
-                "environment, or wrap it so that it ends the episode instead",
+                f"environment {n}: {name} is not finite at step {t} of the rollout. Fix the environment, or wrap it so "
+                "that it ends the episode instead.",
                 environment=n,
                 step=t,
-                quantity=what,
+                quantity=name,
             )

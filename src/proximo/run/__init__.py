@@ -1,1 +1,1 @@
-"""What a run leaves on disk and on the terminal: folder, metrics, checkpoints, trackers, debug bundles."""
+"""Records of a run: run folder, metrics, checkpoints, trackers, debug bundles and progress on the terminal."""

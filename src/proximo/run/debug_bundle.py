@@ -1,4 +1,4 @@
-"""What led to numbers that are not finite, kept for a look afterwards, and that look."""
+"""Debug bundles: the data of an iteration that produced NaN or infinity, and its diagnosis."""
 
 from __future__ import annotations
 
@@ -8,25 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from proximo.config.settings import Config
 from proximo.errors import NotFinite
-from proximo.learner.protocol import Learner
-from proximo.run import checkpoint
+from proximo.learner.learner import Learner
+from proximo.run import checkpoint_files
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 
-FOLDER = "faults"
-HUGE, BEYOND = 1e6, 1e15  # for networks, and for normalisers too
-BEFORE = 3  # steps that are shown
+FOLDER = "faults"  # in the run folder
+LARGE, LARGE_IF_NORMALIZED = 1e6, 1e15  # magnitudes that overflow an update
+STEPS_SHOWN = 3  # before the fault
 
 
-def save(
-    run_dir: Path, error: NotFinite, learner: Learner, config: Config, env_id: str | None, progress: Progress
-) -> Path:
-    """Keep the rollout, its minibatch order and everything learned before it, with what is known of the fault.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def save(run_dir: Path, error: NotFinite, learner: Learner, info: RunInfo, progress: Progress) -> Path:
+    """Write the rollout, the minibatch order, the learner state before the update, and the error's evidence."""
     evidence = dict(error.evidence)
     arrays = {f"state/{name}": value for name, value in learner.state().items()}
     arrays |= {f"rollout/{name}": value for name, value in evidence.pop("rollout", {}).items()}
@@ -35,95 +29,91 @@ def save(
     manifest = {
         "message": str(error),
         "backend": learner.backend,
-        "env": env_id,
-        "config": {**config.to_dict(), "run_dir": None},
+        "env": info.env_id,
+        "config": {**info.config.to_dict(), "run_dir": None},
         "global_step": progress.global_step,
         **evidence,
     }
     path = run_dir / FOLDER / f"iteration_{progress.iteration:06d}"
-    return checkpoint.save(path, arrays, manifest, checkpoint.BUNDLE)
+    return checkpoint_files.save(path, arrays, manifest, checkpoint_files.DEBUG_BUNDLE)
 
 
-def explain(path: Path) -> Iterator[str]:
-    """A bundle in words, line by line.
-
-    Raises:
-        UserError: it is none, or is damaged.
-    """
-    arrays, manifest = checkpoint.read(path, checkpoint.BUNDLE)
+def describe_bundle(path: Path) -> Iterator[str]:
+    """Yield a description of a debug bundle, line by line."""
+    arrays, manifest = checkpoint_files.read(path, checkpoint_files.DEBUG_BUNDLE)
     config = manifest.get("config") or {}
-    yield f"{path}: what led to a fault, saved {manifest.get('saved')}"
+    yield f"{path}: debug bundle, saved {manifest.get('saved')}"
     yield f"environment {manifest.get('env')}, backend {manifest.get('backend')}, seed {config.get('seed')}"
-    yield f"iteration {manifest.get('iteration')}, which began at step {manifest.get('global_step'):,}"
+    yield f"iteration {manifest.get('iteration')}, which started at step {manifest.get('global_step'):,}"
     yield ""
-    yield f"what happened: {manifest.get('message')}"
-    yield f"likely cause: {likely_cause(arrays, manifest)}"
+    yield f"error: {manifest.get('message')}"
+    yield f"likely cause: {find_likely_cause(arrays, manifest)}"
     yield ""
-    if "environment" in manifest and "rollout/action" in arrays:
-        yield from _before(arrays, int(manifest["environment"]), int(manifest["step"]))
-    metrics = manifest.get("metrics") or {}
-    if metrics:
-        yield "metrics of the update that was not taken over:"
+    if "environment" in manifest and "rollout/reward" in arrays:
+        yield from _describe_steps(arrays, int(manifest["environment"]), int(manifest["step"]))
+    if metrics := manifest.get("metrics"):
+        yield "metrics of the discarded update:"
         yield from (f"  {name:<28} {value:.6g}" for name, value in sorted(metrics.items()))
         yield ""
-    yield "arrays (arrays.safetensors):"
+    yield f"arrays ({checkpoint_files.ARRAYS}):"
     width = max(map(len, arrays))
     for name, array in sorted(arrays.items()):
-        yield f"  {name:<{width}}  {array.dtype!s:<8} {array.shape!s:<18} {_range(array)}"
+        yield f"  {name:<{width}}  {array.dtype!s:<8} {array.shape!s:<18} {_format_range(array)}"
 
 
-def likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> str:
-    """The first of the usual causes that the numbers show."""
+def find_likely_cause(arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> str:
+    """Return the first common cause that the data shows, with a fix."""
     config = manifest.get("config") or {}
     if "environment" in manifest:
         return (
-            f"the environment itself: number {manifest['environment']} gave a {manifest['quantity']} that is NaN or "
-            "infinite; nothing was learned from it"
+            f"NaN or infinity in the {manifest['quantity']} of environment {manifest['environment']}. Fix the "
+            "environment, or wrap it so that it ends the episode instead"
         )
     reward = arrays.get("rollout/reward", np.zeros(1))
-    if largest(reward) > (BEYOND if config.get("normalize_reward") else HUGE):
+    if max_magnitude(reward) > (LARGE_IF_NORMALIZED if config.get("normalize_reward") else LARGE):
         t, n = np.unravel_index(int(np.argmax(np.abs(reward))), reward.shape)
         return (
-            f"a reward of {reward[t, n]:.3g} (step {t} of environment {n}), whose square overflows the value loss: "
-            "scale rewards in the environment, or up to 1e15 use normalize_reward"
+            f"a reward of {reward[t, n]:.3g} (step {t} of environment {n}), whose square overflows in the value loss. "
+            "Scale rewards in the environment, or set normalize_reward (for rewards up to 1e15)"
         )
-    limit = BEYOND if config.get("normalize_observation") else HUGE
+    limit = LARGE_IF_NORMALIZED if config.get("normalize_observation") else LARGE
     for name, array in arrays.items():
-        if name.startswith("rollout/obs/") and array.dtype.kind == "f" and largest(array) > limit:
+        if name.startswith("rollout/obs/") and array.dtype.kind == "f" and max_magnitude(array) > limit:
             return (
-                f"an observation of {largest(array):.3g} ({name}): scale it in the environment, or up to 1e15 use "
-                "normalize_observation"
+                f"an observation of {max_magnitude(array):.3g} ({name}). Scale observations in the environment, or set "
+                "normalize_observation (for values up to 1e15)"
             )
-    params = {name: largest(array) for name, array in arrays.items() if name.startswith("state/params/")}
-    name = max(params, key=lambda key: params[key], default="")
-    if name and params[name] > HUGE:
-        return f"parameters that grew to {params[name]:.3g} ({name}): lower learning_rate, set max_grad_norm"
+    params = {name: max_magnitude(array) for name, array in arrays.items() if name.startswith("state/params/")}
+    name = max(params, key=params.__getitem__, default="")
+    if name and params[name] > LARGE:
+        return f"a parameter of {params[name]:.3g} ({name}). Lower learning_rate, or set max_grad_norm"
     rate = (manifest.get("hyper") or {}).get("actor_learning_rate", 0.0)
     if rate > 1e-2:
-        return f"a step size of {rate:g}: the usual is about 3e-4"
-    return "none of the usual: look at the ranges below"
+        return f"a learning rate of {rate:g}. Values around 3e-4 are common"
+    return "unknown. Check the array ranges below"
 
 
-def largest(array: np.ndarray) -> float:
-    """The largest finite magnitude in an array; 0 of none."""
-    values = np.abs(array[np.isfinite(array)].astype(np.float64))
-    return float(values.max(initial=0.0))
+def max_magnitude(array: np.ndarray) -> float:
+    """Largest finite magnitude in an array; 0 if there is none."""
+    return float(np.abs(array[np.isfinite(array)].astype(np.float64)).max(initial=0.0))
 
 
-def _before(arrays: dict[str, np.ndarray], n: int, step: int) -> Iterator[str]:
-    yield f"environment {n} up to that step:"
-    for t in range(max(step - BEFORE, 0), step + 1):
-        action, reward = arrays["rollout/action"][t, n], arrays["rollout/reward"][t, n]
-        yield f"  step {t}: action {np.array2string(np.asarray(action), precision=4)}, reward {reward:g}"
+def _describe_steps(arrays: dict[str, np.ndarray], n: int, step: int) -> Iterator[str]:
+    prefix = "rollout/action"  # followed by the path of a head, which may be empty
+    heads = {name.removeprefix(prefix).strip("/"): array for name, array in arrays.items() if name.startswith(prefix)}
+    yield f"last steps of environment {n}:"
+    for t in range(max(step - STEPS_SHOWN, 0), step + 1):
+        actions = {path: np.array2string(np.asarray(array[t, n]), precision=4) for path, array in heads.items()}
+        text = ", ".join(f"action {path + ' ' if path else ''}{value}" for path, value in actions.items())
+        yield f"  step {t}: {text}, reward {arrays['rollout/reward'][t, n]:g}"
     yield ""
 
 
-def _range(array: np.ndarray) -> str:
+def _format_range(array: np.ndarray) -> str:
     if not array.size:
         return "empty"
     if array.dtype.kind != "f":
         return f"{array.min()} to {array.max()}"
-    bad = int((~np.isfinite(array)).sum())
     finite = array[np.isfinite(array)]
-    within = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "nothing finite"
-    return within + (f", {bad} NaN or infinite" if bad else "")
+    text = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "no finite value"
+    return text + (f", {array.size - finite.size} NaN or infinite" if finite.size < array.size else "")

@@ -1,23 +1,22 @@
-"""What a run leaves behind in its folder, and what it says on the terminal while it goes on."""
+"""The run folder: settings, versions and metrics of one run, locked while it trains."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
 
-import yaml
-
-from proximo.config.settings import Config
+from proximo.config.files import to_yaml
 from proximo.errors import UserError, notify_user
-from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, Metrics, Samples, cut_metrics, replace_text
-from proximo.run.versions import versions
+from proximo.rollout.rollout import Diagnostics, Metrics
+from proximo.run.info import RunInfo
+from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics, write_atomically
+from proximo.run.versions import collect_versions
 
 try:
     import fcntl
@@ -25,165 +24,105 @@ except ImportError:  # Windows
     fcntl = None
 
 
-class Sink(Protocol):
-    """Where a run's metrics go."""
-
-    def write(self, metrics: Metrics, samples: Samples | None) -> None:
-        """Take one iteration's metrics, and now and then samples to make histograms of."""
-        ...
-
-    def close(self, failed: bool = False) -> None:
-        """Nothing more will come; `failed` where an error ends the run."""
-        ...
-
-
 class RunFolder:
-    """A folder of one run: config.yaml, versions.json, metrics.jsonl, checkpoints/, videos/ and plots.
+    """A run's folder: config.yaml, versions.json, metrics.jsonl, checkpoints/, videos/ and plots.
 
-    While it is open no other process can write into it.
+    A lock keeps other processes from training in the folder while it is open.
 
     Args:
-        after: an iteration; the folder is that run's, which goes on from there. Later metrics are removed.
-        check: refuses to go on there, before anything is removed.
+        resume_after: Iteration to resume the folder's run after; later metrics are removed. None starts a new run.
+        check: Called with the folder of a resumed run before anything is changed; raises to refuse.
 
     Raises:
-        UserError: the folder holds something already, is in use, or cannot be written.
+        UserError: The folder is not empty (for a new run), is in use, or cannot be written.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        env_id: str | None,
-        config: Config,
-        after: int | None = None,
-        check: Callable[[Path], None] = lambda path: None,
+        self, path: str | Path, info: RunInfo, resume_after: int | None, check: Callable[[Path], None]
     ) -> None:
         self.path, self.rows = Path(path), 0
-        self._lock: int | None = None
-        self._metrics: int | None = None
-        self._waiting: list[bytes] = []  # rows that could not be written yet
-        text = resolved(env_id, config)
+        self._unwritten: list[bytes] = []  # lines that a full disk has delayed
+        settings = to_yaml(info.env_id, info.preset, info.config)
+        versions = {**collect_versions(), "resolved": info.resolved._asdict()}
         try:
-            if after is None:
-                require_empty(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = locked(self.path)
-            if after is None:
-                with (self.path / CONFIG).open(
-                    "x", encoding="utf-8"
-                ) as file:  # claims the folder for this run
-                    file.write(text)
-            else:
-                check(self.path)
-                replace_text(self.path / CONFIG, text)
-                cut_metrics(self.path, after)
-            replace_text(self.path / VERSIONS, json.dumps(versions(), indent=2))
-            self._metrics = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except BaseException as error:
-            self._unlock()
-            if isinstance(error, FileExistsError):
-                raise UserError(f"run folder {self.path} is another run's: choose another run_dir") from error
-            if isinstance(error, OSError):
-                raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
-            raise
-
-    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
-        """Append one iteration's metrics as a JSON object; where that fails, with a later one."""
-        self.rows += 1
-        self._waiting.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
-        self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        assert self._metrics is not None
-        whole, text = os.fstat(self._metrics).st_size, b"".join(self._waiting)
-        try:
-            written = os.write(self._metrics, text)
-            if written < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with ExitStack() as files:
+                if resume_after is None:
+                    require_empty(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock_run_dir(self.path, files)
+                if resume_after is None:
+                    # Exclusive creation fails if another run has claimed the folder meanwhile.
+                    with (self.path / CONFIG).open("x", encoding="utf-8") as file:
+                        file.write(settings)
+                else:
+                    check(self.path)
+                    write_atomically(self.path / CONFIG, settings)
+                    truncate_metrics(self.path, resume_after)
+                write_atomically(self.path / VERSIONS, json.dumps(versions, indent=2))
+                self._metrics = files.enter_context((self.path / METRICS).open("ab", buffering=0))
+                self._files = files.pop_all()
+        except FileExistsError as error:
+            raise UserError(f"run folder {self.path} belongs to another run. Choose another `run_dir`.") from error
         except OSError as error:
-            os.ftruncate(self._metrics, whole)  # half a line would spoil the file
-            if len(self._waiting) == 1:
+            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
+        """Append one iteration's metrics as a line of JSON. If that fails, the line is written with a later one."""
+        self.rows += 1
+        self._unwritten.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
+        self._write_lines()
+
+    def _write_lines(self) -> None:
+        size, text = os.fstat(self._metrics.fileno()).st_size, b"".join(self._unwritten)
+        try:
+            if self._metrics.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten.clear()
+        except OSError as error:
+            self._metrics.truncate(size)  # remove an incomplete line
+            if len(self._unwritten) == 1:
                 notify_user(
-                    f"metrics cannot be written to {self.path / METRICS}: {error.strerror}; they wait until they can"
+                    f"metrics cannot be written to {self.path / METRICS} ({error.strerror}); "
+                    "they are kept in memory and written later"
                 )
-            return
-        self._waiting.clear()
 
     def sync(self) -> None:
-        """Have the metrics on the disk before a checkpoint that follows them."""
-        if self._metrics is not None:
-            os.fsync(self._metrics)
+        """Flush the metrics to disk, so that no checkpoint is newer than its metrics."""
+        os.fsync(self._metrics.fileno())
 
     def close(self, failed: bool = False) -> None:
-        """Close the metrics; the folder is complete."""
-        if self._metrics is None:
-            return
-        if self._waiting:
-            self._write_waiting()
-        os.close(self._metrics)
-        self._metrics = None
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    @contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder where an error in this block means that the run never begins."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
+        """Close the metrics file and unlock the folder."""
+        if self._unwritten:
+            self._write_lines()
+        self._files.close()
 
 
-def locked(run_dir: Path) -> int | None:
-    """A descriptor that holds a run folder for this process as long as it is open; None where a system has no such.
-
-    Raises:
-        UserError: another process holds it.
-    """
+def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
+    """Lock a run folder until `files` is closed, if locks are supported; raise `UserError` if another process did."""
     if fcntl is None:
-        return None
-    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        return
+    file = files.enter_context((run_dir / LOCK).open("ab"))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"run folder {run_dir} is in use: another process trains there") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
+        raise UserError(
+            f"run folder {run_dir} is in use by another process. Wait until it ends, or choose another `run_dir`."
+        ) from error
+    except OSError:  # file system without locks
+        pass
 
 
 def require_empty(run_dir: Path) -> None:
-    """Refuse a folder that a run would overwrite.
-
-    Raises:
-        UserError: it holds something, or is none.
-    """
+    """Raise `UserError` if a new run in `run_dir` would overwrite anything."""
     if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir} is a file: choose another run_dir")
+        raise UserError(f"run folder {run_dir} is a file. Choose another `run_dir`.")
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        goes_on = (
-            f", or go on with it: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else ""
-        )
-        raise UserError(f"run folder {run_dir} is not empty: choose another run_dir, or remove it{goes_on}")
-
-
-def resolved(env_id: str | None, config: Config, without: Sequence[str] = ("run_dir",)) -> str:
-    """Every setting of a run as YAML that `proximo train --config` runs again."""
-    what = {"env": env_id, "preset": "none", **config.to_dict()}
-    what = {name: value for name, value in what.items() if name not in without}
-    return yaml.safe_dump(what, sort_keys=False, allow_unicode=True)
+        resume = f", or resume its run: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else "."
+        raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`, delete the folder{resume}")
 
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:
-    """runs/ENV-BACKEND-sSEED-TIME."""
-    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in env_id)
+    """Path of a new run folder: runs/ENV-BACKEND-sSEED-TIME."""
+    name = re.sub(r"[^\w-]", "-", env_id)
     path = Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path

@@ -1,105 +1,104 @@
-"""Metrics and settings of a run, as files in its folder."""
+"""Metrics and settings files in a run folder."""
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
-from proximo.config.files import FILE_CHARACTERS, plain_yaml
+from proximo.config.files import read_mapping
 from proximo.errors import UserError, notify_user
-
-Metrics = dict[str, float | None]
-
-
-Samples = dict[str, np.ndarray]  # name -> [any number] values of one rollout
-
+from proximo.rollout.rollout import Metrics
 
 METRICS, CONFIG, VERSIONS, LOCK = "metrics.jsonl", "config.yaml", "versions.json", ".lock"
+TAIL_BYTES = 65_536  # read from the end of metrics.jsonl; longer than any line
 
 
-LAST_BYTES = 65_536  # of metrics.jsonl, more than a line has
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one."""
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, which replaces `path` if the block succeeds; readers see the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, "utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def cut_metrics(run_dir: Path, after: int) -> None:
-    """Remove the metrics of later iterations, and lines that are none."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file; readers see either the old or the new content."""
+    with replace_atomically(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def truncate_metrics(run_dir: Path, iteration: int) -> None:
+    """Remove the metrics of iterations after `iteration`, and invalid lines."""
     path = run_dir / METRICS
     if not path.exists():
         return
-    kept, held = [], path.read_bytes()
-    for line in held.splitlines():
+    lines, content = [], path.read_bytes()
+    for line in content.splitlines():
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
-            if json.loads(line).get("iteration", 0) <= after:
-                kept.append(line.decode() + "\n")
-    if len(kept) < after:
-        notify_user(f"{path} holds {len(kept)} of the {after} iterations that were done")
-    if (text := "".join(kept)).encode() != held:  # what needs no room works on a full disk
-        replace_text(path, text)
+            if json.loads(line).get("iteration", 0) <= iteration:
+                lines.append(line.decode() + "\n")
+    if len(lines) < iteration:
+        notify_user(f"{path} contains metrics for only {len(lines)} of {iteration} iterations")
+    if (text := "".join(lines)).encode() != content:  # an unchanged file needs no space on a full disk
+        write_atomically(path, text)
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
-    """The metrics of a run, one object per iteration.
+    """Metrics of a run, one object per iteration. An incomplete last line is ignored.
 
     Raises:
-        UserError: the folder has none, or a line of them is damaged.
+        UserError: The folder has no metrics, or a line is invalid.
     """
     path = Path(run_dir) / METRICS
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; expected a run folder") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}. Give a run folder.") from error
     rows: list[Metrics] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # a run that goes on, or was killed, while writing it
+            if number == len(lines):  # a running or killed process had not finished it
                 break
-            raise UserError(f"{path}, line {number} is no JSON object: {error}") from error
+            raise UserError(f"{path}, line {number} is not valid JSON: {error}. Remove the line.") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is no JSON object: {line[:40]!r}")
+            raise UserError(f"{path}, line {number} is not a JSON object: {line[:40]!r}. Remove the line.")
         rows.append(row)
     return rows
 
 
-def last_metrics(run_dir: str | Path) -> Metrics | None:
-    """The metrics of a run's latest iteration, also while it goes on; None before the first."""
+def read_last_metrics(run_dir: str | Path) -> Metrics | None:
+    """Metrics of the latest complete iteration of a running or finished run; None before the first."""
     try:
         with (Path(run_dir) / METRICS).open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - LAST_BYTES, 0))
-            lines = file.read().split(b"\n")[:-1]  # what has no end is being written
+            file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
+            lines = file.read().split(b"\n")[:-1]  # a line without a newline is incomplete
     except OSError:
         return None
     return json.loads(lines[-1]) if lines else None
 
 
-def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """The resolved settings of a run, with its environment as `env`.
+def read_resolved(run_dir: str | Path) -> dict[str, Any]:
+    """The choices of a run on its machine, from versions.json; empty where it has none."""
+    with suppress(OSError, ValueError, RecursionError):
+        versions = json.loads((Path(run_dir) / VERSIONS).read_text("utf-8"))
+        if isinstance(versions, dict) and isinstance(versions.get("resolved"), dict):
+            return versions["resolved"]
+    return {}
 
-    Raises:
-        UserError: the folder has none.
-    """
-    path = Path(run_dir) / CONFIG
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """Settings of a run, with its environment as `env`; raise `UserError` if the folder has no valid settings file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            values = plain_yaml(file.read(FILE_CHARACTERS + 1))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}; expected a run folder") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold names with values; expected a run folder")
-    return values
+        return read_mapping(Path(run_dir) / CONFIG)
+    except UserError as error:
+        raise UserError(f"{error} Give a run folder.") from error

@@ -1,4 +1,4 @@
-"""How far a run is: everything of it that is neither settings nor what the learner has learned."""
+"""Training progress: the state of a run besides settings and learner state."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ from proximo.rollout.env_state import EnvState
 from proximo.rollout.rollout import Episode
 
 WINDOW = 100  # episodes that training returns are averaged over
-NAME = "run"  # begins the names of its arrays in a checkpoint
-ENV_STATE_BYTES = 1 << 26  # of text, in which numbers take ten times the memory that they take in arrays
-
-
-def window(episodes: Iterable[Episode] = ()) -> deque[Episode]:
-    """The last episodes of these."""
-    return deque(episodes, maxlen=WINDOW)
+MAX_FAILURES = 3  # consecutive discarded updates, failed evaluations or failed saves that stop a run
+PREFIX = "run"  # of array names in a checkpoint
+ENV_STATE_BYTES = 1 << 26  # JSON limit: parsed numbers take about ten times the memory of an array
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Counters, latest episodes, best return and simulator state of a run."""
 
     global_step: int = 0
     iteration: int = 0
-    episodes: deque[Episode] = field(default_factory=window)  # the last that ended
-    skipped: int = 0  # updates in a row that diverged
+    episodes: deque[Episode] = field(default_factory=lambda: deque(maxlen=WINDOW))  # the last ones
+    skipped: int = 0  # consecutive updates that diverged
     best: float | None = None  # mean return of the best checkpoint
-    best_step: int | None = None  # when that was
-    env_state: EnvState | None = None  # where the environments stand; None where they have not begun
-    resumed: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # how each session went on from the one before
+    best_step: int | None = None  # step of the best checkpoint
+    env_state: EnvState | None = None  # None before the first reset
+    resumed: list[dict[str, Any]] = field(default_factory=list)  # one record per resume
 
     def copy(self) -> Progress:
-        """As it is now."""
+        """Return a snapshot that later iterations do not change."""
         return replace(self, episodes=self.episodes.copy(), resumed=list(self.resumed))
 
-    def restore(self, before: Progress) -> None:
-        """Be as it was then."""
-        vars(self).update(vars(before))
+    def restore(self, snapshot: Progress) -> None:
+        """Replace all fields with those of `snapshot`."""
+        vars(self).update(vars(snapshot))
+
+    def advance(self, steps: int, episodes: Iterable[Episode]) -> None:
+        """Count one iteration."""
+        self.global_step += steps
+        self.iteration += 1
+        self.episodes.extend(episodes)
 
     @property
     def return_mean(self) -> float | None:
-        """Mean raw return of the last 100 training episodes; None before the first ends."""
-        returns = [episode.episode_return for episode in self.episodes]
-        return float(np.mean(returns)) if returns else None
+        """Mean raw return of the latest training episodes; None before the first ends."""
+        return float(np.mean([episode.episode_return for episode in self.episodes])) if self.episodes else None
 
     @property
     def length_mean(self) -> float | None:
@@ -59,54 +58,42 @@ class Progress:
         return float(np.mean([episode.length for episode in self.episodes])) if self.episodes else None
 
     def to_document(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """As JSON, and the arrays that lie beside it.
+        """Return a JSON object and the arrays it refers to.
 
-        A snapshot of an environment that no file can hold is left out, and the document says so.
+        A simulator state that cannot be stored is omitted; "exact" is then false, and "why" gives the reason.
         """
-        document: dict[str, Any] = {
-            "global_step": self.global_step,
-            "iteration": self.iteration,
-            "skipped": self.skipped,
-            "best": self.best,
-            "best_step": self.best_step,
-            "resumed": self.resumed,
-            "exact": self.env_state is not None and not self.env_state.why,
-            "why": self.env_state.why if self.env_state else "no episode has begun",
-            "env_state": None,
-        }
-        arrays = {f"{NAME}/episodes": np.array(list(self.episodes), np.float64).reshape(-1, 3)}
-        if self.env_state is None:
-            return document, arrays
-        try:
-            state, beside = self.env_state.to_document(f"{NAME}/env_state")
-        except UserError as error:  # only a snapshot is missing then
-            return {**document, "exact": False, "why": str(error)}, arrays
-        text = json.dumps(state).encode()
-        if len(text) > ENV_STATE_BYTES:
-            why = f"where environments stand takes {len(text):,} bytes of text: keep numbers in arrays"
-            return {**document, "exact": False, "why": why}, arrays
-        document["env_state"] = f"{NAME}/env_state"
-        return document, arrays | beside | {f"{NAME}/env_state": np.frombuffer(text, np.uint8)}
+        arrays = {f"{PREFIX}/episodes": np.array(list(self.episodes), np.float64).reshape(-1, 3)}
+        name, why = None, "no episode has started"
+        if self.env_state:
+            name, why = f"{PREFIX}/env_state", self.env_state.reset_reason
+            try:
+                state, state_arrays = self.env_state.to_document(name)
+                text = json.dumps(state).encode()
+                if len(text) > ENV_STATE_BYTES:
+                    raise UserError(
+                        f"the environment state takes {len(text):,} bytes as JSON: store its numbers in NumPy arrays"
+                    )
+                arrays |= state_arrays | {name: np.frombuffer(text, np.uint8)}
+            except UserError as error:  # the snapshot holds an unsupported type, or is too large
+                name, why = None, str(error)
+        fields = ("global_step", "iteration", "skipped", "best", "best_step", "resumed")
+        document = {field: getattr(self, field) for field in fields}
+        return {**document, "exact": not why, "why": why, "env_state": name}, arrays
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Progress:
-        """The inverse of `to_document`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        episodes = [Episode(float(one), int(length), int(n)) for one, length, n in arrays[f"{NAME}/episodes"]]
+        """Invert `to_document`; an invalid document raises KeyError, TypeError or ValueError."""
+        rows = arrays[f"{PREFIX}/episodes"]
+        episodes = [Episode(float(total), int(length), int(index)) for total, length, index in rows]
         text = None if document["env_state"] is None else arrays[document["env_state"]].tobytes()
         if text is not None and len(text) > ENV_STATE_BYTES:
-            raise ValueError(
-                f"where environments stand takes {len(text):,} bytes, more than {ENV_STATE_BYTES:,}"
-            )
+            raise ValueError(f"the environment state has {len(text):,} bytes, more than {ENV_STATE_BYTES:,}")
         counts = {name: int(document[name]) for name in ("global_step", "iteration", "skipped")}
         if min(counts.values()) < 0:
-            raise ValueError(f"a count is below 0: {counts}")
+            raise ValueError(f"a count is negative: {counts}")
         return cls(
             **counts,
-            episodes=window(episodes),
+            episodes=deque(episodes, maxlen=WINDOW),
             best=None if document["best"] is None else float(document["best"]),
             best_step=None if document["best_step"] is None else int(document["best_step"]),
             env_state=None if text is None else EnvState.from_document(json.loads(text), arrays),

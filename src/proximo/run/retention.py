@@ -1,4 +1,4 @@
-"""When a run is saved, and which of its checkpoints stay."""
+"""Checkpoint schedule and retention: when a run is saved, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -11,145 +11,129 @@ from pathlib import Path
 
 from proximo.config.settings import Config
 from proximo.errors import RunError, UserError, notify_user
-from proximo.run.checkpoint import MANIFEST, Damaged, opened, step_folder, steps_of
-from proximo.run.progress import WINDOW, Progress
+from proximo.run.checkpoint import open_checkpoint
+from proximo.run.checkpoint_files import MANIFEST, CorruptCheckpoint, list_checkpoints, step_folder
+from proximo.run.metrics import replace_atomically
+from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
 
-PATIENCE = 3  # saves in a row that may fail
-BEST = "best"  # points to the best checkpoint
+BEST = "best"  # symbolic link to the best checkpoint
 
 
 class CheckpointManager:
-    """Keeps the last checkpoints of a run and the best one, in `checkpoints/`.
+    """Saves a run in `checkpoints/`, and keeps the latest checkpoints and the best one.
 
-    The best is the one with the highest mean return: of its evaluations, where `evaluation_interval` asks for some, and
-    otherwise of a full window of training episodes.
+    The best checkpoint has the highest mean return: of evaluations if `evaluation_interval` is set, otherwise of the
+    last 100 training episodes.
 
     Args:
-        save: writes a checkpoint into a folder.
+        save: Writes a checkpoint folder.
     """
 
-    def __init__(
-        self, run_dir: Path, config: Config, progress: Progress, save: Callable[[Path], object]
-    ) -> None:
+    def __init__(self, run_dir: Path, config: Config, progress: Progress, save: Callable[[Path], object]) -> None:
         self.run_dir, self.config, self.progress, self._save = run_dir, config, progress, save
         self.failures, self._saved_at = 0, time.monotonic()
-        self._tidy()
+        self._clean_up()
 
-    def _tidy(self) -> None:
-        """Remove what a process that was killed left half done, and put aside what could not be loaded."""
+    def _clean_up(self) -> None:
+        """Remove temporary folders of a killed process, and rename later checkpoints, which are corrupt."""
         folder = self.run_dir / "checkpoints"
-        for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-            if left.is_symlink():
-                left.unlink()
-            shutil.rmtree(left, ignore_errors=True)
-        for later in later_than(self.progress.global_step, self.run_dir):
-            names = (f"damaged-{later.name}{suffix}" for suffix in ("", *map(".{}".format, range(1, 100))))
-            later.rename(next(path for name in names if not (path := later.with_name(name)).exists()))
-        best = self._best()
-        if best is None or not best.is_dir():  # it is in another folder, or was removed
-            progress = self.progress
-            progress.best = progress.best_step = None
-        self._point()
+        for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+            if leftover.is_symlink():
+                leftover.unlink()
+            shutil.rmtree(leftover, ignore_errors=True)
+        for later in list_later_checkpoints(self.progress.global_step, self.run_dir):
+            suffixes = ("", *(f".{number}" for number in range(1, 100)))
+            paths = (later.with_name(f"damaged-{later.name}{suffix}") for suffix in suffixes)
+            later.rename(next(path for path in paths if not path.exists()))
+        if self._find_best() is None:  # it is in another run folder, or was deleted
+            self.progress.best = self.progress.best_step = None
+        self._link_best()
 
     @property
-    def gave_up(self) -> bool:
-        """Whether saving has failed too often."""
-        return self.failures >= PATIENCE
+    def has_given_up(self) -> bool:
+        """Whether saving has failed `MAX_FAILURES` times in a row."""
+        return self.failures >= MAX_FAILURES
 
     def after_iteration(self, evaluated: float | None) -> None:
-        """Save where it is time for it, or where an evaluation was the best so far.
-
-        Raises:
-            RunError: saving has failed too often.
-        """
-        config, progress = self.config, self.progress
-        by_count = config.checkpoint_interval and progress.iteration % config.checkpoint_interval == 0
-        minutes = (time.monotonic() - self._saved_at) / 60
-        by_time = config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
-        if by_count or by_time or self._is_best(evaluated):
+        """Save if a checkpoint is due, or if `evaluated`, the mean return of an evaluation, is the best so far."""
+        interval, minutes = self.config.checkpoint_interval, self.config.checkpoint_minutes
+        is_due = interval and self.progress.iteration % interval == 0
+        is_overdue = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if is_due or is_overdue or self._is_best(evaluated):
             self.save(evaluated)
 
-    def save(self, evaluated: float | None = None) -> None:
-        """Save now.
+    def _is_best(self, score: float | None) -> bool:
+        return score is not None and (self.progress.best is None or score > self.progress.best)
 
-        Raises:
-            RunError: it has failed too often.
-        """
+    def save(self, evaluated: float | None = None) -> None:
+        """Save now. A failure is reported; the last of `MAX_FAILURES` in a row raises `RunError`."""
         progress = self.progress
         path = step_folder(self.run_dir, progress.global_step)
         self._saved_at = time.monotonic()
-        score = evaluated if self.config.evaluation_interval else self._training_return()
-        before = progress.best, progress.best_step
-        if score is not None and (progress.best is None or score > progress.best):
+        score = evaluated
+        if not self.config.evaluation_interval and len(progress.episodes) == WINDOW:
+            score = progress.return_mean
+        previous_best = progress.best, progress.best_step
+        if self._is_best(score):
             progress.best, progress.best_step = score, progress.global_step
         elif (path / MANIFEST).is_file():
             return
         try:
             self._save(path)
-        except Exception as error:  # whatever it is, a healthy run goes on
-            progress.best, progress.best_step = before
-            self._failed(path, error)
+        except Exception as error:  # of any type: training itself is not affected
+            progress.best, progress.best_step = previous_best
+            self.failures += 1
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            message = f"{path} could not be saved ({self.failures} of {MAX_FAILURES} failures in a row): {reason}"
+            if self.has_given_up:
+                raise RunError(message) from error
+            notify_user(f"{message}; the previous checkpoint is intact")
             return
         self.failures = 0
-        self._point()
+        self._link_best()
         self._prune()
 
-    def _is_best(self, evaluated: float | None) -> bool:
-        best = self.progress.best
-        return evaluated is not None and (best is None or evaluated > best)
-
-    def _training_return(self) -> float | None:
-        return self.progress.return_mean if len(self.progress.episodes) == WINDOW else None
-
-    def _failed(self, path: Path, error: Exception) -> None:
-        self.failures += 1
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if self.gave_up:
-            raise RunError(f"{path} could not be saved, for the {PATIENCE}rd time in a row: {why}") from error
-        notify_user(f"{path} could not be saved: {why}; the checkpoint before it is whole")
-
-    def _best(self) -> Path | None:
+    def _find_best(self) -> Path | None:
+        """Folder of the best checkpoint; None if there is none in this run folder."""
         step = self.progress.best_step
-        return None if step is None else step_folder(self.run_dir, step)
+        path = None if step is None else step_folder(self.run_dir, step)
+        return path if path and path.is_dir() else None
 
-    def _point(self) -> None:
-        """Have `best` point to the best checkpoint; where there are no links it is kept all the same."""
-        best = self._best()
-        if best is None or not best.is_dir():
+    def _link_best(self) -> None:
+        """Point the link `best` to the best checkpoint; skipped on systems without symbolic links."""
+        best = self._find_best()
+        if best is None:
             return
         link = best.parent / BEST
-        temporary = link.with_name(f".{BEST}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError, NotImplementedError):
-            temporary.unlink(missing_ok=True)
-            if link.is_dir() and not link.is_symlink():  # copied by something that follows links
+        with contextlib.suppress(OSError, NotImplementedError), replace_atomically(link) as temporary:
+            if link.is_dir() and not link.is_symlink():  # a copying tool has followed the link
                 shutil.rmtree(link)
             temporary.symlink_to(best.name)
-            temporary.replace(link)  # from one moment to the next
 
     def _prune(self) -> None:
-        for folder in steps_of(self.run_dir)[: -self.config.keep_checkpoints]:
-            if folder == self._best():
+        """Delete all but the latest checkpoints and the best one."""
+        best = self._find_best()
+        for folder in list_checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
+            if folder == best:
                 continue
-            aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")  # half of one would look damaged
+            # Renamed first, because a partly deleted checkpoint would look corrupt.
+            leftover = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             with contextlib.suppress(OSError):
-                folder.rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
-def later_than(step: int, run_dir: Path) -> list[Path]:
-    """Checkpoints of later steps."""
-    return [path for path in steps_of(run_dir) if path.name > step_folder(run_dir, step).name]
+def list_later_checkpoints(step: int, run_dir: Path) -> list[Path]:
+    """Checkpoints of a run after `step`."""
+    return [path for path in list_checkpoints(run_dir) if path.name > step_folder(run_dir, step).name]
 
 
 def require_latest(step: int, run_dir: Path) -> None:
-    """Refuse to go on from a step that a run is past, as another process may have brought it there meanwhile.
-
-    Raises:
-        UserError: there is a later checkpoint, and it is whole.
-    """
-    for later in later_than(step, run_dir):
-        with contextlib.suppress(Damaged):
-            opened(later)
+    """Raise `UserError` if another process has continued the run beyond `step`."""
+    for later in list_later_checkpoints(step, run_dir):
+        with contextlib.suppress(CorruptCheckpoint):
+            open_checkpoint(later)
             raise UserError(
-                f"{later} is later than what was loaded: the run went on meanwhile, so load it again"
+                f"{later} is newer than the loaded checkpoint, because another process has continued the run. "
+                "Load the run again."
             )

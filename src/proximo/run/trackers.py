@@ -1,196 +1,176 @@
-"""Metrics and histograms for TensorBoard and for Weights & Biases, and all of a run's sinks together."""
+"""Experiment trackers: TensorBoard, Weights & Biases, and the context that opens and closes all of a run's."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from proximo.config.settings import Config
 from proximo.errors import UserError, notify_user
+from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.console import Console
-from proximo.run.folder import RunFolder, Sink
-from proximo.run.metrics import Metrics, Samples
+from proximo.run.folder import RunFolder
+from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 
-BINS = 40
-WANDB_RUN = ".wandb_run"  # its id
+BINS = 40  # of histograms
+WANDB_ID = ".wandb_run"  # file with the id of the folder's run
+
+
+class Tracker(Protocol):
+    """Destination of a run's metrics."""
+
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
+        """Log one iteration's metrics and, in some iterations, histograms of diagnostics."""
+
+    def close(self, failed: bool = False) -> None:
+        """Finish logging; `failed` if an error ended the run."""
+
+
+def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the name, values, counts and edges of a histogram of each diagnostic that is not empty."""
+    for name, values in (diagnostics or {}).items():
+        if values.size:
+            x = np.asarray(values, np.float64).ravel()
+            yield f"histograms/{name}", x, *np.histogram(x, BINS)
 
 
 class TensorBoard:
-    """An event file in TensorBoard's own format: neither PyTorch nor TensorFlow is needed.
+    """Writer of a TensorBoard event file; needs neither PyTorch nor TensorFlow.
 
-    Only metrics that have a value are written; `global_step` is the step of everything.
+    Metrics without a value are omitted; `global_step` is the step of every event.
 
     Args:
-        after: a step, after which what an earlier session wrote no longer counts.
+        resume_after: Step after which events of an earlier session are invalid.
     """
 
-    def __init__(self, folder: str | Path, after: int | None = None) -> None:
-        # Imported here: a fifth of a second.
+    def __init__(self, folder: Path, resume_after: int | None) -> None:
+        # Imported here because it takes a fifth of a second.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._events: Any = event_pb2
         self._proto: Any = summary_pb2
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        # Written at once: the writer that TensorBoard has for programs is a thread, which fails unseen.
-        self._writer = RecordWriter((Path(folder) / name).open("wb", buffering=0))
+        # Unbuffered, so that errors are raised here; TensorBoard's own EventFileWriter fails silently in a thread.
+        self._writer = RecordWriter((folder / name).open("wb", buffering=0))
         self._add(file_version="brain.Event:2")
-        if after is not None:
-            began = self._events.SessionLog(status=self._events.SessionLog.START)
-            self._add(step=after + 1, session_log=began)
+        if resume_after is not None:
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._add(step=resume_after + 1, session_log=start)
 
-    def _add(self, **what: Any) -> None:
-        event = self._events.Event(wall_time=time.time(), **what)
-        self._writer.write(event.SerializeToString())
+    def _add(self, **fields: Any) -> None:
+        self._writer.write(self._events.Event(wall_time=time.time(), **fields).SerializeToString())
 
-    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
-        """Write scalars, and a histogram of each of the samples."""
-        proto = self._proto
-        values = [
-            proto.Summary.Value(tag=name, simple_value=value)
-            for name, value in metrics.items()
-            if value is not None and name != "global_step"
-        ]
-        values += [
-            proto.Summary.Value(tag=f"histograms/{name}", histo=self._histogram(x))
-            for name, x in (samples or {}).items()
-            if x.size
-        ]
-        step = int(metrics["global_step"] or 0)
-        self._add(step=step, summary=proto.Summary(value=values))
-
-    def _histogram(self, x: np.ndarray) -> Any:
-        x = np.asarray(x, np.float64).ravel()
-        counts, edges = np.histogram(x, BINS)
-        return self._proto.HistogramProto(
-            min=x.min(), max=x.max(), num=x.size, sum=x.sum(), sum_squares=np.square(x).sum(),
-            bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
-        )  # fmt: skip
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
+        """Write scalars, and a histogram of each diagnostic."""
+        summary = self._proto.Summary()
+        for name, value in metrics.items():
+            if value is not None and name != "global_step":
+                summary.value.add(tag=name, simple_value=value)
+        for name, x, counts, edges in histograms(diagnostics):
+            histogram = self._proto.HistogramProto(
+                min=x.min(), max=x.max(), num=x.size, sum=x.sum(), sum_squares=np.square(x).sum(),
+                bucket_limit=edges[1:], bucket=counts,
+            )  # fmt: skip
+            summary.value.add(tag=name, histo=histogram)
+        self._add(step=int(metrics["global_step"] or 0), summary=summary)
 
     def close(self, failed: bool = False) -> None:
-        """Close the file; everything is written."""
+        """Close the event file."""
         self._writer.close()
 
 
 class WandB:
-    """A Weights & Biases run; with WANDB_MODE=offline it needs no account and stays in the run folder.
+    """A Weights & Biases run. With WANDB_MODE=offline it needs no account and writes to the run folder."""
 
-    Raises:
-        UserError: the package is not installed, or it refuses to begin a run.
-    """
-
-    def __init__(self, project: str, folder: Path, env_id: str | None, config: Config) -> None:
+    def __init__(self, project: str, folder: Path, info: RunInfo) -> None:
         self._wandb = wandb = import_wandb()
+        run_id = None
+        with suppress(OSError):
+            run_id = (folder / WANDB_ID).read_text("utf-8").strip() or None
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config={"env": env_id, **config.to_dict()},
-                id=known_run(folder), resume="allow",
+                project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow",
+                config={"env": info.env_id, **info.config.to_dict()},
             )  # fmt: skip
-            (folder / WANDB_RUN).write_text(self._run.id, "utf-8")
+            (folder / WANDB_ID).write_text(self._run.id, "utf-8")
         except wandb.Error as error:
             raise UserError(
-                f"Weights & Biases did not begin a run: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+                f"Weights & Biases could not start a run: {error}. Log in with `wandb login`, or set "
+                "WANDB_MODE=offline."
             ) from error
 
-    def write(self, metrics: Metrics, samples: Samples | None = None) -> None:
-        """Log scalars, and a histogram of each of the samples."""
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
+        """Log scalars, and a histogram of each diagnostic."""
         logged: dict[str, Any] = {name: value for name, value in metrics.items() if value is not None}
-        for name, x in (samples or {}).items():
-            if x.size:
-                counts = np.histogram(np.asarray(x, np.float64), BINS)
-                logged[f"histograms/{name}"] = self._wandb.Histogram(np_histogram=counts)
+        for name, _, *histogram in histograms(diagnostics):
+            logged[name] = self._wandb.Histogram(np_histogram=tuple(histogram))
         self._run.log(logged, step=int(metrics["global_step"] or 0))
 
     def close(self, failed: bool = False) -> None:
-        """End the run, as one that failed or one that did not."""
+        """Finish the run with exit code 1 if it failed, 0 otherwise."""
         self._run.finish(exit_code=int(failed))
 
 
-def known_run(folder: Path) -> str | None:
-    """The id under which Weights & Biases knows the run of this folder, where it does."""
-    try:
-        return (folder / WANDB_RUN).read_text("utf-8").strip() or None
-    except OSError:
-        return None
-
-
 def import_wandb() -> Any:
-    """The package.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    hint = "logging to Weights & Biases needs its package: pip install 'proximo[wandb]'"
+    """Import and return the wandb package; raise `UserError` if it is not installed."""
     try:
         import wandb
+
+        if not hasattr(wandb, "init"):  # a folder named wandb, left by an earlier run, imports as a namespace package
+            raise ImportError("wandb is not a package")
     except ImportError as error:
-        raise UserError(hint) from error
-    if not hasattr(wandb, "init"):  # a mere folder of that name, which Weights & Biases leaves where it ran
-        raise UserError(hint)
+        raise UserError("Weights & Biases is not installed. Install it with: pip install 'proximo[wandb]'") from error
     return wandb
 
 
 @contextmanager
-def recording(
-    run_dir: str | Path | None,
-    env_id: str | None,
-    config: Config,
-    console: bool,
-    after: Progress | None = None,
-    check: Callable[[Path], None] = lambda path: None,
-) -> Iterator[tuple[RunFolder | None, list[Sink]]]:
-    """The run folder, where there is one, and everything that metrics go to; closed at the end.
+def open_trackers(
+    run_dir: str | Path | None, info: RunInfo, console: bool, resumed: Progress | None, check: Callable[[Path], None]
+) -> Iterator[tuple[RunFolder | None, list[Tracker]]]:
+    """Open the run folder (None without `run_dir`) and all trackers; close them at the end.
 
     Args:
-        after: where the run in this folder stands, which goes on; None where it begins.
-        check: refuses to go on there, before anything is changed.
-
-    Raises:
-        UserError: the folder is in use or cannot be written, or a logger does not begin.
+        resumed: Progress of the folder's run, which is resumed; None starts a new run.
+        check: As for `RunFolder`.
     """
     with ExitStack() as stack:
-        sinks: list[Sink] = []
+        trackers: list[Tracker] = []
 
-        def opened(sink: Sink) -> None:
-            sinks.append(sink)
-            stack.push(lambda kind, *_: close(sink, failed=kind is not None))
+        def add(tracker: Tracker) -> None:
+            trackers.append(tracker)
+            stack.push(lambda kind, *_: close_tracker(tracker, failed=kind is not None))
 
-        iteration, step = (after.iteration, after.global_step) if after else (None, None)
-        folder = None if run_dir is None else RunFolder(run_dir, env_id, config, iteration, check)
-        if folder:
-            opened(folder)
-        if folder and config.wandb:
-            with nullcontext() if after else folder.discarded_on_error():
-                opened(WandB(config.wandb, folder.path, env_id, config))
-        if folder and config.tensorboard:
-            opened(TensorBoard(folder.path / "tensorboard", step))
+        folder, config = None, info.config
+        if run_dir is not None:
+            folder = RunFolder(run_dir, info, resumed.iteration if resumed else None, check)
+            add(folder)
+            if config.wandb:
+                try:
+                    add(WandB(config.wandb, folder.path, info))
+                except BaseException:
+                    if not resumed:  # the run has not started
+                        shutil.rmtree(folder.path, ignore_errors=True)
+                    raise
+            if config.tensorboard:
+                add(TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None))
         if console:
-            opened(Console(config.total_timesteps))
-        yield folder, sinks
+            add(Console(config.total_timesteps))
+        yield folder, trackers
 
 
-def close(sink: Sink, failed: bool) -> None:
-    """Close one; where that fails, say so."""
+def close_tracker(tracker: Tracker, failed: bool) -> None:
+    """Close a tracker; report an error instead of raising it."""
     try:
-        sink.close(failed)
+        tracker.close(failed)
     except Exception as error:
-        notify_user(f"{type(sink).__name__} did not end well: {error}")
-
-
-def tell(sinks: list[Sink], metrics: Metrics, samples: Samples | None) -> None:
-    """Hand metrics to all of them; one that fails is left out from then on, which is no reason to lose a run."""
-    for sink in list(sinks):
-        try:
-            sink.write(metrics, samples)
-        except Exception as error:
-            sinks.remove(sink)
-            notify_user(f"nothing more goes to {type(sink).__name__}, which failed: {error}")
+        notify_user(f"{type(tracker).__name__} could not be closed properly: {error}")

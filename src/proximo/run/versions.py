@@ -1,35 +1,34 @@
-"""Versions of the software and hardware a result depends on."""
+"""Versions of the software and hardware that a result depends on."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from proximo.version import __version__
 
+PACKAGES = (
+    "numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco", "envpool", "ale-py", "opencv-python-headless", "box2d",
+)  # fmt: skip
+
 
 @cache
-def versions() -> dict[str, Any]:
-    """What a result depends on besides its settings."""
-    packages = (
-        "numpy", "gymnasium", "jax", "jaxlib", "torch", "mujoco", "envpool", "ale-py", "opencv-python-headless",
-        "box2d",
-    )  # fmt: skip
-    found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version()}
-    for name in packages:
-        try:
+def collect_versions() -> dict[str, Any]:
+    """Versions of Proximo, Python and packages (None if not installed), platform, processor and number of cores."""
+    found: dict[str, Any] = {"proximo": __version__, "python": platform.python_version(), **dict.fromkeys(PACKAGES)}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return {**found, "platform": platform.platform(), "machine": processor(), "cores": os.cpu_count()}
+    return {**found, "platform": platform.platform(), "machine": processor_name(), "cores": os.cpu_count()}
 
 
-def processor() -> str:
-    """The processor's name, as the system tells it."""
+def processor_name() -> str:
+    """Model name of the processor, or the machine type if it is not available."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

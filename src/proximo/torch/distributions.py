@@ -1,12 +1,16 @@
-"""Policies as distributions over raw samples, before clipping, squashing or rescaling.
+"""Distributions over raw actions, before clipping, squashing or rescaling.
 
-Leading dimensions are free ([T, N] or [L, S]); the last one is the action's. Noise comes from outside, and
-zero noise gives the mode.
+A `Policy` joins one distribution per action head. Leading dimensions are free ([T, N] or [L, S]); the last one belongs
+to the action. Noise comes from outside, and zero noise gives the mode.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +18,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from proximo.config.settings import Config
+from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head
+from proximo.spaces.spaces import Spaces
+
 LOG_2PI = math.log(2.0 * math.pi)
 QUADRATURE_NODES, QUADRATURE_WEIGHTS = (x.tolist() for x in np.polynomial.hermite_e.hermegauss(16))
 QUADRATURE_WEIGHTS = [weight / sum(QUADRATURE_WEIGHTS) for weight in QUADRATURE_WEIGHTS]
 
 
 class Categorical(NamedTuple):
-    """One of A actions. A masked action has the logit MASKED, hence probability 0."""
+    """One of A actions. A masked action has the logit MASKED and probability 0."""
 
     logits: Tensor  # [..., A]
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The Gumbel-max trick: standard Gumbel noise [..., A] -> index [...]."""
+        """Standard Gumbel noise [..., A] -> index [...] (Gumbel-max trick)."""
         return torch.argmax(self.logits + noise, dim=-1).to(torch.int32)
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -38,9 +46,9 @@ class Categorical(NamedTuple):
         log_probs = torch.log_softmax(self.logits, dim=-1)
         return -torch.sum(torch.exp(log_probs) * log_probs, dim=-1)
 
-    def std(self) -> Tensor:
-        """A categorical has no standard deviation: NaN [...], reported as none."""
-        return torch.full_like(self.logits[..., 0], math.nan)
+    def stds(self) -> Tensor:
+        """Standard deviations: none, [..., 0]."""
+        return self.logits[..., :0]
 
     def describe(self) -> dict[str, Tensor]:
         """`probability` of every action: [..., A]."""
@@ -66,31 +74,24 @@ class Gaussian(NamedTuple):
         """Σ log σ + ½ log 2πe: [...]."""
         return torch.sum(self.log_std + 0.5 * (1.0 + LOG_2PI), dim=-1)
 
-    def std(self) -> Tensor:
-        """Mean standard deviation over dimensions: [...]."""
-        return torch.mean(torch.exp(self.log_std), dim=-1)
+    def stds(self) -> Tensor:
+        """Standard deviations: [..., D]."""
+        return torch.exp(self.log_std)
 
     def describe(self) -> dict[str, Tensor]:
         """`mean` and `std` of every dimension: [..., D]."""
-        return {"mean": self.mean, "std": torch.exp(self.log_std)}
+        return {"mean": self.mean, "std": self.stds()}
 
 
-class SquashedGaussian(NamedTuple):
-    """tanh of a Gaussian; samples are stored *before* the tanh, so that no atanh is ever needed.
+class SquashedGaussian(Gaussian):
+    """tanh of a Gaussian. Samples, means and deviations are those before the tanh, so that no atanh is needed.
 
-    Densities are those of the squashed action (Haarnoja et al. 2018, appendix C, eq. 21).
+    The density is that of the squashed action (Haarnoja et al. 2018, arXiv:1801.01290, appendix C, eq. 21).
     """
-
-    mean: Tensor  # [..., D]
-    log_std: Tensor  # [..., D]
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Standard normal noise [..., D] -> sample before the tanh [..., D]."""
-        return Gaussian(self.mean, self.log_std).sample(noise)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """log density of the tanh of a sample [..., D], summed over dimensions: [...]."""
-        normal = Gaussian(self.mean, self.log_std).log_prob(action)
+        normal = super().log_prob(action)
         return normal - torch.sum(log_tanh_slope(action.to(self.mean.dtype)), dim=-1)
 
     def entropy(self) -> Tensor:
@@ -99,15 +100,7 @@ class SquashedGaussian(NamedTuple):
         weights = torch.tensor(QUADRATURE_WEIGHTS, dtype=self.mean.dtype)
         points = self.mean[..., None] + torch.exp(self.log_std)[..., None] * nodes
         slope = torch.sum(log_tanh_slope(points) * weights, dim=-1)
-        return Gaussian(self.mean, self.log_std).entropy() + torch.sum(slope, dim=-1)
-
-    def std(self) -> Tensor:
-        """Mean standard deviation before the tanh, over dimensions: [...]."""
-        return Gaussian(self.mean, self.log_std).std()
-
-    def describe(self) -> dict[str, Tensor]:
-        """`mean` and `std` of every dimension, before the tanh: [..., D]."""
-        return Gaussian(self.mean, self.log_std).describe()
+        return super().entropy() + torch.sum(slope, dim=-1)
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:
@@ -120,4 +113,81 @@ def softplus(x: Tensor) -> Tensor:
     return functional.softplus(x, threshold=80.0)
 
 
-Policy = Categorical | Gaussian | SquashedGaussian
+Distribution = Categorical | Gaussian
+
+
+class Policy(NamedTuple):
+    """Independent distributions, one per action head. Raw actions are dictionaries `path -> [..., *raw_shape]`."""
+
+    parts: dict[str, Distribution]
+
+    def sample(self, noise: Tensor) -> dict[str, Tensor]:
+        """Noise [..., K] of all heads -> raw action."""
+        sizes = [part[0].shape[-1] for part in self.parts.values()]
+        ends = list(itertools.accumulate(sizes))
+        return {
+            path: part.sample(noise[..., end - size : end])
+            for (path, part), size, end in zip(self.parts.items(), sizes, ends, strict=True)
+        }
+
+    def log_prob(self, action: dict[str, Tensor]) -> Tensor:
+        """log π of a raw action, summed over heads: [...]."""
+        return reduce(add, [part.log_prob(action[path]) for path, part in self.parts.items()])
+
+    def entropy(self) -> Tensor:
+        """Entropy, summed over heads: [...]."""
+        return reduce(add, [part.entropy() for part in self.parts.values()])
+
+    def std(self) -> Tensor:
+        """Mean standard deviation over all continuous dimensions: [...]; NaN, reported as none, without any."""
+        return torch.mean(torch.cat([part.stds() for part in self.parts.values()], dim=-1), dim=-1)
+
+    def describe(self) -> dict[str, Tensor]:
+        """`mean` and `std` [..., D] or `probability` [..., A] of each head, after its path where it has one."""
+        return {
+            f"{path}/{name}" if path else name: value
+            for path, part in self.parts.items()
+            for name, value in part.describe().items()
+        }
+
+
+def categorical(
+    config: Config, head: Head, logits: Tensor, log_std: Tensor | None, masks: Sequence[Tensor]
+) -> Categorical:
+    """The distribution of a categorical head from its logits [..., A]; masks [..., A] are > 0 for allowed actions."""
+    for mask in masks:
+        logits = torch.where(mask > 0, logits, MASKED)
+    return Categorical(logits)
+
+
+def gaussian(config: Config, head: Head, output: Tensor, log_std: Tensor | None, masks: Sequence[Tensor]) -> Gaussian:
+    """The distribution of a Gaussian head from its output [..., D or 2 D]; log_std [D] where it is learned."""
+    mean = output[..., : head.std_size]
+    if config.tanh_mean:
+        mean = torch.tanh(mean)
+    if config.std == "predicted":
+        # The shift makes a zero output give init_std.
+        shift = math.log(math.expm1(config.init_std - config.min_std))
+        std = softplus(output[..., head.std_size :] + shift) + config.min_std
+        log_std = torch.clip(torch.log(std), max=MAX_LOG_STD)
+    elif config.std == "fixed" or log_std is None:
+        log_std = torch.full_like(mean, math.log(config.init_std))
+    log_std = torch.broadcast_to(log_std, mean.shape)
+    return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)
+
+
+BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
+
+
+def policy_from_output(
+    config: Config, spaces: Spaces, output: Tensor, log_std: Tensor | None, obs: dict[str, Tensor]
+) -> Policy:
+    """The policy from the output [..., K] of a network; log_std [D] of all Gaussian heads where it is learned."""
+    heads, parts = spaces.action.heads, {}
+    for head, outputs, _, stds in spaces.action.slices(config):
+        masks = [obs[path] for path in spaces.masks(head)]
+        columns, learned = output, log_std
+        if len(heads) > 1:  # slicing, with its gradient, takes 5 % of a small network's step in PyTorch
+            columns, learned = output[..., outputs], None if log_std is None else log_std[stds]
+        parts[head.path] = BUILDERS[head.kind](config, head, columns, learned, masks)
+    return Policy(parts)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from proximo.torch.normalization import Reduce
+from proximo.learner.arrays import require_shape
+from proximo.torch.normalization import Reduce, weighted_moments
 
 STD_EPSILON = 1e-8
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_coef: Tensor) -> Tensor:
     """−min(r A, clip(r, 1 − ε, 1 + ε) A) (eq. 7)."""
+    require_shape(ratio.shape, advantage=advantage)
     clipped = torch.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
 def squared_error(value: Tensor, target: Tensor) -> Tensor:
     """½ (V − R)²."""
+    require_shape(value.shape, target=target)
     return 0.5 * (value - target) ** 2
 
 
 def clipped_squared_error(value: Tensor, old_value: Tensor, target: Tensor, clip: Tensor) -> Tensor:
-    """½ max((V − R)², (V_clipped − R)²), V_clipped within ± clip of the old value."""
-    near = old_value + torch.clip(value - old_value, -clip, clip)
-    return 0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)
+    """½ max((V − R)², (V_clipped − R)²) with V_clipped within ± clip of the old value."""
+    require_shape(value.shape, old_value=old_value, target=target)
+    clipped = old_value + torch.clip(value - old_value, -clip, clip)
+    return 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
@@ -34,7 +38,6 @@ def kl_estimate(log_ratio: Tensor) -> Tensor:
 
 def standardize(x: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
     """(x − mean) / (population std + 1e-8) over weighted samples; a single sample becomes 0."""
-    count = torch.clip(reduce(torch.sum(weight)), min=1.0)
-    mean = reduce(torch.sum(weight * x)) / count
-    variance = reduce(torch.sum(weight * (x - mean) ** 2)) / count
+    require_shape(x.shape, weight=weight)
+    _, mean, variance = weighted_moments(x, weight, reduce)
     return (x - mean) / (torch.sqrt(variance) + STD_EPSILON)

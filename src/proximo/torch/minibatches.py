@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from proximo.torch.networks import Obs
-from proximo.torch.tensors import each
+from proximo.torch.tensors import tree_map
 
 
 class Transitions(NamedTuple):
-    """A rollout as tensors; `final_value` replaces V(obs[t + 1]) where `final` says so."""
+    """A rollout as tensors; `final_value` replaces V(obs[t + 1]) where `final` is True."""
 
     obs: Obs  # path -> [T + 1, N, ...]
-    action: Tensor  # [T, N, ...]
+    action: dict[str, Tensor]  # path -> [T, N, ...]
     reward: Tensor  # [T, N]
     terminated: Tensor  # [T, N]
     truncated: Tensor  # [T, N]
@@ -30,16 +30,16 @@ class Transitions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The samples that minibatches are taken from: [L, K, ...], and with S for K a minibatch."""
+    """All samples [L, K, ...] of a rollout, or those of one minibatch [L, S, ...]."""
 
     obs: Obs
-    action: Tensor
+    action: dict[str, Tensor]
     start: Tensor
     carry: Tensor  # [1, K, H] at the first step of each sequence
     log_prob: Tensor
     value: Tensor
     advantage: Tensor
-    target: Tensor  # advantage + value: what the critic learns
+    target: Tensor  # advantage + value, the critic's target
     weight: Tensor  # 1 for a transition, 0 for a reset row
 
 
@@ -51,8 +51,13 @@ def to_sequences(length: int, x: Tensor) -> Tensor:
 
 
 def take(batch: Batch, indices: Tensor) -> Batch:
-    """The minibatch of these sequences [S]; an index beyond the last takes something of weight 0."""
+    """The minibatch of these sequences [S]; padding gets weight 0."""
     last = batch.weight.shape[1] - 1
     known = torch.clip(indices, max=last)
-    taken = each(lambda x: torch.index_select(x, 1, known), batch)
+    taken = tree_map(lambda x: torch.index_select(x, 1, known), batch)
     return taken._replace(weight=taken.weight * (indices <= last))
+
+
+def zero_invalid(valid: Tensor, x: Tensor) -> Tensor:
+    """Replace the rows of x [T, N, ...] that are no transition by 0."""
+    return torch.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, 0)

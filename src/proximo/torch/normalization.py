@@ -1,4 +1,4 @@
-"""Running moments of observations and returns, part of the learner's state."""
+"""Running moments of observations and returns; they belong to the learner's state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.arrays import require_shape
+from proximo.torch.tensors import scan
 
 Reduce = Callable[[Tensor], Tensor]  # sums over processes; the identity for one
 
@@ -21,8 +23,17 @@ class Moments(NamedTuple):
     variance: Tensor  # [...]
 
 
+def weighted_moments(x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:
+    """Moments of weighted samples over some axes, by default all."""
+    count = reduce(torch.sum(weight))
+    divisor = torch.clip(count, min=1.0)
+    mean = reduce(torch.sum(weight * x, dim=axis)) / divisor
+    variance = reduce(torch.sum(weight * (x - mean) ** 2, dim=axis)) / divisor
+    return Moments(count, mean, variance)
+
+
 def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moments:
-    """Moments of the old samples and the new ones together (Chan et al. 1979).
+    """Moments of old and new samples together (Chan et al. 1979).
 
     Args:
         x: [T, N, ...] new samples.
@@ -30,9 +41,7 @@ def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moment
     """
     # PyTorch would let a float32 array decide over a float64 scalar.
     x, weight = x.to(weight.dtype), weight.reshape(*weight.shape, *[1] * (x.ndim - 2))
-    count = reduce(torch.sum(weight))
-    mean = reduce(torch.sum(weight * x, dim=(0, 1))) / torch.clip(count, min=1.0)
-    variance = reduce(torch.sum(weight * (x - mean) ** 2, dim=(0, 1))) / torch.clip(count, min=1.0)
+    count, mean, variance = weighted_moments(x, weight, reduce, axis=(0, 1))
     total = torch.clip(moments.count + count, min=1.0)
     share = count / total
     delta = mean - moments.mean
@@ -41,6 +50,14 @@ def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moment
         moments.mean + share * delta,
         (1.0 - share) * moments.variance + share * variance + share * (1.0 - share) * delta**2,
     )
+
+
+def explained_variance(value: Tensor, target: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
+    """1 − Var(target − value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
+    require_shape(value.shape, target=target, weight=weight)
+    _, _, variance = weighted_moments(target, weight, reduce)
+    _, _, residual = weighted_moments(target - value, weight, reduce)
+    return 1.0 - residual / torch.clip(variance, min=1e-8)
 
 
 def normalize(x: Tensor, moments: Moments, clip: float) -> Tensor:
@@ -52,21 +69,25 @@ def normalize(x: Tensor, moments: Moments, clip: float) -> Tensor:
 def discounted_returns(
     reward: Tensor, start: Tensor, valid: Tensor, running: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """R_t = γ R_{t−1} + r_t, begun anew with each episode.
+    """R_t = γ R_{t−1} + r_t, from 0 in each episode.
 
     Args:
         reward, valid: [T, N].
         start: [T, N] step t is the first of an episode.
-        running: [N] R carried over from the rollout before.
+        running: [N] R at the end of the previous rollout.
 
     Returns:
-        R [T, N], and R [N] to carry on from.
+        R [T, N], and R [N] at the end.
     """
+    require_shape(reward.shape, start=start, valid=valid)
     reward = torch.where(valid, reward, 0.0)
-    discount = torch.where(valid, gamma * torch.ones_like(reward), 1.0)  # the sum stands still elsewhere
+    discount = torch.where(valid, gamma, 1.0)  # rows that are no transition keep the sum
     discount = torch.where(start, 0.0, discount)
-    returns = []
-    for reward_t, discount_t in zip(reward.unbind(), discount.unbind(), strict=True):
-        running = torch.addcmul(reward_t, discount_t, running)
-        returns.append(running)
-    return torch.stack(returns), running
+
+    def step(running: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        reward, discount = row
+        running = torch.addcmul(reward, discount, running)
+        return running, running
+
+    running, returns = scan(step, running, (reward, discount))
+    return returns, running

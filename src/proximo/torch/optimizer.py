@@ -1,4 +1,4 @@
-"""Adam with a clipped gradient, and the step size that follows the KL divergence."""
+"""Adam with a clipped gradient, and the adaptive learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ NORM_EPSILON = 1e-6
 
 
 def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
-    """Clip the gradient's global norm, then one step of Adam (Kingma & Ba 2014); also the norm before."""
+    """Clip the gradient's global norm and take one step of Adam (Kingma & Ba 2014).
+
+    Returns:
+        The new state, and the norm before clipping.
+    """
     norm = torch.linalg.vector_norm(gradient)
     if spec.config.max_grad_norm is not None:
         gradient = gradient * torch.clip(hyper.max_grad_norm / (norm + NORM_EPSILON), max=1.0)
@@ -21,19 +25,19 @@ def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[Stat
     steps = count.to(gradient.dtype)
     correction_1, correction_2 = 1.0 - BETA_1**steps, 1.0 - BETA_2**steps
     rate = torch.where(spec.critic, hyper.critic_learning_rate, hyper.actor_learning_rate)
-    # Few passes over large vectors, which take longer than the arithmetic.
+    # Fused operations: memory traffic takes longer than the arithmetic.
     moment_1 = torch.lerp(state.moment_1, gradient, 1.0 - BETA_1)
     moment_2 = torch.addcmul(BETA_2 * state.moment_2, gradient, gradient, value=1.0 - BETA_2)
     denominator = torch.sqrt(moment_2 / correction_2) + hyper.adam_epsilon
     step = rate * (state.rate_scale / correction_1) * moment_1
     params = torch.addcdiv(state.params, step, denominator, value=-1.0)
-    if spec.limited:
+    if spec.is_limited:
         params = torch.clip(params, spec.low, spec.high)
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
 
 
 def adapt(rate_scale: Tensor, approx_kl: Tensor, hyper: Hyper) -> Tensor:
-    """Step down when an epoch moved too far, up when it hardly moved (Rudin et al. 2021)."""
+    """Lower the rate after a KL divergence above 2 × `desired_kl`, raise it below half (Rudin et al. 2021)."""
     factor = torch.where(
         approx_kl > 2.0 * hyper.desired_kl,
         1 / 1.5,

@@ -1,4 +1,4 @@
-"""How PyTorch runs: on how many threads, and whether compiled."""
+"""Devices, threads and compiler of PyTorch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 
 from proximo.machine import Device
 
-HINT = "--device cuda needs PyTorch built for CUDA and its driver, --device mps a Mac with PyTorch for it"
-MANY = 20_000  # minibatches: a compiled one is about 1 ms quicker, and compiling takes 8 to 15 s
+HINT = "--device cuda needs PyTorch for CUDA and a CUDA driver; --device mps needs PyTorch for Apple silicon"
+MIN_MINIBATCHES = 20_000  # compilation takes 8 to 15 s and saves about 1 ms per minibatch
 
 
-def devices() -> list[str]:
-    """What PyTorch can use here."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return ["cpu", *(name for name, there in found.items() if there)]
+def available_devices() -> list[str]:
+    """Names of the available devices."""
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name in is_available if is_available[name])]
 
 
 @contextmanager
-def num_threads_set_to(threads: int) -> Iterator[None]:
-    """Let PyTorch use so many threads within this block."""
+def num_threads(threads: int) -> Iterator[None]:
+    """Set the number of threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -36,9 +36,9 @@ def num_threads_set_to(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def default_device_set_to(device: Device) -> Iterator[None]:
-    """Have tensors made on this device within this block. On the CPU nothing is done, which would cost every call."""
-    if device.name == "cpu":
+def default_device(device: Device) -> Iterator[None]:
+    """Create tensors on a device within the block."""
+    if device.name == "cpu":  # the default; the context manager would slow down every call
         yield
     else:
         with torch.device(device.name):
@@ -46,7 +46,7 @@ def default_device_set_to(device: Device) -> Iterator[None]:
 
 
 def can_compile() -> bool:
-    """Whether PyTorch finds what it compiles with."""
+    """Whether the C++ compiler and Python's headers are installed, which torch.compile needs."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     headers = Path(sysconfig.get_path("include"), "Python.h")
     return shutil.which(compiler) is not None and headers.exists()

@@ -1,4 +1,4 @@
-"""What JAX has built in: functions of nested tensors, flat vectors, gradients, compiled functions."""
+"""What JAX provides and PyTorch does not: nested tensors, scans, flat vectors, gradients, compiled functions."""
 
 from __future__ import annotations
 
@@ -16,34 +16,37 @@ from proximo.torch.networks import Params
 Shapes = dict[str, tuple[int, ...]]  # of the parameters, in the order of the flat vector
 
 
-def each(function: Callable[[Any], Any], tree: Any) -> Any:
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `function` to every tensor of nested named tuples and dictionaries."""
     if isinstance(tree, dict):
-        return {name: each(function, child) for name, child in tree.items()}
+        return {name: tree_map(function, child) for name, child in tree.items()}
     if isinstance(tree, tuple):
-        children = [each(function, child) for child in tree]
+        children = [tree_map(function, child) for child in tree]
         return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
     return function(tree)
 
 
-def joined(trees: list[Any]) -> Any:
-    """Named tuples and dictionaries of the same kind as one, their tensors behind each other along the first axis."""
+def tree_cat(trees: list[Any]) -> Any:
+    """Concatenate nested tensors of the same structure along the first axis."""
     first = trees[0]
     if isinstance(first, dict):
-        return {name: joined([tree[name] for tree in trees]) for name in first}
+        return {name: tree_cat([tree[name] for tree in trees]) for name in first}
     if isinstance(first, tuple):
-        children = [joined(list(children)) for children in zip(*trees, strict=True)]
+        children = [tree_cat(list(children)) for children in zip(*trees, strict=True)]
         return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
     return torch.cat(trees)
 
 
-def tensor(array: np.ndarray) -> Tensor:
-    """A copy, since the world uses its arrays again."""
-    return torch.from_numpy(np.array(array, order="C"))
+def to_tensor(array: np.ndarray | Tensor) -> Tensor:
+    """Copy an array, because rollout arrays are reused; share images, which are large; return tensors unchanged."""
+    if isinstance(array, Tensor):
+        return array
+    is_image = array.dtype == np.uint8 and array.flags.writeable
+    return torch.from_numpy(array if is_image else np.array(array, order="C"))
 
 
 def unflatten(shapes: Shapes, flat: Tensor) -> Params:
-    """A flat vector [P] as named parameters, views of it."""
+    """Named parameters, views of a flat vector [P]."""
     parts = flat.split([math.prod(shape) for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
@@ -54,25 +57,37 @@ def flatten(shapes: Shapes, params: Params) -> Tensor:
 
 
 def differentiate(objective: Callable[[Tensor], tuple[Tensor, Any]], params: Tensor) -> tuple[Tensor, Any]:
-    """The gradient of the objective's first result, and its second."""
+    """The gradient of the objective's first result, and its second result."""
     if torch.compiler.is_compiling():
         return torch.func.grad(objective, has_aux=True)(params)
-    with torch.enable_grad():  # the same, but a third faster when not compiled
+    with torch.enable_grad():  # a third faster than torch.func.grad when not compiled
         params = params.detach().requires_grad_()
         total, metrics = objective(params)
         (gradient,) = torch.autograd.grad(total, params)
-    return gradient, each(torch.detach, metrics)
+    return gradient, tree_map(torch.detach, metrics)
 
 
-def compiled(function: Callable[..., Any], guarded: bool) -> Callable[..., Any]:
-    """`function` as one graph.
+def scan(
+    step: Callable[[Tensor, Any], tuple[Tensor, Tensor]], carry: Tensor, rows: tuple[Tensor, ...], reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The last carry, and the outputs of all steps over the first axis of `rows`, as `jax.lax.scan` returns them."""
+    order = list(zip(*(x.unbind() for x in rows), strict=True))
+    outputs = []
+    for row in reversed(order) if reverse else order:
+        carry, output = step(carry, row)
+        outputs.append(output)
+    return carry, torch.stack(outputs[::-1] if reverse else outputs)
 
-    PyTorch keeps what it compiled with the code object and refuses a ninth variant, hence a code object of its own.
+
+def compile_function(function: Callable[..., Any], guarded: bool) -> Callable[..., Any]:
+    """Compile `function` into one graph.
+
+    PyTorch stores compiled variants with the code object and refuses a ninth, so the function gets a copy of its code.
 
     Args:
-        guarded: look before every call whether anything has changed that was compiled in. Without, which saves a fifth
-            of a small network's step, arguments must always have the same shapes, and nothing else may change.
+        guarded: check before every call whether something that was compiled in has changed. Without guards, a small
+            network's step takes a fifth less time, but arguments must always have the same shapes.
     """
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     unguarded: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(own, fullgraph=True, dynamic=False, options=None if guarded else unguarded)
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=None if guarded else unguarded)

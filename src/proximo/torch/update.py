@@ -1,7 +1,7 @@
-"""PPO's update in PyTorch: prepare a rollout, then one pure function per minibatch, compiled where asked.
+"""PPO's update in PyTorch: prepare a rollout, then loop over minibatch steps, compiled where configured.
 
-Everything is a pure function of tensors, so that it composes: with `torch.compile`, or with a collective
-over processes (`reduce`). Parameters and Adam's moments are flat vectors, which makes a step few operations.
+Everything is a pure function of tensors, so that it composes with `torch.compile` and with a collective over processes
+(`reduce`). Parameters and Adam's moments are flat vectors, so that a step takes few operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
 from proximo.torch.advantages import gae
 from proximo.torch.distributions import Policy
@@ -23,19 +23,19 @@ from proximo.torch.losses import (
     kl_estimate,
     squared_error,
     standardize,
-)
-from proximo.torch.minibatches import Batch, Transitions, take, to_sequences
+)  # fmt: skip
+from proximo.torch.minibatches import Batch, Transitions, take, to_sequences, zero_invalid
 from proximo.torch.networks import Obs, Output, Params
-from proximo.torch.normalization import Moments, Reduce, discounted_returns, merge
+from proximo.torch.normalization import discounted_returns, explained_variance, merge
 from proximo.torch.optimizer import adam, adapt
-from proximo.torch.state import Spec, State, observe
-from proximo.torch.tensors import differentiate, each, joined, unflatten
+from proximo.torch.state import Spec, State, preprocess
+from proximo.torch.tensors import differentiate, tree_cat, tree_map, unflatten
 
-IMAGES = 256  # that go through the network at once when a rollout is prepared
+CHUNK = 256  # images that pass through the network at once
 
 
 class Metrics(NamedTuple):
-    """What one minibatch measured: means over its samples, and the gradient's norm before clipping."""
+    """Means over the samples of one minibatch, and the gradient's norm before clipping."""
 
     policy: Tensor
     value: Tensor
@@ -48,32 +48,26 @@ class Metrics(NamedTuple):
 
 @torch.no_grad()
 def prepare(
-    spec: Spec, state: State, data: Transitions, hyper: Hyper, said: Sequence[Output] = ()
+    spec: Spec, state: State, data: Transitions, hyper: Hyper, outputs: Sequence[Output] = ()
 ) -> tuple[State, Batch, Policy, dict[str, Tensor]]:
-    """What the policy that acted thought of the rollout, and estimates of advantages.
+    """Evaluate the policy and critic that acted, and estimate advantages.
 
     Args:
-        said: what the network said to the first steps, [1, N] each, where that is known.
+        outputs: of the network for the first steps, [1, N] each, where the actor kept them.
+
+    Returns:
+        The state with new reward statistics and recurrent state, the samples in sequences, their policy, and metrics.
     """
     config, reduce = spec.config, spec.reduce
     weight = data.valid.to(data.final_value.dtype)
-    reward = torch.where(data.valid, data.reward, 0.0).to(weight.dtype)
-    action = torch.where(data.valid.reshape(*data.valid.shape, *[1] * (data.action.ndim - 2)), data.action, 0)
-
-    obs = observe(spec, state, data.obs)
-    policy, value, carry = over_rollout(spec, state, obs, data.start, said)
-    policy = each(lambda x: x[:-1], policy)
+    obs = preprocess(spec, state, data.obs)
+    policy, value, carry = apply_network(spec, state, obs, data.start, outputs)
+    policy = tree_map(lambda x: x[:-1], policy)
     carry = torch.cat([state.carry[None], carry[:-1]])  # before each step
     next_value = torch.where(data.final, data.final_value, value[1:])
     value = value[:-1]
 
-    running, moments = state.running_return, state.return_moments
-    if config.normalize_reward:
-        returns, running = discounted_returns(reward, data.start[:-1], data.valid, running, hyper.gamma)
-        moments = merge(moments, returns, weight, reduce)
-        scale = torch.rsqrt(moments.variance + VARIANCE_EPSILON)
-        reward = torch.clip(reward * scale, -config.clip_reward, config.clip_reward)
-
+    state, reward = scale_reward(spec, state, data, weight, hyper)
     advantage = gae(
         reward, value, next_value, data.terminated, data.truncated, data.valid, hyper.gamma, hyper.gae_lambda
     )
@@ -85,47 +79,42 @@ def prepare(
     if config.normalize_advantage == "rollout":
         advantage = standardize(advantage, weight, reduce)
 
-    length = config.sequence_length
+    action = tree_map(partial(zero_invalid, data.valid), data.action)
     batch = Batch(
         {path: x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
-    batch, policy = each(partial(to_sequences, length), (batch, policy))
-    state = state._replace(running_return=running, return_moments=moments, carry=carry[-1])
-    return state, batch._replace(carry=batch.carry[:1]), policy, statistics
+    batch, policy = tree_map(partial(to_sequences, config.sequence_length), (batch, policy))
+    return state._replace(carry=carry[-1]), batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
-def in_parts(spec: Spec) -> bool:
-    """Whether a rollout goes through the network a few steps at a time, as images do: what convolutions make of them on
-    the way is many times their size."""
-    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)
-
-
-def over_rollout(spec: Spec, state: State, obs: Obs, start: Tensor, said: Sequence[Output]) -> Output:
-    """The network on all of a rollout [T + 1, N], after the steps to which it said something already."""
+def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Sequence[Output]) -> Output:
+    """The network's output for a rollout [T + 1, N], after the steps whose outputs are given."""
     params = unflatten(spec.shapes, state.params)
-    if not in_parts(spec):
+    if not is_chunked(spec):
         return spec.network.apply(params, obs, start, state.carry)
-    steps = max(IMAGES // start.shape[1], 1)
+    steps = max(CHUNK // start.shape[1], 1)
 
     def part(t: int) -> Output:
-        seen = {path: x[t : t + steps] for path, x in obs.items()}
-        return spec.network.apply(params, seen, start[t : t + steps], state.carry)
+        obs_part = {path: x[t : t + steps] for path, x in obs.items()}
+        return spec.network.apply(params, obs_part, start[t : t + steps], state.carry)
 
-    return joined([*said, *(part(t) for t in range(len(said), len(start), steps))])
+    return tree_cat([*outputs, *(part(t) for t in range(len(outputs), len(start), steps))])
 
 
-def explained_variance(value: Tensor, target: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
-    """1 − Var(target − value) / Var(target): 1 is a perfect critic, 0 no better than a constant."""
-    zero = value.new_zeros(())
-    nothing = Moments(zero, zero, zero)
-    variance = merge(nothing, target, weight, reduce).variance
-    residual = merge(nothing, target - value, weight, reduce).variance
-    return 1.0 - residual / torch.clip(variance, min=1e-8)
+def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
+    """Rewards [T, N], divided by the running standard deviation of the discounted return where configured."""
+    reward, clip = zero_invalid(data.valid, data.reward).to(weight.dtype), spec.config.clip_reward
+    if not spec.config.normalize_reward:
+        return state, reward
+    returns, running = discounted_returns(reward, data.start[:-1], data.valid, state.running_return, hyper.gamma)
+    moments = merge(state.return_moments, returns, weight, spec.reduce)
+    scale = torch.rsqrt(moments.variance + VARIANCE_EPSILON)
+    return state._replace(running_return=running, return_moments=moments), torch.clip(reward * scale, -clip, clip)
 
 
 def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
-    """PPO's loss on one minibatch, this process's share of the mean over all processes."""
+    """PPO's loss on one minibatch: this process's share of the mean over all processes."""
     config, reduce = spec.config, spec.reduce
     count = torch.clip(reduce(torch.sum(batch.weight)), min=1.0)
 
@@ -133,7 +122,7 @@ def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Tensor
         return torch.sum(batch.weight * x) / count
 
     policy, value, _ = spec.network.apply(params, batch.obs, batch.start, batch.carry[0])
-    # Without weight the ratio may overflow, and 0 times infinity is no number.
+    # The ratio of a sample without weight may overflow, and 0 · inf is NaN.
     log_ratio = torch.where(batch.weight > 0, policy.log_prob(batch.action) - batch.log_prob, 0.0)
     ratio = torch.exp(log_ratio)
     advantage = batch.advantage
@@ -154,20 +143,16 @@ def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Tensor
     return total, Metrics(policy_loss, value_loss, entropy, total, approx_kl, clip_fraction, zero)
 
 
-def step(spec: Spec, state: State, batch: Batch, hyper: Hyper) -> tuple[State, Metrics]:
-    """One minibatch: gradients of the loss, summed over processes, and one step of Adam."""
+def minibatch(spec: Spec, state: State, batch: Batch, indices: Tensor, hyper: Hyper) -> tuple[State, Metrics]:
+    """One step of Adam on the sequences with these indices [S]; gradients are summed over processes."""
+    batch = take(batch, indices)
 
     def objective(flat: Tensor) -> tuple[Tensor, Metrics]:
         return loss(spec, unflatten(spec.shapes, flat), batch, hyper)
 
-    gradient, metrics = each(spec.reduce, differentiate(objective, state.params))
+    gradient, metrics = tree_map(spec.reduce, differentiate(objective, state.params))
     state, norm = adam(spec, state, gradient, hyper)
     return state, metrics._replace(gradient_norm=norm)
-
-
-def minibatch(spec: Spec, state: State, batch: Batch, indices: Tensor, hyper: Hyper) -> tuple[State, Metrics]:
-    """What `Config.compile` compiles."""
-    return step(spec, state, take(batch, indices), hyper)
 
 
 def update(
@@ -176,19 +161,18 @@ def update(
     data: Transitions,
     order: Tensor,
     hyper: Hyper,
+    outputs: Sequence[Output] = (),
     minibatch: Callable[..., tuple[State, Metrics]] = minibatch,
-    said: Sequence[Output] = (),
 ) -> tuple[State, dict[str, Tensor]]:
-    """One iteration's learning: order [epochs, minibatches, S] indexes the rollout's sequences."""
-    config = spec.config
-    before = state.obs_moments
-    state, batch, _, statistics = prepare(spec, state, data, hyper, said)
+    """Update from one rollout; order [epochs, minibatches, S] indexes its sequences."""
+    config, moments = spec.config, state.obs_moments
+    state, batch, _, statistics = prepare(spec, state, data, hyper, outputs)
 
     minibatches, applied = order.shape[1], []
     for indices in order.flatten(0, 1):
         new_state, metrics = minibatch(spec, state, batch, indices, hyper)
         if config.target_kl is not None and metrics.approx_kl > hyper.target_kl:
-            break  # looked at before the step that it stops
+            break  # checked before the step that it stops
         state = new_state
         applied.append(metrics)
         if config.lr_schedule == "adaptive" and len(applied) % minibatches == 0:
@@ -196,16 +180,16 @@ def update(
             state = state._replace(rate_scale=adapt(state.rate_scale, approx_kl, hyper))
 
     weight = data.valid.to(state.rate_scale.dtype)
-    moments = {path: merge(m, data.obs[path][:-1], weight, spec.reduce) for path, m in before.items()}
+    moments = {path: merge(m, data.obs[path][:-1], weight, spec.reduce) for path, m in moments.items()}
     statistics["update/learning_rate"] = hyper.actor_learning_rate * state.rate_scale
     statistics["update/critic_learning_rate"] = hyper.critic_learning_rate * state.rate_scale
-    return state._replace(obs_moments=moments), {**summary(applied, minibatches), **statistics}
+    return state._replace(obs_moments=moments), {**summarize(applied, minibatches), **statistics}
 
 
-def summary(applied: list[Metrics], minibatches: int) -> dict[str, Tensor]:
-    """Means over the minibatches whose step was taken."""
-    nothing = Metrics(*[torch.zeros(())] * len(Metrics._fields))
-    mean = Metrics(*(torch.stack(column).mean() for column in zip(*applied or [nothing], strict=True)))
+def summarize(applied: list[Metrics], minibatches: int) -> dict[str, Tensor]:
+    """Means over the minibatches whose step was applied."""
+    zeros = Metrics(*[torch.zeros(())] * len(Metrics._fields))
+    mean = Metrics(*(torch.stack(column).mean() for column in zip(*applied or [zeros], strict=True)))
     return {
         "losses/policy": mean.policy,
         "losses/value": mean.value,

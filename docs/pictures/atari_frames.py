@@ -1,8 +1,8 @@
-"""What a network sees of an Atari game.
+"""Draw the observations that a network receives from an Atari game.
 
-    python docs/atari_frames.py [ENV_ID] [FILE.png]
+    python docs/pictures/atari_frames.py [ENV_ID] [FILE.png]
 
-Plays at random and draws four observations, each with its four frames, the oldest on the left.
+Plays random actions and draws four observations, each with its four frames, the oldest on the left.
 """
 
 import sys

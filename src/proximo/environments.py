@@ -1,0 +1,159 @@
+"""The environments that an agent trains in: made when needed, reused, restored, or reset."""
+
+from __future__ import annotations
+
+from gymnasium.vector import VectorEnv
+
+from proximo.config.settings import Config
+from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of
+from proximo.errors import UserError, notify_user
+from proximo.rollout.collector import Collector, state_adapters
+from proximo.run.checkpoint import Checkpoint, find_differences
+from proximo.run.info import RunInfo
+from proximo.run.progress import Progress
+from proximo.source import HostSource
+from proximo.spaces.spaces import Spaces
+
+
+class TrainingEnvs:
+    """The environments that an agent trains in.
+
+    Args:
+        env: as given by the user; None where it is unknown.
+        unimported: the id MODULE:ID in a checkpoint; modules named in a file are not imported.
+
+    Attributes:
+        engine: steps the environments; None until they are made.
+    """
+
+    def __init__(self, env: EnvLike | None, unimported: str | None = None) -> None:
+        self.env, self.unimported = env, unimported
+        self.engine: str | None = None
+        self._envs: VectorEnv | None = None
+        self._collector: Collector | None = None  # of the last call, which the next one may continue
+
+    @property
+    def id(self) -> str | None:
+        """The environment's id, if it has one."""
+        return self.env if isinstance(self.env, str) else None
+
+    @property
+    def owns_envs(self) -> bool:
+        """Whether the environments were made here, not by the user."""
+        return self._envs is not None and self._envs is not self.env
+
+    def missing_message(self) -> str:
+        """Error message for an unknown environment."""
+        if self.unimported is None:
+            return "the checkpoint names no environment. Give one, with PPO.load(path, env=…) or --env."
+        module = self.unimported.partition(":")[0]
+        return (
+            f"the agent was trained in {self.unimported}, and modules named in a file are not imported. If you trust "
+            f"{module}, give the environment again, with PPO.load(path, env=…) or --env."
+        )
+
+    def supports_exact_resume(self, config: Config, spaces: Spaces) -> bool:
+        """Whether the engine can restore its environments exactly, in another process too."""
+        return any(state_adapters(self.open(config, spaces)))
+
+    def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
+        """Return the id or function that makes another environment, for evaluation or video.
+
+        Raises:
+            UserError: the environment is unknown, or a vector environment.
+        """
+        env = self.env if env is None else env
+        if env is None or isinstance(env, VectorEnv):
+            raise UserError(
+                f"{purpose} needs an environment that can be made again. Give an id or a function that makes one, to "
+                "PPO or as env=…, or turn it off."
+            )
+        return env
+
+    def open(self, config: Config, spaces: Spaces | None = None) -> VectorEnv:
+        """The vector environment, made if it does not exist.
+
+        Args:
+            spaces: that it must have.
+
+        Raises:
+            UserError: the environment is unknown, cannot be made, or has other spaces.
+        """
+        if self._envs is not None and self.owns_envs and self._envs.closed:
+            self._envs = None  # after a fault
+        if self._envs is None:
+            if self.env is None:
+                raise UserError(self.missing_message())
+            envs, self.engine = make_or_wrap_envs(self.env, config)
+            try:
+                if spaces:
+                    require_matching_spaces(spaces_of(envs), spaces)
+            except UserError:
+                envs.close()
+                raise
+            self._envs = envs
+        return self._envs
+
+    def start(self, config: Config, spaces: Spaces, progress: Progress) -> tuple[HostSource, str]:
+        """Environments that continue, are restored from `progress.env_state`, or begin new episodes.
+
+        Returns:
+            The source to train from, and why the simulator state was not restored, or "".
+        """
+        envs, last = self.open(config, spaces), self._collector
+        if self.owns_envs and last and last.envs is envs and last.state_is_current:
+            return HostSource(last, config), ""
+        if self.owns_envs and last:
+            self.close()  # episodes are repeated in new environments
+        source, state = self._new_source(config, spaces), progress.env_state
+        reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
+        if reason:
+            if progress.global_step:
+                notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
+            if self.owns_envs and state and not state.reset_reason:
+                self.close()  # the attempt may have broken them
+                source = self._new_source(config, spaces)
+            source.reset(progress.iteration)
+            progress.episodes.clear()
+        return source, reason
+
+    def _new_source(self, config: Config, spaces: Spaces) -> HostSource:
+        self._collector = Collector(self.open(config, spaces), spaces, config, resumable=True)
+        return HostSource(self._collector, config)
+
+    def close(self) -> None:
+        """Close the environments, a vector environment of the user as well."""
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = self._collector = None
+
+
+def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:
+    """The vector environment of a run, and the engine that steps it."""
+    count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
+    engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
+    envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
+    if config.exact_resume and not any(state_adapters(envs)):
+        if envs is not env:
+            envs.close()
+        raise UserError(
+            f"`exact_resume` is on, but engine {engine} cannot restore its environments. Use engine auto, workers or "
+            "sync."
+        )
+    return envs, engine
+
+
+def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: str) -> None:
+    """Notify the user how a loaded run continues, and add it to `progress.resumed`.
+
+    Args:
+        reason: why the simulator state was not restored, or "".
+    """
+    if not progress.global_step:
+        return
+    changes = "; ".join(find_differences(saved, info))
+    if not reason:
+        count, difference = (info.config.num_envs, f"; it is not bit-identical, because {changes}" if changes else "")
+        notify_user(f"training resumes from the exact simulator state of {count} environments{difference}")
+    how = {"global_step": progress.global_step, "exact": not reason and not changes, "why": reason or changes}
+    progress.resumed.append(how)

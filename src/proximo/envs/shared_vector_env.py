@@ -1,0 +1,156 @@
+"""Gymnasium's vector environment interface over `SharedArrays`: common part of engines `sync` and `workers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from proximo.envs.env_slice import REPLAY, RESET, STEP, Command, Declaration
+from proximo.envs.shared_memory import Layout, SharedArrays, final_info, map_arrays, store_actions
+from proximo.errors import RunError, UserError
+from proximo.spaces.spaces import Spaces
+
+Seeds = int | Sequence[int | None] | None
+# From the indices of a slice to the arguments of a command; None if the slice has nothing to do.
+SliceArguments = Callable[[range], tuple[Any, ...] | None]
+NO_ARGUMENTS: SliceArguments = lambda indices: ()
+
+
+class SharedVectorEnv(VectorEnv):
+    """N environments with AutoresetMode.SAME_STEP; subclasses decide in which processes they run.
+
+    With the same seeds, `step` and `reset` return the same numbers as SyncVectorEnv. The environments' `info` is
+    dropped: `step` returns only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool),
+    and those only if an episode ended. Environments with `reports_episodes` (see
+    `proximo.rollout.collector.Collector`) add `episode` and `_episode`. The `info` of `reset` is empty.
+
+    Args:
+        copy: whether returned observations are copies. Otherwise the next step overwrites them.
+    """
+
+    takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
+
+    def __init__(self, num_envs: int, copy: bool) -> None:
+        super().__init__()
+        self.num_envs, self.copy = num_envs, copy
+        self._arrays: SharedArrays | None = None
+        self._interrupted = False  # whether only some environments executed the last command
+
+    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
+        """Set `_interrupted`, then execute a command on all slices."""
+        raise NotImplementedError
+
+    def _set_spaces(self, declarations: Sequence[Declaration], workers: int) -> Layout:
+        """Set Gymnasium's attributes; return the layout of the arrays. Raise UserError for different spaces."""
+        first = declarations[0]
+        spaces = require_equal_spaces([item for declaration in declarations for item in declaration.spaces])
+        Spaces.of(*spaces)
+        self.single_observation_space, self.single_action_space = spaces
+        self.observation_space, self.action_space = (batch_space(space, self.num_envs) for space in spaces)
+        self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.render_mode, self.reports_episodes = first.render_mode, first.reports_episodes
+        origin_bytes = max(declaration.origin_bytes for declaration in declarations)
+        return Layout(*spaces, self.num_envs, workers, first.reports_episodes, origin_bytes)
+
+    def _open_arrays(self) -> SharedArrays:
+        if self._arrays is None or self.closed:
+            raise RunError("this vector environment is closed. Make a new one.")
+        return self._arrays
+
+    def _observations(self) -> Any:
+        observation = self._open_arrays().observation
+        return map_arrays(np.copy, observation) if self.copy else observation
+
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
+
+        Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number, and the other options. Observations
+        [N, ...] are unchanged for environments that are not reset; info is empty.
+
+        Raises:
+            UserError: the number of seeds or the mask is wrong, or an observation does not match its space.
+            RunError: an environment failed (see the subclass).
+        """
+        self._open_arrays()
+        seeds = seed_per_env(seed, self.num_envs)
+        mask, options = split_reset_options(options, self.num_envs)
+
+        def arguments(indices: range) -> tuple[Any, ...] | None:
+            part = slice(indices.start, indices.stop)
+            return (seeds[part], mask[part].tolist(), options) if mask[part].any() else None
+
+        still_interrupted = self._interrupted and not mask.all()
+        self._run(RESET, arguments)
+        self._interrupted = still_interrupted
+        return self._observations(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and info.
+
+        Raises:
+            UserError: the actions' shape or dtype is wrong, or an observation does not match its space.
+            RunError: an environment failed (see the subclass), or the previous call was interrupted.
+        """
+        arrays = self._open_arrays()
+        if self._interrupted:
+            raise RunError(
+                "the previous call was interrupted after only some environments had executed it. Call reset() first."
+            )
+        store_actions(arrays.action, actions)
+        self._run(STEP)
+        self._interrupted = False
+        terminated, truncated = arrays.terminated.copy(), arrays.truncated.copy()
+        return self._observations(), arrays.reward.copy(), terminated, truncated, final_info(arrays)
+
+    def origins(self) -> tuple[list[bytes], np.ndarray]:
+        """Return N pickled origins, empty where unknown, and the steps since them [N]."""
+        arrays = self._open_arrays()
+        rows = zip(arrays.origin, arrays.origin_size, strict=True)
+        return [row[:size].tobytes() for row, size in rows], arrays.steps_since_origin.copy()
+
+    def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """Apply `actions[n]` [any number, ...] from `origins[n]`; return observations and returns so far [N]."""
+        episodes = list(zip(origins, actions, strict=True))
+        self._run(REPLAY, lambda indices: (episodes[indices.start : indices.stop],))
+        self._interrupted = False
+        return self._observations(), self._open_arrays().reward.copy()
+
+
+def require_equal_spaces(spaces: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:
+    """Return the spaces of (index, observation space, action space) tuples; raise UserError if they differ."""
+    first, *expected = spaces[0]
+    for n, *given in spaces[1:]:
+        for kind, space, common in zip(("observation", "action"), given, expected, strict=True):
+            if space != common:
+                raise UserError(
+                    f"environment {n}'s {kind} space is {space}, but environment {first}'s is {common}. "
+                    "All environments must have the same spaces."
+                )
+    return expected[0], expected[1]
+
+
+def split_reset_options(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """Split `options` of a vector reset into the mask of environments to reset ([N] bool) and the other options."""
+    if options is None or "reset_mask" not in options:
+        return np.ones(num_envs, bool), None if options is None else dict(options)
+    others = dict(options)
+    mask = np.asarray(others.pop("reset_mask"))
+    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
+        raise UserError(f"reset_mask is {mask.dtype} of shape {mask.shape}, expected bool of shape ({num_envs},)")
+    return mask, others
+
+
+def seed_per_env(seed: Seeds, num_envs: int) -> list[int | None]:
+    """Return one seed for each environment: from a single seed, environment n gets seed + n."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, (int, np.integer)):
+        return [int(seed) + n for n in range(num_envs)]
+    if len(seed) != num_envs:
+        raise UserError(f"got {len(seed)} seeds for {num_envs} environments. Pass one seed per environment.")
+    return list(seed)

@@ -1,0 +1,291 @@
+"""The learner: networks, optimizer and normalisers, with NumPy inputs and outputs.
+
+`Learner` is what the training loop sees. Each backend derives one class from it, in `proximo.jax.learner` and
+`proximo.torch.learner`, and implements the methods that begin with an underscore at the end of the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from proximo.config.settings import Config
+from proximo.errors import NotFinite
+from proximo.learner.architecture import architecture, is_chunked, num_parameters
+from proximo.learner.arrays import flatten, identity, require_finite, unflatten
+from proximo.learner.numpy_policy import mlp_actor
+from proximo.learner.schedules import Hyper
+from proximo.machine import choose_device, choose_num_threads
+from proximo.rollout.rollout import Actor, Rollout
+from proximo.spaces.heads import RawAction
+from proximo.spaces.observations import Obs
+from proximo.spaces.spaces import Spaces
+
+CHUNK = 64  # rows of one call that evaluates final observations
+PolicyStep = Callable[[Obs, np.ndarray, Any, np.ndarray], tuple[RawAction, Any, Any]]
+
+
+class NetworkActor:
+    """A snapshot of a policy that acts through the backend's network.
+
+    Args:
+        step: (observation [N, ...], start [N], carry [N, H], noise [N, K]) -> (raw action, carry, network output).
+        noise: [T, N, K] for T calls; None gives the policy's mode.
+        noise_size: K.
+        carry: [N, H], the recurrent state before the first call; zero for any other number of environments.
+        dtype: of the recurrent state.
+        keep_outputs: store the network outputs in `outputs`, one entry per call.
+    """
+
+    def __init__(
+        self,
+        step: PolicyStep,
+        noise: Iterable[np.ndarray] | None,
+        noise_size: int,
+        carry: Any,
+        dtype: np.dtype,
+        keep_outputs: bool,
+    ) -> None:
+        self.outputs: list[Any] = []
+        self._step, self._carry, self._dtype, self._keep_outputs = step, carry, dtype, keep_outputs
+        self._noise, self._noise_size = None if noise is None else iter(noise), noise_size
+
+    def __call__(self, obs: Obs, start: np.ndarray) -> RawAction:
+        """Act on observations [N, ...]."""
+        count = len(start)
+        if len(self._carry) != count:
+            self._carry = np.zeros((count, self._carry.shape[1]), self._dtype)
+        noise = np.zeros((count, self._noise_size), np.float32) if self._noise is None else next(self._noise)
+        action, self._carry, output = self._step(obs, start, self._carry, noise)
+        if self._keep_outputs:
+            self.outputs.append(output)
+        return action
+
+
+def kept_outputs(actor: Actor | None) -> list[Any]:
+    """The network outputs that an actor kept."""
+    return actor.outputs if isinstance(actor, NetworkActor) else []
+
+
+class Learner:
+    """Networks, their optimizer and normalisers, in one backend; takes and returns NumPy arrays.
+
+    Args:
+        network: a custom network instead of a built-in one.
+        dtype: of parameters and arithmetic; "float64" in JAX needs `jax.enable_x64(True)`.
+        reduce: sums an array over the processes that train together.
+
+    Attributes:
+        backend: jax or torch.
+        threads: CPU threads of the update.
+        device: where updates run, and why.
+        compiled: whether PyTorch's minibatch step is compiled; None in JAX, which always compiles.
+        is_built_in: whether the network is a built-in one.
+        spec: what is fixed for the life of a learner (the backend's `Spec`).
+
+    Raises:
+        UserError: settings that the spaces, the network or the machine cannot serve.
+    """
+
+    backend: ClassVar[str]
+    pads_chunks: ClassVar[bool]  # evaluate final observations in calls of one shape, which compiles once
+    transitions_type: ClassVar[Callable[..., Any]]
+    compiled: bool | None
+    spec: Any
+    _state: Any
+
+    def __init__(
+        self,
+        config: Config,
+        spaces: Spaces,
+        network: Any = None,
+        dtype: str = "float32",
+        reduce: Callable[[Any], Any] | None = None,
+    ) -> None:
+        spaces.check(config)
+        self.is_built_in = network is None
+        has_convolutions = self.is_built_in and architecture(config, spaces).architecture != "mlp"
+        self._acts_in_numpy = self.is_built_in and not has_convolutions
+        self._dtype = np.dtype(dtype)
+        parameters = num_parameters(config, spaces) if self.is_built_in else None
+        threads = choose_num_threads(config.threads, config.minibatch_transitions, parameters)
+        self.threads, available, hint = self._start(threads)
+        self.device = choose_device(config.device, available, has_convolutions, hint)
+        self._build(config, spaces, network, reduce or identity)
+
+    def decide_compilation(self, num_minibatches: int, previous: bool | None = None) -> None:
+        """Decide whether to compile, before an update of that many minibatches; JAX always compiles.
+
+        Args:
+            previous: the decision of the run that is resumed.
+        """
+
+    def actor(self, noise: Iterable[np.ndarray] | None, keep_outputs: bool = False) -> Actor:
+        """A snapshot of policy and normalisers that acts T times with noise [T, N, K]; None gives the mode.
+
+        Args:
+            keep_outputs: let the actor store network outputs that `update` would compute again (images only).
+        """
+        spaces = self.spec.spaces
+        if self._acts_in_numpy:
+            state = self._named_state()
+            moments = {path: (moments.mean, moments.variance) for path, moments in state.obs_moments.items()}
+            return mlp_actor(self.spec.config, spaces, state.params, moments, noise)
+        keep_outputs = keep_outputs and is_chunked(self.spec)
+        return NetworkActor(
+            self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
+        )
+
+    def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
+        """Update from a rollout; return metrics.
+
+        Args:
+            order: int32 [epochs, minibatches, S], see `minibatch_order`.
+            actor: the actor that collected the rollout, if it keeps outputs.
+
+        Raises:
+            NotFinite: the update diverged; nothing is changed, except that the recurrent state advances.
+        """
+        raise NotImplementedError
+
+    def _accept(self, state: Any, metrics: dict[str, float], rollout: Rollout) -> dict[str, float]:
+        """Replace the state by that after an update, if it is finite; return the metrics."""
+        try:
+            require_finite(metrics, self._is_finite(state))
+        except NotFinite:
+            if self.spec.network.carry_size:
+                carries = self._call("carries", rollout.obs, rollout.start)
+                self._state = self._state._replace(carry=self._to_device(carries[-1]))
+            raise
+        self._state = state
+        return metrics
+
+    def inspect_rollout(self, rollout: Rollout, hyper: Hyper, carry: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Evaluate the current policy and critic on the B valid transitions of a rollout; changes nothing.
+
+        Args:
+            carry: [N, H] recurrent state before the first step; after an update, pass the one returned before it.
+
+        Returns:
+            `log_prob`, `value`, `advantage` and `return` [B]; `mean` and `std` [B, D] or `probability` [B, A] of the
+            policy; and `carry` [N, H].
+        """
+        state = self._state if carry is None else self._state._replace(carry=self._to_device(carry))
+        data, hyper = self.transitions(rollout), self._numbers(hyper)
+        found = self._call("inspect", data, hyper, state=state)
+        valid = found.pop("weight") > 0
+        return {name: value[valid] for name, value in found.items()} | {"carry": self._to_numpy(state.carry)}
+
+    def transitions(self, rollout: Rollout) -> Any:
+        """The rollout on the device, as the backend's `Transitions`, with values of the final observations."""
+        final = np.zeros(rollout.reward.shape, bool)
+        final_value = np.zeros(rollout.reward.shape, self._dtype)
+        index = rollout.final_index
+        if len(index):
+            final.flat[index] = True
+            final_value.flat[index] = self._final_values(rollout, index)
+        facts = (
+            rollout.obs, rollout.action, rollout.reward, rollout.terminated, rollout.truncated,
+            rollout.valid, rollout.start, final, final_value,
+        )  # fmt: skip
+        return self.transitions_type(*self._to_device(facts))
+
+    def _final_values(self, rollout: Rollout, index: np.ndarray) -> np.ndarray:
+        carry_size = self.spec.network.carry_size
+        carry = np.zeros((len(index), carry_size), self._dtype)
+        if carry_size:
+            carries = self._call("carries", rollout.obs, rollout.start)
+            carry = carries[:-1].reshape(-1, carry_size)[index]
+        return self._values(rollout.final_obs, carry)
+
+    def predict_values(self, obs: Obs) -> np.ndarray:
+        """V [B] of observations [B, ...], each taken as the first of an episode."""
+        rows = len(next(iter(obs.values())))
+        return self._values(obs, np.zeros((rows, self.spec.network.carry_size), self._dtype))
+
+    def _values(self, obs: Obs, carry: np.ndarray) -> np.ndarray:
+        rows = len(carry)
+        result = np.empty(rows, self._dtype)
+        for first in range(0, rows, CHUNK):
+            stop = first + CHUNK if self.pads_chunks else min(first + CHUNK, rows)
+            index = np.minimum(np.arange(first, stop), rows - 1)
+            part = {path: value[index] for path, value in obs.items()}
+            values = self._call("values", part, np.zeros(len(index), bool), carry[index])
+            result[first:stop] = values[: rows - first]
+        return result
+
+    def evaluate_actions(
+        self, obs: Obs, action: RawAction, start: np.ndarray | None = None, carry: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log π [B] of raw actions [B, ...] at observations [B, ...], V [B], and the next recurrent state [B, H].
+
+        Without `start` [B] and `carry` [B, H] each observation is taken as the first of an episode.
+        """
+        rows = len(next(iter(action.values())))
+        start = np.ones(rows, bool) if start is None else start
+        if carry is None:
+            carry = np.zeros((rows, self.spec.network.carry_size), self._dtype)
+        return self._call("evaluate_actions", obs, action, start, carry)
+
+    def snapshot(self) -> Any:
+        """The learned state, for `restore` in this process. Nothing is copied: a state never changes."""
+        return self._state
+
+    def restore(self, snapshot: Any) -> None:
+        """Restore a snapshot."""
+        self._state = snapshot
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of everything learned; names and shapes are the same in both backends."""
+        return {name: array.copy() for name, array in flatten(self._named_state()).items()}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Load the state of a learner of either backend.
+
+        Raises:
+            UserError: the state belongs to other settings or spaces.
+        """
+        self._set_named_state(unflatten(self._named_state(), state))
+
+    def _numbers(self, hyper: Hyper) -> Hyper:
+        return Hyper(*(self._dtype.type(value) for value in hyper))
+
+    # Implemented by each backend
+
+    def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
+        """Start the array library; return the number of threads, names of the devices, and how to get more."""
+        raise NotImplementedError
+
+    def _build(self, config: Config, spaces: Spaces, network: Any, reduce: Any) -> None:
+        """Set `spec` and `_state`."""
+        raise NotImplementedError
+
+    def _to_device(self, tree: Any) -> Any:
+        """NumPy arrays -> the backend's arrays on the device."""
+        raise NotImplementedError
+
+    def _to_numpy(self, tree: Any) -> Any:
+        """The inverse of `_to_device`."""
+        raise NotImplementedError
+
+    def _policy_step(self) -> PolicyStep:
+        """The step function of a `NetworkActor`."""
+        raise NotImplementedError
+
+    def _call(self, name: str, *arguments: Any, state: Any = None) -> Any:
+        """Call a function of (spec, state, *arguments) by name; return NumPy arrays."""
+        raise NotImplementedError
+
+    def _is_finite(self, state: Any) -> bool:
+        """Whether every array of a state is finite."""
+        raise NotImplementedError
+
+    def _named_state(self) -> Any:
+        """The state as nested tuples and dictionaries of NumPy arrays by name."""
+        raise NotImplementedError
+
+    def _set_named_state(self, state: Any) -> None:
+        """The inverse of `_named_state`."""
+        raise NotImplementedError

@@ -1,0 +1,170 @@
+"""Sources of transitions: one call collects a rollout and updates the learner from it.
+
+The training loop, records, evaluation and checkpoints do not depend on the kind of source. `HostSource` steps a
+Gymnasium vector environment on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple, Protocol
+
+from proximo.config.settings import Config
+from proximo.errors import NotFinite
+from proximo.learner.learner import Learner
+from proximo.learner.schedules import Hyper, hyper_at
+from proximo.machine import single_blas_thread
+from proximo.rollout.collector import Collected, Collector
+from proximo.rollout.diagnostics import action_metrics, histograms_of
+from proximo.rollout.env_state import EnvState
+from proximo.rollout.minibatches import minibatch_order
+from proximo.rollout.randomness import Purpose, environment_seeds, generator
+from proximo.rollout.rollout import Actor, Diagnostics, Episode, Metrics, Rollout
+
+
+class Iteration(NamedTuple):
+    """Result of one iteration.
+
+    Attributes:
+        metrics: of the update, and shares of the time.
+        episodes: finished in this rollout.
+        steps: valid transitions.
+        diagnostics: for histograms, where they were asked for.
+        fault: why the update was discarded, if it was.
+    """
+
+    metrics: Metrics
+    episodes: list[Episode]
+    steps: int
+    diagnostics: Diagnostics | None = None
+    fault: NotFinite | None = None
+
+
+class Source(Protocol):
+    """Interface of a source of transitions."""
+
+    @property
+    def state_is_current(self) -> bool:
+        """Whether the environments are unchanged since the last call of `state`."""
+        ...
+
+    @state_is_current.setter
+    def state_is_current(self, value: bool) -> None: ...
+
+    def reset(self, iteration: int) -> None:
+        """Begin new episodes, with seeds derived from the iteration."""
+        ...
+
+    def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
+        """Collect a rollout and update the learner.
+
+        Args:
+            iteration, global_step: from which random numbers and schedules are derived.
+            inspect: also return diagnostics for histograms and action statistics.
+
+        Raises:
+            NotFinite: an environment returned NaN or infinity. An update that diverges is reported as a fault.
+        """
+        ...
+
+    def state(self) -> EnvState:
+        """The state of the environments, from which the next iteration continues."""
+        ...
+
+    def restore(self, state: EnvState) -> str:
+        """Bring the environments into a captured state; return why that failed, or ""."""
+        ...
+
+
+class HostSource:
+    """Transitions from a Gymnasium vector environment.
+
+    Args:
+        collector: of environments that are reset or restored before the first iteration.
+    """
+
+    def __init__(self, collector: Collector, config: Config) -> None:
+        self.collector, self.config = collector, config
+        self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
+
+    @property
+    def state_is_current(self) -> bool:
+        """Whether the environments are unchanged since the last call of `state`."""
+        return self.collector.state_is_current
+
+    @state_is_current.setter
+    def state_is_current(self, value: bool) -> None:
+        self.collector.state_is_current = value
+
+    def reset(self, iteration: int) -> None:
+        """Begin new episodes, with seeds derived from the iteration."""
+        count = self.config.num_envs
+        self.collector.reset(environment_seeds(self.config.seed, count, iteration=iteration))
+
+    def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
+        """Collect a rollout and update the learner; see `Source.iterate`."""
+        config, rollout = self.config, self._rollout
+        began = time.perf_counter()
+        noise_rng = generator(config.seed, Purpose.NOISE, iteration)
+        noise = rollout.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
+        actor = learner.actor(noise, keep_outputs=True)
+        try:
+            with single_blas_thread():
+                collected = self.collector.collect(actor, rollout)
+        except NotFinite as error:
+            error.evidence["rollout"] = rollout.arrays()
+            raise
+
+        update_began = time.perf_counter()
+        hyper = hyper_at(config, global_step)
+        metrics, samples, fault = update_from(learner, rollout, config, iteration, hyper, actor, inspect)
+        ended = time.perf_counter()
+        steps = int(rollout.valid.sum())
+        metrics |= time_metrics(steps, ended - began, collected, ended - update_began)
+        return Iteration(metrics, collected.episodes, steps, samples, fault)
+
+    def state(self) -> EnvState:
+        """The state of the environments; see `Source.state`."""
+        return self.collector.capture_state()
+
+    def restore(self, state: EnvState) -> str:
+        """Restore the environments; see `Source.restore`."""
+        return self.collector.restore_state(state)
+
+
+def update_from(
+    learner: Learner,
+    rollout: Rollout,
+    config: Config,
+    iteration: int,
+    hyper: Hyper,
+    actor: Actor | None = None,
+    inspect: bool = False,
+) -> tuple[Metrics, Diagnostics | None, NotFinite | None]:
+    """Update a learner from a rollout: metrics, diagnostics for histograms, and the fault of a discarded update."""
+    rng = generator(config.seed, Purpose.ORDER, iteration)
+    order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length)
+    before = learner.inspect_rollout(rollout, hyper) if inspect and rollout.valid.any() else None
+    fault = None
+    try:
+        metrics: Metrics = {**learner.update(rollout, order, hyper, actor)}
+    except NotFinite as error:
+        error.evidence |= {"rollout": rollout.arrays(), "order": order, "hyper": hyper._asdict()}
+        metrics, fault = dict(error.evidence["metrics"]), error
+    diagnostics = None
+    if before:
+        after = learner.inspect_rollout(rollout, hyper, before["carry"])
+        diagnostics = histograms_of(rollout, config, before, after)
+        metrics |= action_metrics(rollout, config, before)
+    return metrics, diagnostics, fault
+
+
+def time_metrics(steps: int, seconds: float, collected: Collected, update_seconds: float) -> Metrics:
+    """Speed of an iteration, and shares of its time."""
+    return {
+        "rollout/episodes": len(collected.episodes),
+        "time/steps_per_second": steps / seconds,
+        "time/fraction_env": collected.env_seconds / seconds,
+        "time/fraction_act": collected.act_seconds / seconds,
+        "time/fraction_update": update_seconds / seconds,
+    }

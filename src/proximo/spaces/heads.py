@@ -1,0 +1,313 @@
+"""Action heads: the parts of a policy, one for each simple action space.
+
+An action space is a sequence of heads. A head defines how many outputs of the network it reads, its noise, the *raw
+sample* that is stored and scored, and the mapping from raw samples to the actions that an environment takes. Noise
+always comes from outside, and zero noise gives the mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+
+from proximo.config.settings import Config
+from proximo.errors import UserError
+
+MASKED = -1e9  # logit of a forbidden action; finite, so that a row with every action masked stays finite
+MAX_LOG_STD = 2.0
+
+RawAction = dict[str, np.ndarray]  # path of the head -> [..., *raw_shape]
+
+
+@dataclass(frozen=True)
+class CategoricalHead:
+    """One of n actions, `start … start + n - 1`. The raw sample is the index, 0 … n - 1."""
+
+    n: int
+    start: int = 0
+    path: str = ""
+
+    kind: ClassVar[str] = "categorical"
+    has_mask: ClassVar[bool] = True
+    raw_shape: ClassVar[tuple[int, ...]] = ()
+    raw_dtype: ClassVar[str] = "int32"
+    std_size: ClassVar[int] = 0  # standard deviations
+
+    @property
+    def noise_size(self) -> int:
+        """Noise values per sample."""
+        return self.n
+
+    def output_size(self, config: Config) -> int:
+        """Outputs of the network: one logit per action."""
+        return self.n
+
+    def check(self, config: Config) -> None:
+        """Raise UserError for a setting that needs a continuous action."""
+        for name in ("squash", "rescale_actions", "tanh_mean"):
+            if getattr(config, name):
+                raise UserError(
+                    f"`{name}` needs a Box action space, but the actions are Discrete({self.n}). Turn it off."
+                )
+
+    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
+        """Standard Gumbel noise [*leading, n]: argmax(logits + noise) is a sample, argmax(logits) the mode."""
+        return rng.gumbel(size=(*leading, self.n)).astype(np.float32)
+
+    def sample(
+        self, config: Config, logits: np.ndarray, std: Any, noise: Any, masks: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Indices [N] from logits [N, n] with the Gumbel-max trick."""
+        for mask in masks:
+            logits = np.where(mask > 0, logits, logits.dtype.type(MASKED))
+        return np.argmax(logits + noise, axis=-1).astype(np.int32)
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform raw samples [count]."""
+        return rng.integers(self.n, size=count, dtype=np.int32)
+
+    def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
+        """Indices [N] -> environment actions [N]."""
+        return raw.astype(np.int64) + self.start
+
+    def describe(self) -> str:
+        """Describe the actions in a message."""
+        return f"one of {self.n} actions from {self.start}"
+
+    def describe_outputs(self, config: Config) -> str:
+        """Describe the network's outputs in a message."""
+        return "one logit for each action"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class GaussianHead:
+    """Real-valued actions of any shape. The raw sample is flat, [..., size]. Infinite bounds are ±inf."""
+
+    shape: tuple[int, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    dtype: str = "float32"
+    path: str = ""
+
+    kind: ClassVar[str] = "gaussian"
+    has_mask: ClassVar[bool] = False
+    raw_dtype: ClassVar[str] = "float32"
+
+    @property
+    def size(self) -> int:
+        """D, the number of action dimensions."""
+        return len(self.low)
+
+    noise_size = std_size = size  # noise values and standard deviations per sample
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
+        return (self.size,)
+
+    @cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """low and high, [D] each."""
+        return np.asarray(self.low, self.dtype), np.asarray(self.high, self.dtype)
+
+    @property
+    def width(self) -> np.ndarray:
+        """high − low, [D]."""
+        with np.errstate(over="ignore"):
+            return np.subtract(self.high, self.low, dtype=self.dtype)
+
+    def output_size(self, config: Config) -> int:
+        """Outputs of the network: one mean per dimension, then one deviation where `std` is predicted."""
+        return self.size * (2 if config.std == "predicted" else 1)
+
+    def check(self, config: Config) -> None:
+        """Raise UserError where actions are to be rescaled to infinite bounds."""
+        if config.rescale_actions and not np.isfinite(self.width).all():
+            raise UserError(
+                "`rescale_actions` needs finite action bounds, but this action space is unbounded. Turn it off, or "
+                "wrap the environment with gymnasium.wrappers.RescaleAction."
+            )
+
+    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
+        """Standard normal noise [*leading, size]."""
+        return rng.standard_normal((*leading, self.size), dtype=np.float32)
+
+    def sample(
+        self, config: Config, output: np.ndarray, std: Any, noise: Any, masks: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Raw samples [N, D]: mean + std · noise.
+
+        Args:
+            output: [N, output_size] of the network.
+            std: [D], learned or fixed; ignored where the network predicts it.
+        """
+        mean = output[..., : self.size]
+        if config.tanh_mean:
+            mean = np.tanh(mean)
+        if config.std == "predicted":
+            std = predicted_std(config, output[..., self.size :])
+        return mean + std * noise
+
+    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform raw samples [count, D] within the bounds; unbounded dimensions from a standard normal."""
+        low, width = np.asarray(self.low), self.width
+        bounded, shape = np.isfinite(width), (count, self.size)
+        uniform = np.where(bounded, low, 0.0) + np.where(bounded, width, 0.0) * rng.random(shape)
+        return np.where(bounded, uniform, rng.standard_normal(shape)).astype(np.float32)
+
+    def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
+        """Map raw samples [N, D] to environment actions [N, *shape]: squash, rescale, clip, as configured."""
+        low, high = self.bounds
+        action = (np.tanh(raw) if config.squash else raw).astype(self.dtype)
+        if config.rescale_actions:
+            action = low + 0.5 * (action + 1.0) * self.width.astype(self.dtype)
+        if config.clip_actions:
+            action = np.minimum(np.maximum(action, low), high)
+        return action.reshape(-1, *self.shape)
+
+    def describe(self) -> str:
+        """Describe the actions in a message."""
+        return f"numbers of shape {self.shape}, from {self.low} to {self.high}, as {self.dtype}"
+
+    def describe_outputs(self, config: Config) -> str:
+        """Describe the network's outputs in a message."""
+        text = "one mean for each dimension of the action"
+        return text + (", then one for its deviation" if config.std == "predicted" else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; infinite bounds become null."""
+        values = {"kind": self.kind, **asdict(self)}
+        for bound in ("low", "high"):
+            values[bound] = [float(value) if np.isfinite(value) else None for value in values[bound]]
+        return values
+
+
+Head = CategoricalHead | GaussianHead
+
+
+def predicted_std(config: Config, output: np.ndarray) -> np.ndarray:
+    """Standard deviations [N, D] from the network's outputs; a zero output gives `init_std`."""
+    shift = math.log(math.expm1(config.init_std - config.min_std))
+    std = np.logaddexp(output + output.dtype.type(shift), 0.0) + output.dtype.type(config.min_std)
+    return np.minimum(std, output.dtype.type(math.exp(MAX_LOG_STD)))
+
+
+@dataclass(frozen=True)
+class Actions:
+    """The heads of an action space, in the order of the network's outputs.
+
+    Raw actions are dictionaries `path -> array`, like observations. The path of a plain (not nested) space is "".
+
+    Raises:
+        ValueError: the heads are not sorted by path, the order in which JAX visits dictionaries.
+    """
+
+    heads: tuple[Head, ...]
+
+    def __post_init__(self) -> None:
+        paths = [head.path for head in self.heads]
+        if paths != sorted(set(paths)):
+            raise ValueError(f"heads must be sorted by unique paths, got {paths}")
+
+    @property
+    def noise_size(self) -> int:
+        """Noise values per step of one environment."""
+        return sum(head.noise_size for head in self.heads)
+
+    @property
+    def std_size(self) -> int:
+        """Standard deviations of all Gaussian heads together."""
+        return sum(head.std_size for head in self.heads)
+
+    def output_size(self, config: Config) -> int:
+        """K, the outputs of the policy head."""
+        return sum(head.output_size(config) for head in self.heads)
+
+    def slices(self, config: Config) -> Iterator[tuple[Head, slice, slice, slice]]:
+        """Yield (head, its outputs, its noise, its standard deviations) as slices of the last axis."""
+        output = noise = std = 0
+        for head in self.heads:
+            ends = output + head.output_size(config), noise + head.noise_size, std + head.std_size
+            yield head, slice(output, ends[0]), slice(noise, ends[1]), slice(std, ends[2])
+            output, noise, std = ends
+
+    def check(self, config: Config) -> None:
+        """Raise UserError for settings that a head cannot serve."""
+        for head in self.heads:
+            head.check(config)
+
+    def zeros(self, leading: tuple[int, ...]) -> RawAction:
+        """Raw actions [*leading, *raw_shape] of zeros."""
+        return {head.path: np.zeros((*leading, *head.raw_shape), head.raw_dtype) for head in self.heads}
+
+    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
+        """Noise [*leading, noise_size] of all heads."""
+        drawn = [head.noise(rng, leading) for head in self.heads]
+        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
+
+    def random(self, rng: np.random.Generator, count: int) -> RawAction:
+        """Random raw actions [count, ...]."""
+        return {head.path: head.random(rng, count) for head in self.heads}
+
+    def to_env(self, raw: Mapping[str, np.ndarray], config: Config) -> Any:
+        """Map raw actions [N, ...] to environment actions [N, ...]; several heads give a dictionary by path."""
+        actions = {head.path: head.to_env(raw[head.path], config) for head in self.heads}
+        return actions.get("", actions)
+
+    def describe(self) -> str:
+        """Describe the actions in a message."""
+        return " and ".join(head.describe() for head in self.heads)
+
+    def describe_outputs(self, config: Config) -> str:
+        """Describe the network's outputs in a message."""
+        return ", ".join(head.describe_outputs(config) for head in self.heads)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Plain values for JSON."""
+        return [head.to_dict() for head in self.heads]
+
+    @staticmethod
+    def from_dict(values: Sequence[Mapping[str, Any]]) -> Actions:
+        """The inverse of `to_dict`."""
+        return Actions(tuple(head_from_dict(value) for value in values))
+
+    @staticmethod
+    def of(space: gym.Space[Any]) -> Actions:
+        """Read a Gymnasium action space.
+
+        Raises:
+            UserError: the space is not supported.
+        """
+        if isinstance(space, gym.spaces.Discrete):
+            return Actions((CategoricalHead(int(space.n), int(space.start)),))
+        if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and 0 not in space.shape:
+            low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (space.low, space.high))
+            return Actions((GaussianHead(tuple(space.shape), low, high, str(space.dtype)),))
+        raise UserError(
+            f"action space {space} is not supported: expected Discrete, or Box of floating-point numbers. Wrap the "
+            "environment so that its actions are one of these."
+        )
+
+
+def head_from_dict(values: Mapping[str, Any]) -> Head:
+    """The inverse of a head's `to_dict`."""
+    values = dict(values)
+    kind = values.pop("kind")
+    if kind == "categorical":
+        return CategoricalHead(**values)
+    if kind != "gaussian":
+        raise ValueError(f"unknown kind of action head: {kind!r}")
+    np.dtype(values["dtype"])  # TypeError for an unknown type
+    low = tuple(-np.inf if value is None else value for value in values.pop("low"))
+    high = tuple(np.inf if value is None else value for value in values.pop("high"))
+    return GaussianHead(**{**values, "shape": tuple(values["shape"]), "low": low, "high": high})
