@@ -119,6 +119,9 @@ class Learner(learner.Learner):
     def _is_finite(self, state: State) -> bool:
         return bool(is_finite(state))
 
+    def _named_params(self) -> Any:
+        return self._to_numpy(self._state.params)
+
     def _named_state(self) -> State:
         return self._to_numpy(self._state)
 

@@ -130,9 +130,9 @@ class Learner:
         """
         spaces = self.spec.spaces
         if self._acts_in_numpy:
-            state = self._named_state()
-            moments = {path: (moments.mean, moments.variance) for path, moments in state.obs_moments.items()}
-            return mlp_actor(self.spec.config, spaces, state.params, moments, noise)
+            found = self._to_numpy(self._state.obs_moments)
+            moments = {path: (moments.mean, moments.variance) for path, moments in found.items()}
+            return mlp_actor(self.spec.config, spaces, self._named_params(), moments, noise)
         keep_outputs = keep_outputs and is_chunked(self.spec)
         return NetworkActor(
             self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
@@ -280,6 +280,10 @@ class Learner:
 
     def _is_finite(self, state: Any) -> bool:
         """Whether every array of a state is finite."""
+        raise NotImplementedError
+
+    def _named_params(self) -> Any:
+        """The parameters as NumPy arrays by name."""
         raise NotImplementedError
 
     def _named_state(self) -> Any:

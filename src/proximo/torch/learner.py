@@ -185,6 +185,9 @@ class Learner(learner.Learner):
         tree_map(lambda x: finite.append(bool(torch.isfinite(x).all())), state)
         return all(finite)
 
+    def _named_params(self) -> Any:
+        return self._to_numpy(unflatten(self.spec.shapes, self._state.params))
+
     def _named_state(self) -> Any:
         named = {name: unflatten(self.spec.shapes, getattr(self._state, name)) for name in FLAT}
         return self._to_numpy(self._state._replace(**named))  # type: ignore[arg-type]
