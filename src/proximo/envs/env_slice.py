@@ -18,6 +18,7 @@ from proximo.rollout.env_state import Origin, generator_from_state, get_generato
 EnvFactory = Callable[[], gym.Env]
 # Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
 GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
+CLOSE_GRACE_S = 3.0  # for environments to close before their worker process is killed
 CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
 
 
@@ -81,30 +82,29 @@ class EnvSlice:
 
     def attach(self, arrays: SharedArrays, process: int) -> None:
         """Use these arrays from now on. `process` is this process's row of `arrays.current`."""
-        space = self.envs[0].observation_space
         self.arrays, self.current = arrays, memoryview(arrays.current[process])
         self.current[0] = NO_ENVIRONMENT
-        self.observation = list(observation_leaves(space, arrays.observation))
-        self.final = list(observation_leaves(space, arrays.final))
+        self.observation = list(observation_leaves(arrays.observation))
+        self.final = list(observation_leaves(arrays.final))
         self.reports_episodes = len(arrays.episode) > 0
         self.steps_since_origin = arrays.steps_since_origin[self.indices.start : self.indices.stop]
         self.snapshot_methods = [snapshot_method(env) for env in self.envs]
         self.never_reset = set(self.indices)
 
-    def run(self, command: Command, *arguments: Any) -> None:
-        """Execute a command on the attached environments."""
+    def run(self, command: Command, *columns: Sequence[Any]) -> None:
+        """Execute a command on the attached environments; each column has one argument for every environment."""
         self.activity, self.calls, self.thread = command.activity, self.calls + 1, threading.get_ident()
         try:
-            command.method(self, *arguments)
+            command.method(self, *columns)
         finally:
             self.current[0] = NO_ENVIRONMENT
 
-    def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None) -> None:
-        for n, env, seed, selected in zip(self.indices, self.envs, seeds, mask, strict=True):
+    def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: Sequence[dict | None]) -> None:
+        for n, env, seed, selected, others in zip(self.indices, self.envs, seeds, mask, options, strict=True):
             if selected:
                 self.last_index = self.current[0] = n
-                self._record_origin(n, env, seed, replayable=not options)
-                observation, _ = env.reset(seed=seed, options=options)
+                self._record_origin(n, env, seed, replayable=not others)
+                observation, _ = env.reset(seed=seed, options=others)
                 store_observation(self.observation, n, observation)
 
     def _record_origin(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
@@ -125,10 +125,10 @@ class EnvSlice:
         arrays.origin[n, :size] = np.frombuffer(pickled[:size], np.uint8)
         arrays.origin_size[n], arrays.steps_since_origin[n] = size, 0
 
-    def _replay(self, episodes: Sequence[tuple[bytes, np.ndarray]]) -> None:
+    def _replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> None:
         """Repeat each environment's actions from its origin; `reward` becomes the return of the episode so far."""
         arrays, current = self.arrays, self.current
-        for n, env, (pickled, actions) in zip(self.indices, self.envs, episodes, strict=True):
+        for n, env, pickled, episode in zip(self.indices, self.envs, origins, actions, strict=True):
             self.last_index = current[0] = n
             origin = Origin.from_bytes(pickled)
             if origin.snapshot is not None:
@@ -138,7 +138,7 @@ class EnvSlice:
             arrays.steps_since_origin[n] = arrays.reward[n] = 0
             self._record_origin(n, env, origin.seed)
             observation, _ = env.reset(seed=origin.seed)
-            for action in actions.astype(arrays.action.dtype):
+            for action in episode.astype(arrays.action.dtype):
                 self.calls += 1
                 current[1] = self.calls  # the timeout is for one step, not for the whole replay
                 observation, reward, terminated, truncated, _ = env.step(action)
@@ -147,7 +147,7 @@ class EnvSlice:
                     observation, _ = env.reset()
                     arrays.reward[n] = 0
             store_observation(self.observation, n, observation)
-            arrays.steps_since_origin[n] = len(actions)
+            arrays.steps_since_origin[n] = len(episode)
 
     def _step(self) -> None:
         """Apply the actions in the arrays; reset environments whose episode ends."""

@@ -17,8 +17,8 @@ from gymnasium.vector import VectorEnv
 from proximo.envs import atari
 from proximo.envs.auto_engine import choose_engine
 from proximo.envs.envpool_engine import EnvPoolVectorEnv
-from proximo.envs.local import LocalVectorEnv
 from proximo.envs.native import make_native
+from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
 from proximo.spaces.spaces import Spaces

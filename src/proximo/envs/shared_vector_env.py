@@ -1,8 +1,10 @@
-"""Gymnasium's vector environment interface over `SharedArrays`: common part of engines `sync` and `workers`."""
+"""Gymnasium's vector environment interface over `SharedArrays`, and engine `sync`, which runs it in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -10,15 +12,14 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.env_slice import REPLAY, RESET, STEP, Command, Declaration
-from proximo.envs.shared_memory import Layout, SharedArrays, final_info, map_arrays, store_actions
-from proximo.errors import RunError, UserError
+from proximo.envs.env_slice import REPLAY, RESET, STEP, Command, Declaration, EnvFactory, EnvSlice
+from proximo.envs.shared_memory import Layout, SharedArrays
+from proximo.envs.timeout import start_timeout_thread
+from proximo.errors import Exited, RunError, UserError
+from proximo.rollout.collector import select_env
 from proximo.spaces.spaces import Spaces
 
 Seeds = int | Sequence[int | None] | None
-# From the indices of a slice to the arguments of a command; None if the slice has nothing to do.
-SliceArguments = Callable[[range], tuple[Any, ...] | None]
-NO_ARGUMENTS: SliceArguments = lambda indices: ()
 
 
 class SharedVectorEnv(VectorEnv):
@@ -41,8 +42,8 @@ class SharedVectorEnv(VectorEnv):
         self._arrays: SharedArrays | None = None
         self._interrupted = False  # whether only some environments executed the last command
 
-    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
-        """Set `_interrupted`, then execute a command on all slices."""
+    def _run(self, command: Command, *columns: Sequence[Any]) -> None:
+        """Set `_interrupted`, then execute a command; each column has one argument for every environment."""
         raise NotImplementedError
 
     def _set_spaces(self, declarations: Sequence[Declaration], workers: int) -> Layout:
@@ -64,7 +65,7 @@ class SharedVectorEnv(VectorEnv):
 
     def _observations(self) -> Any:
         observation = self._open_arrays().observation
-        return map_arrays(np.copy, observation) if self.copy else observation
+        return deepcopy(observation) if self.copy else observation
 
     def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
@@ -78,14 +79,9 @@ class SharedVectorEnv(VectorEnv):
         """
         self._open_arrays()
         seeds = seed_per_env(seed, self.num_envs)
-        mask, options = split_reset_options(options, self.num_envs)
-
-        def arguments(indices: range) -> tuple[Any, ...] | None:
-            part = slice(indices.start, indices.stop)
-            return (seeds[part], mask[part].tolist(), options) if mask[part].any() else None
-
+        mask, others = split_reset_options(options, self.num_envs)
         still_interrupted = self._interrupted and not mask.all()
-        self._run(RESET, arguments)
+        self._run(RESET, seeds, mask.tolist(), [others] * self.num_envs)
         self._interrupted = still_interrupted
         return self._observations(), {}
 
@@ -101,11 +97,32 @@ class SharedVectorEnv(VectorEnv):
             raise RunError(
                 "the previous call was interrupted after only some environments had executed it. Call reset() first."
             )
-        store_actions(arrays.action, actions)
+        actions, rows = np.asarray(actions), arrays.action
+        if actions.shape != rows.shape or not np.can_cast(actions.dtype, rows.dtype, "same_kind"):
+            raise UserError(
+                f"actions are {actions.dtype} of shape {actions.shape}, expected {rows.dtype} of shape {rows.shape}"
+            )
+        rows[...] = actions
         self._run(STEP)
         self._interrupted = False
         terminated, truncated = arrays.terminated.copy(), arrays.truncated.copy()
-        return self._observations(), arrays.reward.copy(), terminated, truncated, final_info(arrays)
+        info = self._final_info(terminated | truncated)
+        return self._observations(), arrays.reward.copy(), terminated, truncated, info
+
+    def _final_info(self, ended: np.ndarray) -> dict[str, Any]:
+        """Return final observations and reported episodes, or nothing if no episode ended."""
+        if not ended.any():
+            return {}
+        arrays = self._open_arrays()
+        final = np.full(len(ended), None, object)
+        for n in np.flatnonzero(ended).tolist():
+            final[n] = deepcopy(select_env(arrays.final, n))
+        info: dict[str, Any] = {"final_obs": final, "_final_obs": ended}
+        if self.reports_episodes:
+            returns, lengths = arrays.episode.T.copy()
+            info["episode"] = {"r": returns, "l": np.nan_to_num(lengths).astype(np.int64)}
+            info["_episode"] = ended & ~np.isnan(returns)
+        return info
 
     def origins(self) -> tuple[list[bytes], np.ndarray]:
         """Return N pickled origins, empty where unknown, and the steps since them [N]."""
@@ -115,10 +132,57 @@ class SharedVectorEnv(VectorEnv):
 
     def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
         """Apply `actions[n]` [any number, ...] from `origins[n]`; return observations and returns so far [N]."""
-        episodes = list(zip(origins, actions, strict=True))
-        self._run(REPLAY, lambda indices: (episodes[indices.start : indices.stop],))
+        self._run(REPLAY, origins, actions)
         self._interrupted = False
         return self._observations(), self._open_arrays().reward.copy()
+
+
+class LocalVectorEnv(SharedVectorEnv):
+    """N environments stepped one after another in this process: engine `sync`.
+
+    Exceptions of an environment are raised unchanged, with a note that has its index.
+
+    Args:
+        factory: makes one environment; called N times.
+        timeout_s: limit in seconds for one step or reset of one environment (`proximo.envs.timeout`).
+
+    Raises:
+        UserError: the spaces differ, or Proximo does not support them.
+        RunError: an environment calls `sys.exit`, or exceeds the timeout.
+    """
+
+    def __init__(self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0, copy: bool = True) -> None:
+        super().__init__(num_envs, copy)
+        self._slice = EnvSlice(range(num_envs))
+        try:
+            self._slice.make(factory)
+            layout = self._set_spaces([self._slice.declare()], workers=1)
+            self._arrays = layout.allocate(mmap.mmap(-1, layout.size()))
+            self._slice.attach(self._arrays, 0)
+            start_timeout_thread(self._slice, timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, command: Command, *columns: Sequence[Any]) -> None:
+        self._interrupted = True
+        try:
+            self._slice.run(command, *columns)
+        except RunError:
+            raise
+        except UserError as error:
+            raise UserError(f"environment {self._slice.last_index}: {error}") from error
+        except SystemExit as error:
+            raise Exited(
+                f"environment {self._slice.last_index} called sys.exit({error.code!r}) while {command.activity}"
+            ) from error
+        except Exception as error:
+            error.add_note(f"raised by environment {self._slice.last_index} while {command.activity}")
+            raise
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environments."""
+        self._slice.close()
 
 
 def require_equal_spaces(spaces: Sequence[tuple[int, gym.Space[Any], gym.Space[Any]]]) -> tuple[Any, Any]:

@@ -13,23 +13,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from functools import partial
-from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import cloudpickle
 
-from proximo.envs.env_slice import REPLAY, RESET, STEP, EnvSlice
-from proximo.envs.shared_memory import Allocator, Layout
+from proximo.envs.env_slice import CLOSE_GRACE_S, REPLAY, RESET, STEP, EnvSlice
+from proximo.envs.shared_memory import Layout
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS
 
 COMMANDS = {command.code: command for command in (STEP, RESET, REPLAY)}
 ATTACH, CLOSE = b"a", b"c"  # other commands
 DONE, MADE_ONE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # answers of a worker
-CLOSE_GRACE_S = 3.0  # for workers to close their environments before they are killed
 PARENT_CHECK_S = 1.0  # between checks that the parent process is alive
 SPIN_S = 0.0005  # both sides poll this long before they sleep, since waking up may take 0.1 ms
 
@@ -68,21 +65,13 @@ class ErrorReport(NamedTuple):
         return error
 
 
-def main(descriptor: int) -> None:
-    """Run a spawned worker: its task arrives on standard input, and `descriptor` is its end of the connection."""
-    factory, index, environments = pickle.load(sys.stdin.buffer)
-    run_worker(Connection(descriptor), [], factory, index, environments)
-
-
-def run_worker(
-    connection: Connection, inherited: Sequence[Connection], factory: bytes, index: int, environments: range
-) -> None:
+def main(connection: int, memory: int) -> None:
     """Serve the trainer until it closes the connection.
 
-    A fork inherits the trainer's ends of connections, and has to close them. The factory is pickled.
+    The descriptors are those of this end of the connection and of the shared memory. Standard input has the pickled
+    factory, the worker's index and the indices of its environments.
     """
-    for other in inherited:
-        other.close()
+    factory, index, environments = pickle.load(sys.stdin.buffer)
     # A signal may go to the whole process group. Only the trainer reacts to it, and then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -90,11 +79,9 @@ def run_worker(
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_ignore_in_worker, os.getpid()))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    process = multiprocessing.current_process()
-    process.name = f"proximo-worker-{index}"
-    process.daemon = False  # so that environments may start processes
+    multiprocessing.current_process().name = f"proximo-worker-{index}"
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    _Worker(connection, index, environments).run(factory)
+    _Worker(Connection(connection), memory, index, environments).run(factory)
 
 
 def _ignore_in_worker(worker: int, number: int, frame: Any) -> None:
@@ -119,8 +106,9 @@ class _TrainerGone(Exception):
 class _Worker:
     """Executes commands from the connection on a slice of the environments."""
 
-    def __init__(self, connection: Connection, index: int, environments: range) -> None:
-        self.connection, self.index, self.slice = connection, index, EnvSlice(environments)
+    def __init__(self, connection: Connection, memory: int, index: int, environments: range) -> None:
+        self.connection, self.memory, self.index = connection, memory, index
+        self.slice = EnvSlice(environments)
         self.poller = select.poll()
         self.poller.register(connection.fileno(), select.POLLIN)
 
@@ -143,17 +131,11 @@ class _Worker:
     def _execute(self, code: bytes) -> None:
         arguments = () if code == STEP.code else pickle.loads(self.connection.recv_bytes())
         if code == ATTACH:
-            self._attach(*arguments)
+            layout = Layout(*arguments)
+            self.slice.attach(layout.allocate(mmap.mmap(self.memory, layout.size())), self.index)
+            os.close(self.memory)
         else:
             self.slice.run(COMMANDS[code], *arguments)
-
-    def _attach(self, size: int, *sizes: Any) -> None:
-        descriptor = reduction.recv_handle(self.connection)
-        memory = mmap.mmap(descriptor, size)
-        os.close(descriptor)
-        first = self.slice.envs[0]
-        layout = Layout(first.observation_space, first.action_space, *sizes)
-        self.slice.attach(layout.allocate(Allocator(memory)), self.index)
 
     def _receive(self) -> bytes:
         poll_briefly(self.poller)

@@ -21,25 +21,28 @@ import multiprocessing
 import os
 import pickle
 import select
+import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from multiprocessing.util import Finalize
 from typing import Any, NoReturn
 
 import cloudpickle
-import numpy as np
 
-from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, STEP, Command, EnvFactory, EnvSlice
-from proximo.envs.shared_memory import Allocator
-from proximo.envs.shared_vector_env import NO_ARGUMENTS, SharedVectorEnv, SliceArguments
+from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, CLOSE_GRACE_S, STEP, Command, Declaration, EnvFactory, EnvSlice
+from proximo.envs.shared_memory import NO_ENVIRONMENT
+from proximo.envs.shared_vector_env import SharedVectorEnv
 from proximo.envs.timeout import start_timeout_thread
-from proximo.envs.worker_handle import KILL_WAIT_S, WorkerHandle, join_all
-from proximo.envs.worker_process import ATTACH, CLOSE, CLOSE_GRACE_S, ErrorReport, poll_briefly
+from proximo.envs.worker_process import ATTACH, CLOSE, DECLARED, DONE, FAILED, MADE_ONE, ErrorReport, poll_briefly
 from proximo.errors import RunError, UserError
-from proximo.machine import cores, pin_to_core
+from proximo.machine import STOP_SIGNALS, cores, pin_to_core
 
 FAULT_GRACE_S = 0.5  # like CLOSE_GRACE_S after a fault, which should be reported soon
+KILL_WAIT_S = 1.0  # for a killed process to end
 
 
 class WorkerVectorEnv(SharedVectorEnv):
@@ -53,14 +56,12 @@ class WorkerVectorEnv(SharedVectorEnv):
             evenly as possible.
         isolate: run all W slices in worker processes. Environments that crash or never return, in C code as well,
             are then reported; in this process they would end or block the training.
-        context: start method: spawn, forkserver or fork. Forking a process with threads (JAX has some) may deadlock.
-            A fork server imports the main script, which has to guard its code with `if __name__ == "__main__":`.
         timeout_s: limit in seconds for one step or reset of one environment. Environments in this process can only be
             interrupted in Python code (`proximo.envs.timeout`).
         start_timeout_s: limit in seconds for a constructor, and for starting a process.
 
     Raises:
-        UserError: an argument is invalid, an environment cannot be made, or the spaces differ or are not supported.
+        UserError: an environment cannot be made, or the spaces differ or are not supported.
         RunError: an environment raised an exception, or a worker died or did not answer.
     """
 
@@ -70,59 +71,64 @@ class WorkerVectorEnv(SharedVectorEnv):
         num_envs: int,
         workers: int | None = None,
         isolate: bool = False,
-        context: str = "spawn",
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
         copy: bool = True,
     ) -> None:
         super().__init__(num_envs, copy)
+        if sys.platform == "win32":
+            raise UserError("engine workers needs Linux or macOS. Use engine sync.")
         self._slice: EnvSlice | None = None  # the environments in this process
-        self._workers: list[WorkerHandle] = []
+        self._workers: list[_Worker] = []
         self._activity, self._steps = "making", 0
-        workers = cores() if workers is None else workers
-        _check_arguments(num_envs, workers, context, min(timeout_s, start_timeout_s))
-        workers = min(workers, num_envs)
         self._timeout = start_timeout_s, "start_timeout_s"  # and the setting for it
         self._poller = select.poll()
+        workers = min(workers or cores(), num_envs)
         try:
-            self._start(factory, _slices(num_envs, workers), isolate, context)
-            self._wait()
-            self._timeout = timeout_s, "env_timeout"
-            self._attach(workers)
+            # An unnamed file. memfd does not use /dev/shm, which is small in containers.
+            has_memfd = hasattr(os, "memfd_create")
+            with open(os.memfd_create("proximo"), "w+b") if has_memfd else tempfile.TemporaryFile() as memory:
+                self._start(factory, _slices(num_envs, workers), isolate, memory.fileno())
+                self._wait()
+                self._timeout = timeout_s, "env_timeout"
+                self._attach(workers, memory.fileno())
             if self._slice:
                 start_timeout_thread(self._slice, timeout_s)
         except BaseException:
             self.close(grace_s=FAULT_GRACE_S)
             raise
 
-    def _start(self, factory: EnvFactory, slices: list[range], isolate: bool, context: str) -> None:
+    def _start(self, factory: EnvFactory, slices: list[range], isolate: bool, memory: int) -> None:
         """Start the workers, and make the environments of this process meanwhile."""
-        pickled = _pickle_factory(factory) if isolate or len(slices) > 1 else b""
+        pickled = pickle_factory(factory) if isolate or len(slices) > 1 else b""
         for index, environments in enumerate(slices):
             if index == 0 and not isolate:
                 self._slice = EnvSlice(environments)
                 continue
-            worker = WorkerHandle.create(index, environments, pickled, context, self._workers)
-            self._workers.append(worker)
-            worker.start()
-            if len(slices) == cores() and worker.process.pid:
+            # The process inherits the blocked signals, and unblocks them when it has installed its handlers.
+            previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            try:
+                worker = _Worker(index, environments, pickled, memory)
+                self._workers.append(worker)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            if len(slices) == cores():
                 pin_to_core(worker.process.pid, index)
             self._poller.register(worker.connection.fileno(), select.POLLIN)
         self._by_descriptor = {worker.connection.fileno(): worker for worker in self._workers}
         self._run_here(lambda env_slice: env_slice.make(factory))
 
-    def _attach(self, workers: int) -> None:
+    def _attach(self, workers: int, memory: int) -> None:
         """Set the spaces, and share the memory with the workers."""
         declarations = [self._slice.declare()] if self._slice else []
         declarations += [worker.declaration for worker in self._workers if worker.declaration]
         layout = self._set_spaces(declarations, workers)
-        size = layout.size()
-        with _anonymous_file(size) as descriptor:
-            for worker in self._workers:
-                worker.send(ATTACH, pickle.dumps((size, *layout[2:])), descriptor)
-            self._wait()
-            memory = mmap.mmap(descriptor, size)
-        arrays = self._arrays = layout.allocate(Allocator(memory))
+        os.ftruncate(memory, layout.size())
+        message = cloudpickle.dumps(layout)
+        for worker in self._workers:
+            worker.send(ATTACH, message)
+        self._wait()
+        arrays = self._arrays = layout.allocate(mmap.mmap(memory, layout.size()))
         self._run_here(lambda env_slice: env_slice.attach(arrays, 0))
 
     def close_extras(self, grace_s: float = CLOSE_GRACE_S, **kwargs: Any) -> None:
@@ -130,35 +136,32 @@ class WorkerVectorEnv(SharedVectorEnv):
         for worker in self._workers:
             worker.send(CLOSE)
         try:
-            join_all(self._workers, grace_s)
+            deadline = time.monotonic() + grace_s
+            for worker in self._workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
         finally:
             for worker in self._workers:
-                if worker.process.is_alive():
-                    worker.process.kill()
-            join_all(self._workers, KILL_WAIT_S)
+                worker.process.kill()
             for worker in self._workers:
+                worker.join(KILL_WAIT_S)
                 worker.connection.close()
             own, self._workers, self._slice, self._arrays = self._slice, [], None, None
             if own:
                 own.close()
 
-    def _run(self, command: Command, arguments: SliceArguments = NO_ARGUMENTS) -> None:
+    def _run(self, command: Command, *columns: Sequence[Any]) -> None:
         self._open_arrays()
         self._wait()  # for answers to a command that was interrupted
-        own: tuple[Any, ...] | None = ()
-        messages: list[tuple[WorkerHandle, bytes | None]] = [(worker, None) for worker in self._workers]
-        if command is not STEP:
-            own = arguments(self._slice.indices) if self._slice else None
-            tasks = [(worker, arguments(worker.environments)) for worker in self._workers]
-            messages = [
-                (worker, cloudpickle.dumps(task) if task else None) for worker, task in tasks if task is not None
-            ]
+
+        def part(indices: range) -> list[Sequence[Any]]:
+            return [column[indices.start : indices.stop] for column in columns]
+
+        messages = [cloudpickle.dumps(part(worker.environments)) if columns else None for worker in self._workers]
         self._activity, self._interrupted = command.activity, True
         self._steps += command is STEP
-        for worker, message in messages:
+        for worker, message in zip(self._workers, messages, strict=True):
             worker.send(command.code, message)
-        if own is not None:
-            self._run_here(lambda env_slice: env_slice.run(command, *own))
+        self._run_here(lambda env_slice: env_slice.run(command, *part(env_slice.indices)))
         self._wait()
 
     def _run_here(self, function: Callable[[EnvSlice], None]) -> None:
@@ -179,14 +182,61 @@ class WorkerVectorEnv(SharedVectorEnv):
         while any(worker.is_pending for worker in self._workers):
             interval_ms = 1000 * self._timeout[0] / CHECKS_PER_TIMEOUT
             ready = poll_briefly(self._poller) or self._poller.poll(interval_ms)
-            try:
-                for descriptor, _ in ready:
-                    self._by_descriptor[descriptor].receive(self._arrays, self._activity, self._when())
-                for worker in self._workers:
-                    if worker.is_pending and not ready:
-                        worker.check_progress(self._arrays, self._activity, self._when(), *self._timeout)
-            except (UserError, RunError) as error:
-                self._fail(error)
+            for descriptor, _ in ready:
+                self._receive(self._by_descriptor[descriptor])
+            for worker in self._workers:
+                if worker.is_pending and not ready:
+                    self._check_progress(worker)
+
+    def _receive(self, worker: _Worker) -> None:
+        """Receive one answer of a worker; if it failed or died, raise the error."""
+        message = b""
+        try:
+            answer = os.read(worker.connection.fileno(), 1)
+            if answer in (DECLARED, FAILED):
+                message = worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            answer = b""
+        if answer == MADE_ONE:
+            worker.num_made += 1
+        elif answer in (DONE, DECLARED):
+            worker.is_pending = False
+            worker.declaration = pickle.loads(message) if message else worker.declaration
+        elif answer == FAILED:
+            report: ErrorReport = pickle.loads(message)
+            self._fail(report.to_error(str(worker), self._when()))
+        else:
+            worker.join(KILL_WAIT_S)
+            n, exitcode = self._position(worker)[0], worker.process.poll()
+            where = "between calls" if n == NO_ENVIRONMENT else f"while {self._activity} environment {n}"
+            hint = ". The kernel does this when memory runs out." if exitcode == -signal.SIGKILL else ""
+            self._fail(RunError(f"{worker} {_describe_exit(exitcode)} {where}, {self._when()}{hint}"))
+
+    def _position(self, worker: _Worker) -> tuple[int, int]:
+        """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the count of replayed steps."""
+        if self._arrays is not None:
+            index, step = self._arrays.current[worker.index, :2].tolist()
+            return index, step
+        all_made = worker.num_made == len(worker.environments)
+        return NO_ENVIRONMENT if all_made else worker.environments[worker.num_made], 0
+
+    def _check_progress(self, worker: _Worker) -> None:
+        """Kill the worker and raise RunError if many checks in a row find it in the same call.
+
+        Checks are counted instead of seconds, so that suspending the trainer causes no timeout.
+        """
+        position = self._position(worker)
+        worker.unchanged_checks = worker.unchanged_checks + 1 if position == worker.last_position else 0
+        worker.last_position = position
+        if worker.unchanged_checks < CHECKS_PER_TIMEOUT:
+            return
+        worker.process.kill()
+        timeout_s, setting = self._timeout
+        limit, when = f"within {timeout_s:g} s", self._when()
+        text = f"environment {position[0]} did not return {limit} while {self._activity}, {when}; {worker} was killed"
+        if position[0] == NO_ENVIRONMENT:
+            text = f"{worker} did not answer {limit} between calls, {when}, and was killed"
+        self._fail(RunError(f"{text}. Fix the environment, or increase `{setting}`."))
 
     def _when(self) -> str:
         return f"at step {self._steps}" if self._steps else "before the first step"
@@ -197,26 +247,62 @@ class WorkerVectorEnv(SharedVectorEnv):
         raise error
 
 
-@contextlib.contextmanager
-def _anonymous_file(size: int) -> Iterator[int]:
-    """Yield the descriptor of an unnamed file of `size` zero bytes."""
-    has_memfd = hasattr(os, "memfd_create")  # does not use /dev/shm, which is small in containers
-    with open(os.memfd_create("proximo"), "w+b") if has_memfd else tempfile.TemporaryFile() as file:
-        os.ftruncate(file.fileno(), size)
-        yield file.fileno()
+class _Worker:
+    """A worker process, the trainer's end of the connection to it, and its progress.
+
+    The process is a fresh Python that, unlike multiprocessing's, does not import the main script, because the factory
+    is pickled by value. So a script needs no `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, index: int, environments: range, factory: bytes, memory: int) -> None:
+        self.index, self.environments = index, environments
+        self.declaration: Declaration | None = None
+        self.is_pending = True  # has not answered the last command, or has not made its environments
+        self.num_made = 0  # environments made so far
+        self.unchanged_checks = 0  # checks in a row that found the worker at `last_position`
+        self.last_position: tuple[int, int] = (NO_ENVIRONMENT, 0)
+        self.connection, connection = multiprocessing.Pipe()
+        descriptors = connection.fileno(), memory
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        program = f"import sys; sys.path[:] = {path!r}; import proximo.envs.worker_process as w; w.main(*{descriptors})"
+        with connection, tempfile.TemporaryFile() as task:
+            task.write(pickle.dumps((factory, index, environments)))
+            task.seek(0)
+            self.process = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=descriptors)
+        # At the end of a program that does not close the vector environment.
+        Finalize(self, _kill, (self.process,), exitpriority=0)
+
+    def __str__(self) -> str:
+        first, last = self.environments[0], self.environments[-1]
+        which = f"environment {first}" if first == last else f"environments {first} to {last}"
+        return f"worker {self.index} (process {self.process.pid}, {which})"
+
+    def send(self, code: bytes, message: bytes | None = None) -> None:
+        """Send a command and its pickled arguments."""
+        self.is_pending, self.unchanged_checks = True, 0
+        with contextlib.suppress(OSError):  # the worker died; receiving its answer reports that
+            os.write(self.connection.fileno(), code)
+            if message is not None:
+                self.connection.send_bytes(message)
+
+    def join(self, seconds: float) -> None:
+        """Wait until the process has ended, at most this long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
 
 
-def _check_arguments(num_envs: int, workers: int, context: str, timeout_s: float) -> None:
-    if sys.platform == "win32":
-        raise UserError("engine workers needs Linux or macOS. Use engine sync.")
-    for name, value in (("num_envs", num_envs), ("workers", workers)):
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise UserError(f"{name} must be a whole number in [1, ∞), got {value!r}")
-    known = multiprocessing.get_all_start_methods()
-    if context not in known:
-        raise UserError(f"context must be one of {', '.join(known)}, got {context!r}")
-    if not timeout_s > 0:
-        raise UserError(f"timeout_s and start_timeout_s must be numbers above 0, got {timeout_s!r}")
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _describe_exit(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "closed its connection"
+    if exitcode >= 0:
+        return f"exited with status {exitcode}"
+    names = {-number: number.name for number in signal.Signals}
+    return f"was killed by {names.get(exitcode, f'signal {-exitcode}')}"
 
 
 def _slices(num_envs: int, workers: int) -> list[range]:
@@ -229,12 +315,13 @@ def _slices(num_envs: int, workers: int) -> list[range]:
 def is_sendable(factory: EnvFactory) -> bool:
     """Whether the factory can be sent to worker processes."""
     try:
-        return sys.platform != "win32" and bool(_pickle_factory(factory))
+        return sys.platform != "win32" and bool(pickle_factory(factory))
     except UserError:
         return False
 
 
-def _pickle_factory(factory: EnvFactory) -> bytes:
+def pickle_factory(factory: EnvFactory) -> bytes:
+    """Pickle a factory by value; raise UserError if that is impossible."""
     try:
         return cloudpickle.dumps(factory)
     except Exception as error:
