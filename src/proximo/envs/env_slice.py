@@ -1,24 +1,31 @@
-"""A slice of the environments of a vector environment, stepped one after another in one process."""
+"""A slice of the environments of a vector environment, stepped one after another in one process, with a timeout."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import sys
 import threading
+import time
+import types
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 
 from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation_leaves, store_observation
-from proximo.errors import UserError
+from proximo.errors import RunError, UserError, notify_user
 from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 
 EnvFactory = Callable[[], gym.Env]
+STEP, RESET, REPLAY = b"s", b"r", b"p"  # commands of `EnvSlice.run`
+ACTIVITIES = {STEP: "stepping", RESET: "resetting", REPLAY: "replaying"}  # for messages
 # Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
 GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
-CLOSE_GRACE_S = 3.0  # for environments to close before their worker process is killed
+HAS_SIGNAL = hasattr(signal, "SIGURG") and hasattr(signal, "pthread_kill")
 CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
 
 
@@ -50,14 +57,14 @@ class EnvSlice:
         self.indices = indices
         self.envs: list[gym.Env] = []
         self.last_index: int | None = None  # of the environment that is or was last made, reset or stepped
-        self.activity, self.calls, self.closed = "making", 0, False
+        self.activity, self.closed = "making", False
         self.thread: int | None = None  # identifier of the thread that runs the environments
         self.overdue_call: tuple[int, int] | None = None  # a `current_call` that takes longer than `timeout_s`
         self.timeout_s = math.inf
 
     def current_call(self) -> tuple[int, int]:
         """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the number of the call."""
-        return self.current[0], self.calls
+        return self.current[0], self.current[1]
 
     def make(self, factory: EnvFactory, on_made: Callable[[], None] = lambda: None) -> None:
         """Make the environments, calling `on_made` after each; raise UserError if a constructor calls `sys.exit`."""
@@ -91,11 +98,12 @@ class EnvSlice:
         self.snapshot_methods = [snapshot_method(env) for env in self.envs]
         self.never_reset = set(self.indices)
 
-    def run(self, command: Command, *columns: Sequence[Any]) -> None:
+    def run(self, command: bytes, *columns: Sequence[Any]) -> None:
         """Execute a command on the attached environments; each column has one argument for every environment."""
-        self.activity, self.calls, self.thread = command.activity, self.calls + 1, threading.get_ident()
+        self.activity, self.thread = ACTIVITIES[command], threading.get_ident()
+        self.current[1] += 1
         try:
-            command.method(self, *columns)
+            self._methods[command](self, *columns)
         finally:
             self.current[0] = NO_ENVIRONMENT
 
@@ -139,8 +147,7 @@ class EnvSlice:
             self._record_origin(n, env, origin.seed)
             observation, _ = env.reset(seed=origin.seed)
             for action in episode.astype(arrays.action.dtype):
-                self.calls += 1
-                current[1] = self.calls  # the timeout is for one step, not for the whole replay
+                current[1] += 1  # the timeout is for one step, not for the whole replay
                 observation, reward, terminated, truncated, _ = env.step(action)
                 arrays.reward[n] += reward
                 if terminated or truncated:
@@ -168,6 +175,22 @@ class EnvSlice:
                 observation, _ = env.reset()
             store_observation(self.observation, n, observation)
 
+    _methods: ClassVar = {STEP: _step, RESET: _reset, REPLAY: _replay}
+
+    def start_timeout(self, timeout_s: float) -> None:
+        """Raise RunError inside any later reset or step of one environment that takes longer than this many seconds.
+
+        Only Python code in the main thread can be interrupted, including `time.sleep`. Elsewhere (C code, other
+        threads, code under a debugger) a note is printed instead.
+        """
+        self.timeout_s = timeout_s
+        # Only sockets with urgent data use this signal, and it is ignored by default. A program's handler is kept.
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if HAS_SIGNAL and is_main_thread and signal.getsignal(signal.SIGURG) in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGURG, _raise_if_overdue)
+        _slices_with_timeout.add(self)
+        threading.Thread(target=_check_repeatedly, args=(weakref.ref(self), timeout_s), daemon=True).start()
+
     def close(self) -> None:
         """Close the environments, ignoring errors."""
         self.closed = True
@@ -176,14 +199,40 @@ class EnvSlice:
                 env.close()
 
 
-class Command(NamedTuple):
-    """What `EnvSlice.run` executes."""
-
-    code: bytes  # one byte, sent to worker processes
-    activity: str  # for messages
-    method: Callable[..., None]
+_slices_with_timeout: weakref.WeakSet[EnvSlice] = weakref.WeakSet()
 
 
-STEP = Command(b"s", "stepping", EnvSlice._step)
-RESET = Command(b"r", "resetting", EnvSlice._reset)
-REPLAY = Command(b"p", "replaying", EnvSlice._replay)
+def _raise_if_overdue(number: int, frame: types.FrameType | None) -> None:
+    """Signal handler that raises RunError if the overdue call is still running."""
+    for env_slice in [one for one in _slices_with_timeout if one.thread == threading.get_ident()]:
+        if env_slice.overdue_call == env_slice.current_call() and sys.gettrace() is None:
+            env_slice.overdue_call = None
+            location = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
+            raise RunError(
+                f"environment {env_slice.current[0]} did not return within {env_slice.timeout_s:g} s while "
+                f"{env_slice.activity}{location}. Fix the environment, or increase `env_timeout`."
+            )
+
+
+def _check_repeatedly(reference: weakref.ref[EnvSlice], timeout_s: float) -> None:
+    """Check a slice until it is closed or garbage-collected.
+
+    Checks are counted instead of seconds, so that suspending the whole process causes no timeout.
+    """
+    call, unchanged = (NO_ENVIRONMENT, 0), 0
+    while True:
+        time.sleep(timeout_s / CHECKS_PER_TIMEOUT)
+        env_slice = reference()
+        if env_slice is None or env_slice.closed:
+            return
+        previous, call = call, env_slice.current_call()
+        unchanged = unchanged + 1 if call == previous and call[0] != NO_ENVIRONMENT else 0
+        if unchanged == CHECKS_PER_TIMEOUT and HAS_SIGNAL:
+            env_slice.overdue_call = call
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+        if unchanged == CHECKS_PER_TIMEOUT + 1:
+            notify_user(
+                f"{env_slice.activity} environment {call[0]} takes longer than {timeout_s:g} s and cannot be "
+                "interrupted. With `isolate_envs` a worker process runs it and can be killed."
+            )
+        del env_slice  # so that it can be garbage-collected during the sleep

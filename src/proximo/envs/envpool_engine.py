@@ -11,6 +11,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -22,7 +23,6 @@ from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_opti
 from proximo.errors import RunError, UserError
 from proximo.machine import cores
 
-INSTALL = "pip install 'proximo[envpool]'"
 FIX = "Use engine workers or sync."
 NO_TIME_LIMIT = 2**31 - 1  # steps
 
@@ -71,13 +71,11 @@ _UNBOUNDED = {("Hopper", "healthy_z_range"): "max", ("Humanoid", "contact_cost_r
 
 def supports(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> bool:
     """Whether EnvPool is installed, the id with its version is verified, and all keywords are supported."""
-    if env_id not in VERIFIED or not _is_from_gymnasium(env_id) or importlib.util.find_spec("envpool") is None:
-        return False
     try:
         _to_envpool_settings(env_id, env_kwargs or {})
     except UserError:
         return False
-    return True
+    return env_id in VERIFIED and _is_from_gymnasium(env_id) and importlib.util.find_spec("envpool") is not None
 
 
 class EnvPoolVectorEnv(VectorEnv):
@@ -93,7 +91,6 @@ class EnvPoolVectorEnv(VectorEnv):
     Args:
         example: an environment made by Gymnasium, for its id, spaces and time limit.
         env_kwargs: keywords that `example` was made with.
-        threads: number of stepping threads; by default the number of cores, and never more than N.
 
     Raises:
         UserError: EnvPool is not installed, or does not have this environment or support a keyword.
@@ -101,27 +98,27 @@ class EnvPoolVectorEnv(VectorEnv):
 
     takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
-    def __init__(
-        self, example: gym.Env, num_envs: int, env_kwargs: Mapping[str, Any] | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, example: gym.Env, num_envs: int, env_kwargs: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        if example.spec is None:
+        spec = example.spec
+        if spec is None:
             raise UserError(f"engine envpool needs an environment made with gymnasium.make(id). {FIX}")
-        self.spec, self._id, self.num_envs = example.spec, example.spec.id, num_envs
+        self.spec, self.num_envs = spec, num_envs
         self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
         self.observation_space = batch_space(example.observation_space, num_envs)
         self.action_space = batch_space(example.action_space, num_envs)
         self.metadata = {**example.metadata, "autoreset_mode": AutoresetMode.DISABLED}
 
-        limit = example.spec.max_episode_steps
+        limit = spec.max_episode_steps
         self._limit = limit if limit is not None and limit > 0 else math.inf
-        self._settings = {
+        settings = {
             "num_envs": num_envs,
-            "num_threads": min(cores() if threads is None else threads, num_envs),
+            "num_threads": min(cores(), num_envs),
             "max_episode_steps": min(self._limit + 1, NO_TIME_LIMIT),
-            **_to_envpool_settings(self._id, env_kwargs or {}),
+            **_to_envpool_settings(spec.id, env_kwargs or {}),
         }
-        _require_same_env(self._id, example, self._settings)
+        _require_same_env(spec.id, example, settings)
+        self._make_pool = partial(_make_pool, spec.id, settings)
         self._pool: Any = None  # made by `reset`, since EnvPool takes seeds only in its constructor
         self._observation: Any = create_empty_array(example.observation_space, num_envs)
         self._needs_reset = np.ones(num_envs, bool)
@@ -129,9 +126,8 @@ class EnvPoolVectorEnv(VectorEnv):
     def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
-        Environment n gets the seed `seed[n]`, or seed + n if `seed` is a number. A seed recreates all environments,
-        since EnvPool takes seeds only in its constructor. Observations [N, ...] are unchanged for environments that
-        are not reset; info is empty.
+        Like `SharedVectorEnv.reset`, but a seed recreates all environments, since EnvPool takes seeds only in its
+        constructor.
 
         Raises:
             UserError: the number of seeds or the mask is wrong, there are other options, or a seed has a mask.
@@ -145,7 +141,7 @@ class EnvPoolVectorEnv(VectorEnv):
             if not mask.all():
                 raise UserError("EnvPool seeds all environments at once. Omit reset_mask, or omit the seed.")
             self._pool = None  # ends its threads
-            self._pool = _make_pool(self._id, self._settings, _int32_seeds(seed, self.num_envs))
+            self._pool = self._make_pool(seed_per_env(seed, self.num_envs))
         selected = np.flatnonzero(mask).astype(np.int32)
         if len(selected):
             observation, info = self._call(self._pool.reset, selected)
@@ -202,7 +198,8 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
         import envpool
     except ImportError as error:
         raise UserError(
-            f"engine envpool needs a package that is not installed. Run: {INSTALL}, or use engine auto."
+            "engine envpool needs a package that is not installed. Run: pip install 'proximo[envpool]', or use engine "
+            "auto."
         ) from error
     if not _is_from_gymnasium(env_id) or env_id not in envpool.list_all_envs():
         raise UserError(f"engine envpool: EnvPool has no {env_id}. {FIX}")
@@ -218,11 +215,15 @@ def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]
             )
 
 
-def _make_pool(env_id: str, settings: Mapping[str, Any], seeds: list[int]) -> Any:
+def _make_pool(env_id: str, settings: Mapping[str, Any], seeds: Sequence[int | None]) -> Any:
+    """Make EnvPool's environments; seeds count modulo 2³², and the operating system replaces None."""
     import envpool
 
+    random = np.random.SeedSequence().generate_state(len(seeds), np.uint32)
+    seeds = [random[n] if seed is None else seed for n, seed in enumerate(seeds)]
+    int32_seeds = [(int(seed) + 2**31) % 2**32 - 2**31 for seed in seeds]
     with warnings.catch_warnings(action="ignore"):  # about bounds that float32 rounds
-        pool = envpool.make(env_id, env_type="gymnasium", env_seed=seeds, **settings)
+        pool = envpool.make(env_id, env_type="gymnasium", env_seed=int32_seeds, **settings)
         _ = pool.observation_space  # made, with the warning, on first access
     return pool
 
@@ -242,8 +243,6 @@ def _to_envpool_settings(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str
         if keyword not in known:
             supported = ", ".join(sorted(known))
             raise UserError(f"engine envpool does not support {keyword!r} for {env_id}, only {supported}. {FIX}")
-        if keyword == "max_episode_steps":
-            continue
         if not keyword.endswith("_range"):
             settings[_RENAMED.get(keyword, keyword)] = value
             continue
@@ -257,11 +256,5 @@ def _to_envpool_settings(env_id: str, env_kwargs: Mapping[str, Any]) -> dict[str
                     f"engine envpool does not support {keyword} {value} for {env_id}: EnvPool only has {infinity} "
                     f"instead of {bound}. {FIX}"
                 )
+    settings.pop("max_episode_steps", None)
     return settings
-
-
-def _int32_seeds(seed: Seeds, num_envs: int) -> list[int]:
-    """Return one int32 seed for each environment; None is replaced by a seed from the operating system."""
-    random = np.random.SeedSequence().generate_state(num_envs, np.uint32)
-    seeds = [random[n] if one is None else one for n, one in enumerate(seed_per_env(seed, num_envs))]
-    return [(int(one) + 2**31) % 2**32 - 2**31 for one in seeds]

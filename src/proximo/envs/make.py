@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from proximo.envs import atari
-from proximo.envs.auto_engine import choose_engine
+from proximo.envs.auto_engine import CARTPOLE, choose_engine
 from proximo.envs.envpool_engine import EnvPoolVectorEnv
-from proximo.envs.native import make_native
 from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, suggest
+from proximo.rollout.env_state import generator_from_state, get_generator_state
 from proximo.spaces.spaces import Spaces
 
 EnvLike = str | Callable[[], gym.Env] | VectorEnv
@@ -63,18 +66,17 @@ def make_envs(
     if engine in ("native", "envpool") and not isinstance(env, str):
         raise UserError(f"engine {engine} needs an environment id, got a function. Use engine workers or sync.")
     # With its specification, a process that has not registered an environment can make it too.
-    make = partial(make_one, _find_spec(env) or env) if isinstance(env, str) else partial(_make_with_factory, env)
-    factory = partial(make, **env_kwargs)
+    spec = _find_spec(env) if isinstance(env, str) else None
+    factory = partial(make_one, spec or env, **env_kwargs)
     try:
         if engine == "native":
-            return _make_native(str(env), num_envs, env_kwargs)
+            return _make_native(spec or gym.spec(with_version(str(env))), num_envs, env_kwargs)
         if engine == "envpool":
             with contextlib.closing(factory()) as example:
                 return EnvPoolVectorEnv(example, num_envs, env_kwargs)
-        # The collector copies observations.
         if engine == "workers":
-            return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, copy=False)
-        return LocalVectorEnv(factory, num_envs, timeout_s, copy=False)
+            return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s)
+        return LocalVectorEnv(factory, num_envs, timeout_s)
     except Exception as error:
         # An exception in a constructor is the cause of the error of WorkerVectorEnv.
         cause = error.__cause__ if engine == "workers" and isinstance(error, UserError) else error
@@ -149,24 +151,51 @@ def _latest_version(name: str) -> int | None:
     return max((version for version in versions if version is not None), default=None)
 
 
-def _make_with_factory(factory: Callable[..., gym.Env], **env_kwargs: Any) -> gym.Env:
-    env = factory(**env_kwargs)
-    if not isinstance(env, gym.Env):
-        raise UserError(f"the function passed as environment must return a gymnasium.Env, got {env!r}")
-    return env
-
-
-def make_one(env: str | EnvSpec, **env_kwargs: Any) -> gym.Env:
-    """Make one environment like `gymnasium.make`, without its advice to use a later version.
+def make_one(env: str | EnvSpec | Callable[..., gym.Env], /, **env_kwargs: Any) -> gym.Env:
+    """Make one environment with a function, or like `gymnasium.make`, without its advice to use a later version.
 
     Atari games get the preprocessing of `proximo.envs.atari`.
     """
+    if not isinstance(env, (str, EnvSpec)):
+        made = env(**env_kwargs)
+        if not isinstance(made, gym.Env):
+            raise UserError(f"the function passed as environment must return a gymnasium.Env, got {made!r}")
+        return made
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
         spec = _find_spec(env) if isinstance(env, str) else env
         if spec is not None and atari.is_atari(spec, env_kwargs):
             return atari.make_game(spec, env_kwargs)
         return gym.make(spec or with_version(str(env)), **env_kwargs)
+
+
+def _make_native(spec: EnvSpec, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
+    """Make the vectorised version of a registered environment; raise UserError if it has none."""
+    if atari.is_atari(spec, env_kwargs):
+        return atari.AtariVectorEnv(spec, num_envs, env_kwargs)
+    if spec.vector_entry_point == CARTPOLE:
+        spec = replace(spec, vector_entry_point=f"{__name__}:{ResumableCartPoleVectorEnv.__name__}")
+    try:
+        return gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+    except gym.error.Error as error:
+        raise UserError(f"engine native: {error}. Use engine auto or sync.") from error
+
+
+class ResumableCartPoleVectorEnv(CartPoleVectorEnv):
+    """Gymnasium's vectorised CartPole, with `SupportsSnapshot` of `proximo.rollout.env_state`."""
+
+    STATE_ATTRIBUTES = ("state", "steps", "prev_done", "low", "high")
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state that future steps depend on."""
+        state = {name: copy.copy(getattr(self, name)) for name in self.STATE_ATTRIBUTES}
+        return {**state, "generator": get_generator_state(self)}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Set the state to that of a snapshot."""
+        for name in self.STATE_ATTRIBUTES:
+            setattr(self, name, copy.copy(snapshot[name]))
+        self.np_random = generator_from_state(snapshot["generator"])
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:
@@ -192,16 +221,6 @@ def _describe(space: Any) -> str:
             f"{leaf.kind} {leaf.path + ' ' if leaf.path else ''}{leaf.n or leaf.shape}" for leaf in space
         )
     return space.describe()
-
-
-def _make_native(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
-    spec = _find_spec(env_id) or gym.spec(with_version(env_id))
-    if atari.is_atari(spec, env_kwargs):
-        return atari.AtariVectorEnv(spec, num_envs, env_kwargs)
-    try:
-        return make_native(spec, num_envs, env_kwargs)
-    except gym.error.Error as error:
-        raise UserError(f"engine native: {error}. Use engine auto or sync.") from error
 
 
 def explain_make_error(env_id: str, error: Exception) -> str:

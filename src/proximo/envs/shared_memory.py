@@ -20,7 +20,7 @@ NO_ENVIRONMENT = -1  # value of `SharedArrays.current` between calls
 class SharedArrays(NamedTuple):
     """Arrays of all N environments; W is the number of processes."""
 
-    # [W, 8] int64, a cache line for each process: the environment that runs now, and the count of replayed steps
+    # [W, 8] int64, a cache line for each process: the environment that runs now, and the number of the call
     current: np.ndarray
     observation: Any  # [N, ...], or a dict of such arrays
     final: Any  # like `observation`: the last observation of each episode that ended

@@ -12,9 +12,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.env_slice import REPLAY, RESET, STEP, Command, Declaration, EnvFactory, EnvSlice
+from proximo.envs.env_slice import REPLAY, RESET, STEP, Declaration, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import Layout, SharedArrays
-from proximo.envs.timeout import start_timeout_thread
 from proximo.errors import Exited, RunError, UserError
 from proximo.rollout.collector import select_env
 from proximo.spaces.spaces import Spaces
@@ -30,19 +29,18 @@ class SharedVectorEnv(VectorEnv):
     and those only if an episode ended. Environments with `reports_episodes` (see
     `proximo.rollout.collector.Collector`) add `episode` and `_episode`. The `info` of `reset` is empty.
 
-    Args:
-        copy: whether returned observations are copies. Otherwise the next step overwrites them.
+    The next step overwrites returned observations, but not rewards, flags and final observations.
     """
 
     takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
-    def __init__(self, num_envs: int, copy: bool) -> None:
+    def __init__(self, num_envs: int) -> None:
         super().__init__()
-        self.num_envs, self.copy = num_envs, copy
+        self.num_envs = num_envs
         self._arrays: SharedArrays | None = None
         self._interrupted = False  # whether only some environments executed the last command
 
-    def _run(self, command: Command, *columns: Sequence[Any]) -> None:
+    def _run(self, command: bytes, *columns: Sequence[Any]) -> None:
         """Set `_interrupted`, then execute a command; each column has one argument for every environment."""
         raise NotImplementedError
 
@@ -63,10 +61,6 @@ class SharedVectorEnv(VectorEnv):
             raise RunError("this vector environment is closed. Make a new one.")
         return self._arrays
 
-    def _observations(self) -> Any:
-        observation = self._open_arrays().observation
-        return deepcopy(observation) if self.copy else observation
-
     def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
@@ -77,13 +71,13 @@ class SharedVectorEnv(VectorEnv):
             UserError: the number of seeds or the mask is wrong, or an observation does not match its space.
             RunError: an environment failed (see the subclass).
         """
-        self._open_arrays()
+        arrays = self._open_arrays()
         seeds = seed_per_env(seed, self.num_envs)
         mask, others = split_reset_options(options, self.num_envs)
         still_interrupted = self._interrupted and not mask.all()
         self._run(RESET, seeds, mask.tolist(), [others] * self.num_envs)
         self._interrupted = still_interrupted
-        return self._observations(), {}
+        return arrays.observation, {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and info.
@@ -106,14 +100,13 @@ class SharedVectorEnv(VectorEnv):
         self._run(STEP)
         self._interrupted = False
         terminated, truncated = arrays.terminated.copy(), arrays.truncated.copy()
-        info = self._final_info(terminated | truncated)
-        return self._observations(), arrays.reward.copy(), terminated, truncated, info
+        info = self._final_info(arrays, terminated | truncated)
+        return arrays.observation, arrays.reward.copy(), terminated, truncated, info
 
-    def _final_info(self, ended: np.ndarray) -> dict[str, Any]:
+    def _final_info(self, arrays: SharedArrays, ended: np.ndarray) -> dict[str, Any]:
         """Return final observations and reported episodes, or nothing if no episode ended."""
         if not ended.any():
             return {}
-        arrays = self._open_arrays()
         final = np.full(len(ended), None, object)
         for n in np.flatnonzero(ended).tolist():
             final[n] = deepcopy(select_env(arrays.final, n))
@@ -132,9 +125,10 @@ class SharedVectorEnv(VectorEnv):
 
     def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
         """Apply `actions[n]` [any number, ...] from `origins[n]`; return observations and returns so far [N]."""
+        arrays = self._open_arrays()
         self._run(REPLAY, origins, actions)
         self._interrupted = False
-        return self._observations(), self._open_arrays().reward.copy()
+        return arrays.observation, arrays.reward.copy()
 
 
 class LocalVectorEnv(SharedVectorEnv):
@@ -144,27 +138,27 @@ class LocalVectorEnv(SharedVectorEnv):
 
     Args:
         factory: makes one environment; called N times.
-        timeout_s: limit in seconds for one step or reset of one environment (`proximo.envs.timeout`).
+        timeout_s: limit in seconds for one step or reset of one environment (`EnvSlice.start_timeout`).
 
     Raises:
         UserError: the spaces differ, or Proximo does not support them.
         RunError: an environment calls `sys.exit`, or exceeds the timeout.
     """
 
-    def __init__(self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0, copy: bool = True) -> None:
-        super().__init__(num_envs, copy)
+    def __init__(self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0) -> None:
+        super().__init__(num_envs)
         self._slice = EnvSlice(range(num_envs))
         try:
             self._slice.make(factory)
             layout = self._set_spaces([self._slice.declare()], workers=1)
             self._arrays = layout.allocate(mmap.mmap(-1, layout.size()))
             self._slice.attach(self._arrays, 0)
-            start_timeout_thread(self._slice, timeout_s)
+            self._slice.start_timeout(timeout_s)
         except BaseException:
             self.close()
             raise
 
-    def _run(self, command: Command, *columns: Sequence[Any]) -> None:
+    def _run(self, command: bytes, *columns: Sequence[Any]) -> None:
         self._interrupted = True
         try:
             self._slice.run(command, *columns)
@@ -174,10 +168,10 @@ class LocalVectorEnv(SharedVectorEnv):
             raise UserError(f"environment {self._slice.last_index}: {error}") from error
         except SystemExit as error:
             raise Exited(
-                f"environment {self._slice.last_index} called sys.exit({error.code!r}) while {command.activity}"
+                f"environment {self._slice.last_index} called sys.exit({error.code!r}) while {self._slice.activity}"
             ) from error
         except Exception as error:
-            error.add_note(f"raised by environment {self._slice.last_index} while {command.activity}")
+            error.add_note(f"raised by environment {self._slice.last_index} while {self._slice.activity}")
             raise
 
     def close_extras(self, **kwargs: Any) -> None:

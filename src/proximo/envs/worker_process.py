@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 
-from proximo.envs.env_slice import CLOSE_GRACE_S, REPLAY, RESET, STEP, EnvSlice
+from proximo.envs.env_slice import STEP, EnvSlice
 from proximo.envs.shared_memory import Layout
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS
 
-COMMANDS = {command.code: command for command in (STEP, RESET, REPLAY)}
-ATTACH, CLOSE = b"a", b"c"  # other commands
+ATTACH, CLOSE = b"a", b"c"  # commands besides those of EnvSlice
 DONE, MADE_ONE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # answers of a worker
+CLOSE_GRACE_S = 3.0  # for workers to close their environments before they are killed
 PARENT_CHECK_S = 1.0  # between checks that the parent process is alive
 SPIN_S = 0.0005  # both sides poll this long before they sleep, since waking up may take 0.1 ms
 
@@ -81,7 +81,7 @@ def main(connection: int, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     multiprocessing.current_process().name = f"proximo-worker-{index}"
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    _Worker(Connection(connection), memory, index, environments).run(factory)
+    _serve(Connection(connection), memory, index, EnvSlice(environments), factory)
 
 
 def _ignore_in_worker(worker: int, number: int, frame: Any) -> None:
@@ -99,58 +99,41 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-class _TrainerGone(Exception):
-    """The trainer has closed its end of the connection."""
+def _serve(connection: Connection, memory: int, index: int, env_slice: EnvSlice, factory: bytes) -> None:
+    """Make the environments, then execute commands until the trainer closes the worker or dies, or a fault occurs."""
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
 
-
-class _Worker:
-    """Executes commands from the connection on a slice of the environments."""
-
-    def __init__(self, connection: Connection, memory: int, index: int, environments: range) -> None:
-        self.connection, self.memory, self.index = connection, memory, index
-        self.slice = EnvSlice(environments)
-        self.poller = select.poll()
-        self.poller.register(connection.fileno(), select.POLLIN)
-
-    def run(self, factory: bytes) -> None:
-        """Serve until the trainer closes the worker or dies, or an environment fails."""
-        try:
-            self.slice.make(pickle.loads(factory), on_made=lambda: self._answer(MADE_ONE))
-            self._answer(DECLARED, cloudpickle.dumps(self.slice.declare()))
-            while (code := self._receive()) != CLOSE:
-                self._execute(code)
-                self._answer(DONE)
-        except _TrainerGone:
-            pass
-        except BaseException as error:
-            with contextlib.suppress(_TrainerGone):
-                self._answer(FAILED, pickle.dumps(ErrorReport.of(self.slice, error)))
-        finally:
-            self.slice.close()
-
-    def _execute(self, code: bytes) -> None:
-        arguments = () if code == STEP.code else pickle.loads(self.connection.recv_bytes())
-        if code == ATTACH:
-            layout = Layout(*arguments)
-            self.slice.attach(layout.allocate(mmap.mmap(self.memory, layout.size())), self.index)
-            os.close(self.memory)
-        else:
-            self.slice.run(COMMANDS[code], *arguments)
-
-    def _receive(self) -> bytes:
-        poll_briefly(self.poller)
+    def receive() -> bytes:
+        poll_briefly(poller)
         with contextlib.suppress(OSError):
-            if code := os.read(self.connection.fileno(), 1):
-                return code
-        raise _TrainerGone
+            return os.read(connection.fileno(), 1) or CLOSE
+        return CLOSE
 
-    def _answer(self, answer: bytes, message: bytes | None = None) -> None:
-        try:
-            os.write(self.connection.fileno(), answer)
-            if message is not None:
-                self.connection.send_bytes(message)
-        except OSError as error:
-            raise _TrainerGone from error
+    try:
+        env_slice.make(pickle.loads(factory), on_made=lambda: send(connection, MADE_ONE))
+        send(connection, DECLARED, cloudpickle.dumps(env_slice.declare()))
+        while (code := receive()) != CLOSE:
+            arguments = () if code == STEP else pickle.loads(connection.recv_bytes())
+            if code == ATTACH:
+                layout = Layout(*arguments)
+                env_slice.attach(layout.allocate(mmap.mmap(memory, layout.size())), index)
+                os.close(memory)
+            else:
+                env_slice.run(code, *arguments)
+            send(connection, DONE)
+    except BaseException as error:
+        send(connection, FAILED, pickle.dumps(ErrorReport.of(env_slice, error)))
+    finally:
+        env_slice.close()
+
+
+def send(connection: Connection, code: bytes, message: bytes | None = None) -> None:
+    """Send a command or an answer; nothing if the other side has ended, which the next read reports."""
+    with contextlib.suppress(OSError):
+        os.write(connection.fileno(), code)
+        if message is not None:
+            connection.send_bytes(message)
 
 
 def poll_briefly(poller: select.poll) -> list[tuple[int, int]]:

@@ -27,17 +27,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from multiprocessing.util import Finalize
 from typing import Any, NoReturn
 
 import cloudpickle
+import numpy as np
 
-from proximo.envs.env_slice import CHECKS_PER_TIMEOUT, CLOSE_GRACE_S, STEP, Command, Declaration, EnvFactory, EnvSlice
+from proximo.envs import worker_process
+from proximo.envs.env_slice import ACTIVITIES, CHECKS_PER_TIMEOUT, STEP, Declaration, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import NO_ENVIRONMENT
 from proximo.envs.shared_vector_env import SharedVectorEnv
-from proximo.envs.timeout import start_timeout_thread
-from proximo.envs.worker_process import ATTACH, CLOSE, DECLARED, DONE, FAILED, MADE_ONE, ErrorReport, poll_briefly
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS, cores, pin_to_core
 
@@ -57,7 +56,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         isolate: run all W slices in worker processes. Environments that crash or never return, in C code as well,
             are then reported; in this process they would end or block the training.
         timeout_s: limit in seconds for one step or reset of one environment. Environments in this process can only be
-            interrupted in Python code (`proximo.envs.timeout`).
+            interrupted in Python code (`EnvSlice.start_timeout`).
         start_timeout_s: limit in seconds for a constructor, and for starting a process.
 
     Raises:
@@ -73,9 +72,8 @@ class WorkerVectorEnv(SharedVectorEnv):
         isolate: bool = False,
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
-        copy: bool = True,
     ) -> None:
-        super().__init__(num_envs, copy)
+        super().__init__(num_envs)
         if sys.platform == "win32":
             raise UserError("engine workers needs Linux or macOS. Use engine sync.")
         self._slice: EnvSlice | None = None  # the environments in this process
@@ -84,16 +82,18 @@ class WorkerVectorEnv(SharedVectorEnv):
         self._timeout = start_timeout_s, "start_timeout_s"  # and the setting for it
         self._poller = select.poll()
         workers = min(workers or cores(), num_envs)
+        # The environment indices of each process; sizes differ by at most one.
+        slices = [range(part[0], part[-1] + 1) for part in np.array_split(np.arange(num_envs), workers)]
         try:
             # An unnamed file. memfd does not use /dev/shm, which is small in containers.
             has_memfd = hasattr(os, "memfd_create")
             with open(os.memfd_create("proximo"), "w+b") if has_memfd else tempfile.TemporaryFile() as memory:
-                self._start(factory, _slices(num_envs, workers), isolate, memory.fileno())
+                self._start(factory, slices, isolate, memory.fileno())
                 self._wait()
                 self._timeout = timeout_s, "env_timeout"
                 self._attach(workers, memory.fileno())
             if self._slice:
-                start_timeout_thread(self._slice, timeout_s)
+                self._slice.start_timeout(timeout_s)
         except BaseException:
             self.close(grace_s=FAULT_GRACE_S)
             raise
@@ -126,15 +126,15 @@ class WorkerVectorEnv(SharedVectorEnv):
         os.ftruncate(memory, layout.size())
         message = cloudpickle.dumps(layout)
         for worker in self._workers:
-            worker.send(ATTACH, message)
+            worker.send(worker_process.ATTACH, message)
         self._wait()
         arrays = self._arrays = layout.allocate(mmap.mmap(memory, layout.size()))
         self._run_here(lambda env_slice: env_slice.attach(arrays, 0))
 
-    def close_extras(self, grace_s: float = CLOSE_GRACE_S, **kwargs: Any) -> None:
+    def close_extras(self, grace_s: float = worker_process.CLOSE_GRACE_S, **kwargs: Any) -> None:
         """End the workers; kill those that do not close their environments within `grace_s` seconds."""
         for worker in self._workers:
-            worker.send(CLOSE)
+            worker.send(worker_process.CLOSE)
         try:
             deadline = time.monotonic() + grace_s
             for worker in self._workers:
@@ -149,7 +149,7 @@ class WorkerVectorEnv(SharedVectorEnv):
             if own:
                 own.close()
 
-    def _run(self, command: Command, *columns: Sequence[Any]) -> None:
+    def _run(self, command: bytes, *columns: Sequence[Any]) -> None:
         self._open_arrays()
         self._wait()  # for answers to a command that was interrupted
 
@@ -157,10 +157,10 @@ class WorkerVectorEnv(SharedVectorEnv):
             return [column[indices.start : indices.stop] for column in columns]
 
         messages = [cloudpickle.dumps(part(worker.environments)) if columns else None for worker in self._workers]
-        self._activity, self._interrupted = command.activity, True
-        self._steps += command is STEP
+        self._activity, self._interrupted = ACTIVITIES[command], True
+        self._steps += command == STEP
         for worker, message in zip(self._workers, messages, strict=True):
-            worker.send(command.code, message)
+            worker.send(command, message)
         self._run_here(lambda env_slice: env_slice.run(command, *part(env_slice.indices)))
         self._wait()
 
@@ -173,7 +173,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         except RunError as error:  # the timeout
             self._fail(error)
         except (Exception, SystemExit) as error:  # not KeyboardInterrupt
-            fault = ErrorReport.of(self._slice, error).to_error("the trainer's process", self._when())
+            fault = worker_process.ErrorReport.of(self._slice, error).to_error("the trainer's process", self._when())
             fault.__cause__ = error
             self._fail(fault)
 
@@ -181,7 +181,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         """Wait until all workers have answered; if one fails, dies or is stuck, end all and raise the error."""
         while any(worker.is_pending for worker in self._workers):
             interval_ms = 1000 * self._timeout[0] / CHECKS_PER_TIMEOUT
-            ready = poll_briefly(self._poller) or self._poller.poll(interval_ms)
+            ready = worker_process.poll_briefly(self._poller) or self._poller.poll(interval_ms)
             for descriptor, _ in ready:
                 self._receive(self._by_descriptor[descriptor])
             for worker in self._workers:
@@ -193,17 +193,17 @@ class WorkerVectorEnv(SharedVectorEnv):
         message = b""
         try:
             answer = os.read(worker.connection.fileno(), 1)
-            if answer in (DECLARED, FAILED):
+            if answer in (worker_process.DECLARED, worker_process.FAILED):
                 message = worker.connection.recv_bytes()
         except (EOFError, OSError):
             answer = b""
-        if answer == MADE_ONE:
+        if answer == worker_process.MADE_ONE:
             worker.num_made += 1
-        elif answer in (DONE, DECLARED):
+        elif answer in (worker_process.DONE, worker_process.DECLARED):
             worker.is_pending = False
             worker.declaration = pickle.loads(message) if message else worker.declaration
-        elif answer == FAILED:
-            report: ErrorReport = pickle.loads(message)
+        elif answer == worker_process.FAILED:
+            report: worker_process.ErrorReport = pickle.loads(message)
             self._fail(report.to_error(str(worker), self._when()))
         else:
             worker.join(KILL_WAIT_S)
@@ -213,10 +213,10 @@ class WorkerVectorEnv(SharedVectorEnv):
             self._fail(RunError(f"{worker} {_describe_exit(exitcode)} {where}, {self._when()}{hint}"))
 
     def _position(self, worker: _Worker) -> tuple[int, int]:
-        """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the count of replayed steps."""
+        """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the number of the call."""
         if self._arrays is not None:
-            index, step = self._arrays.current[worker.index, :2].tolist()
-            return index, step
+            index, call = self._arrays.current[worker.index, :2].tolist()
+            return index, call
         all_made = worker.num_made == len(worker.environments)
         return NO_ENVIRONMENT if all_made else worker.environments[worker.num_made], 0
 
@@ -280,10 +280,7 @@ class _Worker:
     def send(self, code: bytes, message: bytes | None = None) -> None:
         """Send a command and its pickled arguments."""
         self.is_pending, self.unchanged_checks = True, 0
-        with contextlib.suppress(OSError):  # the worker died; receiving its answer reports that
-            os.write(self.connection.fileno(), code)
-            if message is not None:
-                self.connection.send_bytes(message)
+        worker_process.send(self.connection, code, message)
 
     def join(self, seconds: float) -> None:
         """Wait until the process has ended, at most this long."""
@@ -303,13 +300,6 @@ def _describe_exit(exitcode: int | None) -> str:
         return f"exited with status {exitcode}"
     names = {-number: number.name for number in signal.Signals}
     return f"was killed by {names.get(exitcode, f'signal {-exitcode}')}"
-
-
-def _slices(num_envs: int, workers: int) -> list[range]:
-    """Return the environment indices of each process; sizes differ by at most one."""
-    size, remainder = divmod(num_envs, workers)
-    starts = [index * size + min(index, remainder) for index in range(workers + 1)]
-    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def is_sendable(factory: EnvFactory) -> bool:
