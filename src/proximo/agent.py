@@ -25,8 +25,7 @@ from proximo.rollout.collector import Collected, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run import checkpoint_files
-from proximo.run.checkpoint import load, restore_config, restore_learner, restore_spaces, serialize
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import RunInfo, load, restore_config, restore_learner, restore_spaces, serialize
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics, update_from
 from proximo.spaces.heads import RawAction

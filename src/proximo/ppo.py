@@ -26,8 +26,7 @@ from proximo.report.video import record as record_video
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Metrics
 from proximo.run import checkpoint_files
-from proximo.run.checkpoint import Checkpoint, load, restore_config, restore_learner, restore_spaces, serialize
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore_config, restore_learner, restore_spaces, serialize
 from proximo.run.progress import Progress
 from proximo.run.trackers import import_wandb
 from proximo.source import Source

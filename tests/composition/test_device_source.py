@@ -24,8 +24,7 @@ from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator, sequence
 from proximo.rollout.rollout import Episode
 from proximo.run import checkpoint_files
-from proximo.run.checkpoint import load, restore_config, restore_spaces, serialize
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import RunInfo, load, restore_config, restore_spaces, serialize
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics

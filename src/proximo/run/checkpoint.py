@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proximo.config.names import from_mapping, override
+from proximo.config.resolved import Resolved
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import DeviceUnavailable, UserError, notify_user
 from proximo.learner.architecture import num_parameters
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner
 from proximo.run.checkpoint_files import CorruptCheckpoint, find_checkpoints, read
-from proximo.run.info import RunInfo
 from proximo.run.progress import PREFIX, Progress
 from proximo.run.versions import collect_versions
 from proximo.spaces.spaces import Spaces
@@ -40,6 +40,25 @@ NEUTRAL_SETTINGS = {
 RESOLVED = ("backend", "device", "threads", "compiled")  # choices that replace the last four
 
 
+class RunInfo(NamedTuple):
+    """What identifies a run."""
+
+    env_id: str | None  # None for an environment without an id
+    preset: str | None  # preset that the settings started from
+    config: Config  # settings as requested
+    resolved: Resolved  # choices made on this machine
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of a manifest that describe the run, with the versions of the software."""
+        return {
+            "env": self.env_id,
+            "preset": self.preset,
+            "config": {**self.config.to_dict(), "run_dir": None},
+            "resolved": self.resolved._asdict(),
+            "versions": collect_versions(),
+        }
+
+
 class Checkpoint(NamedTuple):
     """A loaded checkpoint."""
 
@@ -56,14 +75,9 @@ def serialize(
     document, arrays = progress.to_document()
     manifest = {
         "backend": learner.backend,
-        "compiled": learner.compiled,
-        "env": info.env_id,
-        "preset": info.preset,
         "network": "built-in" if learner.is_built_in else CUSTOM_NETWORK,
-        "config": {**info.config.to_dict(), "run_dir": None},
-        "resolved": info.resolved._asdict(),
         "spaces": spaces.to_dict(),
-        "versions": collect_versions(),
+        **info.to_dict(),
         "progress": document,
     }
     return manifest, learner.state() | arrays
@@ -73,7 +87,7 @@ def load(path: str | Path) -> Checkpoint:
     """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder.
 
     Raises:
-        UserError: There is no checkpoint, its schema is not supported, or all are corrupt.
+        UserError: there is no checkpoint, its schema is not supported, or all are corrupt.
     """
     *newer, oldest = find_checkpoints(path)
     for folder in newer:
@@ -104,14 +118,14 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
     """Return the checkpoint's settings, updated with `changes`; `run_dir` is not restored.
 
     Raises:
-        UserError: A custom network is required but not given, or a change would alter the trained network.
+        UserError: a custom network is required but not given, or a change would alter the trained network.
     """
-    unspecified = {name for name in NETWORK_SETTINGS & changes.keys() if changes[name] in ("auto", None)}
-    changes = {name: value for name, value in changes.items() if name not in unspecified}
-    resolved = manifest["resolved"].get("network") or {}
+    changes, built = dict(changes), manifest["config"] | (manifest["resolved"].get("network") or {})
     for name in NETWORK_SETTINGS & changes.keys():
-        trained, given = resolved.get(name, manifest["config"].get(name)), changes[name]
-        if given != (tuple(trained) if isinstance(trained, list) else trained):
+        trained, given = built.get(name), changes[name]
+        if given in ("auto", None):
+            del changes[name]
+        elif given != (tuple(trained) if isinstance(trained, list) else trained):
             raise UserError(
                 f"`{name}` is {given}, but the network in {path} was trained with {trained}. Omit `{name}`, or train "
                 "a new agent."
@@ -147,7 +161,7 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
 def restore_learner(
     saved: Checkpoint, config: Config, spaces: Spaces, network: Any, may_change_device: bool
 ) -> tuple[Config, Learner]:
-    """Return the learner of a checkpoint, after the settings, in which only `device` may differ.
+    """Return the settings and the learner of a checkpoint.
 
     With `may_change_device`, a device that this machine does not have is replaced by auto, with a note.
     """
@@ -165,25 +179,24 @@ def restore_learner(
 
 def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
     """List what prevents a bit-exact continuation of the saved run: changed settings, software or environment."""
-    manifest, config = saved.manifest, json.loads(json.dumps(info.config.to_dict()))
+    old, new = saved.manifest, json.loads(json.dumps(info.to_dict()))
     relevant = {name for name, setting in SETTINGS.items() if setting.group != "records"} - NEUTRAL_SETTINGS
-    if all(config[name] in ("constant", "adaptive") for name in ("lr_schedule", "clip_schedule", "ent_schedule")):
+    schedules = ("lr_schedule", "clip_schedule", "ent_schedule")
+    if all(new["config"][name] in ("constant", "adaptive") for name in schedules):
         relevant.discard("total_timesteps")  # only the other schedules depend on it
+    if old["resolved"].get("network") and new["resolved"]["network"]:
+        relevant -= new["resolved"]["network"].keys()  # what was built is compared instead of what was requested
 
-    resolved = json.loads(json.dumps(info.resolved._asdict()))
-    if manifest["resolved"].get("network") and resolved["network"]:
-        relevant -= resolved["network"].keys()  # what was built is compared instead of what was requested
-
-    def conditions(env_id: str | None, resolved: dict, config: dict, versions: dict) -> dict[str, Any]:
+    def conditions(run: dict[str, Any]) -> dict[str, Any]:
+        resolved, config, versions = run["resolved"], run["config"], run["versions"]
         return {
-            "env": env_id or "an environment without an id",
+            "env": run["env"] or "an environment without an id",
             **{name: resolved[name] for name in RESOLVED if resolved.get(name) is not None},
             **{name: config[name] for name in sorted(relevant & config.keys())},
             **((resolved.get("network") or {}) if "architecture" not in relevant else {}),
             **{name: versions[name] for name in sorted(versions.keys() - {"platform", "cores"})},
         }
 
-    old = conditions(manifest["env"], manifest["resolved"], manifest["config"], manifest["versions"])
-    new = conditions(info.env_id, resolved, config, collect_versions())
-    common = [name for name in old if name in new]
-    return [f"{name} changed from {old[name]} to {new[name]}" for name in common if old[name] != new[name]]
+    before, after = conditions(old), conditions(new)
+    changed = [name for name in before if name in after and before[name] != after[name]]
+    return [f"{name} changed from {before[name]} to {after[name]}" for name in changed]

@@ -11,7 +11,7 @@ import numpy as np
 from proximo.errors import NotFinite
 from proximo.learner.learner import Learner
 from proximo.run import checkpoint_files
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import RunInfo
 from proximo.run.progress import Progress
 
 FOLDER = "faults"  # in the run folder

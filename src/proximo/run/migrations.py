@@ -55,7 +55,8 @@ def _separate_resolved(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Ar
         "spaces": {**manifest["spaces"], "action": [{**action, "path": ""}]},
         "progress": {**progress, "env_state": document},
     }
-    return {**manifest, **changed}, arrays
+    rest = {name: value for name, value in manifest.items() if name != "compiled"}
+    return {**rest, **changed}, arrays
 
 
 MIGRATIONS: dict[Any, Callable[[Manifest, Arrays], tuple[Manifest, Arrays]]] = {1: _add_progress, 2: _separate_resolved}

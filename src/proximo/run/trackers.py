@@ -1,4 +1,4 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, and the context that opens and closes all of a run's."""
+"""Experiment trackers: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from proximo.errors import UserError, notify_user
 from proximo.rollout.rollout import Diagnostics, Metrics
+from proximo.run.checkpoint import RunInfo
 from proximo.run.console import Console
 from proximo.run.folder import RunFolder
-from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
@@ -48,7 +48,7 @@ class TensorBoard:
     Metrics without a value are omitted; `global_step` is the step of every event.
 
     Args:
-        resume_after: Step after which events of an earlier session are invalid.
+        resume_after: step after which events of an earlier session are invalid.
     """
 
     def __init__(self, folder: Path, resume_after: int | None) -> None:
@@ -133,39 +133,24 @@ def import_wandb() -> Any:
     return wandb
 
 
-@contextmanager
 def open_trackers(
-    run_dir: str | Path | None, info: RunInfo, console: bool, resumed: Progress | None, check: Callable[[Path], None]
-) -> Iterator[tuple[RunFolder | None, list[Tracker]]]:
-    """Open the run folder (None without `run_dir`) and all trackers; close them at the end.
-
-    Args:
-        resumed: Progress of the folder's run, which is resumed; None starts a new run.
-        check: As for `RunFolder`.
-    """
-    with ExitStack() as stack:
-        trackers: list[Tracker] = []
-
-        def add(tracker: Tracker) -> None:
-            trackers.append(tracker)
-            stack.push(lambda kind, *_: close_tracker(tracker, failed=kind is not None))
-
-        folder, config = None, info.config
-        if run_dir is not None:
-            folder = RunFolder(run_dir, info, resumed.iteration if resumed else None, check)
-            add(folder)
-            if config.wandb:
-                try:
-                    add(WandB(config.wandb, folder.path, info))
-                except BaseException:
-                    if not resumed:  # the run has not started
-                        shutil.rmtree(folder.path, ignore_errors=True)
-                    raise
-            if config.tensorboard:
-                add(TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None))
-        if console:
-            add(Console(config.total_timesteps))
-        yield folder, trackers
+    folder: RunFolder | None, info: RunInfo, console: bool, resumed: Progress | None
+) -> Iterator[Tracker]:
+    """Open the trackers of a run one by one; delete a new run's folder if Weights & Biases does not start."""
+    if folder:
+        yield folder
+        if info.config.wandb:
+            try:
+                wandb = WandB(info.config.wandb, folder.path, info)
+            except BaseException:
+                if not resumed:
+                    shutil.rmtree(folder.path, ignore_errors=True)
+                raise
+            yield wandb
+        if info.config.tensorboard:
+            yield TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None)
+    if console:
+        yield Console(info.config.total_timesteps)
 
 
 def close_tracker(tracker: Tracker, failed: bool) -> None:
