@@ -9,9 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,51 +24,18 @@ from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.ppo import check_records, config_for, read_spaces
 from proximo.report.plot import RETURN, plot
-from proximo.run.console import Console
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
+from proximo.run.trackers import Console
 
 POLL_S = 0.5
 
 
-@dataclass(eq=False)
-class Job:
+class Job(NamedTuple):
     """The run of one seed."""
 
     seed: int
     folder: Path
-    process: subprocess.Popen[bytes] | None = None  # None before it starts
-    was_signalled: bool = False
-
-    def start(self, command: Sequence[str], core: int) -> None:
-        """Start `proximo train` on a core, in a session of its own, so that Ctrl-C reaches it only from here."""
-        command = [*command, "--seed", str(self.seed), "--run-dir", str(self.folder)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        pin_to_core(self.process.pid, core)
-
-    def stop(self, number: int) -> None:
-        """Send a signal; a second one ends the run immediately."""
-        self.was_signalled = True
-        if self.process:
-            self.process.send_signal(number)
-
-    def has_ended(self) -> bool:
-        """Whether the process has ended; raise `UserError` or `RunError` if it failed."""
-        status = self.process.poll() if self.process else None
-        stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
-        if status in (None, 0) or (self.was_signalled and status in stop_statuses):
-            return status is not None
-        if status == 2:
-            raise UserError(f"seed {self.seed} could not start; see its error message above")
-        raise RunError(f"seed {self.seed} failed with status {status}. Its checkpoints are in {self.folder}.")
-
-    def wait(self) -> None:
-        """Wait for the process, and close its standard input only then, because that stops the run."""
-        if self.process and self.process.stdin:
-            self.process.wait()
-            self.process.stdin.close()
 
 
 def train_seeds(
@@ -124,34 +90,59 @@ def train_seeds(
 
 def _run(jobs: Sequence[Job], command: Sequence[str], console: Console | None, signals: StopSignals) -> None:
     """Run as many jobs at once as there are cores; whatever happens, no process remains afterwards."""
-    waiting, free_cores, running = list(jobs), list(range(cores())), dict[Job, int]()
+    waiting, free_cores, is_stopping = list(jobs), list(range(cores())), False
+    running: dict[Job, tuple[subprocess.Popen[bytes], int]] = {}  # process and core
+
+    def stop(number: int) -> None:
+        for process, _ in running.values():
+            process.send_signal(number)  # a second one ends the run immediately
+
     try:
         while waiting or running:
-            if signals.received:
+            if signals.received and not is_stopping:
+                is_stopping = True
                 waiting.clear()
-                for job in jobs:
-                    if not job.was_signalled:
-                        job.stop(signals.received)
+                stop(signals.received)
             while waiting and free_cores:
-                job = waiting.pop(0)
-                running[job] = free_cores.pop(0)
-                job.start(command, running[job])
+                job, core = waiting.pop(0), free_cores.pop(0)
+                running[job] = _start(job, command, core), core
             time.sleep(POLL_S)
-            for job in [job for job in running if job.has_ended()]:
-                free_cores.append(running.pop(job))
+            for job, (process, core) in list(running.items()):
+                if process.poll() is not None:
+                    process.communicate()  # closes its standard input
+                    del running[job]
+                    free_cores.append(core)
+                    _require_success(job, process.returncode, is_stopping)
             steps, count, returns = _read_progress(jobs)
             if console and count:
                 mean = float(np.mean(list(returns.values()))) if returns else None
                 console.write({"global_step": steps, RETURN: mean})
     except BaseException as error:
-        for job in jobs:
-            # A failed run stops the others after their iteration; an interrupt ends them immediately.
-            if not (job.was_signalled and isinstance(error, (UserError, RunError))):
-                job.stop(signal.SIGTERM)
+        # A failed run stops the others after their iteration; an interrupt ends them immediately.
+        if not (is_stopping and isinstance(error, (UserError, RunError))):
+            stop(signal.SIGTERM)
         raise
     finally:
-        for job in jobs:
-            job.wait()
+        for process, _ in running.values():
+            process.wait()  # before its standard input is closed, which stops the run
+            process.communicate()
+
+
+def _start(job: Job, command: Sequence[str], core: int) -> subprocess.Popen[bytes]:
+    """Start `proximo train` on a core, in a session of its own, so that Ctrl-C reaches it only from here."""
+    command = [*command, "--seed", str(job.seed), "--run-dir", str(job.folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    pin_to_core(process.pid, core)
+    return process
+
+
+def _require_success(job: Job, status: int, is_stopping: bool) -> None:
+    """Raise `UserError` or `RunError` if a run has failed."""
+    stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
+    if status == 2:
+        raise UserError(f"seed {job.seed} could not start; see its error message above")
+    if status and not (is_stopping and status in stop_statuses):
+        raise RunError(f"seed {job.seed} failed with status {status}. Its checkpoints are in {job.folder}.")
 
 
 def _read_progress(jobs: Sequence[Job]) -> tuple[int, int, dict[Job, float]]:

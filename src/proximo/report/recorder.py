@@ -137,6 +137,6 @@ def record_run(
             raise
         if folder and recorder.checkpoints and recorder.checkpoints.failures:
             raise RunError(
-                f"the last checkpoint could not be saved in {run_dir}. Free disk space, then resume the run."
+                f"the last checkpoint could not be saved in {folder.path}. Free disk space, then resume the run."
             )
     recorder.conclude()

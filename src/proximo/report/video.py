@@ -71,8 +71,8 @@ def record(
 
     Args:
         actor: maps observation [1, ...] and start [1] bool to raw samples [1, ...] for `spaces.action.to_env`.
-        env: an id, or a function that makes one environment. A function is called with render_mode="rgb_array" if it has
-            that parameter; otherwise its environment must already use that mode.
+        env: an id, or a function that makes one environment. A function is called with render_mode="rgb_array" if it
+            has that parameter; otherwise its environment must already use that mode.
         max_frames: recording stops after this many frames.
 
     Raises:
@@ -204,7 +204,7 @@ def explain_opengl() -> Iterator[None]:
         yield
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
         is_named = "OpenGL" in text or "MUJOCO_GL" in text
         if not is_named and not any(module.startswith(OPENGL_CALLERS) for module in modules):
             raise
