@@ -1,7 +1,5 @@
 """`proximo train --seeds`: train several seeds in parallel, one process and one core per seed."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Everything that a run writes: metrics, checkpoints, videos, debug bundles and curves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Frames are encoded as they are rendered, so that memory does not grow with the length of an episode.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys

@@ -3,8 +3,6 @@
 Environment, network and folder names in a checkpoint are data: loading imports nothing because of them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Writing is atomic: a folder is written under a temporary name, synced and rename
 bounded, the checksum is verified, no module is imported and no other file is opened.
 """
 
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """Debug bundles: the data of an iteration that produced NaN or infinity, and its diagnosis."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The run folder: settings, versions and metrics of one run, locked while it trains."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Metrics and settings files in a run folder."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

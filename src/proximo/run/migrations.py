@@ -1,7 +1,5 @@
 """Migrations of checkpoints from older schemas, one step per schema."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoint schedule and retention: when a run is saved, and which checkpoints are kept."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Trackers of metrics: TensorBoard, Weights & Biases and progress on the terminal."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

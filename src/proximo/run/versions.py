@@ -1,7 +1,5 @@
 """Versions of the software and hardware that a result depends on."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
