@@ -131,9 +131,7 @@ def without_display() -> Iterator[None]:
 def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[gym.Env]:
     """Make one environment that renders to arrays, with or without a display; close it afterwards.
 
-    Raises:
-        UserError: the environment cannot be made, or has another render mode.
-        Exited: the environment called `sys.exit`.
+    Raises `UserError` if that fails, and `Exited` if the environment calls `sys.exit`.
     """
     with without_display():
         try:
@@ -194,13 +192,10 @@ def render_frame(env: gym.Env) -> np.ndarray:
 
 @contextmanager
 def explain_opengl() -> Iterator[None]:
-    """Replace an error that OpenGL caused by a `UserError` with an installation hint.
-
-    Callers of OpenGL raise many types of errors.
-    """
+    """Replace an error that OpenGL caused by a `UserError` with an installation hint."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # callers of OpenGL raise many types
         text = f"{type(error).__name__}: {error}"
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
         is_named = "OpenGL" in text or "MUJOCO_GL" in text

@@ -82,11 +82,7 @@ def serialize(
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder.
-
-    Raises:
-        UserError: there is no checkpoint, its schema is not supported, or all are corrupt.
-    """
+    """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder; raise `UserError` without one."""
     *newer, oldest = find_checkpoints(path)
     for folder in newer:
         try:
@@ -115,8 +111,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
     """Return the checkpoint's settings, updated with `changes`; `run_dir` is not restored.
 
-    Raises:
-        UserError: a custom network is required but not given, or a change would alter the trained network.
+    Raises `UserError` if a custom network is required but not given, or a change would alter the trained network.
     """
     changes, built = dict(changes), manifest["config"] | (manifest["resolved"].get("network") or {})
     for name in NETWORK_SETTINGS & changes.keys():

@@ -50,10 +50,9 @@ def truncate_metrics(run_dir: Path, iteration: int) -> None:
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
-    """Metrics of a run, one object per iteration. An incomplete last line is ignored.
+    """Metrics of a run, one object per iteration; raise `UserError` if there are none, or a line is invalid.
 
-    Raises:
-        UserError: the folder has no metrics, or a line is invalid.
+    An incomplete last line is ignored.
     """
     path = Path(run_dir) / METRICS
     try:
@@ -86,11 +85,7 @@ def read_last_metrics(run_dir: str | Path) -> Metrics | None:
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """Settings of a run, with its environment as `env` and the backend that it chose.
-
-    Raises:
-        UserError: the folder has no valid settings file.
-    """
+    """Settings of a run, with its environment as `env` and the backend that it chose; raise `UserError` if missing."""
     try:
         config = read_mapping(Path(run_dir) / CONFIG)
     except UserError as error:

@@ -34,10 +34,8 @@ def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarra
 class TensorBoard:
     """Writer of a TensorBoard event file; needs neither PyTorch nor TensorFlow.
 
-    Metrics without a value are omitted; `global_step` is the step of every event.
-
-    Args:
-        resume_after: step after which events of an earlier session are invalid.
+    Metrics without a value are omitted; `global_step` is the step of every event. In a resumed run, events of an
+    earlier session after the step `resume_after` are invalid.
     """
 
     def __init__(self, folder: Path, resume_after: int | None) -> None:
