@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +28,7 @@ from proximo.run.trackers import Console
 
 POLL_S = 0.5
 
-
-class Job(NamedTuple):
-    """The run of one seed."""
-
-    seed: int
-    folder: Path
+RunDirs = dict[int, Path]  # seed -> run folder
 
 
 def train_seeds(
@@ -58,7 +53,7 @@ def train_seeds(
     seeds: list[int] = options.seeds
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
     check_records(config, TrainingEnvs(env_id), folder)
-    jobs = [Job(seed, folder / f"seed-{seed}") for seed in seeds]
+    run_dirs = {seed: folder / f"seed-{seed}" for seed in seeds}
     name = presets.select_name(env_id, preset)
     log(f"{env_id}: seeds {', '.join(map(str, seeds))}, preset {name or 'none'}")
     log(f"run folders: {folder}/seed-…")
@@ -73,23 +68,23 @@ def train_seeds(
     command += ["--quiet", "--until-input-ends"]
     if not can_pin_to_cores():
         command += ["--threads", "1", "--engine", "sync"]
-    console = None if options.quiet else Console(config.total_timesteps * len(jobs))
+    console = None if options.quiet else Console(config.total_timesteps * len(seeds))
     try:
-        _run(jobs, command, console, signals)
+        _run(run_dirs, command, console, signals)
     finally:
         if console:
             console.close()
-        if not any(job.folder.exists() for job in jobs):
+        if not any(run_dir.exists() for run_dir in run_dirs.values()):
             shutil.rmtree(folder, ignore_errors=True)
-    for line in _summarize(jobs, folder, signals.received is not None):
+    for line in _summarize(run_dirs, folder, signals.received is not None):
         log(line)
     return 128 + signals.received if signals.received else 0
 
 
-def _run(jobs: Sequence[Job], command: Sequence[str], console: Console | None, signals: StopSignals) -> None:
-    """Run as many jobs at once as there are cores; whatever happens, no process remains afterwards."""
-    waiting, free_cores, is_stopping = list(jobs), list(range(cores())), False
-    running: dict[Job, tuple[subprocess.Popen[bytes], int]] = {}  # process and core
+def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, signals: StopSignals) -> None:
+    """Train as many seeds at once as there are cores; whatever happens, no process remains afterwards."""
+    waiting, free_cores, is_stopping = list(run_dirs), list(range(cores())), False
+    running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}  # seed -> process and core
 
     def stop(number: int) -> None:
         for process, _ in running.values():
@@ -102,16 +97,16 @@ def _run(jobs: Sequence[Job], command: Sequence[str], console: Console | None, s
                 waiting.clear()
                 stop(signals.received)
             while waiting and free_cores:
-                job, core = waiting.pop(0), free_cores.pop(0)
-                running[job] = _start(job, command, core), core
+                seed, core = waiting.pop(0), free_cores.pop(0)
+                running[seed] = _start([*command, f"--seed={seed}", f"--run-dir={run_dirs[seed]}"], core), core
             time.sleep(POLL_S)
-            for job, (process, core) in list(running.items()):
+            for seed, (process, core) in list(running.items()):
                 if process.poll() is not None:
                     process.communicate()  # closes its standard input
-                    del running[job]
+                    del running[seed]
                     free_cores.append(core)
-                    _require_success(job, process.returncode, is_stopping)
-            steps, count, returns = _read_progress(jobs)
+                    _require_success(seed, run_dirs[seed], process.returncode, is_stopping)
+            steps, count, returns = _read_progress(run_dirs)
             if console and count:
                 mean = float(np.mean(list(returns.values()))) if returns else None
                 console.write({"global_step": steps, RETURN: mean})
@@ -126,40 +121,39 @@ def _run(jobs: Sequence[Job], command: Sequence[str], console: Console | None, s
             process.communicate()
 
 
-def _start(job: Job, command: Sequence[str], core: int) -> subprocess.Popen[bytes]:
-    """Start `proximo train` on a core, in a session of its own, so that Ctrl-C reaches it only from here."""
-    command = [*command, "--seed", str(job.seed), "--run-dir", str(job.folder)]
+def _start(command: Sequence[str], core: int) -> subprocess.Popen[bytes]:
+    """Start a command on a core, in a session of its own, so that Ctrl-C reaches it only from here."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     pin_to_core(process.pid, core)
     return process
 
 
-def _require_success(job: Job, status: int, is_stopping: bool) -> None:
+def _require_success(seed: int, run_dir: Path, status: int, is_stopping: bool) -> None:
     """Raise `UserError` or `RunError` if a run has failed."""
     stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
     if status == 2:
-        raise UserError(f"seed {job.seed} could not start; see its error message above")
+        raise UserError(f"seed {seed} could not start; see its error message above")
     if status and not (is_stopping and status in stop_statuses):
-        raise RunError(f"seed {job.seed} failed with status {status}. Its checkpoints are in {job.folder}.")
+        raise RunError(f"seed {seed} failed with status {status}. Its checkpoints are in {run_dir}.")
 
 
-def _read_progress(jobs: Sequence[Job]) -> tuple[int, int, dict[Job, float]]:
-    """Total steps of the runs that have metrics, their number, and the mean returns of those that have one."""
-    rows = {job: row for job in jobs if (row := read_last_metrics(job.folder))}
+def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
+    """Total steps of the runs that have metrics, their number, and the mean return by seed where there is one."""
+    rows = {seed: row for seed, run_dir in run_dirs.items() if (row := read_last_metrics(run_dir))}
     steps = sum(int(row["global_step"] or 0) for row in rows.values())
-    return steps, len(rows), {job: value for job, row in rows.items() if (value := row[RETURN]) is not None}
+    return steps, len(rows), {seed: value for seed, row in rows.items() if (value := row[RETURN]) is not None}
 
 
-def _summarize(jobs: Sequence[Job], folder: Path, interrupted: bool) -> Iterator[str]:
-    steps, count, returns = _read_progress(jobs)
+def _summarize(run_dirs: RunDirs, folder: Path, interrupted: bool) -> Iterator[str]:
+    steps, count, returns = _read_progress(run_dirs)
     yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seeds"
     if not returns:
         return
     values = np.array(list(returns.values()), float)
     spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
     yield f"mean return over the last 100 episodes: {values.mean():.1f}{spread}"
-    yield "  " + ", ".join(f"seed {job.seed}: {value:.1f}" for job, value in returns.items())
-    folders = [job.folder for job in returns]
+    yield "  " + ", ".join(f"seed {seed}: {value:.1f}" for seed, value in returns.items())
+    folders = [run_dirs[seed] for seed in returns]
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
     yield f"evaluate a seed with: proximo evaluate {folders[0]}"
     if interrupted:

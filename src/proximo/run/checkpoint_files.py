@@ -22,7 +22,7 @@ from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo.errors import UserError
-from proximo.run.migrations import MIGRATIONS, SCHEMA, migrate
+from proximo.run.migrations import MIGRATIONS, SCHEMA
 from proximo.version import __version__
 
 CHECKPOINT, DEBUG_BUNDLE = "proximo-checkpoint", "proximo-bundle"  # values of "format" in a manifest
@@ -89,7 +89,8 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
         raise CorruptCheckpoint(folder, f"{ARRAYS} is not a valid safetensors file ({error})") from error
     if kind == CHECKPOINT:
         try:
-            manifest, arrays = migrate(manifest, arrays)
+            while manifest["schema"] != SCHEMA:
+                manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpoint(folder, f"the manifest does not follow schema {schema} ({error!r})") from error
     return arrays, manifest
