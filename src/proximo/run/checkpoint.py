@@ -17,6 +17,7 @@ from proximo.errors import DeviceUnavailable, UserError, notify_user
 from proximo.learner.architecture import num_parameters
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner
+from proximo.run import checkpoint_files
 from proximo.run.checkpoint_files import CorruptCheckpoint, find_checkpoints, read
 from proximo.run.progress import PREFIX, Progress
 from proximo.run.versions import collect_versions
@@ -66,10 +67,8 @@ class Checkpoint(NamedTuple):
     progress: Progress
 
 
-def serialize(
-    learner: Learner, info: RunInfo, spaces: Spaces, progress: Progress
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the manifest and the arrays of an agent's checkpoint."""
+def save(path: str | Path, learner: Learner, info: RunInfo, spaces: Spaces, progress: Progress) -> Path:
+    """Write the checkpoint of an agent; see `checkpoint_files.save`."""
     document, arrays = progress.to_document()
     manifest = {
         "backend": learner.backend,
@@ -78,7 +77,7 @@ def serialize(
         **info.to_dict(),
         "progress": document,
     }
-    return manifest, learner.state() | arrays
+    return checkpoint_files.save(path, learner.state() | arrays, manifest)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -151,23 +150,25 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     return spaces
 
 
-def restore_learner(
-    saved: Checkpoint, config: Config, spaces: Spaces, network: Any, may_change_device: bool
-) -> tuple[Config, Learner]:
-    """Return the settings and the learner of a checkpoint.
+def restore(
+    path: str | Path, saved: Checkpoint, network: Any, changes: Mapping[str, Any]
+) -> tuple[Config, Spaces, Learner]:
+    """Return the settings, spaces and learner of a checkpoint, with `changes` of settings.
 
-    With `may_change_device`, a device that this machine does not have is replaced by auto, with a note.
+    A device that this machine does not have is replaced by auto, with a note, unless `changes` requests it.
     """
+    config = restore_config(path, saved.manifest, network, changes)
+    spaces = restore_spaces(saved, config)
     try:
         learner = make_learner(config, spaces, network)
     except DeviceUnavailable as error:
-        if not may_change_device:
+        if "device" in changes:
             raise
         notify_user(f"{error} The checkpoint is loaded with device auto.")
         config = config.replace(device="auto")
         learner = make_learner(config, spaces, network)
     learner.load(saved.arrays)
-    return config, learner
+    return config, spaces, learner
 
 
 def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
