@@ -81,14 +81,15 @@ class WandB:
 
     def __init__(self, project: str, folder: Path, info: RunInfo) -> None:
         self._wandb = wandb = import_wandb()
-        id_file = folder / WANDB_ID
-        run_id = id_file.read_text("utf-8").strip() if id_file.exists() else None
+        run_id = None
+        with suppress(OSError):
+            run_id = (folder / WANDB_ID).read_text("utf-8").strip() or None
         try:
             self._run = wandb.init(
                 project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow",
                 config={"env": info.env_id, **info.config.to_dict()},
             )  # fmt: skip
-            id_file.write_text(self._run.id, "utf-8")
+            (folder / WANDB_ID).write_text(self._run.id, "utf-8")
         except wandb.Error as error:
             raise UserError(
                 f"Weights & Biases could not start a run: {error}. Log in with `wandb login`, or set "
