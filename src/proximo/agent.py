@@ -24,9 +24,8 @@ from proximo.learner.schedules import hyper_at
 from proximo.rollout.collector import Collected, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
-from proximo.run import checkpoint_files
-from proximo.run.checkpoint import load, restore_config, restore_learner, restore_spaces, serialize
-from proximo.run.info import RunInfo
+from proximo.run import checkpoint
+from proximo.run.checkpoint import RunInfo, load, restore
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics, update_from
 from proximo.spaces.heads import RawAction
@@ -254,8 +253,7 @@ class Agent:
             UserError: the path exists and is not a checkpoint.
         """
         info = RunInfo(self._env_id, None, self.config, resolved_by(self.learner))
-        manifest, arrays = serialize(self.learner, info, self.spaces, self.progress)
-        return checkpoint_files.save(path, arrays, manifest)
+        return checkpoint.save(path, self.learner, info, self.spaces, self.progress)
 
     @classmethod
     def load(cls, path: str | Path, *, network: Any = None, **changes: Any) -> Agent:
@@ -270,9 +268,7 @@ class Agent:
         """
         saved = load(path)
         given = agent_settings(changes)
-        config = restore_config(path, saved.manifest, network, given)
-        spaces = restore_spaces(saved, config)
-        config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
+        config, spaces, learner = restore(path, saved, network, given)
         agent = cls.__new__(cls)
         agent._bind(config, spaces, learner, saved.manifest["env"])
         agent.progress.global_step = saved.progress.global_step

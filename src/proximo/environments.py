@@ -8,8 +8,7 @@ from proximo.config.settings import Config
 from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
-from proximo.run.checkpoint import Checkpoint, find_differences
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import Checkpoint, RunInfo, find_differences
 from proximo.run.progress import Progress
 from proximo.source import HostSource
 from proximo.spaces.spaces import Spaces

@@ -25,9 +25,8 @@ from proximo.report.video import MAX_FRAMES, Video, require_video
 from proximo.report.video import record as record_video
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Metrics
-from proximo.run import checkpoint_files
-from proximo.run.checkpoint import Checkpoint, load, restore_config, restore_learner, restore_spaces, serialize
-from proximo.run.info import RunInfo
+from proximo.run import checkpoint, checkpoint_files
+from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
 from proximo.run.progress import Progress
 from proximo.run.trackers import import_wandb
 from proximo.source import Source
@@ -236,8 +235,7 @@ class PPO:
         Raises:
             UserError: the path exists and is not a checkpoint.
         """
-        manifest, arrays = serialize(self.learner, self._info(), self.spaces, self.progress)
-        return checkpoint_files.save(path, arrays, manifest)
+        return checkpoint.save(path, self.learner, self._info(), self.spaces, self.progress)
 
     def _info(self) -> RunInfo:
         return RunInfo(self.env_id or self.envs.unimported, self.preset, self.config, self.resolved)
@@ -264,9 +262,7 @@ class PPO:
         env = with_version(env) if isinstance(env, str) else env
         if env not in (None, known) or given.get("isolate_envs"):
             given.setdefault("engine", "auto")  # the saved engine may not run them
-        config = restore_config(path, saved.manifest, network, given)
-        spaces = restore_spaces(saved, config)
-        config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
+        config, spaces, learner = restore(path, saved, network, given)
         agent = cls.__new__(cls)
         agent._bind(TrainingEnvs(env, known if is_unimported else None), config)
         agent.spaces, agent.learner, agent.preset = spaces, learner, saved.manifest.get("preset")

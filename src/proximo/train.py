@@ -111,7 +111,7 @@ def plan_call(
     # A run that continues to its planned end keeps the decision, however little is left.
     previous = learner.compiled if done else None
     if saved:
-        previous = saved.manifest.get("compiled")
+        previous = saved.manifest["resolved"].get("compiled")
         planned = saved.manifest["config"].get("total_timesteps")
     minibatches = config.count_minibatches(config.total_timesteps - done)
     learner.decide_compilation(minibatches, previous if planned == config.total_timesteps else None)

@@ -23,9 +23,8 @@ from proximo.rollout.env_state import EnvState
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator, sequence
 from proximo.rollout.rollout import Episode
-from proximo.run import checkpoint_files
-from proximo.run.checkpoint import load, restore_config, restore_spaces, serialize
-from proximo.run.info import RunInfo
+from proximo.run import checkpoint
+from proximo.run.checkpoint import RunInfo, load, restore_config, restore_spaces
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
 from proximo.source import Iteration, time_metrics
@@ -151,11 +150,7 @@ def test_a_run_on_the_device_is_recorded_and_resumed_exactly(tmp_path):
 
     def train(config, learner, source, progress, run_dir, count, is_continued=False):
         info = RunInfo("device:CartPole", None, config, resolved_by(learner, "device"))
-
-        def save(path):
-            manifest, arrays = serialize(learner, info, SPACES, progress)
-            checkpoint_files.save(path, arrays, manifest)
-
+        save = partial(checkpoint.save, learner=learner, info=info, spaces=SPACES, progress=progress)
         with record_run(run_dir, info, learner, progress, save, print, is_continued, show=False) as recorder:
             recorder.start()
             for number, report in enumerate(iterations(config, source, learner, progress), 1):

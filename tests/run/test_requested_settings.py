@@ -183,6 +183,7 @@ def to_schema_2(path, engine):
     chosen = {"engine": engine, **{name: resolved[name] for name in ("backend", "device", "threads")}}
     manifest = {name: value for name, value in manifest.items() if name not in removed} | {
         "schema": 2,
+        "compiled": resolved["compiled"],
         "config": {**manifest["config"], **chosen},
         "spaces": {**manifest["spaces"], "action": head},
         "progress": {**progress, "world": "run/world"},
@@ -239,7 +240,7 @@ def test_a_migrated_box_keeps_infinite_bounds(tmp_path):
     assert (head["low"], head["high"]) == ([None, -1.0], [2.0, None])
     del head["path"]
     manifest["spaces"]["action"] = {**head, "kind": "Box"}
-    checkpoint_files.save(tmp_path / "saved", arrays, {**manifest, "schema": 2, "sha256": None})
+    checkpoint_files.save(tmp_path / "saved", arrays, {**manifest, "schema": 2, "compiled": None, "sha256": None})
     assert Agent.load(tmp_path / "saved").spaces == agent.spaces
 
 

@@ -31,6 +31,8 @@ from proximo.rollout.env_state import (
 from proximo.run import checkpoint, checkpoint_files
 from proximo.run.metrics import read_metrics
 from proximo.run.progress import Progress
+from proximo.torch.runtime import can_compile
+from proximo.train import plan_call
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = {"preset": None, "num_envs": 3, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2}
@@ -454,16 +456,21 @@ def test_steps_given_in_the_call_change_a_linear_schedule(method, tmp_path):
 
 
 def test_another_environment_or_compilation_is_reported(tmp_path, capsys):
-    """CartPole-v0 differs from v1 only in its limit of 200 instead of 500 steps."""
+    """CartPole-v0 differs from v1 only in its limit of 200 instead of 500 steps. The learner of a checkpoint keeps its
+    decision to compile, unless `compile` is given."""
     settings = {**QUICK, "engine": "sync", "total_timesteps": 4 * ROWS, "lr_schedule": "constant"}
     with PPO("CartPole-v1", **settings) as agent:
         next(agent.iterate())
         agent.save(tmp_path / "saved")
-    saved = checkpoint.load(tmp_path / "saved")
-    info, compiled = agent._info(), agent.learner.compiled
-    assert not checkpoint.find_differences(saved, info)
-    saved.manifest["resolved"]["compiled"] = not compiled
-    assert checkpoint.find_differences(saved, info) == [f"compiled changed from {not compiled} to {compiled}"]
+    arrays, manifest = checkpoint_files.read(tmp_path / "saved")
+    manifest["resolved"]["compiled"] = True
+    checkpoint_files.save(tmp_path / "compiled", arrays, manifest)
+    with PPO.load(tmp_path / "compiled", compile=False) as again:
+        next(again.iterate())
+    assert again.progress.resumed[-1]["why"] == "compiled changed from True to False"
+    with PPO.load(tmp_path / "compiled") as again:
+        plan_call(again.config, again.learner, again.progress, again._saved, total_timesteps=None)
+    assert again.learner.compiled == can_compile()
     for env, changed in [
         ("CartPole", ""),
         ("CartPole-v0", "env changed from CartPole-v1 to CartPole-v0"),

@@ -1,7 +1,5 @@
 """The `proximo` command line: argument parsing and printing, with one module per command."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -1,7 +1,5 @@
 """`proximo evaluate`: evaluate a policy over complete episodes, and record a video."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Command-line flags: one for every setting, and spellings of other libraries."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping

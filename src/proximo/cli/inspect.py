@@ -1,7 +1,5 @@
 """`proximo inspect`: describe a run, a checkpoint or a debug bundle."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`proximo plot`: plot learning curves of one or several runs."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

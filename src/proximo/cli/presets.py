@@ -1,7 +1,5 @@
 """`proximo presets`: list the presets with their sources and measured returns, or print one."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`proximo resume`: continue a run from its latest checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

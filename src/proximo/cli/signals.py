@@ -1,7 +1,5 @@
 """Signals that stop a training command."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -10,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from typing import Self
 
 from proximo.machine import HANGUP, STOP_SIGNALS
 
@@ -53,7 +52,7 @@ class StopSignals:
         self.received: int | None = None
         self._verbose = verbose
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in STOP_SIGNALS

@@ -1,7 +1,5 @@
 """Learning curves of one or several runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 
 from proximo.errors import UserError
 from proximo.rollout.rollout import Metrics
-from proximo.run.metrics import read_config, read_metrics, read_resolved
+from proximo.run.metrics import read_config, read_metrics
 
 RETURN, LENGTH = "rollout/episode_return_mean", "rollout/episode_length_mean"
 LABELS = {
@@ -58,21 +56,17 @@ def plot(
     Runs that differ only in their seed are combined: a line for their mean, a band of one standard deviation.
 
     Args:
-        output: PNG, SVG or PDF file. Default: `curves.png`, in the run folder if there is only one.
-        metrics: Names from metrics.jsonl. Default: returns, lengths, losses and update statistics.
+        output: a PNG, SVG or PDF file. Default: `curves.png`, in the run folder if there is only one.
+        metrics: names from metrics.jsonl. Default: returns, lengths, losses and update statistics.
 
     Raises:
-        UserError: A folder has no metrics, a metric is unknown, or the figure cannot be written.
+        UserError: a folder has no metrics, a metric is unknown, or the figure cannot be written.
     """
     if output is not None and Path(output).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"output {output} has an unsupported format. Use a .png, .svg or .pdf file.")
     if isinstance(run_dirs, (str, Path)):
         run_dirs = [run_dirs]
-    runs = [
-        Run(path.name, read_config(path) | {"backend": backend} if backend else read_config(path), read_metrics(path))
-        for path in map(Path, run_dirs)
-        for backend in [read_resolved(path).get("backend")]
-    ]
+    runs = [Run(path.name, read_config(path), read_metrics(path)) for path in map(Path, run_dirs)]
     names = [name for name in metrics or LABELS if any(len(run.curve(name)[0]) for run in runs)]
     folders = ", ".join(map(str, run_dirs))
     if missing := set(metrics or ()) - set(names):

@@ -1,11 +1,8 @@
 """Everything that a run writes: metrics, checkpoints, videos, debug bundles and curves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from proximo.errors import Exited, NotFinite, RunError, describe_error, notify_user
@@ -13,11 +10,11 @@ from proximo.learner.learner import Learner
 from proximo.report.plot import RETURN, plot
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run import debug_bundle
+from proximo.run.checkpoint import RunInfo
 from proximo.run.folder import RunFolder
-from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
-from proximo.run.retention import CheckpointManager, require_latest
-from proximo.run.trackers import Tracker, open_trackers
+from proximo.run.retention import CheckpointManager
+from proximo.run.trackers import Tracker, close_tracker, open_trackers
 
 
 @dataclass
@@ -31,18 +28,18 @@ class Recorder:
     progress: Progress
     save: Callable[[Path], object]  # writes a checkpoint
     record_video: Callable[[Path], object]  # records an episode of the policy's mode
-    checkpoints: CheckpointManager | None = None  # None before `start`
+    checkpoints: CheckpointManager | None = None  # None before `start`, and without a run folder
 
     def start(self) -> None:
         """Save a first checkpoint, for a run that dies early."""
-        if self.folder:
-            self.checkpoints = CheckpointManager(self.folder.path, self.info.config, self.progress, self._save_synced)
-            self.checkpoints.save()
+        if folder := self.folder:
 
-    def _save_synced(self, path: Path) -> None:
-        assert self.folder
-        self.folder.sync()  # metrics first: a checkpoint never precedes them on disk
-        self.save(path)
+            def save(path: Path) -> None:
+                folder.sync()  # metrics first: a checkpoint never precedes them on disk
+                self.save(path)
+
+            self.checkpoints = CheckpointManager(folder.path, self.info.config, self.progress, save)
+            self.checkpoints.save()
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
         """Write the metrics of an iteration to all trackers. One that fails is removed, and training continues."""
@@ -59,20 +56,7 @@ class Recorder:
             self.checkpoints.after_iteration(evaluated)
             interval = self.info.config.video_interval
             if interval and self.progress.iteration % interval == 0:
-                self._record_step()
-
-    def save_last(self) -> None:
-        """Save the last checkpoint."""
-        if self.checkpoints:
-            self.checkpoints.save()
-
-    def require_saved(self) -> None:
-        """Raise `RunError` if the last checkpoint could not be saved."""
-        if self.checkpoints and self.checkpoints.failures:
-            raise RunError(
-                f"the last checkpoint could not be saved in {self.checkpoints.run_dir}. Free disk space, then resume "
-                "the run."
-            )
+                self._record_step(self.checkpoints.run_dir)
 
     def rescue(self, error: BaseException) -> None:
         """Save what was learned before an error, and a debug bundle after a numerical one."""
@@ -91,8 +75,8 @@ class Recorder:
         """Record a last video and plot the curves."""
         if not self.folder:
             return
-        self._record_step()
         path = self.folder.path
+        self._record_step(path)
         try:
             if self.folder.rows:
                 plot([path])
@@ -101,10 +85,9 @@ class Recorder:
         except Exception as error:
             notify_user(f"the curves of {path} could not be drawn: {error}")
 
-    def _record_step(self) -> None:
+    def _record_step(self, run_dir: Path) -> None:
         """Record a video of this step, if videos are configured; a failure does not stop the run."""
-        assert self.folder
-        path = self.folder.path / "videos" / f"step_{self.progress.global_step:012d}.mp4"
+        path = run_dir / "videos" / f"step_{self.progress.global_step:012d}.mp4"
         if not self.info.config.capture_video or path.exists():
             return
         try:
@@ -129,22 +112,29 @@ def record_run(
     """Open the run folder and trackers; at the end save, and after an error rescue what was learned.
 
     Args:
-        is_continued: The run folder holds the earlier part of this run.
-        show: Show progress on the terminal.
+        is_continued: the run folder holds the earlier part of this run.
+        show: show progress on the terminal.
 
     Raises:
-        UserError: The run folder is in use or cannot be written, or a tracker does not start.
-        RunError: The last checkpoint could not be saved.
+        UserError: the run folder is in use or cannot be written, or a tracker does not start.
+        RunError: the last checkpoint could not be saved.
     """
-    check = partial(require_latest, progress.global_step)
-    resumed = progress if is_continued else None
-    with open_trackers(run_dir, info, show, resumed, check) as (folder, trackers):
+    resumed, trackers = (progress if is_continued else None), list[Tracker]()
+    with ExitStack() as stack:
+        folder = None if run_dir is None else RunFolder(run_dir, info, resumed)
+        for tracker in open_trackers(folder, info, show, resumed):
+            stack.push(lambda kind, *_, tracker=tracker: close_tracker(tracker, failed=kind is not None))
+            trackers.append(tracker)
         recorder = Recorder(folder, trackers, info, learner, progress, save, record_video)
         try:
             yield recorder
-            recorder.save_last()
+            if recorder.checkpoints:
+                recorder.checkpoints.save()
         except BaseException as error:
             recorder.rescue(error)
             raise
-        recorder.require_saved()
+        if folder and recorder.checkpoints and recorder.checkpoints.failures:
+            raise RunError(
+                f"the last checkpoint could not be saved in {folder.path}. Free disk space, then resume the run."
+            )
     recorder.conclude()

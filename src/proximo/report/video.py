@@ -3,8 +3,6 @@
 Frames are encoded as they are rendered, so that memory does not grow with the length of an episode.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys
@@ -12,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,16 +68,15 @@ def record(
     The file is written atomically.
 
     Args:
-        actor: Maps observation [1, ...] and start [1] bool to raw samples [1, ...] for `spaces.action.to_env`.
-        env: Id, or function that makes one environment. A function is called with render_mode="rgb_array" if it has
-            that parameter; otherwise its environment must already use that mode.
-        max_frames: Recording stops after this many frames.
+        actor: maps observation [1, ...] and start [1] bool to raw samples [1, ...] for `spaces.action.to_env`.
+        env: an id, or a function that makes one environment. A function is called with render_mode="rgb_array" if it
+            has that parameter; otherwise its environment must already use that mode.
+        max_frames: recording stops after this many frames.
 
     Raises:
         UserError: PyAV or a rendering dependency is not installed, the environment cannot be made, does not render or
             has other spaces, or the file cannot be written.
     """
-    import_av()
     path = Path(path)
     if path.suffix.lower() != ".mp4" or path.is_dir():
         raise UserError(f"{path} is not a video file. Use a file name that ends in .mp4.")
@@ -148,23 +146,23 @@ def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[
 
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
-    """Make one environment that renders to arrays; raise `UserError` as in `open_rendering_env`."""
+    """Make one environment that renders to arrays, without a display if there is none."""
     if isinstance(env, VectorEnv) or not (isinstance(env, str) or callable(env)):
         raise UserError("recording needs an environment id or a function that makes one environment")
+    factory = partial(make_one, env) if isinstance(env, str) else env
     kwargs = dict(env_kwargs)
-    if isinstance(env, str) or takes_render_mode(env):
+    with suppress(TypeError, ValueError):  # no such parameter, or no signature because it is not written in Python
+        inspect.signature(factory).bind_partial(render_mode=RENDER_MODE)
         kwargs["render_mode"] = RENDER_MODE
     try:
-        rendering_env = make_one(env, **kwargs) if isinstance(env, str) else env(**kwargs)
-    except Exception as error:
-        message = explain_opengl(error)  # `import mujoco` loads the library that MUJOCO_GL selects
-        if message is None and isinstance(error, (gym.error.Error, ImportError)):
-            message = explain_make_error(str(env), error)
-        if message is None and kwargs and isinstance(error, TypeError) and "argument" in str(error):
-            message = f"{env} does not accept the keywords {kwargs}: {error}"
-        if message is None:
+        with explain_opengl():  # `import mujoco` loads the library that MUJOCO_GL selects
+            rendering_env = factory(**kwargs)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(explain_make_error(str(env), error)) from error
+    except TypeError as error:
+        if not kwargs or "argument" not in str(error):
             raise
-        raise UserError(message) from error
+        raise UserError(f"{env} does not accept the keywords {kwargs}: {error}") from error
     if (mode := rendering_env.render_mode) != RENDER_MODE:
         rendering_env.close()
         raise UserError(
@@ -174,28 +172,15 @@ def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
     return rendering_env
 
 
-def takes_render_mode(factory: Callable[..., gym.Env]) -> bool:
-    """Whether a function accepts the keyword argument render_mode."""
-    try:
-        inspect.signature(factory).bind_partial(render_mode=RENDER_MODE)
-    except (TypeError, ValueError):  # no such parameter, or no signature because it is not written in Python
-        return False
-    return True
-
-
 def render_frame(env: gym.Env) -> np.ndarray:
     """Render the current state, uint8 [H, W, 3]; raise `UserError` for anything else, or if a dependency is missing."""
     try:
-        frame: Any = env.render()
-    except Exception as error:
-        message = explain_opengl(error)
-        if message is None and isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
-            message = f"rendering needs a package that is not installed: {error}"
-            if "pygame" in str(error):
-                message = "rendering needs pygame: pip install 'proximo[video]'"
-        if message is None:
-            raise
-        raise UserError(message) from error
+        with explain_opengl():
+            frame: Any = env.render()
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        if "pygame" in str(error):
+            raise UserError("rendering needs pygame: pip install 'proximo[video]'") from error
+        raise UserError(f"rendering needs a package that is not installed: {error}") from error
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,)):
         actual = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise UserError(
@@ -205,18 +190,22 @@ def render_frame(env: gym.Env) -> np.ndarray:
     return frame
 
 
-def explain_opengl(error: Exception) -> str | None:
-    """Installation hint if OpenGL caused the error; None otherwise. Callers of OpenGL raise many types of errors."""
-    text = f"{type(error).__name__}: {error}"
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    is_named = "OpenGL" in text or "MUJOCO_GL" in text
-    if not is_named and not any(module.startswith(OPENGL_CALLERS) for module in modules):
-        return None
-    return (
-        f"rendering with OpenGL failed (MUJOCO_GL is {os.environ.get('MUJOCO_GL')!r}; {text}). Without a display, on "
-        f"Debian or Ubuntu: apt-get install --no-install-recommends {OPENGL_PACKAGES}, and leave MUJOCO_GL unset or "
-        "set it to egl"
-    )
+@contextmanager
+def explain_opengl() -> Iterator[None]:
+    """Replace an error that OpenGL caused by a `UserError` with an installation hint."""
+    try:
+        yield
+    except Exception as error:  # callers of OpenGL raise many types
+        text = f"{type(error).__name__}: {error}"
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        is_named = "OpenGL" in text or "MUJOCO_GL" in text
+        if not is_named and not any(module.startswith(OPENGL_CALLERS) for module in modules):
+            raise
+        raise UserError(
+            f"rendering with OpenGL failed (MUJOCO_GL is {os.environ.get('MUJOCO_GL')!r}; {text}). Without a display, "
+            f"on Debian or Ubuntu: apt-get install --no-install-recommends {OPENGL_PACKAGES}, and leave MUJOCO_GL "
+            "unset or set it to egl"
+        ) from error
 
 
 def import_av() -> Any:
@@ -235,7 +224,6 @@ def open_encoder(path: Path, fps: Fraction) -> Iterator[Callable[[np.ndarray], N
     The last row or column of odd heights and widths is repeated, because yuv420p needs even ones.
     """
     av = import_av()
-    shapes: set[tuple[int, ...]] = set()
     with replace_atomically(path) as temporary:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,13 +232,9 @@ def open_encoder(path: Path, fps: Fraction) -> Iterator[Callable[[np.ndarray], N
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}") from error
         with container:
-            try:
-                stream = container.add_stream("libx264", rate=fps)
-            except (ValueError, LookupError, OSError) as error:
-                raise UserError(
-                    f"the installed PyAV has no H.264 encoder ({error}): pip install --force-reinstall av"
-                ) from error
+            stream = container.add_stream("libx264", rate=fps)
             stream.pix_fmt = "yuv420p"
+            shapes: set[tuple[int, ...]] = set()
 
             def write_frame(frame: np.ndarray) -> None:
                 padded = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")

@@ -3,8 +3,6 @@
 Environment, network and folder names in a checkpoint are data: loading imports nothing because of them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proximo.config.names import from_mapping, override
+from proximo.config.resolved import Resolved
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import DeviceUnavailable, UserError, notify_user
 from proximo.learner.architecture import num_parameters
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner
+from proximo.run import checkpoint_files
 from proximo.run.checkpoint_files import CorruptCheckpoint, find_checkpoints, read
-from proximo.run.info import RunInfo
 from proximo.run.progress import PREFIX, Progress
 from proximo.run.versions import collect_versions
 from proximo.spaces.spaces import Spaces
@@ -40,6 +39,25 @@ NEUTRAL_SETTINGS = {
 RESOLVED = ("backend", "device", "threads", "compiled")  # choices that replace the last four
 
 
+class RunInfo(NamedTuple):
+    """What identifies a run."""
+
+    env_id: str | None  # None for an environment without an id
+    preset: str | None  # preset that the settings started from
+    config: Config  # settings as requested
+    resolved: Resolved  # choices made on this machine
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of a manifest that describe the run, with the versions of the software."""
+        return {
+            "env": self.env_id,
+            "preset": self.preset,
+            "config": {**self.config.to_dict(), "run_dir": None},
+            "resolved": self.resolved._asdict(),
+            "versions": collect_versions(),
+        }
+
+
 class Checkpoint(NamedTuple):
     """A loaded checkpoint."""
 
@@ -49,32 +67,21 @@ class Checkpoint(NamedTuple):
     progress: Progress
 
 
-def serialize(
-    learner: Learner, info: RunInfo, spaces: Spaces, progress: Progress
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the manifest and the arrays of an agent's checkpoint."""
+def save(path: str | Path, learner: Learner, info: RunInfo, spaces: Spaces, progress: Progress) -> Path:
+    """Write the checkpoint of an agent; see `checkpoint_files.save`."""
     document, arrays = progress.to_document()
     manifest = {
         "backend": learner.backend,
-        "compiled": learner.compiled,
-        "env": info.env_id,
-        "preset": info.preset,
         "network": "built-in" if learner.is_built_in else CUSTOM_NETWORK,
-        "config": {**info.config.to_dict(), "run_dir": None},
-        "resolved": info.resolved._asdict(),
         "spaces": spaces.to_dict(),
-        "versions": collect_versions(),
+        **info.to_dict(),
         "progress": document,
     }
-    return manifest, learner.state() | arrays
+    return checkpoint_files.save(path, learner.state() | arrays, manifest)
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder.
-
-    Raises:
-        UserError: There is no checkpoint, its schema is not supported, or all are corrupt.
-    """
+    """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder; raise `UserError` without one."""
     *newer, oldest = find_checkpoints(path)
     for folder in newer:
         try:
@@ -103,15 +110,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
     """Return the checkpoint's settings, updated with `changes`; `run_dir` is not restored.
 
-    Raises:
-        UserError: A custom network is required but not given, or a change would alter the trained network.
+    Raises `UserError` if a custom network is required but not given, or a change would alter the trained network.
     """
-    unspecified = {name for name in NETWORK_SETTINGS & changes.keys() if changes[name] in ("auto", None)}
-    changes = {name: value for name, value in changes.items() if name not in unspecified}
-    resolved = manifest["resolved"].get("network") or {}
+    changes, built = dict(changes), manifest["config"] | (manifest["resolved"].get("network") or {})
     for name in NETWORK_SETTINGS & changes.keys():
-        trained, given = resolved.get(name, manifest["config"].get(name)), changes[name]
-        if given != (tuple(trained) if isinstance(trained, list) else trained):
+        trained, given = built.get(name), changes[name]
+        if given in ("auto", None):
+            del changes[name]
+        elif given != (tuple(trained) if isinstance(trained, list) else trained):
             raise UserError(
                 f"`{name}` is {given}, but the network in {path} was trained with {trained}. Omit `{name}`, or train "
                 "a new agent."
@@ -144,46 +150,47 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     return spaces
 
 
-def restore_learner(
-    saved: Checkpoint, config: Config, spaces: Spaces, network: Any, may_change_device: bool
-) -> tuple[Config, Learner]:
-    """Return the learner of a checkpoint, after the settings, in which only `device` may differ.
+def restore(
+    path: str | Path, saved: Checkpoint, network: Any, changes: Mapping[str, Any]
+) -> tuple[Config, Spaces, Learner]:
+    """Return the settings, spaces and learner of a checkpoint, with `changes` of settings.
 
-    With `may_change_device`, a device that this machine does not have is replaced by auto, with a note.
+    A device that this machine does not have is replaced by auto, with a note, unless `changes` requests it.
     """
+    config = restore_config(path, saved.manifest, network, changes)
+    spaces = restore_spaces(saved, config)
     try:
         learner = make_learner(config, spaces, network)
     except DeviceUnavailable as error:
-        if not may_change_device:
+        if "device" in changes:
             raise
         notify_user(f"{error} The checkpoint is loaded with device auto.")
         config = config.replace(device="auto")
         learner = make_learner(config, spaces, network)
     learner.load(saved.arrays)
-    return config, learner
+    return config, spaces, learner
 
 
 def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
     """List what prevents a bit-exact continuation of the saved run: changed settings, software or environment."""
-    manifest, config = saved.manifest, json.loads(json.dumps(info.config.to_dict()))
+    old, new = saved.manifest, json.loads(json.dumps(info.to_dict()))
     relevant = {name for name, setting in SETTINGS.items() if setting.group != "records"} - NEUTRAL_SETTINGS
-    if all(config[name] in ("constant", "adaptive") for name in ("lr_schedule", "clip_schedule", "ent_schedule")):
+    schedules = ("lr_schedule", "clip_schedule", "ent_schedule")
+    if all(new["config"][name] in ("constant", "adaptive") for name in schedules):
         relevant.discard("total_timesteps")  # only the other schedules depend on it
+    if old["resolved"].get("network") and new["resolved"]["network"]:
+        relevant -= new["resolved"]["network"].keys()  # what was built is compared instead of what was requested
 
-    resolved = json.loads(json.dumps(info.resolved._asdict()))
-    if manifest["resolved"].get("network") and resolved["network"]:
-        relevant -= resolved["network"].keys()  # what was built is compared instead of what was requested
-
-    def conditions(env_id: str | None, resolved: dict, config: dict, versions: dict) -> dict[str, Any]:
+    def conditions(run: dict[str, Any]) -> dict[str, Any]:
+        resolved, config, versions = run["resolved"], run["config"], run["versions"]
         return {
-            "env": env_id or "an environment without an id",
+            "env": run["env"] or "an environment without an id",
             **{name: resolved[name] for name in RESOLVED if resolved.get(name) is not None},
             **{name: config[name] for name in sorted(relevant & config.keys())},
             **((resolved.get("network") or {}) if "architecture" not in relevant else {}),
             **{name: versions[name] for name in sorted(versions.keys() - {"platform", "cores"})},
         }
 
-    old = conditions(manifest["env"], manifest["resolved"], manifest["config"], manifest["versions"])
-    new = conditions(info.env_id, resolved, config, collect_versions())
-    common = [name for name in old if name in new]
-    return [f"{name} changed from {old[name]} to {new[name]}" for name in common if old[name] != new[name]]
+    before, after = conditions(old), conditions(new)
+    changed = [name for name in before if name in after and before[name] != after[name]]
+    return [f"{name} changed from {before[name]} to {after[name]}" for name in changed]

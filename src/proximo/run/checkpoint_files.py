@@ -4,8 +4,6 @@ Writing is atomic: a folder is written under a temporary name, synced and rename
 bounded, the checksum is verified, no module is imported and no other file is opened.
 """
 
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib
@@ -24,7 +22,7 @@ from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo.errors import UserError
-from proximo.run.migrations import MIGRATIONS, SCHEMA, migrate
+from proximo.run.migrations import MIGRATIONS, SCHEMA
 from proximo.version import __version__
 
 CHECKPOINT, DEBUG_BUNDLE = "proximo-checkpoint", "proximo-bundle"  # values of "format" in a manifest
@@ -71,9 +69,7 @@ def save(
 def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays and the manifest of a folder; those of a checkpoint are migrated to the current schema.
 
-    Raises:
-        CorruptCheckpoint: The files cannot be read, have another format, or do not match their checksum.
-        UserError: The schema is not supported.
+    Raises `CorruptCheckpoint` if the files are invalid, and `UserError` if the schema is not supported.
     """
     manifest = read_manifest(folder)
     payload = _read_bounded(folder / ARRAYS, MAX_ARRAYS_BYTES)
@@ -91,12 +87,12 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
         arrays = decode(payload)
     except Exception as error:  # safetensors documents no exception types for invalid bytes
         raise CorruptCheckpoint(folder, f"{ARRAYS} is not a valid safetensors file ({error})") from error
-    if kind != CHECKPOINT:
-        return arrays, manifest
-    try:
-        manifest, arrays = migrate(manifest, arrays)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptCheckpoint(folder, f"the manifest does not follow schema {schema} ({error!r})") from error
+    if kind == CHECKPOINT:
+        try:
+            while manifest["schema"] != SCHEMA:
+                manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptCheckpoint(folder, f"the manifest does not follow schema {schema} ({error!r})") from error
     return arrays, manifest
 
 
@@ -161,15 +157,13 @@ def find_resumable_run_dir(path: str | Path) -> Path | None:
 def _read_bounded(path: Path, max_bytes: int) -> bytes:
     """Read a regular file of at most `max_bytes`; refuse devices and pipes, which may block or never end."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptCheckpoint(path.parent, f"{path.name} is not a regular file")
-            if status.st_size > max_bytes:
-                size = f"{path.name} has {status.st_size:,} bytes, more than the limit of {max_bytes:,}"
-                raise CorruptCheckpoint(path.parent, size)
-            return file.read(status.st_size)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpoint(path.parent, f"{path.name} is not a regular file")
+        if status.st_size > max_bytes:
+            size = f"{path.name} has {status.st_size:,} bytes, more than the limit of {max_bytes:,}"
+            raise CorruptCheckpoint(path.parent, size)
+        return path.read_bytes()
     except OSError as error:
         raise CorruptCheckpoint(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
 

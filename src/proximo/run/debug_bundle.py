@@ -1,7 +1,5 @@
 """Debug bundles: the data of an iteration that produced NaN or infinity, and its diagnosis."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 from proximo.errors import NotFinite
 from proximo.learner.learner import Learner
 from proximo.run import checkpoint_files
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import RunInfo
 from proximo.run.progress import Progress
 
 FOLDER = "faults"  # in the run folder

@@ -1,21 +1,20 @@
 """The run folder: settings, versions and metrics of one run, locked while it trains."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import re
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from proximo.config.files import to_yaml
 from proximo.errors import UserError, notify_user
 from proximo.rollout.rollout import Diagnostics, Metrics
-from proximo.run.info import RunInfo
+from proximo.run.checkpoint import RunInfo
 from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics, write_atomically
+from proximo.run.progress import Progress
+from proximo.run.retention import require_latest
 from proximo.run.versions import collect_versions
 
 try:
@@ -30,34 +29,30 @@ class RunFolder:
     A lock keeps other processes from training in the folder while it is open.
 
     Args:
-        resume_after: Iteration to resume the folder's run after; later metrics are removed. None starts a new run.
-        check: Called with the folder of a resumed run before anything is changed; raises to refuse.
+        resumed: progress of the folder's run, whose later metrics are removed; None starts a new run.
 
     Raises:
-        UserError: The folder is not empty (for a new run), is in use, or cannot be written.
+        UserError: the folder is in use or cannot be written; it is not empty, for a new run; or another process has
+            continued the resumed run.
     """
 
-    def __init__(
-        self, path: str | Path, info: RunInfo, resume_after: int | None, check: Callable[[Path], None]
-    ) -> None:
+    def __init__(self, path: str | Path, info: RunInfo, resumed: Progress | None) -> None:
         self.path, self.rows = Path(path), 0
         self._unwritten: list[bytes] = []  # lines that a full disk has delayed
         settings = to_yaml(info.env_id, info.preset, info.config)
         versions = {**collect_versions(), "resolved": info.resolved._asdict()}
         try:
             with ExitStack() as files:
-                if resume_after is None:
+                if not resumed:
                     require_empty(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock_run_dir(self.path, files)
-                if resume_after is None:
-                    # Exclusive creation fails if another run has claimed the folder meanwhile.
-                    with (self.path / CONFIG).open("x", encoding="utf-8") as file:
-                        file.write(settings)
+                if resumed:
+                    require_latest(resumed.global_step, self.path)
+                    truncate_metrics(self.path, resumed.iteration)
                 else:
-                    check(self.path)
-                    write_atomically(self.path / CONFIG, settings)
-                    truncate_metrics(self.path, resume_after)
+                    (self.path / CONFIG).touch(exist_ok=False)  # fails if another run has claimed the folder meanwhile
+                write_atomically(self.path / CONFIG, settings)
                 write_atomically(self.path / VERSIONS, json.dumps(versions, indent=2))
                 self._metrics = files.enter_context((self.path / METRICS).open("ab", buffering=0))
                 self._files = files.pop_all()
@@ -98,7 +93,7 @@ class RunFolder:
 
 
 def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
-    """Lock a run folder until `files` is closed, if locks are supported; raise `UserError` if another process did."""
+    """Lock a run folder until `files` is closed; raise `UserError` if another process did. Not on Windows."""
     if fcntl is None:
         return
     file = files.enter_context((run_dir / LOCK).open("ab"))

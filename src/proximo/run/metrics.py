@@ -1,7 +1,5 @@
 """Metrics and settings files in a run folder."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -52,10 +50,9 @@ def truncate_metrics(run_dir: Path, iteration: int) -> None:
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
-    """Metrics of a run, one object per iteration. An incomplete last line is ignored.
+    """Metrics of a run, one object per iteration; raise `UserError` if there are none, or a line is invalid.
 
-    Raises:
-        UserError: The folder has no metrics, or a line is invalid.
+    An incomplete last line is ignored.
     """
     path = Path(run_dir) / METRICS
     try:
@@ -87,18 +84,12 @@ def read_last_metrics(run_dir: str | Path) -> Metrics | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def read_resolved(run_dir: str | Path) -> dict[str, Any]:
-    """The choices of a run on its machine, from versions.json; empty where it has none."""
-    with suppress(OSError, ValueError, RecursionError):
-        versions = json.loads((Path(run_dir) / VERSIONS).read_text("utf-8"))
-        if isinstance(versions, dict) and isinstance(versions.get("resolved"), dict):
-            return versions["resolved"]
-    return {}
-
-
 def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """Settings of a run, with its environment as `env`; raise `UserError` if the folder has no valid settings file."""
+    """Settings of a run, with its environment as `env` and the backend that it chose; raise `UserError` if missing."""
     try:
-        return read_mapping(Path(run_dir) / CONFIG)
+        config = read_mapping(Path(run_dir) / CONFIG)
     except UserError as error:
         raise UserError(f"{error} Give a run folder.") from error
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # older runs do not record their choices
+        config["backend"] = json.loads((Path(run_dir) / VERSIONS).read_text("utf-8"))["resolved"]["backend"]
+    return config

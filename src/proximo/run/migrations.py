@@ -1,7 +1,5 @@
 """Migrations of checkpoints from older schemas, one step per schema."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +13,11 @@ Manifest = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 
-def migrate(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Arrays]:
-    """Migrate a checkpoint of any schema in `MIGRATIONS` to `SCHEMA`.
-
-    A manifest that does not follow its schema raises KeyError, TypeError, ValueError or OverflowError.
-    """
-    while manifest["schema"] != SCHEMA:
-        manifest, arrays = MIGRATIONS[manifest["schema"]](manifest, arrays)
-    return manifest, arrays
-
-
 def _add_progress(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Arrays]:
     """Schema 1 → 2: adds the simulator state and the latest episodes, both empty."""
     progress = Progress(int(manifest["global_step"]), int(manifest["iteration"]))
     document, progress_arrays = progress.to_document()
-    rest = {name: value for name, value in manifest.items() if name not in ("global_step", "iteration")}
-    manifest = {**rest, "schema": 2, "compiled": None, "versions": {}, "progress": document}
+    manifest = {**manifest, "schema": 2, "compiled": None, "versions": {}, "progress": document}
     return manifest, arrays | progress_arrays
 
 
@@ -58,4 +45,6 @@ def _separate_resolved(manifest: Manifest, arrays: Arrays) -> tuple[Manifest, Ar
     return {**manifest, **changed}, arrays
 
 
+# From each older schema to the next. A manifest that does not follow its schema raises KeyError, TypeError, ValueError
+# or OverflowError.
 MIGRATIONS: dict[Any, Callable[[Manifest, Arrays], tuple[Manifest, Arrays]]] = {1: _add_progress, 2: _separate_resolved}

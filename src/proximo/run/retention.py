@@ -1,7 +1,5 @@
 """Checkpoint schedule and retention: when a run is saved, and which checkpoints are kept."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -20,18 +18,15 @@ BEST = "best"  # symbolic link to the best checkpoint
 
 
 class CheckpointManager:
-    """Saves a run in `checkpoints/`, and keeps the latest checkpoints and the best one.
+    """Saves a run in `checkpoints/` with the function `save`, and keeps the latest checkpoints and the best one.
 
     The best checkpoint has the highest mean return: of evaluations if `evaluation_interval` is set, otherwise of the
     last 100 training episodes.
-
-    Args:
-        save: Writes a checkpoint folder.
     """
 
     def __init__(self, run_dir: Path, config: Config, progress: Progress, save: Callable[[Path], object]) -> None:
         self.run_dir, self.config, self.progress, self._save = run_dir, config, progress, save
-        self.failures, self._saved_at = 0, time.monotonic()
+        self.failures, self.has_given_up, self._saved_at = 0, False, time.monotonic()
         self._clean_up()
 
     def _clean_up(self) -> None:
@@ -48,11 +43,6 @@ class CheckpointManager:
         if self._find_best() is None:  # it is in another run folder, or was deleted
             self.progress.best = self.progress.best_step = None
         self._link_best()
-
-    @property
-    def has_given_up(self) -> bool:
-        """Whether saving has failed `MAX_FAILURES` times in a row."""
-        return self.failures >= MAX_FAILURES
 
     def after_iteration(self, evaluated: float | None) -> None:
         """Save if a checkpoint is due, or if `evaluated`, the mean return of an evaluation, is the best so far."""
@@ -83,6 +73,7 @@ class CheckpointManager:
         except Exception as error:  # of any type: training itself is not affected
             progress.best, progress.best_step = previous_best
             self.failures += 1
+            self.has_given_up = self.failures >= MAX_FAILURES
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             message = f"{path} could not be saved ({self.failures} of {MAX_FAILURES} failures in a row): {reason}"
             if self.has_given_up:
@@ -95,9 +86,8 @@ class CheckpointManager:
 
     def _find_best(self) -> Path | None:
         """Folder of the best checkpoint; None if there is none in this run folder."""
-        step = self.progress.best_step
-        path = None if step is None else step_folder(self.run_dir, step)
-        return path if path and path.is_dir() else None
+        path = step_folder(self.run_dir, self.progress.best_step or 0)
+        return path if self.progress.best_step is not None and path.is_dir() else None
 
     def _link_best(self) -> None:
         """Point the link `best` to the best checkpoint; skipped on systems without symbolic links."""

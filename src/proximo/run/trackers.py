@@ -1,37 +1,26 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, and the context that opens and closes all of a run's."""
-
-from __future__ import annotations
+"""Trackers of metrics: TensorBoard, Weights & Biases and progress on the terminal."""
 
 import os
 import shutil
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
 from proximo.errors import UserError, notify_user
 from proximo.rollout.rollout import Diagnostics, Metrics
-from proximo.run.console import Console
+from proximo.run.checkpoint import RunInfo
 from proximo.run.folder import RunFolder
-from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
+PLAIN_SECONDS = 5.0  # between lines if the output is not a terminal
 WANDB_ID = ".wandb_run"  # file with the id of the folder's run
-
-
-class Tracker(Protocol):
-    """Destination of a run's metrics."""
-
-    def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
-        """Log one iteration's metrics and, in some iterations, histograms of diagnostics."""
-
-    def close(self, failed: bool = False) -> None:
-        """Finish logging; `failed` if an error ended the run."""
 
 
 def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
@@ -45,10 +34,8 @@ def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarra
 class TensorBoard:
     """Writer of a TensorBoard event file; needs neither PyTorch nor TensorFlow.
 
-    Metrics without a value are omitted; `global_step` is the step of every event.
-
-    Args:
-        resume_after: Step after which events of an earlier session are invalid.
+    Metrics without a value are omitted; `global_step` is the step of every event. In a resumed run, events of an
+    earlier session after the step `resume_after` are invalid.
     """
 
     def __init__(self, folder: Path, resume_after: int | None) -> None:
@@ -121,6 +108,51 @@ class WandB:
         self._run.finish(exit_code=int(failed))
 
 
+class Console:
+    """Progress display: a line that is rewritten on a terminal, or a new line every few seconds elsewhere."""
+
+    def __init__(self, total_timesteps: int, stream: IO[str] | None = None) -> None:
+        self._total, self._stream = total_timesteps, stream or sys.stderr
+        self._is_terminal = self._stream.isatty()
+        self._first: tuple[int, float] | None = None  # steps and seconds at the end of the first iteration
+        self._began, self._printed_at = time.perf_counter(), -PLAIN_SECONDS
+        self._line = ""  # not finished, on a terminal; not printed, elsewhere
+
+    def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
+        """Show steps, speed, remaining time and the mean return."""
+        step, seconds = int(metrics["global_step"] or 0), time.perf_counter() - self._began
+        if self._first is None:  # compiles, so its time is excluded from the speed
+            self._first = step, seconds
+        speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
+        remaining = _clock(max(self._total - step, 0) / speed) if speed else "?"
+        mean = metrics["rollout/episode_return_mean"]
+        self._line = (
+            f"{step:>11,} / {self._total:,} steps  {min(100 * step / self._total, 100):5.1f} %  "
+            f"{f'{speed:,.0f}' if speed else '?':>8} steps/s  {remaining} left  "
+            f"mean return {'–' if mean is None else f'{mean:.1f}'}"
+        )
+        if self._is_terminal:
+            self._print("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])
+        elif seconds - self._printed_at >= PLAIN_SECONDS:
+            self._print(self._line + "\n")
+            self._printed_at, self._line = seconds, ""
+
+    def close(self, failed: bool = False) -> None:
+        """Finish the current line."""
+        if self._line:
+            self._print("\n" if self._is_terminal else self._line + "\n")
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # the terminal was closed; training continues
+            print(text, end="", file=self._stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def import_wandb() -> Any:
     """Import and return the wandb package; raise `UserError` if it is not installed."""
     try:
@@ -133,39 +165,27 @@ def import_wandb() -> Any:
     return wandb
 
 
-@contextmanager
+Tracker = RunFolder | TensorBoard | WandB | Console  # destinations of the metrics of a run
+
+
 def open_trackers(
-    run_dir: str | Path | None, info: RunInfo, console: bool, resumed: Progress | None, check: Callable[[Path], None]
-) -> Iterator[tuple[RunFolder | None, list[Tracker]]]:
-    """Open the run folder (None without `run_dir`) and all trackers; close them at the end.
-
-    Args:
-        resumed: Progress of the folder's run, which is resumed; None starts a new run.
-        check: As for `RunFolder`.
-    """
-    with ExitStack() as stack:
-        trackers: list[Tracker] = []
-
-        def add(tracker: Tracker) -> None:
-            trackers.append(tracker)
-            stack.push(lambda kind, *_: close_tracker(tracker, failed=kind is not None))
-
-        folder, config = None, info.config
-        if run_dir is not None:
-            folder = RunFolder(run_dir, info, resumed.iteration if resumed else None, check)
-            add(folder)
-            if config.wandb:
-                try:
-                    add(WandB(config.wandb, folder.path, info))
-                except BaseException:
-                    if not resumed:  # the run has not started
-                        shutil.rmtree(folder.path, ignore_errors=True)
-                    raise
-            if config.tensorboard:
-                add(TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None))
-        if console:
-            add(Console(config.total_timesteps))
-        yield folder, trackers
+    folder: RunFolder | None, info: RunInfo, console: bool, resumed: Progress | None
+) -> Iterator[Tracker]:
+    """Open the trackers of a run one by one; delete a new run's folder if Weights & Biases does not start."""
+    if folder:
+        yield folder
+        if info.config.wandb:
+            try:
+                wandb = WandB(info.config.wandb, folder.path, info)
+            except BaseException:
+                if not resumed:
+                    shutil.rmtree(folder.path, ignore_errors=True)
+                raise
+            yield wandb
+        if info.config.tensorboard:
+            yield TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None)
+    if console:
+        yield Console(info.config.total_timesteps)
 
 
 def close_tracker(tracker: Tracker, failed: bool) -> None:

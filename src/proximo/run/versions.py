@@ -1,10 +1,9 @@
 """Versions of the software and hardware that a result depends on."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
+import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,14 +23,8 @@ def collect_versions() -> dict[str, Any]:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return {**found, "platform": platform.platform(), "machine": processor_name(), "cores": os.cpu_count()}
-
-
-def processor_name() -> str:
-    """Model name of the processor, or the machine type if it is not available."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    machine = platform.processor() or platform.machine()
+    with suppress(OSError):  # not Linux
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        machine = names[0].strip() if names else platform.machine()
+    return {**found, "platform": platform.platform(), "machine": machine, "cores": os.cpu_count()}
