@@ -80,7 +80,7 @@ class TrainingEnvs:
             UserError: the environment is unknown, cannot be made, or has other spaces.
         """
         if self._envs is not None and self.owns_envs and self._envs.closed:
-            self._envs = None  # after a fault
+            self._envs = self._collector = None  # after a fault
         if self._envs is None:
             if self.env is None:
                 raise UserError(self.missing_message())
@@ -100,12 +100,13 @@ class TrainingEnvs:
         Returns:
             The source to train from, and why the simulator state was not restored, or "".
         """
-        envs, last = self.open(config, spaces), self._collector
-        if self.owns_envs and last and last.envs is envs and last.state_is_current:
-            return HostSource(last, config), ""
+        self.open(config, spaces)
+        last, state = self._collector, progress.env_state
         if self.owns_envs and last:
+            if state and last.captured is state:
+                return HostSource(last, config), ""
             self.close()  # episodes are repeated in new environments
-        source, state = self._new_source(config, spaces), progress.env_state
+        source = self._new_source(config, spaces)
         reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
         if reason:
             if progress.global_step:

@@ -43,14 +43,6 @@ class Iteration(NamedTuple):
 class Source(Protocol):
     """Interface of a source of transitions."""
 
-    @property
-    def state_is_current(self) -> bool:
-        """Whether the environments are unchanged since the last call of `state`."""
-        ...
-
-    @state_is_current.setter
-    def state_is_current(self, value: bool) -> None: ...
-
     def reset(self, iteration: int) -> None:
         """Begin new episodes, with seeds derived from the iteration."""
         ...
@@ -87,19 +79,9 @@ class HostSource:
         self.collector, self.config = collector, config
         self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
 
-    @property
-    def state_is_current(self) -> bool:
-        """Whether the environments are unchanged since the last call of `state`."""
-        return self.collector.state_is_current
-
-    @state_is_current.setter
-    def state_is_current(self, value: bool) -> None:
-        self.collector.state_is_current = value
-
     def reset(self, iteration: int) -> None:
         """Begin new episodes, with seeds derived from the iteration."""
-        count = self.config.num_envs
-        self.collector.reset(environment_seeds(self.config.seed, count, iteration=iteration))
+        self.collector.reset(environment_seeds(self.config.seed, self.config.num_envs, iteration=iteration))
 
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
