@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from proximo.errors import UserError
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
 from proximo.learner.schedules import hyper_at
-from proximo.rollout.collector import Collected, select_env
+from proximo.rollout.collector import Collected, count_episodes, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run import checkpoint_files
@@ -94,15 +95,14 @@ class Agent:
     ) -> None:
         config = from_mapping({**DEFAULTS, **agent_settings(settings)})
         spaces = spaces_from(observation, action)
-        self._bind(config, spaces, make_learner(config, spaces, network), None)
+        self._bind(config, spaces, make_learner(config, spaces, network), Progress(), None)
 
-    def _bind(self, config: Config, spaces: Spaces, learner: Learner, env_id: str | None) -> None:
+    def _bind(self, config: Config, spaces: Spaces, learner: Learner, progress: Progress, env_id: str | None) -> None:
         self.config, self.spaces, self.learner = config, spaces, learner
-        self.progress = Progress()
-        self._env_id = env_id
-        count = self.config.num_envs
-        self._rollout = Rollout(spaces, self.config.num_steps, count)
-        self._extra_rng = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
+        self.progress, self._env_id = progress, env_id
+        count = config.num_envs
+        self._rollout = Rollout(spaces, config.num_steps, count)
+        self._extra_rng = generator(config.seed, Purpose.EVALUATION, iteration=3)
         self._start = np.ones(count, bool)
         self._next_obs: Obs = {path: array[0].copy() for path, array in self._rollout.obs.items()}
         self._episode_return = np.zeros(count, np.float64)
@@ -111,9 +111,8 @@ class Agent:
 
     def _begin(self) -> None:
         """Empty the buffer; the current policy acts until the next update."""
-        count = self.config.num_envs
         rng = generator(self.config.seed, Purpose.NOISE, self.progress.iteration)
-        self._noise = self.spaces.action.noise(rng, (self.config.num_steps, count))
+        self._noise = self.spaces.action.noise(rng, (self.config.num_steps, self.config.num_envs))
         self._row_noise = self._noise[0]
         self._is_noise_unused = True  # of the coming row
         self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
@@ -190,22 +189,14 @@ class Agent:
         following = read_observation(self.spaces, count, "next_obs", next_obs)
         self._check_continues(self._pending.obs)
 
-        for path, array in self._pending.obs.items():
-            rollout.obs[path][t], rollout.obs[path][t + 1] = array, following[path]
-        for path, array in self._pending.raw.items():
-            rollout.action[path][t] = array
-        over = (terminations | truncations) & valids
-        rollout.reward[t] = rewards
-        rollout.terminated[t], rollout.truncated[t] = terminations, truncations
-        rollout.valid[t], rollout.start[t], rollout.start[t + 1] = valids, self._start, over | ~valids
-        self._episode_return += np.where(valids, rewards, 0.0)
-        self._episode_length += valids
-        for n in map(int, np.flatnonzero(over)):
-            rollout.add_final_obs(t, n, select_env(next_obs, n) if self._is_batched else next_obs)
-            self._episodes.append(Episode(float(self._episode_return[n]), int(self._episode_length[n]), n))
-            self._episode_return[n], self._episode_length[n] = 0.0, 0
-
+        rollout.store_obs(t, self._pending.obs, self._start)
+        over = rollout.store_step(t, self._pending.raw, rewards, terminations, truncations, valids)
         self._start, self._next_obs, self._carry = over | ~valids, following, self._pending.carry
+        rollout.store_obs(t + 1, following, self._start)
+        ended = np.flatnonzero(over)
+        for n in ended.tolist():
+            rollout.add_final_obs(t, n, select_env(next_obs, n) if self._is_batched else next_obs)
+        self._episodes += count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
         self._pending, self._is_noise_unused = None, True
         self._filled += 1
         self._env_seconds += env_seconds
@@ -274,10 +265,8 @@ class Agent:
         spaces = restore_spaces(saved, config)
         config, learner = restore_learner(saved, config, spaces, network, may_change_device="device" not in given)
         agent = cls.__new__(cls)
-        agent._bind(config, spaces, learner, saved.manifest["env"])
-        agent.progress.global_step = saved.progress.global_step
-        agent.progress.iteration = saved.progress.iteration
-        agent._begin()  # with the noise of that iteration
+        progress = Progress(saved.progress.global_step, saved.progress.iteration)
+        agent._bind(config, spaces, learner, progress, saved.manifest["env"])
         return agent
 
     @property
@@ -306,12 +295,11 @@ class Agent:
 
 def read_observation(spaces: Spaces, num_envs: int, name: str, observation: Any) -> Obs:
     """path -> copies [N, ...] with the stored types; UserError for anything else than N finite observations."""
-    leading = (num_envs,) if num_envs > 1 else ()
     obs: Obs = {}
     for leaf, (path, value) in zip(spaces.observation, spaces.read(observation), strict=True):
         what = f"{name} {path!r}" if path else name
-        if value.shape != leading + leaf.shape:
-            expected = leading + leaf.shape
+        expected = (num_envs, *leaf.shape) if num_envs > 1 else leaf.shape
+        if value.shape != expected:
             raise UserError(f"{what} has shape {value.shape}; expected {expected} with `num_envs` {num_envs}.")
         if value.dtype.kind not in "biuf":
             raise UserError(f"{what} has type {value.dtype}; expected numbers.")
@@ -331,11 +319,7 @@ def read_values(num_envs: int, name: str, value: Any, kinds: str, expected: str)
 
 
 def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their canonical names, checked one by one.
-
-    Raises:
-        UserError: an unknown name, a bad value, or a setting of PPO's training loop.
-    """
+    """Settings under their canonical names; UserError for an invalid one, or one of PPO's training loop."""
     given = convert_settings(settings)
     for name in given:
         if name in LOOP_SETTINGS or SETTINGS[name].group == "records":
@@ -344,11 +328,7 @@ def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.Space[Any] | int) -> Spaces:
-    """Spaces as given, or from dimensions: unbounded float32 numbers, discrete actions from 0.
-
-    Raises:
-        UserError: dimensions that are not integers ≥ 1, or a space that is not supported.
-    """
+    """Spaces as given, or from dimensions (integers ≥ 1): unbounded float32 numbers, discrete actions from 0."""
     if not isinstance(observation, gym.Space):
         expected = "expected a space, an integer ≥ 1 or a shape of such."
         shape = tuple(observation) if isinstance(observation, Sequence) else (observation,)
@@ -362,10 +342,7 @@ def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.S
 
 def dimension(value: Any, message: str) -> int:
     """An integer ≥ 1; UserError with this message for anything else."""
-    try:
-        size = 0 if isinstance(value, str) else to_int(value)
-    except (TypeError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(message)
-    return size
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, str) and to_int(value) >= 1:
+            return to_int(value)
+    raise UserError(message)

@@ -134,7 +134,7 @@ class Rollout:
         final_obs = self.final_obs
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
-                finite = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
+                finite: Any = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
                 final = final_obs[path]
                 finite.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
                 self._require_finite(f"observation {path!r}" if path else "observation", finite)
