@@ -21,7 +21,6 @@ from proximo.config.values import to_int
 from proximo.errors import UserError
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
-from proximo.learner.schedules import hyper_at
 from proximo.rollout.collector import Collected, count_episodes, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
@@ -29,7 +28,7 @@ from proximo.run import checkpoint_files
 from proximo.run.checkpoint import load, restore_config, restore_learner, restore_spaces, serialize
 from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
-from proximo.source import Iteration, time_metrics, update_from
+from proximo.source import update_from
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
@@ -49,14 +48,6 @@ class Step(NamedTuple):
     action: Any  # an integer, or an array of the action space's shape and type
     log_prob: np.ndarray | np.floating[Any]  # log π of the raw sample behind the action
     value: np.ndarray | np.floating[Any]  # V of the observation
-
-
-class Pending(NamedTuple):
-    """An action whose transition has not been observed yet."""
-
-    obs: Obs  # path -> [N, ...]
-    raw: RawAction  # path -> [N, ...]
-    carry: np.ndarray  # [N, H] after the action
 
 
 class Agent:
@@ -117,7 +108,8 @@ class Agent:
         self._is_noise_unused = True  # of the coming row
         self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
         self._carry = self.learner.state()["carry"]
-        self._pending: Pending | None = None
+        # Of the last act(), if it was not observed yet: observation, raw action and recurrent state after it.
+        self._pending: tuple[Obs, RawAction, np.ndarray] | None = None
         self._rollout.clear_final_obs()
         self._filled = 0
         self._episodes: list[Episode] = []
@@ -153,7 +145,7 @@ class Agent:
         self._row_noise = self._draw_noise(deterministic)
         raw = self._actor(read, self._start)
         log_prob, value, carry = self.learner.evaluate_actions(read, raw, self._start, self._carry)
-        self._pending = Pending(read, raw, carry)
+        self._pending = read, raw, carry
         action = self.spaces.action.to_env(raw, self.config)
         self._acted = time.perf_counter()
         self._act_seconds += self._acted - began
@@ -179,6 +171,7 @@ class Agent:
         env_seconds = time.perf_counter() - self._acted
         if self._pending is None:
             raise UserError("observe() was called without act(). Call act() first.")
+        obs, raw, carry = self._pending
         count, rollout, t = self.config.num_envs, self._rollout, self._filled
         rewards = read_values(count, "reward", reward, "iuf", "a finite number")
         if not np.isfinite(rewards.astype(np.float32)).all():
@@ -187,11 +180,11 @@ class Agent:
         truncations = read_values(count, "truncated", truncated, "b", "a bool")
         valids = np.ones(count, bool) if valid is None else read_values(count, "valid", valid, "b", "a bool")
         following = read_observation(self.spaces, count, "next_obs", next_obs)
-        self._check_continues(self._pending.obs)
+        self._check_continues(obs)
 
-        rollout.store_obs(t, self._pending.obs, self._start)
-        over = rollout.store_step(t, self._pending.raw, rewards, terminations, truncations, valids)
-        self._start, self._next_obs, self._carry = over | ~valids, following, self._pending.carry
+        rollout.store_obs(t, obs, self._start)
+        over = rollout.store_step(t, raw, rewards, terminations, truncations, valids)
+        self._start, self._next_obs, self._carry = over | ~valids, following, carry
         rollout.store_obs(t + 1, following, self._start)
         ended = np.flatnonzero(over)
         for n in ended.tolist():
@@ -220,21 +213,16 @@ class Agent:
         config, rollout, progress = self.config, self._rollout, self.progress
         rollout.valid[self._filled :] = False
         rollout.start[self._filled : -1] = False  # belongs to the next rollout
-        update_began = time.perf_counter()
-        hyper = hyper_at(config, progress.global_step)
-        metrics, _, fault = update_from(self.learner, rollout, config, progress.iteration, hyper)
-        if fault:
-            raise fault
+        collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
+        done = update_from(
+            self.learner, rollout, config, progress.iteration, progress.global_step, collected, self._began
+        )
+        if done.fault:
+            raise done.fault
         if not self.full and self._carry.shape[1]:
             # The update advanced the recurrent state over rows that are not filled.
             self.learner.load({**self.learner.state(), "carry": self._carry})
-
-        ended = time.perf_counter()
-        steps = int(rollout.valid.sum())
-        collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
-        metrics |= time_metrics(steps, ended - self._began, collected, ended - update_began)
-        done = Iteration(metrics, self._episodes, steps)
-        progress.advance(steps, self._episodes)
+        progress.advance(done.steps, done.episodes)
         self._begin()
         return report(progress, done)
 

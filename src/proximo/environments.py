@@ -33,11 +33,6 @@ class TrainingEnvs:
         self._collector: Collector | None = None  # of the last call, which the next one may continue
 
     @property
-    def id(self) -> str | None:
-        """The environment's id, if it has one."""
-        return self.env if isinstance(self.env, str) else None
-
-    @property
     def owns_envs(self) -> bool:
         """Whether the environments were made here, not by the user."""
         return self._envs is not None and self._envs is not self.env
@@ -57,11 +52,7 @@ class TrainingEnvs:
         return any(state_adapters(self.open(config, spaces)))
 
     def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
-        """Return the id or function that makes another environment, for evaluation or video.
-
-        Raises:
-            UserError: the environment is unknown, or a vector environment.
-        """
+        """The id or function that makes another environment; UserError if it is unknown or a vector environment."""
         env = self.env if env is None else env
         if env is None or isinstance(env, VectorEnv):
             raise UserError(
@@ -84,14 +75,7 @@ class TrainingEnvs:
         if self._envs is None:
             if self.env is None:
                 raise UserError(self.missing_message())
-            envs, self.engine = make_or_wrap_envs(self.env, config)
-            try:
-                if spaces:
-                    require_matching_spaces(spaces_of(envs), spaces)
-            except UserError:
-                envs.close()
-                raise
-            self._envs = envs
+            self._envs, self.engine = make_or_wrap_envs(self.env, config, spaces)
         return self._envs
 
     def start(self, config: Config, spaces: Spaces, progress: Progress) -> tuple[HostSource, str]:
@@ -129,27 +113,28 @@ class TrainingEnvs:
             self._envs = self._collector = None
 
 
-def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:
-    """The vector environment of a run, and the engine that steps it."""
+def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tuple[VectorEnv, str]:
+    """The vector environment of a run, and the engine that steps it; UserError if it does not have these `spaces`."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
     engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
-    if config.exact_resume and not any(state_adapters(envs)):
+    try:
+        if config.exact_resume and not any(state_adapters(envs)):
+            raise UserError(
+                f"`exact_resume` is on, but engine {engine} cannot restore its environments. Use engine auto, workers "
+                "or sync."
+            )
+        if spaces:
+            require_matching_spaces(spaces_of(envs), spaces)
+    except UserError:
         if envs is not env:
             envs.close()
-        raise UserError(
-            f"`exact_resume` is on, but engine {engine} cannot restore its environments. Use engine auto, workers or "
-            "sync."
-        )
+        raise
     return envs, engine
 
 
 def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: str) -> None:
-    """Notify the user how a loaded run continues, and add it to `progress.resumed`.
-
-    Args:
-        reason: why the simulator state was not restored, or "".
-    """
+    """Notify the user how a loaded run continues, and add it to `progress.resumed`; `reason` is that of `start`."""
     if not progress.global_step:
         return
     changes = "; ".join(find_differences(saved, info))

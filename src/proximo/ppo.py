@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class PPO:
     @property
     def env_id(self) -> str | None:
         """The environment's id, if it has one."""
-        return self.envs.id
+        return self.envs.env if isinstance(self.envs.env, str) else None
 
     @property
     def resolved(self) -> Resolved:
@@ -325,19 +326,12 @@ def check_evaluations(config: Config, envs: TrainingEnvs) -> None:
 
 def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:
     """Make one environment and return its spaces."""
-    envs = make_envs(env, 1, "sync", env_kwargs)
-    try:
+    with closing(make_envs(env, 1, "sync", env_kwargs)) as envs:
         return spaces_of(envs)
-    finally:
-        envs.close()
 
 
 def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their canonical names, checked one by one; a vector environment determines `num_envs`.
-
-    Raises:
-        UserError: an unknown name or a bad value.
-    """
+    """Settings under their canonical names; a vector environment determines `num_envs`. UserError if one is invalid."""
     given = convert_settings(settings)
     if isinstance(env, VectorEnv) and given.get("isolate_envs"):
         raise UserError("`isolate_envs` does not apply to a vector environment, which runs as it is. Turn it off.")
@@ -349,11 +343,7 @@ def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any
 
 
 def config_for(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Config:
-    """The preset's settings, overridden by the given ones.
-
-    Raises:
-        UserError: an unknown name, a bad value, or settings that contradict each other.
-    """
+    """The preset's settings, overridden by the given ones; UserError if they are invalid or contradict each other."""
     given = settings_for(env, settings)
     base = presets.load_settings(env if isinstance(env, str) else None, preset)
     try:

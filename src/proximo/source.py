@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from proximo.config.settings import Config
 from proximo.errors import NotFinite
 from proximo.learner.learner import Learner
-from proximo.learner.schedules import Hyper, hyper_at
+from proximo.learner.schedules import hyper_at
 from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collected, Collector
 from proximo.rollout.diagnostics import action_metrics, histograms_of
@@ -23,21 +23,13 @@ from proximo.rollout.rollout import Actor, Diagnostics, Episode, Metrics, Rollou
 
 
 class Iteration(NamedTuple):
-    """Result of one iteration.
+    """Result of one iteration."""
 
-    Attributes:
-        metrics: of the update, and shares of the time.
-        episodes: finished in this rollout.
-        steps: valid transitions.
-        diagnostics: for histograms, where they were asked for.
-        fault: why the update was discarded, if it was.
-    """
-
-    metrics: Metrics
-    episodes: list[Episode]
-    steps: int
-    diagnostics: Diagnostics | None = None
-    fault: NotFinite | None = None
+    metrics: Metrics  # of the update, and shares of the time
+    episodes: list[Episode]  # finished in this rollout
+    steps: int  # valid transitions
+    diagnostics: Diagnostics | None = None  # for histograms, where they were asked for
+    fault: NotFinite | None = None  # why the update was discarded, if it was
 
 
 class Source(Protocol):
@@ -45,7 +37,6 @@ class Source(Protocol):
 
     def reset(self, iteration: int) -> None:
         """Begin new episodes, with seeds derived from the iteration."""
-        ...
 
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner.
@@ -97,13 +88,7 @@ class HostSource:
             error.evidence["rollout"] = rollout.arrays()
             raise
 
-        update_began = time.perf_counter()
-        hyper = hyper_at(config, global_step)
-        metrics, samples, fault = update_from(learner, rollout, config, iteration, hyper, actor, inspect)
-        ended = time.perf_counter()
-        steps = int(rollout.valid.sum())
-        metrics |= time_metrics(steps, ended - began, collected, ended - update_began)
-        return Iteration(metrics, collected.episodes, steps, samples, fault)
+        return update_from(learner, rollout, config, iteration, global_step, collected, began, actor, inspect)
 
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
@@ -119,26 +104,32 @@ def update_from(
     rollout: Rollout,
     config: Config,
     iteration: int,
-    hyper: Hyper,
+    global_step: int,
+    collected: Collected,
+    began: float,
     actor: Actor | None = None,
     inspect: bool = False,
-) -> tuple[Metrics, Diagnostics | None, NotFinite | None]:
-    """Update a learner from a rollout: metrics, diagnostics for histograms, and the fault of a discarded update."""
+) -> Iteration:
+    """Update a learner from a rollout that was `collected` since the time `began`; see `Source.iterate`."""
+    update_began = time.perf_counter()
+    hyper = hyper_at(config, global_step)
     rng = generator(config.seed, Purpose.ORDER, iteration)
     order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length)
-    before = learner.inspect_rollout(rollout, hyper) if inspect and rollout.valid.any() else None
-    fault = None
+    steps = int(rollout.valid.sum())
+    before = learner.inspect_rollout(rollout, hyper) if inspect and steps else None
+    fault = diagnostics = None
     try:
         metrics: Metrics = {**learner.update(rollout, order, hyper, actor)}
     except NotFinite as error:
         error.evidence |= {"rollout": rollout.arrays(), "order": order, "hyper": hyper._asdict()}
         metrics, fault = dict(error.evidence["metrics"]), error
-    diagnostics = None
     if before:
         after = learner.inspect_rollout(rollout, hyper, before["carry"])
         diagnostics = histograms_of(rollout, config, before, after)
         metrics |= action_metrics(rollout, config, before)
-    return metrics, diagnostics, fault
+    ended = time.perf_counter()
+    metrics |= time_metrics(steps, ended - began, collected, ended - update_began)
+    return Iteration(metrics, collected.episodes, steps, diagnostics, fault)
 
 
 def time_metrics(steps: int, seconds: float, collected: Collected, update_seconds: float) -> Metrics:

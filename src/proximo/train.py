@@ -75,15 +75,13 @@ def is_solved(config: Config, progress: Progress) -> bool:
 def report(progress: Progress, done: Iteration) -> Metrics:
     """The metrics of one iteration; what does not apply is None."""
     metrics = {**done.metrics, "update/skipped": float(done.fault is not None)}
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in sorted(metrics.items())}
     return {
         "global_step": progress.global_step,
         "iteration": progress.iteration,
         "rollout/episode_return_mean": progress.return_mean,
         "rollout/episode_length_mean": progress.length_mean,
-        **{
-            name: value if value is not None and math.isfinite(value) else None
-            for name, value in sorted(metrics.items())
-        },
+        **finite,
     }
 
 

@@ -41,7 +41,7 @@ class Rollout:
     """
 
     def __init__(self, spaces: Spaces, num_steps: int, num_envs: int) -> None:
-        rows = (num_steps, num_envs)
+        rows = self.num_steps, self.num_envs = num_steps, num_envs
         self.spaces = spaces
         self.obs: Obs = {
             leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype) for leaf in spaces.observation
@@ -53,16 +53,6 @@ class Rollout:
         self.valid = np.ones(rows, bool)  # False: a row that only resets (NEXT_STEP), no transition
         self.start = np.zeros((num_steps + 1, num_envs), bool)  # obs[t] is the first of an episode
         self.clear_final_obs()
-
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return self.reward.shape[0]
-
-    @property
-    def num_envs(self) -> int:
-        """N."""
-        return self.reward.shape[1]
 
     def store_obs(self, t: int, obs: Obs, start: np.ndarray) -> None:
         """Copy the observations of step t, and whether each is the first of an episode."""
