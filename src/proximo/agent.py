@@ -98,23 +98,7 @@ class Agent:
         self._next_obs: Obs = {path: array[0].copy() for path, array in self._rollout.obs.items()}
         self._episode_return = np.zeros(count, np.float64)
         self._episode_length = np.zeros(count, np.int64)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Empty the buffer; the current policy acts until the next update."""
-        rng = generator(self.config.seed, Purpose.NOISE, self.progress.iteration)
-        self._noise = self.spaces.action.noise(rng, (self.config.num_steps, self.config.num_envs))
-        self._row_noise = self._noise[0]
-        self._is_noise_unused = True  # of the coming row
-        self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
-        self._carry = self.learner.state()["carry"]
-        # Of the last act(), if it was not observed yet: observation, raw action and recurrent state after it.
-        self._pending: tuple[Obs, RawAction, np.ndarray] | None = None
-        self._rollout.clear_final_obs()
-        self._filled = 0
-        self._episodes: list[Episode] = []
-        self._began = self._acted = time.perf_counter()
-        self._env_seconds = self._act_seconds = 0.0
+        self.discard()
 
     @property
     def full(self) -> bool:
@@ -142,14 +126,19 @@ class Agent:
                 "act() was called twice without observe(), which a recurrent network needs in between. Call observe()."
             )
         read = read_observation(self.spaces, self.config.num_envs, "obs", obs)
-        self._row_noise = self._draw_noise(deterministic)
+        if deterministic:
+            self._row_noise = np.zeros_like(self._noise[0])
+        elif self._is_noise_unused:  # the first sample of a row uses the row's noise
+            self._row_noise, self._is_noise_unused = self._noise[self._filled], False
+        else:
+            self._row_noise = self.spaces.action.noise(self._extra_rng, (self.config.num_envs,))
         raw = self._actor(read, self._start)
         log_prob, value, carry = self.learner.evaluate_actions(read, raw, self._start, self._carry)
         self._pending = read, raw, carry
         action = self.spaces.action.to_env(raw, self.config)
         self._acted = time.perf_counter()
         self._act_seconds += self._acted - began
-        return Step(action, log_prob, value) if self._is_batched else Step(action[0], log_prob[0], value[0])
+        return Step(action, log_prob, value) if self.config.num_envs > 1 else Step(action[0], log_prob[0], value[0])
 
     def observe(self, reward: Any, terminated: Any, truncated: Any, next_obs: Any, valid: Any = None) -> None:
         """Store the transition of the last `act`.
@@ -188,7 +177,7 @@ class Agent:
         rollout.store_obs(t + 1, following, self._start)
         ended = np.flatnonzero(over)
         for n in ended.tolist():
-            rollout.add_final_obs(t, n, select_env(next_obs, n) if self._is_batched else next_obs)
+            rollout.add_final_obs(t, n, select_env(next_obs, n) if count > 1 else next_obs)
         self._episodes += count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
         self._pending, self._is_noise_unused = None, True
         self._filled += 1
@@ -196,7 +185,19 @@ class Agent:
 
     def discard(self) -> None:
         """Empty the buffer without an update; the next `act` may continue the same episode."""
-        self._begin()
+        rng = generator(self.config.seed, Purpose.NOISE, self.progress.iteration)
+        self._noise = self.spaces.action.noise(rng, (self.config.num_steps, self.config.num_envs))
+        self._row_noise = self._noise[0]
+        self._is_noise_unused = True  # of the coming row
+        self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
+        self._carry = self.learner.state()["carry"]
+        # Of the last act(), if it was not observed yet: observation, raw action and recurrent state after it.
+        self._pending: tuple[Obs, RawAction, np.ndarray] | None = None
+        self._rollout.clear_final_obs()
+        self._filled = 0
+        self._episodes: list[Episode] = []
+        self._began = self._acted = time.perf_counter()
+        self._env_seconds = self._act_seconds = 0.0
 
     def update(self) -> Metrics:
         """Update from the stored transitions and empty the buffer; return metrics, named as those of `PPO.iterate`.
@@ -223,7 +224,7 @@ class Agent:
             # The update advanced the recurrent state over rows that are not filled.
             self.learner.load({**self.learner.state(), "carry": self._carry})
         progress.advance(done.steps, done.episodes)
-        self._begin()
+        self.discard()
         return report(progress, done)
 
     def save(self, path: str | Path) -> Path:
@@ -256,19 +257,6 @@ class Agent:
         progress = Progress(saved.progress.global_step, saved.progress.iteration)
         agent._bind(config, spaces, learner, progress, saved.manifest["env"])
         return agent
-
-    @property
-    def _is_batched(self) -> bool:
-        return self.config.num_envs > 1
-
-    def _draw_noise(self, deterministic: bool) -> np.ndarray:
-        """Noise [N, K]: the first sample of a row uses the row's noise, others a generator of their own."""
-        if deterministic:
-            return np.zeros_like(self._noise[0])
-        if self._is_noise_unused:
-            self._is_noise_unused = False
-            return self._noise[self._filled]
-        return self.spaces.action.noise(self._extra_rng, (self.config.num_envs,))
 
     def _check_continues(self, obs: Obs) -> None:
         """Raise UserError for a jump inside an episode, which an unreported reset causes."""

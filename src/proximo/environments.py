@@ -8,6 +8,7 @@ from proximo.config.settings import Config
 from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
+from proximo.rollout.randomness import environment_seeds
 from proximo.run.checkpoint import Checkpoint, find_differences
 from proximo.run.info import RunInfo
 from proximo.run.progress import Progress
@@ -16,19 +17,12 @@ from proximo.spaces.spaces import Spaces
 
 
 class TrainingEnvs:
-    """The environments that an agent trains in.
-
-    Args:
-        env: as given by the user; None where it is unknown.
-        unimported: the id MODULE:ID in a checkpoint; modules named in a file are not imported.
-
-    Attributes:
-        engine: steps the environments; None until they are made.
-    """
+    """The environments that an agent trains in."""
 
     def __init__(self, env: EnvLike | None, unimported: str | None = None) -> None:
-        self.env, self.unimported = env, unimported
-        self.engine: str | None = None
+        self.env = env  # as given by the user; None where it is unknown
+        self.unimported = unimported  # the id MODULE:ID in a checkpoint; modules named in a file are not imported
+        self.engine: str | None = None  # steps the environments; None until they are made
         self._envs: VectorEnv | None = None
         self._collector: Collector | None = None  # of the last call, which the next one may continue
 
@@ -90,21 +84,21 @@ class TrainingEnvs:
             if state and last.captured is state:
                 return HostSource(last, config), ""
             self.close()  # episodes are repeated in new environments
-        source = self._new_source(config, spaces)
-        reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
+        collector = self._new_collector(config, spaces)
+        reason = "the checkpoint holds no simulator state" if state is None else collector.restore_state(state)
         if reason:
             if progress.global_step:
                 notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
             if self.owns_envs and state and not state.reset_reason:
                 self.close()  # the attempt may have broken them
-                source = self._new_source(config, spaces)
-            source.reset(progress.iteration)
+                collector = self._new_collector(config, spaces)
+            collector.reset(environment_seeds(config.seed, config.num_envs, iteration=progress.iteration))
             progress.episodes.clear()
-        return source, reason
+        return HostSource(collector, config), reason
 
-    def _new_source(self, config: Config, spaces: Spaces) -> HostSource:
+    def _new_collector(self, config: Config, spaces: Spaces) -> Collector:
         self._collector = Collector(self.open(config, spaces), spaces, config, resumable=True)
-        return HostSource(self._collector, config)
+        return self._collector
 
     def close(self) -> None:
         """Close the environments, a vector environment of the user as well."""

@@ -160,12 +160,9 @@ def _reset_in_window(collector: Collector, seeds: list[int]) -> None:
 
 
 class PeriodicEvaluation:
-    """Evaluates a policy every `evaluation_interval` iterations.
+    """Runs `evaluate`, such as `PPO.evaluate`, every `evaluation_interval` iterations.
 
-    A failed evaluation is logged and skipped; three failures in a row raise.
-
-    Args:
-        evaluate: runs an evaluation, such as `PPO.evaluate`.
+    A failed evaluation is logged and skipped; three failures in a row raise RunError.
     """
 
     NAMES = ("return_mean", "return_std", "length_mean")

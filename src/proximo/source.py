@@ -18,7 +18,7 @@ from proximo.rollout.collector import Collected, Collector
 from proximo.rollout.diagnostics import action_metrics, histograms_of
 from proximo.rollout.env_state import EnvState
 from proximo.rollout.minibatches import minibatch_order
-from proximo.rollout.randomness import Purpose, environment_seeds, generator
+from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Actor, Diagnostics, Episode, Metrics, Rollout
 
 
@@ -33,10 +33,7 @@ class Iteration(NamedTuple):
 
 
 class Source(Protocol):
-    """Interface of a source of transitions."""
-
-    def reset(self, iteration: int) -> None:
-        """Begin new episodes, with seeds derived from the iteration."""
+    """Interface of a source of transitions, whose environments were reset or restored."""
 
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner.
@@ -54,25 +51,13 @@ class Source(Protocol):
         """The state of the environments, from which the next iteration continues."""
         ...
 
-    def restore(self, state: EnvState) -> str:
-        """Bring the environments into a captured state; return why that failed, or ""."""
-        ...
-
 
 class HostSource:
-    """Transitions from a Gymnasium vector environment.
-
-    Args:
-        collector: of environments that are reset or restored before the first iteration.
-    """
+    """Transitions from a Gymnasium vector environment, whose collector was reset or restored."""
 
     def __init__(self, collector: Collector, config: Config) -> None:
         self.collector, self.config = collector, config
         self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
-
-    def reset(self, iteration: int) -> None:
-        """Begin new episodes, with seeds derived from the iteration."""
-        self.collector.reset(environment_seeds(self.config.seed, self.config.num_envs, iteration=iteration))
 
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
@@ -93,10 +78,6 @@ class HostSource:
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
         return self.collector.capture_state()
-
-    def restore(self, state: EnvState) -> str:
-        """Restore the environments; see `Source.restore`."""
-        return self.collector.restore_state(state)
 
 
 def update_from(

@@ -120,10 +120,9 @@ class Collector:
         return replace(state, origins=origins, steps_since_origin=since, action_log=tuple(self._log))
 
     def restore_state(self, state: EnvState) -> str:
-        """Bring the environments into a captured state.
+        """Bring the environments into a captured state; return why that failed, or "".
 
-        Returns:
-            Why that failed, or "". After a failure call `reset`; after an exception make new environments.
+        After a failure call `reset`; after an exception make new environments.
         """
         if state.reset_reason:
             return state.reset_reason
@@ -169,11 +168,7 @@ class Collector:
         return ""
 
     def collect(self, actor: Actor, rollout: Rollout) -> Collected:
-        """Fill `rollout` with T steps of every environment.
-
-        Raises:
-            RunError: an observation or reward is not finite.
-        """
+        """Fill `rollout` with T steps of every environment; RunError as in `Rollout.check_finite`."""
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear_final_obs()
@@ -197,8 +192,7 @@ class Collector:
             episodes += reported_episodes(info) if self.reports_episodes else counted
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
-            self.obs = dict(self.spaces.read(observation))
-            rollout.store_obs(t + 1, self.obs, self.start)
+            rollout.store_obs(t + 1, dict(self.spaces.read(observation)), self.start)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
             self._log.append(np.stack(actions))

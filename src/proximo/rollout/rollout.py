@@ -109,9 +109,7 @@ class Rollout:
     def check_finite(self) -> None:
         """Refuse NaN and infinity before they reach a normaliser or an advantage.
 
-        Raises:
-            NotFinite: a reward or an observation; the message names the environment and the step.
-            RunError: an action mask allows nothing.
+        Raise NotFinite for a reward or an observation, and RunError for an action mask that allows nothing.
         """
         self._require_finite("reward", np.isfinite(self.reward) | ~self.valid)
         for path in [leaf.path for leaf in self.spaces.observation if leaf.kind == "mask"]:
