@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,13 @@ from proximo.config.values import to_int
 from proximo.errors import UserError
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
-from proximo.learner.schedules import hyper_at
-from proximo.rollout.collector import Collected, select_env
+from proximo.rollout.collector import Collected, count_episodes, select_env
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run import checkpoint
 from proximo.run.checkpoint import RunInfo, load, restore
 from proximo.run.progress import Progress
-from proximo.source import Iteration, time_metrics, update_from
+from proximo.source import update_from
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
@@ -47,14 +47,6 @@ class Step(NamedTuple):
     action: Any  # an integer, or an array of the action space's shape and type
     log_prob: np.ndarray | np.floating[Any]  # log π of the raw sample behind the action
     value: np.ndarray | np.floating[Any]  # V of the observation
-
-
-class Pending(NamedTuple):
-    """An action whose transition has not been observed yet."""
-
-    obs: Obs  # path -> [N, ...]
-    raw: RawAction  # path -> [N, ...]
-    carry: np.ndarray  # [N, H] after the action
 
 
 class Agent:
@@ -93,36 +85,19 @@ class Agent:
     ) -> None:
         config = from_mapping({**DEFAULTS, **agent_settings(settings)})
         spaces = spaces_from(observation, action)
-        self._bind(config, spaces, make_learner(config, spaces, network), None)
+        self._bind(config, spaces, make_learner(config, spaces, network), Progress(), None)
 
-    def _bind(self, config: Config, spaces: Spaces, learner: Learner, env_id: str | None) -> None:
+    def _bind(self, config: Config, spaces: Spaces, learner: Learner, progress: Progress, env_id: str | None) -> None:
         self.config, self.spaces, self.learner = config, spaces, learner
-        self.progress = Progress()
-        self._env_id = env_id
-        count = self.config.num_envs
-        self._rollout = Rollout(spaces, self.config.num_steps, count)
-        self._extra_rng = generator(self.config.seed, Purpose.EVALUATION, iteration=3)
+        self.progress, self._env_id = progress, env_id
+        count = config.num_envs
+        self._rollout = Rollout(spaces, config.num_steps, count)
+        self._extra_rng = generator(config.seed, Purpose.EVALUATION, iteration=3)
         self._start = np.ones(count, bool)
         self._next_obs: Obs = {path: array[0].copy() for path, array in self._rollout.obs.items()}
         self._episode_return = np.zeros(count, np.float64)
         self._episode_length = np.zeros(count, np.int64)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Empty the buffer; the current policy acts until the next update."""
-        count = self.config.num_envs
-        rng = generator(self.config.seed, Purpose.NOISE, self.progress.iteration)
-        self._noise = self.spaces.action.noise(rng, (self.config.num_steps, count))
-        self._row_noise = self._noise[0]
-        self._is_noise_unused = True  # of the coming row
-        self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
-        self._carry = self.learner.state()["carry"]
-        self._pending: Pending | None = None
-        self._rollout.clear_final_obs()
-        self._filled = 0
-        self._episodes: list[Episode] = []
-        self._began = self._acted = time.perf_counter()
-        self._env_seconds = self._act_seconds = 0.0
+        self.discard()
 
     @property
     def full(self) -> bool:
@@ -150,14 +125,19 @@ class Agent:
                 "act() was called twice without observe(), which a recurrent network needs in between. Call observe()."
             )
         read = read_observation(self.spaces, self.config.num_envs, "obs", obs)
-        self._row_noise = self._draw_noise(deterministic)
+        if deterministic:
+            self._row_noise = np.zeros_like(self._noise[0])
+        elif self._is_noise_unused:  # the first sample of a row uses the row's noise
+            self._row_noise, self._is_noise_unused = self._noise[self._filled], False
+        else:
+            self._row_noise = self.spaces.action.noise(self._extra_rng, (self.config.num_envs,))
         raw = self._actor(read, self._start)
         log_prob, value, carry = self.learner.evaluate_actions(read, raw, self._start, self._carry)
-        self._pending = Pending(read, raw, carry)
+        self._pending = read, raw, carry
         action = self.spaces.action.to_env(raw, self.config)
         self._acted = time.perf_counter()
         self._act_seconds += self._acted - began
-        return Step(action, log_prob, value) if self._is_batched else Step(action[0], log_prob[0], value[0])
+        return Step(action, log_prob, value) if self.config.num_envs > 1 else Step(action[0], log_prob[0], value[0])
 
     def observe(self, reward: Any, terminated: Any, truncated: Any, next_obs: Any, valid: Any = None) -> None:
         """Store the transition of the last `act`.
@@ -179,6 +159,7 @@ class Agent:
         env_seconds = time.perf_counter() - self._acted
         if self._pending is None:
             raise UserError("observe() was called without act(). Call act() first.")
+        obs, raw, carry = self._pending
         count, rollout, t = self.config.num_envs, self._rollout, self._filled
         rewards = read_values(count, "reward", reward, "iuf", "a finite number")
         if not np.isfinite(rewards.astype(np.float32)).all():
@@ -187,31 +168,35 @@ class Agent:
         truncations = read_values(count, "truncated", truncated, "b", "a bool")
         valids = np.ones(count, bool) if valid is None else read_values(count, "valid", valid, "b", "a bool")
         following = read_observation(self.spaces, count, "next_obs", next_obs)
-        self._check_continues(self._pending.obs)
+        self._check_continues(obs)
 
-        for path, array in self._pending.obs.items():
-            rollout.obs[path][t], rollout.obs[path][t + 1] = array, following[path]
-        for path, array in self._pending.raw.items():
-            rollout.action[path][t] = array
-        over = (terminations | truncations) & valids
-        rollout.reward[t] = rewards
-        rollout.terminated[t], rollout.truncated[t] = terminations, truncations
-        rollout.valid[t], rollout.start[t], rollout.start[t + 1] = valids, self._start, over | ~valids
-        self._episode_return += np.where(valids, rewards, 0.0)
-        self._episode_length += valids
-        for n in map(int, np.flatnonzero(over)):
-            rollout.add_final_obs(t, n, select_env(next_obs, n) if self._is_batched else next_obs)
-            self._episodes.append(Episode(float(self._episode_return[n]), int(self._episode_length[n]), n))
-            self._episode_return[n], self._episode_length[n] = 0.0, 0
-
-        self._start, self._next_obs, self._carry = over | ~valids, following, self._pending.carry
+        rollout.store_obs(t, obs, self._start)
+        over = rollout.store_step(t, raw, rewards, terminations, truncations, valids)
+        self._start, self._next_obs, self._carry = over | ~valids, following, carry
+        rollout.store_obs(t + 1, following, self._start)
+        ended = np.flatnonzero(over)
+        for n in ended.tolist():
+            rollout.add_final_obs(t, n, select_env(next_obs, n) if count > 1 else next_obs)
+        self._episodes += count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
         self._pending, self._is_noise_unused = None, True
         self._filled += 1
         self._env_seconds += env_seconds
 
     def discard(self) -> None:
         """Empty the buffer without an update; the next `act` may continue the same episode."""
-        self._begin()
+        rng = generator(self.config.seed, Purpose.NOISE, self.progress.iteration)
+        self._noise = self.spaces.action.noise(rng, (self.config.num_steps, self.config.num_envs))
+        self._row_noise = self._noise[0]
+        self._is_noise_unused = True  # of the coming row
+        self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
+        self._carry = self.learner.state()["carry"]
+        # Of the last act(), if it was not observed yet: observation, raw action and recurrent state after it.
+        self._pending: tuple[Obs, RawAction, np.ndarray] | None = None
+        self._rollout.clear_final_obs()
+        self._filled = 0
+        self._episodes: list[Episode] = []
+        self._began = self._acted = time.perf_counter()
+        self._env_seconds = self._act_seconds = 0.0
 
     def update(self) -> Metrics:
         """Update from the stored transitions and empty the buffer; return metrics, named as those of `PPO.iterate`.
@@ -228,22 +213,17 @@ class Agent:
         config, rollout, progress = self.config, self._rollout, self.progress
         rollout.valid[self._filled :] = False
         rollout.start[self._filled : -1] = False  # belongs to the next rollout
-        update_began = time.perf_counter()
-        hyper = hyper_at(config, progress.global_step)
-        metrics, _, fault = update_from(self.learner, rollout, config, progress.iteration, hyper)
-        if fault:
-            raise fault
+        collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
+        done = update_from(
+            self.learner, rollout, config, progress.iteration, progress.global_step, collected, self._began
+        )
+        if done.fault:
+            raise done.fault
         if not self.full and self._carry.shape[1]:
             # The update advanced the recurrent state over rows that are not filled.
             self.learner.load({**self.learner.state(), "carry": self._carry})
-
-        ended = time.perf_counter()
-        steps = int(rollout.valid.sum())
-        collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
-        metrics |= time_metrics(steps, ended - self._began, collected, ended - update_began)
-        done = Iteration(metrics, self._episodes, steps)
-        progress.advance(steps, self._episodes)
-        self._begin()
+        progress.advance(done.steps, done.episodes)
+        self.discard()
         return report(progress, done)
 
     def save(self, path: str | Path) -> Path:
@@ -270,24 +250,9 @@ class Agent:
         given = agent_settings(changes)
         config, spaces, learner = restore(path, saved, network, given)
         agent = cls.__new__(cls)
-        agent._bind(config, spaces, learner, saved.manifest["env"])
-        agent.progress.global_step = saved.progress.global_step
-        agent.progress.iteration = saved.progress.iteration
-        agent._begin()  # with the noise of that iteration
+        progress = Progress(saved.progress.global_step, saved.progress.iteration)
+        agent._bind(config, spaces, learner, progress, saved.manifest["env"])
         return agent
-
-    @property
-    def _is_batched(self) -> bool:
-        return self.config.num_envs > 1
-
-    def _draw_noise(self, deterministic: bool) -> np.ndarray:
-        """Noise [N, K]: the first sample of a row uses the row's noise, others a generator of their own."""
-        if deterministic:
-            return np.zeros_like(self._noise[0])
-        if self._is_noise_unused:
-            self._is_noise_unused = False
-            return self._noise[self._filled]
-        return self.spaces.action.noise(self._extra_rng, (self.config.num_envs,))
 
     def _check_continues(self, obs: Obs) -> None:
         """Raise UserError for a jump inside an episode, which an unreported reset causes."""
@@ -302,12 +267,11 @@ class Agent:
 
 def read_observation(spaces: Spaces, num_envs: int, name: str, observation: Any) -> Obs:
     """path -> copies [N, ...] with the stored types; UserError for anything else than N finite observations."""
-    leading = (num_envs,) if num_envs > 1 else ()
     obs: Obs = {}
     for leaf, (path, value) in zip(spaces.observation, spaces.read(observation), strict=True):
         what = f"{name} {path!r}" if path else name
-        if value.shape != leading + leaf.shape:
-            expected = leading + leaf.shape
+        expected = (num_envs, *leaf.shape) if num_envs > 1 else leaf.shape
+        if value.shape != expected:
             raise UserError(f"{what} has shape {value.shape}; expected {expected} with `num_envs` {num_envs}.")
         if value.dtype.kind not in "biuf":
             raise UserError(f"{what} has type {value.dtype}; expected numbers.")
@@ -327,11 +291,7 @@ def read_values(num_envs: int, name: str, value: Any, kinds: str, expected: str)
 
 
 def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their canonical names, checked one by one.
-
-    Raises:
-        UserError: an unknown name, a bad value, or a setting of PPO's training loop.
-    """
+    """Settings under their canonical names; UserError for an invalid one, or one of PPO's training loop."""
     given = convert_settings(settings)
     for name in given:
         if name in LOOP_SETTINGS or SETTINGS[name].group == "records":
@@ -340,11 +300,7 @@ def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.Space[Any] | int) -> Spaces:
-    """Spaces as given, or from dimensions: unbounded float32 numbers, discrete actions from 0.
-
-    Raises:
-        UserError: dimensions that are not integers ≥ 1, or a space that is not supported.
-    """
+    """Spaces as given, or from dimensions (integers ≥ 1): unbounded float32 numbers, discrete actions from 0."""
     if not isinstance(observation, gym.Space):
         expected = "expected a space, an integer ≥ 1 or a shape of such."
         shape = tuple(observation) if isinstance(observation, Sequence) else (observation,)
@@ -358,10 +314,7 @@ def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.S
 
 def dimension(value: Any, message: str) -> int:
     """An integer ≥ 1; UserError with this message for anything else."""
-    try:
-        size = 0 if isinstance(value, str) else to_int(value)
-    except (TypeError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UserError(message)
-    return size
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, str) and to_int(value) >= 1:
+            return to_int(value)
+    raise UserError(message)

@@ -8,6 +8,7 @@ from proximo.config.settings import Config
 from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
+from proximo.rollout.randomness import environment_seeds
 from proximo.run.checkpoint import Checkpoint, RunInfo, find_differences
 from proximo.run.progress import Progress
 from proximo.source import HostSource
@@ -15,26 +16,14 @@ from proximo.spaces.spaces import Spaces
 
 
 class TrainingEnvs:
-    """The environments that an agent trains in.
-
-    Args:
-        env: as given by the user; None where it is unknown.
-        unimported: the id MODULE:ID in a checkpoint; modules named in a file are not imported.
-
-    Attributes:
-        engine: steps the environments; None until they are made.
-    """
+    """The environments that an agent trains in."""
 
     def __init__(self, env: EnvLike | None, unimported: str | None = None) -> None:
-        self.env, self.unimported = env, unimported
-        self.engine: str | None = None
+        self.env = env  # as given by the user; None where it is unknown
+        self.unimported = unimported  # the id MODULE:ID in a checkpoint; modules named in a file are not imported
+        self.engine: str | None = None  # steps the environments; None until they are made
         self._envs: VectorEnv | None = None
         self._collector: Collector | None = None  # of the last call, which the next one may continue
-
-    @property
-    def id(self) -> str | None:
-        """The environment's id, if it has one."""
-        return self.env if isinstance(self.env, str) else None
 
     @property
     def owns_envs(self) -> bool:
@@ -56,11 +45,7 @@ class TrainingEnvs:
         return any(state_adapters(self.open(config, spaces)))
 
     def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
-        """Return the id or function that makes another environment, for evaluation or video.
-
-        Raises:
-            UserError: the environment is unknown, or a vector environment.
-        """
+        """The id or function that makes another environment; UserError if it is unknown or a vector environment."""
         env = self.env if env is None else env
         if env is None or isinstance(env, VectorEnv):
             raise UserError(
@@ -79,18 +64,11 @@ class TrainingEnvs:
             UserError: the environment is unknown, cannot be made, or has other spaces.
         """
         if self._envs is not None and self.owns_envs and self._envs.closed:
-            self._envs = None  # after a fault
+            self._envs = self._collector = None  # after a fault
         if self._envs is None:
             if self.env is None:
                 raise UserError(self.missing_message())
-            envs, self.engine = make_or_wrap_envs(self.env, config)
-            try:
-                if spaces:
-                    require_matching_spaces(spaces_of(envs), spaces)
-            except UserError:
-                envs.close()
-                raise
-            self._envs = envs
+            self._envs, self.engine = make_or_wrap_envs(self.env, config, spaces)
         return self._envs
 
     def start(self, config: Config, spaces: Spaces, progress: Progress) -> tuple[HostSource, str]:
@@ -99,26 +77,27 @@ class TrainingEnvs:
         Returns:
             The source to train from, and why the simulator state was not restored, or "".
         """
-        envs, last = self.open(config, spaces), self._collector
-        if self.owns_envs and last and last.envs is envs and last.state_is_current:
-            return HostSource(last, config), ""
+        self.open(config, spaces)
+        last, state = self._collector, progress.env_state
         if self.owns_envs and last:
+            if state and last.captured is state:
+                return HostSource(last, config), ""
             self.close()  # episodes are repeated in new environments
-        source, state = self._new_source(config, spaces), progress.env_state
-        reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
+        collector = self._new_collector(config, spaces)
+        reason = "the checkpoint holds no simulator state" if state is None else collector.restore_state(state)
         if reason:
             if progress.global_step:
                 notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
             if self.owns_envs and state and not state.reset_reason:
                 self.close()  # the attempt may have broken them
-                source = self._new_source(config, spaces)
-            source.reset(progress.iteration)
+                collector = self._new_collector(config, spaces)
+            collector.reset(environment_seeds(config.seed, config.num_envs, iteration=progress.iteration))
             progress.episodes.clear()
-        return source, reason
+        return HostSource(collector, config), reason
 
-    def _new_source(self, config: Config, spaces: Spaces) -> HostSource:
+    def _new_collector(self, config: Config, spaces: Spaces) -> Collector:
         self._collector = Collector(self.open(config, spaces), spaces, config, resumable=True)
-        return HostSource(self._collector, config)
+        return self._collector
 
     def close(self) -> None:
         """Close the environments, a vector environment of the user as well."""
@@ -127,27 +106,28 @@ class TrainingEnvs:
             self._envs = self._collector = None
 
 
-def make_or_wrap_envs(env: EnvLike, config: Config) -> tuple[VectorEnv, str]:
-    """The vector environment of a run, and the engine that steps it."""
+def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tuple[VectorEnv, str]:
+    """The vector environment of a run, and the engine that steps it; UserError if it does not have these `spaces`."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
     engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
-    if config.exact_resume and not any(state_adapters(envs)):
+    try:
+        if config.exact_resume and not any(state_adapters(envs)):
+            raise UserError(
+                f"`exact_resume` is on, but engine {engine} cannot restore its environments. Use engine auto, workers "
+                "or sync."
+            )
+        if spaces:
+            require_matching_spaces(spaces_of(envs), spaces)
+    except UserError:
         if envs is not env:
             envs.close()
-        raise UserError(
-            f"`exact_resume` is on, but engine {engine} cannot restore its environments. Use engine auto, workers or "
-            "sync."
-        )
+        raise
     return envs, engine
 
 
 def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: str) -> None:
-    """Notify the user how a loaded run continues, and add it to `progress.resumed`.
-
-    Args:
-        reason: why the simulator state was not restored, or "".
-    """
+    """Notify the user how a loaded run continues, and add it to `progress.resumed`; `reason` is that of `start`."""
     if not progress.global_step:
         return
     changes = "; ".join(find_differences(saved, info))

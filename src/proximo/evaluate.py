@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +112,11 @@ def evaluate(
     count = 1 if render else min(num_envs, episodes)
     remaining = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
     rollout = Rollout(spaces, CHUNK, count)
-
     actor = policy(count)
     finished: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
     engine = "native" if is_vectorized_atari(env, env_kwargs) else "sync"
-    envs = make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout)
-    try:
+    with closing(make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout)) as envs:
         require_matching_spaces(spaces_of(envs), spaces)
         collector = Collector(envs, spaces, config)
         seeds = environment_seeds(seed, count, Purpose.EVALUATION)
@@ -137,21 +136,12 @@ def evaluate(
                 if remaining[episode.env_index]:
                     remaining[episode.env_index] -= 1
                     finished.append(episode)
-    finally:
-        envs.close()
-    return Evaluation(
-        tuple(episode.episode_return for episode in finished),
-        tuple(episode.length for episode in finished),
-        deterministic,
-    )
+    returns, lengths, _ = zip(*finished, strict=True)
+    return Evaluation(returns, lengths, deterministic)
 
 
 def _reset_in_window(collector: Collector, seeds: list[int]) -> None:
-    """The first reset, which opens the window.
-
-    Raises:
-        UserError: no window opens.
-    """
+    """The first reset, which opens the window; UserError if that fails."""
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
         raise UserError(
@@ -170,12 +160,9 @@ def _reset_in_window(collector: Collector, seeds: list[int]) -> None:
 
 
 class PeriodicEvaluation:
-    """Evaluates a policy every `evaluation_interval` iterations.
+    """Runs `evaluate`, such as `PPO.evaluate`, every `evaluation_interval` iterations.
 
-    A failed evaluation is logged and skipped; three failures in a row raise.
-
-    Args:
-        evaluate: runs an evaluation, such as `PPO.evaluate`.
+    A failed evaluation is logged and skipped; three failures in a row raise RunError.
     """
 
     NAMES = ("return_mean", "return_std", "length_mean")
@@ -185,11 +172,7 @@ class PeriodicEvaluation:
         self._failures = 0
 
     def __call__(self, metrics: Metrics) -> float | None:
-        """Add the evaluation's metrics, None where it is not due; return the mean return of one that succeeded.
-
-        Raises:
-            RunError: the third evaluation in a row failed.
-        """
+        """Add the evaluation's metrics, None where it is not due; return the mean return of one that succeeded."""
         config = self._config
         if not config.evaluation_interval:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class PPO:
     @property
     def env_id(self) -> str | None:
         """The environment's id, if it has one."""
-        return self.envs.id
+        return self.envs.env if isinstance(self.envs.env, str) else None
 
     @property
     def resolved(self) -> Resolved:
@@ -130,17 +131,14 @@ class PPO:
             notify_user(f"schedules now end at step {config.total_timesteps:,}")
         film = partial(self.record, max_frames=MAX_TRAINING_FRAMES)
         info = self._info()._replace(config=config)
-        with record_run(
-            run_dir, info, self.learner, self.progress, self.save, film, is_continued, progress
-        ) as recorder:
+        records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, progress)
+        with records as recorder:
             self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
             self.config = config.replace(run_dir=None)
-            source = self._start()
-            evaluate_if_due = PeriodicEvaluation(self.config, self.progress, self.evaluate)
+            source, evaluate_if_due = self._start()
             recorder.start()
-            for metrics, diagnostics in iterations(
-                self.config, source, self.learner, self.progress, inspect=recorder.folder is not None
-            ):
+            inspect = recorder.folder is not None
+            for metrics, diagnostics in iterations(self.config, source, self.learner, self.progress, inspect):
                 evaluated = None
                 try:
                     evaluated = evaluate_if_due(metrics)
@@ -154,20 +152,20 @@ class PPO:
     def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
         """Train as `learn` does, but yield the metrics of each iteration; stop, save or evaluate in between."""
         self.envs.open(self.config, self.spaces)
-        check_evaluations(self.config, self.envs)
+        if self.config.evaluation_interval:
+            self.envs.env_for("an evaluation")
         self.config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps)
-        source = self._start()
-        evaluate_if_due = PeriodicEvaluation(self.config, self.progress, self.evaluate)
+        source, evaluate_if_due = self._start()
         for metrics, _ in iterations(self.config, source, self.learner, self.progress):
             evaluate_if_due(metrics)
             yield metrics
 
-    def _start(self) -> Source:
+    def _start(self) -> tuple[Source, PeriodicEvaluation]:
         source, reason = self.envs.start(self.config, self.spaces, self.progress)
         if self._saved:
             record_resume(self._saved, self._info(), self.progress, reason)
         self._saved = None
-        return source
+        return source, PeriodicEvaluation(self.config, self.progress, self.evaluate)
 
     def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
         """Environment actions for one observation, or for a batch of them along the first axis.
@@ -256,15 +254,14 @@ class PPO:
         saved = load(path)
         given = settings_for(env, changes)
         known: str | None = saved.manifest.get("env")
-        is_unimported = env is None and isinstance(known, str) and ":" in known
-        if env is None and not is_unimported:
-            env = known
+        unimported = known if env is None and isinstance(known, str) and ":" in known else None
+        env = known if env is None and not unimported else env
         env = with_version(env) if isinstance(env, str) else env
         if env not in (None, known) or given.get("isolate_envs"):
             given.setdefault("engine", "auto")  # the saved engine may not run them
         config, spaces, learner = restore(path, saved, network, given)
         agent = cls.__new__(cls)
-        agent._bind(TrainingEnvs(env, known if is_unimported else None), config)
+        agent._bind(TrainingEnvs(env, unimported), config)
         agent.spaces, agent.learner, agent.preset = spaces, learner, saved.manifest.get("preset")
         agent.progress, agent._saved = saved.progress, saved
         agent.run_dir = checkpoint_files.find_resumable_run_dir(path)
@@ -310,30 +307,18 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
         import_wandb()
     if config.capture_video:
         require_video(envs.env_for("a video"), config.env_kwargs)
-    check_evaluations(config, envs)
-
-
-def check_evaluations(config: Config, envs: TrainingEnvs) -> None:
-    """Raise UserError if evaluations are configured, but no environment can be made for them."""
     if config.evaluation_interval:
         envs.env_for("an evaluation")
 
 
 def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:
     """Make one environment and return its spaces."""
-    envs = make_envs(env, 1, "sync", env_kwargs)
-    try:
+    with closing(make_envs(env, 1, "sync", env_kwargs)) as envs:
         return spaces_of(envs)
-    finally:
-        envs.close()
 
 
 def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their canonical names, checked one by one; a vector environment determines `num_envs`.
-
-    Raises:
-        UserError: an unknown name or a bad value.
-    """
+    """Settings under their canonical names; a vector environment determines `num_envs`. UserError if one is invalid."""
     given = convert_settings(settings)
     if isinstance(env, VectorEnv) and given.get("isolate_envs"):
         raise UserError("`isolate_envs` does not apply to a vector environment, which runs as it is. Turn it off.")
@@ -345,11 +330,7 @@ def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any
 
 
 def config_for(env: EnvLike, preset: str | None, settings: dict[str, Any]) -> Config:
-    """The preset's settings, overridden by the given ones.
-
-    Raises:
-        UserError: an unknown name, a bad value, or settings that contradict each other.
-    """
+    """The preset's settings, overridden by the given ones; UserError if they are invalid or contradict each other."""
     given = settings_for(env, settings)
     base = presets.load_settings(env if isinstance(env, str) else None, preset)
     try:

@@ -12,48 +12,28 @@ from typing import NamedTuple, Protocol
 from proximo.config.settings import Config
 from proximo.errors import NotFinite
 from proximo.learner.learner import Learner
-from proximo.learner.schedules import Hyper, hyper_at
+from proximo.learner.schedules import hyper_at
 from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collected, Collector
 from proximo.rollout.diagnostics import action_metrics, histograms_of
 from proximo.rollout.env_state import EnvState
 from proximo.rollout.minibatches import minibatch_order
-from proximo.rollout.randomness import Purpose, environment_seeds, generator
+from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Actor, Diagnostics, Episode, Metrics, Rollout
 
 
 class Iteration(NamedTuple):
-    """Result of one iteration.
+    """Result of one iteration."""
 
-    Attributes:
-        metrics: of the update, and shares of the time.
-        episodes: finished in this rollout.
-        steps: valid transitions.
-        diagnostics: for histograms, where they were asked for.
-        fault: why the update was discarded, if it was.
-    """
-
-    metrics: Metrics
-    episodes: list[Episode]
-    steps: int
-    diagnostics: Diagnostics | None = None
-    fault: NotFinite | None = None
+    metrics: Metrics  # of the update, and shares of the time
+    episodes: list[Episode]  # finished in this rollout
+    steps: int  # valid transitions
+    diagnostics: Diagnostics | None = None  # for histograms, where they were asked for
+    fault: NotFinite | None = None  # why the update was discarded, if it was
 
 
 class Source(Protocol):
-    """Interface of a source of transitions."""
-
-    @property
-    def state_is_current(self) -> bool:
-        """Whether the environments are unchanged since the last call of `state`."""
-        ...
-
-    @state_is_current.setter
-    def state_is_current(self, value: bool) -> None: ...
-
-    def reset(self, iteration: int) -> None:
-        """Begin new episodes, with seeds derived from the iteration."""
-        ...
+    """Interface of a source of transitions, whose environments were reset or restored."""
 
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner.
@@ -71,35 +51,13 @@ class Source(Protocol):
         """The state of the environments, from which the next iteration continues."""
         ...
 
-    def restore(self, state: EnvState) -> str:
-        """Bring the environments into a captured state; return why that failed, or ""."""
-        ...
-
 
 class HostSource:
-    """Transitions from a Gymnasium vector environment.
-
-    Args:
-        collector: of environments that are reset or restored before the first iteration.
-    """
+    """Transitions from a Gymnasium vector environment, whose collector was reset or restored."""
 
     def __init__(self, collector: Collector, config: Config) -> None:
         self.collector, self.config = collector, config
         self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
-
-    @property
-    def state_is_current(self) -> bool:
-        """Whether the environments are unchanged since the last call of `state`."""
-        return self.collector.state_is_current
-
-    @state_is_current.setter
-    def state_is_current(self, value: bool) -> None:
-        self.collector.state_is_current = value
-
-    def reset(self, iteration: int) -> None:
-        """Begin new episodes, with seeds derived from the iteration."""
-        count = self.config.num_envs
-        self.collector.reset(environment_seeds(self.config.seed, count, iteration=iteration))
 
     def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
@@ -115,21 +73,11 @@ class HostSource:
             error.evidence["rollout"] = rollout.arrays()
             raise
 
-        update_began = time.perf_counter()
-        hyper = hyper_at(config, global_step)
-        metrics, samples, fault = update_from(learner, rollout, config, iteration, hyper, actor, inspect)
-        ended = time.perf_counter()
-        steps = int(rollout.valid.sum())
-        metrics |= time_metrics(steps, ended - began, collected, ended - update_began)
-        return Iteration(metrics, collected.episodes, steps, samples, fault)
+        return update_from(learner, rollout, config, iteration, global_step, collected, began, actor, inspect)
 
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
         return self.collector.capture_state()
-
-    def restore(self, state: EnvState) -> str:
-        """Restore the environments; see `Source.restore`."""
-        return self.collector.restore_state(state)
 
 
 def update_from(
@@ -137,26 +85,32 @@ def update_from(
     rollout: Rollout,
     config: Config,
     iteration: int,
-    hyper: Hyper,
+    global_step: int,
+    collected: Collected,
+    began: float,
     actor: Actor | None = None,
     inspect: bool = False,
-) -> tuple[Metrics, Diagnostics | None, NotFinite | None]:
-    """Update a learner from a rollout: metrics, diagnostics for histograms, and the fault of a discarded update."""
+) -> Iteration:
+    """Update a learner from a rollout that was `collected` since the time `began`; see `Source.iterate`."""
+    update_began = time.perf_counter()
+    hyper = hyper_at(config, global_step)
     rng = generator(config.seed, Purpose.ORDER, iteration)
     order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length)
-    before = learner.inspect_rollout(rollout, hyper) if inspect and rollout.valid.any() else None
-    fault = None
+    steps = int(rollout.valid.sum())
+    before = learner.inspect_rollout(rollout, hyper) if inspect and steps else None
+    fault = diagnostics = None
     try:
         metrics: Metrics = {**learner.update(rollout, order, hyper, actor)}
     except NotFinite as error:
         error.evidence |= {"rollout": rollout.arrays(), "order": order, "hyper": hyper._asdict()}
         metrics, fault = dict(error.evidence["metrics"]), error
-    diagnostics = None
     if before:
         after = learner.inspect_rollout(rollout, hyper, before["carry"])
         diagnostics = histograms_of(rollout, config, before, after)
         metrics |= action_metrics(rollout, config, before)
-    return metrics, diagnostics, fault
+    ended = time.perf_counter()
+    metrics |= time_metrics(steps, ended - began, collected, ended - update_began)
+    return Iteration(metrics, collected.episodes, steps, diagnostics, fault)
 
 
 def time_metrics(steps: int, seconds: float, collected: Collected, update_seconds: float) -> Metrics:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import NotFinite, notify_user
@@ -19,32 +18,26 @@ from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
 from proximo.source import Iteration, Source
 
 
-class Report(NamedTuple):
-    """What one iteration reports: metrics, and diagnostics for histograms where they were due."""
-
-    metrics: Metrics
-    diagnostics: Diagnostics | None = None
-
-
 def iterations(
     config: Config, source: Source, learner: Learner, progress: Progress, inspect: bool = False
-) -> Iterator[Report]:
-    """Train until `config.total_timesteps` or `config.stop_at_return`; report after every iteration.
+) -> Iterator[tuple[Metrics, Diagnostics | None]]:
+    """Train until `config.total_timesteps` or `config.stop_at_return`.
 
-    Between two reports `learner` and `progress` are consistent, so that is where to evaluate, save or stop. An error or
-    Ctrl-C in an iteration leaves them as they were before it.
+    Yield metrics after every iteration, and diagnostics for histograms where they are due. Between two iterations
+    `learner` and `progress` are consistent, so that is where to evaluate, save or stop. An error or Ctrl-C in an
+    iteration leaves them as they were before it.
 
     Args:
         source: environments that are reset or restored.
-        inspect: every `config.histogram_interval` iterations, report diagnostics and action statistics too.
+        inspect: every `config.histogram_interval` iterations, yield diagnostics and action statistics too.
 
     Raises:
         NotFinite: an environment returned NaN or infinity, or the third update in a row diverged.
     """
     progress.env_state = source.state()
     while progress.global_step < config.total_timesteps and not is_solved(config, progress):
-        interval = config.histogram_interval if inspect else 0
-        is_due = bool(interval) and progress.iteration % interval == 0
+        interval = config.histogram_interval
+        is_due = inspect and interval > 0 and progress.iteration % interval == 0
         learner_before, progress_before = learner.snapshot(), progress.copy()
         try:
             done = source.iterate(learner, progress.iteration, progress.global_step, is_due)
@@ -52,13 +45,12 @@ def iterations(
             progress.advance(done.steps, done.episodes)
             progress.env_state = source.state()
         except BaseException as error:  # Ctrl-C as well
-            source.state_is_current = False
             learner.restore(learner_before)
             progress.restore(progress_before)
             if isinstance(error, NotFinite):
                 error.evidence["iteration"] = progress.iteration
             raise
-        yield Report(report(progress, done), done.diagnostics)
+        yield report(progress, done), done.diagnostics
 
 
 def count_fault(progress: Progress, done: Iteration) -> None:
@@ -83,15 +75,13 @@ def is_solved(config: Config, progress: Progress) -> bool:
 def report(progress: Progress, done: Iteration) -> Metrics:
     """The metrics of one iteration; what does not apply is None."""
     metrics = {**done.metrics, "update/skipped": float(done.fault is not None)}
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in sorted(metrics.items())}
     return {
         "global_step": progress.global_step,
         "iteration": progress.iteration,
         "rollout/episode_return_mean": progress.return_mean,
         "rollout/episode_length_mean": progress.length_mean,
-        **{
-            name: value if value is not None and math.isfinite(value) else None
-            for name, value in sorted(metrics.items())
-        },
+        **finite,
     }
 
 

@@ -86,7 +86,7 @@ class DeviceSource:
     """A `Source` of poles on the device; an episode's return is its length."""
 
     def __init__(self, config: Config, learner: Learner) -> None:
-        self.config, self.state_is_current = config, False
+        self.config = config
         self._run = jax.jit(partial(collect_and_update, learner.spec))
         self.reset(0)
 
@@ -99,7 +99,6 @@ class DeviceSource:
     def iterate(self, learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect and update in one call."""
         began, seed = time.perf_counter(), self.config.seed
-        self.state_is_current = False
         noise = SPACES.action.noise(generator(seed, Purpose.NOISE, iteration), (T, N))
         words = sequence(seed, Purpose.ENVIRONMENTS, iteration).generate_state(1)
         keys = jax.random.split(jax.random.key(int(words[0])), T)
@@ -116,7 +115,6 @@ class DeviceSource:
 
     def state(self) -> EnvState:
         """The poles, as a snapshot."""
-        self.state_is_current = True
         poles = {name: np.asarray(value) for name, value in self._poles._asdict().items()}
         length = poles["length"].astype(np.int64)
         resetting = np.zeros(N, bool)
@@ -135,7 +133,7 @@ def test_the_training_loop_learns_from_an_environment_on_the_device():
     after about 20. Everything is compiled once."""
     learner, progress = Learner(CONFIG, SPACES), Progress()
     source = DeviceSource(CONFIG, learner)
-    metrics = [report.metrics for report in iterations(CONFIG, source, learner, progress)]
+    metrics = [row for row, _ in iterations(CONFIG, source, learner, progress)]
     assert [row["iteration"] for row in metrics] == list(range(1, 101))
     first, last = metrics[2]["rollout/episode_length_mean"], metrics[-1]["rollout/episode_length_mean"]
     assert first < 40
@@ -153,8 +151,8 @@ def test_a_run_on_the_device_is_recorded_and_resumed_exactly(tmp_path):
         save = partial(checkpoint.save, learner=learner, info=info, spaces=SPACES, progress=progress)
         with record_run(run_dir, info, learner, progress, save, print, is_continued, show=False) as recorder:
             recorder.start()
-            for number, report in enumerate(iterations(config, source, learner, progress), 1):
-                recorder.write(report.metrics, report.diagnostics)
+            for number, (metrics, diagnostics) in enumerate(iterations(config, source, learner, progress), 1):
+                recorder.write(metrics, diagnostics)
                 recorder.after_iteration(None)
                 if number == count:
                     break

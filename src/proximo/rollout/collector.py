@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -69,9 +68,9 @@ class Collector:
         self.envs, self.spaces, self.config = envs, spaces, config
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
+        self._kind = type(inner).__name__
         self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
-        self._set_log()
-        self.state_is_current = False  # no step since `capture_state`
+        self.captured: EnvState | None = None  # the result of `capture_state`, until the next step
         self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
         if isinstance(inner, AsyncVectorEnv) and not inner.shared_memory and self.mode is AutoresetMode.NEXT_STEP:
             raise UserError(
@@ -91,31 +90,29 @@ class Collector:
         self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
         self.episode_return = np.zeros(count, np.float64)
         self.episode_length = np.zeros(count, np.int64)
-        self._set_log()
+        self._log: list[np.ndarray] = []  # actions [any number, N, ...] of unfinished episodes
 
     def capture_state(self) -> EnvState:
         """The state of the environments, from which `collect` continues, and `restore_state` in another process."""
-        state = EnvState(
-            self.obs, self.start.copy(), self.resetting.copy(), self.episode_return.copy(), self.episode_length.copy()
-        )
+        state = EnvState(self.obs, self.start, self.resetting, self.episode_return.copy(), self.episode_length.copy())
         if self._snapshots:
             state = replace(state, snapshot=copy.deepcopy(self._snapshots.snapshot()))
         elif self._replays:
             state = self._with_origins(state, *self._replays.origins())
         else:
-            name = type(self.envs.unwrapped).__name__
-            state = replace(state, reset_reason=f"{name} cannot export the state of its environments")
-        self.state_is_current = True
+            state = replace(state, reset_reason=f"{self._kind} cannot export the state of its environments")
+        self.captured = state
         return state
 
     def _with_origins(self, state: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
         """Add what repeats the unfinished episodes; drop actions of finished ones."""
-        while self._log and (self._steps - len(self._log[0]) >= since.max() or self._log_bytes > MAX_LOG_BYTES):
-            oldest = self._log.popleft()
-            self._steps, self._log_bytes = self._steps - len(oldest), self._log_bytes - oldest.nbytes
+        steps, size = sum(map(len, self._log)), sum(piece.nbytes for piece in self._log)
+        while self._log and (steps - len(self._log[0]) >= since.max() or size > MAX_LOG_BYTES):
+            oldest = self._log.pop(0)
+            steps, size = steps - len(oldest), size - oldest.nbytes
         if len(self._log) > MAX_LOG_PIECES:
-            self._log = deque([np.concatenate(self._log)])
-        is_known = (since <= self._steps) & [bool(origin) for origin in origins]
+            self._log = [np.concatenate(self._log)]
+        is_known = (since <= steps) & [bool(origin) for origin in origins]
         if not is_known.all():
             n = int(np.argmin(is_known))
             reason = "its episode is too long to be repeated" if origins[n] else "its last reset is unknown"
@@ -123,10 +120,9 @@ class Collector:
         return replace(state, origins=origins, steps_since_origin=since, action_log=tuple(self._log))
 
     def restore_state(self, state: EnvState) -> str:
-        """Bring the environments into a captured state.
+        """Bring the environments into a captured state; return why that failed, or "".
 
-        Returns:
-            Why that failed, or "". After a failure call `reset`; after an exception make new environments.
+        After a failure call `reset`; after an exception make new environments.
         """
         if state.reset_reason:
             return state.reset_reason
@@ -139,8 +135,7 @@ class Collector:
             return f"observations had shapes {before}, and now have {now}"
         is_supported = state.snapshot is not None if self._snapshots else bool(self._replays and state.origins)
         if not is_supported:
-            name = type(self.envs.unwrapped).__name__
-            return f"{name} cannot restore environments of another engine"
+            return f"{self._kind} cannot restore environments of another engine"
         try:
             difference = self._restore_envs(state)
         except Exception as error:
@@ -150,8 +145,8 @@ class Collector:
                 f"{difference} differs after restoring: the environment has state beyond np_random and its actions. "
                 "Add snapshot() and restore(), see proximo.rollout.env_state"
             )
-        self._set_log(state.action_log)
-        self.obs, self.start, self.resetting = state.obs, state.start.copy(), state.resetting.copy()
+        self._log = list(state.action_log)
+        self.obs, self.start, self.resetting = state.obs, state.start, state.resetting
         self.episode_return, self.episode_length = state.episode_return.copy(), state.episode_length.copy()
         return ""
 
@@ -172,22 +167,14 @@ class Collector:
                 return f"environment {int(np.argmin(is_equal))}'s observation {path}".rstrip()
         return ""
 
-    def _set_log(self, log: Sequence[np.ndarray] = ()) -> None:
-        self._log = deque(log)
-        self._steps, self._log_bytes = sum(map(len, log)), sum(piece.nbytes for piece in log)
-
     def collect(self, actor: Actor, rollout: Rollout) -> Collected:
-        """Fill `rollout` with T steps of every environment.
-
-        Raises:
-            RunError: an observation or reward is not finite.
-        """
+        """Fill `rollout` with T steps of every environment; RunError as in `Rollout.check_finite`."""
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear_final_obs()
-        self.state_is_current = False
+        self.captured = None
         actions: list[np.ndarray] = []
-        self._store_observation(rollout, 0)
+        rollout.store_obs(0, self.obs, self.start)
         for t in range(rollout.num_steps):
             began = time.perf_counter()
             raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
@@ -198,30 +185,19 @@ class Collector:
             env_seconds += time.perf_counter() - acted
             act_seconds += acted - began
 
-            for path, values in raw.items():
-                rollout.action[path][t] = values
-            rollout.reward[t] = reward
-            rollout.terminated[t], rollout.truncated[t] = terminated, truncated
-            valid = rollout.valid[t] = ~self.resetting
-            over = (rollout.terminated[t] | rollout.truncated[t]) & valid
+            valid = ~self.resetting
+            over = rollout.store_step(t, raw, reward, terminated, truncated, valid)
             ended = over.nonzero()[0]
-            counted = self._count_episodes(reward, valid, ended)
+            counted = count_episodes(self.episode_return, self.episode_length, reward, valid, ended)
             episodes += reported_episodes(info) if self.reports_episodes else counted
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
-            self.obs = dict(self.spaces.read(observation))
-            self._store_observation(rollout, t + 1)
+            rollout.store_obs(t + 1, dict(self.spaces.read(observation)), self.start)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
             self._log.append(np.stack(actions))
-            self._steps, self._log_bytes = self._steps + len(actions), self._log_bytes + self._log[-1].nbytes
         rollout.check_finite()
         return Collected(episodes, env_seconds, act_seconds)
-
-    def _store_observation(self, rollout: Rollout, t: int) -> None:
-        for path, value in self.obs.items():
-            rollout.obs[path][t] = value
-        rollout.start[t] = self.start
 
     def _begin_next(
         self, rollout: Rollout, t: int, observation: Any, over: np.ndarray, ended: np.ndarray, info: dict
@@ -246,15 +222,22 @@ class Collector:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation
 
-    def _count_episodes(self, reward: np.ndarray, valid: np.ndarray, ended: np.ndarray) -> list[Episode]:
-        np.add(self.episode_return, reward, out=self.episode_return, where=valid)
-        np.add(self.episode_length, 1, out=self.episode_length, where=valid)
-        if not len(ended):
-            return []
-        episodes = [Episode(float(self.episode_return[n]), int(self.episode_length[n]), int(n)) for n in ended]
-        self.episode_return[ended] = 0.0
-        self.episode_length[ended] = 0
-        return episodes
+
+def count_episodes(
+    returns: np.ndarray, lengths: np.ndarray, reward: np.ndarray, valid: np.ndarray, ended: np.ndarray
+) -> list[Episode]:
+    """Add a step of N environments to the returns and lengths [N] of their episodes so far.
+
+    Return the episodes that `ended`, an array of indices; their returns and lengths become 0.
+    """
+    np.add(returns, reward, out=returns, where=valid)
+    np.add(lengths, 1, out=lengths, where=valid)
+    if not len(ended):
+        return []
+    episodes = [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in ended]
+    returns[ended] = 0.0
+    lengths[ended] = 0
+    return episodes
 
 
 def reported_episodes(info: dict[str, Any]) -> list[Episode]:

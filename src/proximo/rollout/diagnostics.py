@@ -14,11 +14,9 @@ MAX_LOG_RATIO = 10.0  # histograms need finite ratios
 def histograms_of(rollout: Rollout, config: Config, before: Diagnostics, after: Diagnostics) -> Diagnostics:
     """Returns, advantages, values, ratios and actions of the B valid transitions.
 
-    A ratio compares the policy after the update with the policy before it, normalisers included. Actions are as the
-    environment took them, [B] for each dimension.
-
-    Args:
-        before, after: `Learner.inspect_rollout` before and after the update.
+    `before` and `after` are `Learner.inspect_rollout` before and after the update. A ratio compares the policy after
+    the update with the policy before it, normalisers included. Actions are as the environment took them, [B] for each
+    dimension.
     """
     log_ratio = np.clip(after["log_prob"] - before["log_prob"], -MAX_LOG_RATIO, MAX_LOG_RATIO)
     samples = {

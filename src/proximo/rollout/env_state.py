@@ -48,7 +48,6 @@ class SupportsSnapshot(Protocol):
 
     def restore(self, snapshot: Any) -> None:
         """Set the state to that of a snapshot."""
-        ...
 
 
 @runtime_checkable
@@ -188,8 +187,7 @@ def snapshots_equal(first: Any, second: Any) -> bool:
 def encode_tree(tree: Any, name: str) -> tuple[Any, dict[str, np.ndarray]]:
     """Return nested values as a JSON document, and arrays whose names begin with `name`.
 
-    Raises:
-        UserError: a value is not a number, text, bytes, None, array, list or dictionary.
+    Raise UserError for a value that is not a number, text, bytes, None, array, list or dictionary.
     """
     arrays: dict[str, np.ndarray] = {}
 

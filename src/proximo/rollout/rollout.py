@@ -41,7 +41,7 @@ class Rollout:
     """
 
     def __init__(self, spaces: Spaces, num_steps: int, num_envs: int) -> None:
-        rows = (num_steps, num_envs)
+        rows = self.num_steps, self.num_envs = num_steps, num_envs
         self.spaces = spaces
         self.obs: Obs = {
             leaf.path: np.zeros((num_steps + 1, num_envs, *leaf.shape), leaf.dtype) for leaf in spaces.observation
@@ -54,15 +54,21 @@ class Rollout:
         self.start = np.zeros((num_steps + 1, num_envs), bool)  # obs[t] is the first of an episode
         self.clear_final_obs()
 
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return self.reward.shape[0]
+    def store_obs(self, t: int, obs: Obs, start: np.ndarray) -> None:
+        """Copy the observations of step t, and whether each is the first of an episode."""
+        for path, value in obs.items():
+            self.obs[path][t] = value
+        self.start[t] = start
 
-    @property
-    def num_envs(self) -> int:
-        """N."""
-        return self.reward.shape[1]
+    def store_step(
+        self, t: int, raw: RawAction, reward: Any, terminated: Any, truncated: Any, valid: np.ndarray
+    ) -> np.ndarray:
+        """Copy the actions of step t and their results [N]; return [N] bool, whether a valid row ended an episode."""
+        for path, value in raw.items():
+            self.action[path][t] = value
+        self.reward[t], self.valid[t] = reward, valid
+        self.terminated[t], self.truncated[t] = terminated, truncated
+        return (self.terminated[t] | self.truncated[t]) & valid  # of the stored ones, because flags may be bytes
 
     def clear_final_obs(self) -> None:
         """Remove the final observations of the previous collection."""
@@ -103,35 +109,27 @@ class Rollout:
     def check_finite(self) -> None:
         """Refuse NaN and infinity before they reach a normaliser or an advantage.
 
-        Raises:
-            NotFinite: a reward or an observation; the message names the environment and the step.
-            RunError: an action mask allows nothing.
+        Raise NotFinite for a reward or an observation, and RunError for an action mask that allows nothing.
         """
-        self._check("reward", self.reward, self.valid)
-        for leaf in self.spaces.observation:
-            if leaf.kind == "mask":
-                self._check_mask(leaf.path)
+        self._require_finite("reward", np.isfinite(self.reward) | ~self.valid)
+        for path in [leaf.path for leaf in self.spaces.observation if leaf.kind == "mask"]:
+            empty = ~(self.obs[path][:-1] > 0).any(axis=-1) & self.valid
+            if empty.any():
+                t, n = np.argwhere(empty)[0]
+                raise RunError(
+                    f"environment {n}: {path!r} allows no action at step {t} of the rollout. Allow at least one."
+                )
         final_obs = self.final_obs
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
-                finite = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
+                finite: Any = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
                 final = final_obs[path]
                 finite.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
-                name = f"observation {path!r}" if path else "observation"
-                self._check(name, np.where(finite, 0.0, np.nan))
+                self._require_finite(f"observation {path!r}" if path else "observation", finite)
 
-    def _check_mask(self, path: str) -> None:
-        empty = ~(self.obs[path][:-1] > 0).any(axis=-1) & self.valid
-        if empty.any():
-            t, n = (int(index[0]) for index in np.nonzero(empty))
-            raise RunError(
-                f"environment {n}: {path!r} allows no action at step {t} of the rollout. Allow at least one."
-            )
-
-    def _check(self, name: str, array: np.ndarray, where: np.ndarray | bool = True) -> None:
-        bad = ~np.isfinite(array) & where
-        if bad.any():
-            t, n = (int(index[0]) for index in np.nonzero(bad))
+    def _require_finite(self, name: str, finite: np.ndarray) -> None:
+        if not finite.all():
+            t, n = np.argwhere(~finite)[0].tolist()
             raise NotFinite(
                 f"environment {n}: {name} is not finite at step {t} of the rollout. Fix the environment, or wrap it so "
                 "that it ends the episode instead.",
