@@ -189,13 +189,13 @@ def test_two_bandits_are_learned_at_once(backend, spaces):
     """
     config = Config(
         num_envs=16, num_steps=8, minibatch_size=64, update_epochs=4, learning_rate=0.02, hidden_sizes=(8,),
-        init_std=0.5, ent_coef=0.0, lr_schedule="constant",
+        init_std=0.5, ent_coef=0.0, lr_schedule="linear", total_timesteps=80 * 128,
     )  # fmt: skip
     learner, rollout = backend.learner(config, spaces), Rollout(spaces, 8, 16)
     rollout.start[:] = rollout.terminated[:] = True
     target = np.array([0.5, -0.5])
     rewards = []
-    for iteration in range(60):
+    for iteration in range(80):
         rng = np.random.default_rng(iteration)
         actor = learner.actor(spaces.action.noise(rng, (8, 16)))
         for t in range(8):
@@ -208,7 +208,7 @@ def test_two_bandits_are_learned_at_once(backend, spaces):
             else:
                 rollout.reward[t] = (action["a"] == 1) + 1.0 - ((action["b"] - target) ** 2).sum(axis=-1)
         rewards.append(float(rollout.reward.mean()))
-        learner.update(rollout, order_of(rollout, config, iteration), hyper_at(config, 0))
+        learner.update(rollout, order_of(rollout, config, iteration), hyper_at(config, iteration * 128))
 
     mode = learner.actor(None)({path: x[0] for path, x in rollout.obs.items()}, rollout.start[0])
     found = learner.inspect_rollout(rollout, hyper_at(config, 0))
@@ -221,7 +221,7 @@ def test_two_bandits_are_learned_at_once(backend, spaces):
         assert rewards[-1] > 1.85
     else:
         assert (mode["a"] == 1).all()
-        np.testing.assert_allclose(mode["b"], np.broadcast_to(target, (16, 2)), atol=0.1)
+        np.testing.assert_allclose(mode["b"], np.broadcast_to(target, (16, 2)), atol=0.05)
         assert found["a/probability"][:, 1].min() > 0.95
         assert rewards[-1] > 1.7
 
