@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from proximo.learner.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
-from proximo.torch.state import Spec, State
+from proximo.learner.state import State
+from proximo.torch.state import Spec
 
 BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates
 NORM_EPSILON = 1e-6
