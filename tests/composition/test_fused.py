@@ -11,11 +11,11 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.jax.networks import built_in
-from proximo.jax.state import Spec, forward
+from proximo.jax.state import forward
 from proximo.jax.update import update
 from proximo.learner.functions import act, values
 from proximo.learner.schedules import Hyper, hyper_at
-from proximo.learner.state import State, Transitions, initial_state
+from proximo.learner.state import Spec, State, Transitions, initial_state
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator
 from proximo.spaces.spaces import Spaces

@@ -59,7 +59,7 @@ def log_probabilities(backend: Backend, learner: Any, rollout: Rollout, noise: n
         state, one_step = learner._state, backend.array({path: x[None] for path, x in obs.items()})
         inputs, params = backend.module("state").preprocess(spec, state, one_step), state.params
         if backend.name == "torch":
-            params = backend.module("tensors").unflatten(spec.shapes, params)
+            params = backend.module("tensors").unflatten(spec.layout.shapes, params)
         policy, *_ = spec.network.apply(params, inputs, backend.array(rollout.start[t][None]), state.carry)
         logits = backend.numpy(policy.parts[""].logits)[0].astype(np.float64)
         np.testing.assert_array_equal(rollout.action[""][t], np.argmax(logits + noise[t], axis=-1))

@@ -164,7 +164,7 @@ def apply_adam(learner: Any, gradient: dict[str, np.ndarray], hyper: Hyper) -> A
         learner._state, norm = jax_optimizer.adam(learner.spec, learner._state, gradient, hyper)
         return norm
     scalars = Hyper(*(torch.tensor(value, dtype=torch.float64) for value in hyper))
-    flat = flatten(learner.spec.shapes, {name: torch.from_numpy(g) for name, g in gradient.items()})
+    flat = flatten(learner.spec.layout.shapes, {name: torch.from_numpy(g) for name, g in gradient.items()})
     learner._state, norm = torch_optimizer.adam(learner.spec, learner._state, flat, scalars)
     return norm
 

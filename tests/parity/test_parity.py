@@ -81,7 +81,7 @@ def examine_torch(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
     minibatch = torch_minibatches.take(batch, indices)
     gradient = torch.func.grad(partial(torch_update.loss, learner.spec), has_aux=True)
     tensors = {name: torch.tensor(value, dtype=dtype) for name, value in params.items()}
-    state = state._replace(params=flatten(learner.spec.shapes, tensors))
+    state = state._replace(params=flatten(learner.spec.layout.shapes, tensors))
     learner._state, _ = torch_update.minibatch(learner.spec, state, batch, indices, hyper)
     return batch, *gradient(tensors, minibatch, hyper), learner.state()
 

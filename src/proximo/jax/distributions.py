@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,6 @@ from jax import Array
 from proximo.config.settings import Config
 from proximo.learner import policy
 from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head, std_shift
-from proximo.spaces.spaces import Spaces
 
 LOG_2PI = math.log(2.0 * math.pi)
 QUADRATURE_NODES, QUADRATURE_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
@@ -140,8 +140,5 @@ def gaussian(config: Config, head: Head, output: Array, log_std: Array | None, m
 BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
 
 
-def policy_from_output(
-    config: Config, spaces: Spaces, output: Array, log_std: Array | None, obs: dict[str, Array]
-) -> Policy:
-    """The policy from the output [..., K] of a network; log_std [D] of all Gaussian heads where it is learned."""
-    return Policy(policy.build_parts(BUILDERS, config, spaces, output, log_std, obs))
+# (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`
+policy_from_output = partial(policy.policy_from_output, Policy, BUILDERS)

@@ -14,13 +14,12 @@ from jax import Array
 from proximo.config.settings import Config
 from proximo.jax.networks import Network, Output, built_in
 from proximo.jax.runtime import HINT, available_devices, start
-from proximo.jax.state import Spec, forward
+from proximo.jax.state import forward
 from proximo.jax.update import prepare, update
 from proximo.learner import learner
 from proximo.learner.functions import bind
-from proximo.learner.learner import kept_outputs
 from proximo.learner.schedules import Hyper
-from proximo.learner.state import State
+from proximo.learner.state import Reduce, Spec, State
 from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 
@@ -41,7 +40,7 @@ class Learner(learner.Learner):
     def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
         return start(threads), available_devices(), HINT
 
-    def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Any) -> None:
+    def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Reduce) -> None:
         self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._device = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
         functions = {**bind(self.spec, forward, prepare), "update": partial(update, self.spec)}
@@ -67,7 +66,7 @@ class Learner(learner.Learner):
 
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
         """Update from a rollout; see `proximo.learner.learner.Learner.update`."""
-        outputs = self._to_numpy(kept_outputs(actor))
+        outputs = self._to_numpy(getattr(actor, "outputs", []))
         known = jax.tree.map(lambda *x: np.concatenate(x), *outputs) if outputs else None
         data, hyper = self.transitions(rollout), self._numbers(hyper)
         state, metrics = self._functions["update"](self._state, data, order, hyper, known)

@@ -19,10 +19,10 @@ from proximo.jax.minibatches import take, to_sequences, zero_invalid
 from proximo.jax.networks import Obs, Output, Params
 from proximo.jax.normalization import discounted_returns, explained_variance, merge
 from proximo.jax.optimizer import adam, adapt
-from proximo.jax.state import Spec, preprocess
+from proximo.jax.state import preprocess
 from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
-from proximo.learner.state import Batch, Metrics, State, Transitions
+from proximo.learner.state import Batch, Metrics, Spec, State, Transitions
 
 
 def prepare(

@@ -17,7 +17,7 @@ from proximo.learner.architecture import architecture, is_chunked, num_parameter
 from proximo.learner.arrays import flatten, identity, require_finite, unflatten
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
-from proximo.learner.state import State, Transitions, initial_state
+from proximo.learner.state import Reduce, Spec, State, Transitions, initial_state
 from proximo.machine import choose_device, choose_num_threads
 from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.heads import RawAction
@@ -38,7 +38,7 @@ class NetworkActor:
         noise_size: K.
         carry: [N, H], the recurrent state before the first call; zero for any other number of environments.
         dtype: of the recurrent state.
-        keep_outputs: store the network outputs in `outputs`, one entry per call.
+        keep_outputs: store the network outputs in `outputs`, one entry per call, for `Learner.update`.
     """
 
     def __init__(
@@ -66,11 +66,6 @@ class NetworkActor:
         return action
 
 
-def kept_outputs(actor: Actor | None) -> list[Any]:
-    """The network outputs that an actor kept."""
-    return actor.outputs if isinstance(actor, NetworkActor) else []
-
-
 class Learner:
     """Networks, their optimizer and normalisers, in one backend; takes and returns NumPy arrays.
 
@@ -85,7 +80,7 @@ class Learner:
         device: where updates run, and why.
         compiled: whether PyTorch's minibatch step is compiled; None in JAX, which always compiles.
         is_built_in: whether the network is a built-in one.
-        spec: what is fixed for the life of a learner (the backend's `Spec`).
+        spec: what is fixed for the life of a learner.
 
     Raises:
         UserError: settings that the spaces, the network or the machine cannot serve.
@@ -94,16 +89,11 @@ class Learner:
     backend: ClassVar[str]
     pads_chunks: ClassVar[bool]  # evaluate final observations in calls of one shape, which compiles once
     compiled: bool | None
-    spec: Any
+    spec: Spec
     _state: State
 
     def __init__(
-        self,
-        config: Config,
-        spaces: Spaces,
-        network: Any = None,
-        dtype: str = "float32",
-        reduce: Callable[[Any], Any] | None = None,
+        self, config: Config, spaces: Spaces, network: Any = None, dtype: str = "float32", reduce: Reduce = identity
     ) -> None:
         spaces.action.check(config)
         self.is_built_in = network is None
@@ -114,7 +104,7 @@ class Learner:
         threads = choose_num_threads(config.threads, config.minibatch_transitions, parameters)
         self.threads, available, hint = self._start(threads)
         self.device = choose_device(config.device, available, has_convolutions, hint)
-        self._build(config, spaces, network, reduce or identity)
+        self._build(config, spaces, network, reduce)
         self._set_named_state(initial_state(self.spec, self._dtype.name))
 
     def decide_compilation(self, num_minibatches: int, previous: bool | None = None) -> None:
@@ -258,7 +248,7 @@ class Learner:
         """Start the array library; return the number of threads, names of the devices, and how to get more."""
         raise NotImplementedError
 
-    def _build(self, config: Config, spaces: Spaces, network: Any, reduce: Any) -> None:
+    def _build(self, config: Config, spaces: Spaces, network: Any, reduce: Reduce) -> None:
         """Set `spec`."""
         raise NotImplementedError
 

@@ -39,17 +39,19 @@ class Policy(NamedTuple):
         }
 
 
-def build_parts(
+def policy_from_output(
+    make: Callable[[dict[str, Any]], Any],
     builders: Mapping[str, Callable[..., Any]],
     config: Config,
     spaces: Spaces,
     output: Array,
     log_std: Array | None,
     obs: Mapping[str, Array],
-) -> dict[str, Any]:
-    """Distributions by path of their head, from the output [..., K] of a network.
+) -> Any:
+    """The policy from the output [..., K] of a network.
 
     Args:
+        make: the backend's `Policy`.
         builders: kind of head -> function (config, head, output, log_std, masks) that builds its distribution.
         log_std: [D] of all Gaussian heads where it is learned.
     """
@@ -60,4 +62,4 @@ def build_parts(
         if len(heads) > 1:  # slicing, with its gradient, takes 5 % of a small network's step in PyTorch
             columns, learned = output[..., outputs], None if log_std is None else log_std[stds]
         parts[head.path] = builders[head.kind](config, head, columns, learned, masks)
-    return parts
+    return make(parts)

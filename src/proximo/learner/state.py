@@ -1,4 +1,4 @@
-"""Arrays that both backends pass on: the learned state, a rollout, the samples taken from it, and their metrics.
+"""What both backends compute with: what is fixed, the learned state, a rollout, samples taken from it, and metrics.
 
 Shapes: T steps, N environments, L steps per sequence (1 for feed-forward), K = T / L * N sequences in the rollout,
 S of them in a minibatch, H numbers in a recurrent state.
@@ -6,11 +6,16 @@ S of them in a minibatch, H numbers in a recurrent state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from proximo.config.settings import Config
+from proximo.spaces.spaces import Spaces
+
 Array = Any  # of the backend
+Reduce = Callable[[Array], Array]  # sums over processes; the identity for one
 
 
 class Moments(NamedTuple):
@@ -19,6 +24,16 @@ class Moments(NamedTuple):
     count: Array  # []  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Array  # [...]
     variance: Array  # [...]
+
+
+class Spec(NamedTuple):
+    """Everything that is fixed for the life of a learner, and compiled in."""
+
+    config: Config
+    spaces: Spaces
+    network: Any  # the backend's `Network`
+    reduce: Reduce
+    layout: Any = None  # in PyTorch, the `Layout` of flat vectors
 
 
 class State(NamedTuple):
@@ -80,8 +95,8 @@ class Metrics(NamedTuple):
         return {f"losses/{name}" if name in losses else f"update/{name}": x for name, x in self._asdict().items()}
 
 
-def initial_state(spec: Any, dtype: str) -> State:
-    """The initial parameters of a `Spec`'s network, by name; everything else zero or neutral. NumPy arrays."""
+def initial_state(spec: Spec, dtype: str) -> State:
+    """The initial parameters of the network, by name; everything else zero or neutral. NumPy arrays."""
 
     def moments(shape: tuple[int, ...]) -> Moments:
         return Moments(np.zeros((), dtype), np.zeros(shape, dtype), np.ones(shape, dtype))

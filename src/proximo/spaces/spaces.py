@@ -27,10 +27,8 @@ class Spaces:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "observation": [asdict(leaf) for leaf in self.observation],
-            "action": [head.to_dict() for head in self.action.heads],
-        }
+        heads = [head.to_dict() for head in self.action.heads]
+        return {"observation": [asdict(leaf) for leaf in self.observation], "action": heads}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Spaces:
@@ -88,7 +86,7 @@ class Spaces:
         Raises:
             UserError: a wrong shape, or values that are not finite.
         """
-        obs = {path: np.asarray(value) for path, value in self.read(observation)}
+        obs = dict(self.read(observation))
         leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
         if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
             raise UserError(f"the observation has leading axes {leading}; expected one observation or a batch of them.")

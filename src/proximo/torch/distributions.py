@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,6 @@ from torch.nn import functional
 from proximo.config.settings import Config
 from proximo.learner import policy
 from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head, std_shift
-from proximo.spaces.spaces import Spaces
 
 LOG_2PI = math.log(2.0 * math.pi)
 QUADRATURE_NODES, QUADRATURE_WEIGHTS = (x.tolist() for x in np.polynomial.hermite_e.hermegauss(16))
@@ -145,8 +145,5 @@ def gaussian(config: Config, head: Head, output: Tensor, log_std: Tensor | None,
 BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
 
 
-def policy_from_output(
-    config: Config, spaces: Spaces, output: Tensor, log_std: Tensor | None, obs: dict[str, Tensor]
-) -> Policy:
-    """The policy from the output [..., K] of a network; log_std [D] of all Gaussian heads where it is learned."""
-    return Policy(policy.build_parts(BUILDERS, config, spaces, output, log_std, obs))
+# (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`
+policy_from_output = partial(policy.policy_from_output, Policy, BUILDERS)

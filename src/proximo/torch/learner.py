@@ -16,15 +16,14 @@ from proximo.learner import learner
 from proximo.learner.architecture import is_critic, limits
 from proximo.learner.arrays import identity
 from proximo.learner.functions import bind
-from proximo.learner.learner import kept_outputs
 from proximo.learner.schedules import Hyper
-from proximo.learner.state import Metrics, State
+from proximo.learner.state import Metrics, Reduce, Spec, State
 from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.spaces import Spaces
 from proximo.torch.networks import Network, Output, built_in
 from proximo.torch.runtime import HINT, MIN_MINIBATCHES, available_devices, can_compile, default_device, num_threads
-from proximo.torch.state import Spec, forward
-from proximo.torch.tensors import compile_function, flatten, to_tensor, tree_map, unflatten
+from proximo.torch.state import forward
+from proximo.torch.tensors import Layout, compile_function, flatten, to_tensor, tree_map, unflatten
 from proximo.torch.update import minibatch, prepare, update
 
 
@@ -37,7 +36,7 @@ class Learner(learner.Learner):
     def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
         return threads, available_devices(), HINT
 
-    def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Any) -> None:
+    def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Reduce) -> None:
         network = network or built_in(config, spaces)
         self._torch_dtype: torch.dtype = getattr(torch, self._dtype.name)
         initial = network.init()
@@ -51,7 +50,7 @@ class Learner(learner.Learner):
         low = per_parameter(lambda name: limits(name, config)[0], self._torch_dtype)
         high = per_parameter(lambda name: limits(name, config)[1], self._torch_dtype)
         is_limited = bool((torch.isfinite(low) | torch.isfinite(high)).any())
-        self.spec = Spec(config, spaces, network, reduce, shapes, critic, low, high, is_limited)
+        self.spec = Spec(config, spaces, network, reduce, Layout(shapes, critic, low, high, is_limited))
         self._functions = bind(self.spec, forward, prepare)
         self.compiled, self._expected = bool(config.compile), 0
         # Custom networks and reductions may not compile; compiling convolutions was not found to pay.
@@ -93,7 +92,7 @@ class Learner(learner.Learner):
         """Update from a rollout; see `proximo.learner.learner.Learner.update`."""
         data = self.transitions(rollout)
         indices, hyper = self._to_device((order, self._numbers(hyper)))
-        learn = partial(update, self.spec, self._state, data, indices, hyper, kept_outputs(actor))
+        learn = partial(update, self.spec, self._state, data, indices, hyper, getattr(actor, "outputs", []))
         shapes = (rollout.reward.shape, order.shape)
         is_tried = shapes in self._compiled
         step = self._minibatch(*shapes)
@@ -124,7 +123,7 @@ class Learner(learner.Learner):
         return all(finite)
 
     def _to_named(self, params: Tensor) -> dict[str, Tensor]:
-        return unflatten(self.spec.shapes, params)
+        return unflatten(self.spec.layout.shapes, params)
 
     def _from_named(self, params: dict[str, Tensor]) -> Tensor:
-        return flatten(self.spec.shapes, params)
+        return flatten(self.spec.layout.shapes, params)

@@ -128,7 +128,7 @@ def convolve_image(arch: Architecture, params: Params, part: str, leaf: Leaf, im
     if arch.architecture == "mlp":
         return image.to(dtype_of(params)) / leaf.high
     # Scale the first weights instead of every pixel.
-    layers = [f"{part}.{layer.name}" for layer in convolutions(arch.architecture, leaf)]
+    layers = [f"{part}.{name}" for name in convolutions(arch.architecture, leaf)]
     scales = [1 / leaf.high] + [1.0] * len(layers)
     # Channels last in memory: the fastest layout on a CPU.
     x = image.permute(0, 3, 1, 2).to(dtype_of(params), memory_format=torch.channels_last)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from proximo.learner.architecture import VARIANCE_EPSILON
 from proximo.learner.arrays import require_shape
-from proximo.learner.state import Moments
+from proximo.learner.state import Moments, Reduce
 from proximo.torch.tensors import scan
-
-Reduce = Callable[[Tensor], Tensor]  # sums over processes; the identity for one
 
 
 def weighted_moments(x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:

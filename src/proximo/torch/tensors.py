@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,16 @@ from torch import Tensor
 from proximo.torch.networks import Params
 
 Shapes = dict[str, tuple[int, ...]]  # of the parameters, in the order of the flat vector
+
+
+class Layout(NamedTuple):
+    """What is fixed for each number of the flat vector of parameters [P]."""
+
+    shapes: Shapes
+    critic: Tensor  # [P] bool: uses the critic's learning rate
+    low: Tensor  # [P] bounds of the parameters after every step
+    high: Tensor
+    is_limited: bool  # some bound is finite
 
 
 def tree_map(function: Callable[..., Any], *trees: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
-from proximo.learner.state import Batch, Metrics, State, Transitions
+from proximo.learner.state import Batch, Metrics, Spec, State, Transitions
 from proximo.torch.advantages import gae
 from proximo.torch.distributions import Policy
 from proximo.torch.losses import clipped_squared_error, clipped_surrogate, kl_estimate, squared_error, standardize
@@ -22,7 +22,7 @@ from proximo.torch.minibatches import take, to_sequences, zero_invalid
 from proximo.torch.networks import Obs, Output, Params
 from proximo.torch.normalization import discounted_returns, explained_variance, merge
 from proximo.torch.optimizer import adam, adapt
-from proximo.torch.state import Spec, preprocess
+from proximo.torch.state import preprocess
 from proximo.torch.tensors import differentiate, tree_map, unflatten
 
 CHUNK = 256  # images that pass through the network at once
@@ -72,7 +72,7 @@ def prepare(
 
 def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Sequence[Output]) -> Output:
     """The network's output for a rollout [T + 1, N], after the steps whose outputs are given."""
-    params = unflatten(spec.shapes, state.params)
+    params = unflatten(spec.layout.shapes, state.params)
     if not is_chunked(spec):
         return spec.network.apply(params, obs, start, state.carry)
     steps = max(CHUNK // start.shape[1], 1)
@@ -131,7 +131,7 @@ def minibatch(spec: Spec, state: State, batch: Batch, indices: Tensor, hyper: Hy
     batch = take(batch, indices)
 
     def objective(flat: Tensor) -> tuple[Tensor, Metrics]:
-        return loss(spec, unflatten(spec.shapes, flat), batch, hyper)
+        return loss(spec, unflatten(spec.layout.shapes, flat), batch, hyper)
 
     gradient, metrics = tree_map(spec.reduce, differentiate(objective, state.params))
     state, norm = adam(spec, state, gradient, hyper)
