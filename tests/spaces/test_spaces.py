@@ -135,8 +135,8 @@ def test_unsupported_spaces_are_refused(observation, action, words):
 def test_settings_that_do_not_fit_the_spaces_are_refused(space, settings, words):
     """For example rescaling to infinite bounds, or squashing an index."""
     with pytest.raises(UserError, match=words):
-        Spaces.of(VECTOR, space).check(Config(**settings))
-    Spaces.of(VECTOR, space).check(Config())
+        Spaces.of(VECTOR, space).action.check(Config(**settings))
+    Spaces.of(VECTOR, space).action.check(Config())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_bounds_too_wide_to_rescale_are_refused():
     """± 1.7e308 are finite, their difference is not."""
     space = Box(-1.7e308, 1.7e308, (1,), np.float64)
     with pytest.raises(UserError, match="finite action bounds"):
-        Spaces.of(VECTOR, space).check(Config(rescale_actions=True))
+        Spaces.of(VECTOR, space).action.check(Config(rescale_actions=True))
 
 
 HEADS = [
