@@ -92,6 +92,12 @@ def act_rollout(
     return rollout
 
 
+def predict_values(learner: Any, obs: Obs) -> np.ndarray:
+    """V [B] of observations [B, ...], each taken as the first of an episode."""
+    count = len(next(iter(obs.values())))
+    return learner.evaluate_actions(obs, learner.spec.spaces.action.zeros((count,)))[1]
+
+
 def scramble(learner: Any, seed: int = 0, scale: float = 0.5) -> None:
     """Replace the parameters by larger random ones, so that policy and value depend on the observation."""
     rng = np.random.default_rng(seed)

@@ -57,9 +57,9 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
     from jax.sharding import PartitionSpec as P
 
     from proximo.jax.learner import Learner
-    from proximo.jax.state import State
     from proximo.jax.update import update
     from proximo.learner.arrays import flatten
+    from proximo.learner.state import State
 
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(address, RANKS, rank)

@@ -12,11 +12,13 @@ from rollouts import assert_same
 from test_fused import physics_step
 
 from proximo.config.settings import Config
-from proximo.jax.learner import Learner, act, values
-from proximo.jax.minibatches import Transitions
+from proximo.jax.learner import Learner
+from proximo.jax.state import forward
 from proximo.jax.update import update
+from proximo.learner.functions import act, values
 from proximo.learner.make import resolved_by
 from proximo.learner.schedules import Hyper, hyper_at
+from proximo.learner.state import Transitions
 from proximo.report.recorder import record_run
 from proximo.rollout.collector import Collected
 from proximo.rollout.env_state import EnvState
@@ -66,9 +68,9 @@ def collect_and_update(spec, state, poles, noise, keys, order, hyper):
         poles, carry = carried
         noise, key = row
         obs = {"": poles.physics}
-        action, carry, _ = act(spec, state, obs, poles.start, carry, noise)
+        action, carry, _ = act(forward, spec, state, obs, poles.start, carry, noise)
         after, following, terminated, truncated = env_step(poles, action[""], key)
-        next_value = values(spec, state, {"": following}, jnp.zeros(N, bool), carry)
+        next_value = values(forward, spec, state, {"": following}, jnp.zeros(N, bool), carry)
         return (after, carry), (obs, action, terminated, truncated, poles.start, next_value, poles.length + 1)
 
     (after, _), rows = jax.lax.scan(step, (poles, state.carry), (noise, keys))

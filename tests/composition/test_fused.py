@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.jax.learner import act, values
-from proximo.jax.minibatches import Transitions
 from proximo.jax.networks import built_in
-from proximo.jax.state import Spec, State, initial_state
+from proximo.jax.state import forward
 from proximo.jax.update import update
+from proximo.learner.functions import act, values
 from proximo.learner.schedules import Hyper, hyper_at
+from proximo.learner.state import Spec, State, Transitions, initial_state
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator
 from proximo.spaces.spaces import Spaces
@@ -61,9 +61,9 @@ def iteration(
     def step(carried, noise):
         env_state, carry = carried
         obs = {"": env_state.physics}
-        action, carry, _ = act(spec, state, obs, env_state.start, carry, noise)
+        action, carry, _ = act(forward, spec, state, obs, env_state.start, carry, noise)
         after, following, terminated, truncated = env_step(env_state, action[""])
-        next_value = values(spec, state, {"": following}, jnp.zeros(N, bool), carry)
+        next_value = values(forward, spec, state, {"": following}, jnp.zeros(N, bool), carry)
         row = (obs, action, jnp.ones(N), terminated, truncated, env_state.start, next_value)
         return (after, carry), row
 
@@ -100,7 +100,7 @@ def test_one_jitted_function_collects_and_learns():
     env = gym.make("CartPole-v1")
     spaces = Spaces.of(env.observation_space, env.action_space)
     spec = Spec(config, spaces, built_in(config, spaces), lambda x: x)
-    state = initial_state(spec, N, "float32")
+    state = jax.device_put(initial_state(spec, "float32"))
     env_state = EnvState(jnp.zeros((N, 4)), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), jax.random.key(0))
     run = jax.jit(partial(iteration, spec))
     ended = []

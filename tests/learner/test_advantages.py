@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import slow_gae
-from rollouts import CATEGORICAL, CONTINUOUS, act_rollout, assert_same, scramble, small
+from rollouts import CATEGORICAL, CONTINUOUS, act_rollout, assert_same, predict_values, scramble, small
 
 from proximo.learner.schedules import hyper_at
 from proximo.rollout.minibatches import minibatch_order
@@ -176,11 +176,11 @@ def test_from_a_rollout_to_advantages(backend, resets):
     rollout = act_rollout(learner, seed=2, resets=resets)
     shape = rollout.reward.shape
     rows = rollout.obs[""].reshape(-1, 4)
-    value = learner.predict_values({"": rows}).reshape(shape[0] + 1, shape[1])
+    value = predict_values(learner, {"": rows}).reshape(shape[0] + 1, shape[1])
     next_value = value[1:].copy()
     if resets == "same_step":
         assert len(rollout.final_index) > 5
-        next_value.flat[rollout.final_index] = learner.predict_values(rollout.final_obs)
+        next_value.flat[rollout.final_index] = predict_values(learner, rollout.final_obs)
     flags = rollout.terminated, rollout.truncated, rollout.valid
     expected = slow_gae(rollout.reward, value[:-1], next_value, *flags, config.gamma, config.gae_lambda)
 

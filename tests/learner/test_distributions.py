@@ -211,4 +211,5 @@ def test_nested_masks_and_discrete_observations(backend):
     features = backend.module("networks").encode(spaces, backend.array(obs), dtype)
     np.testing.assert_array_equal(backend.numpy(features), [[0.0, 0.0, 1.0]])
     masked = policy(backend, spaces, np.array([[9.0, 0.0]]), obs)
-    assert backend.numpy(masked.sample(backend.array(np.zeros((1, 2), np.float32)))[""]).tolist() == [1]
+    noise = backend.array(np.zeros((1, 2), np.float32))
+    assert backend.numpy(masked.sample(noise, spaces.action.slices(small()))[""]).tolist() == [1]

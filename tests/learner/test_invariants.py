@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import Backend, each_backend
-from rollouts import CATEGORICAL, CONTINUOUS, MASKED, act_rollout, assert_same, parameters, random_obs, scramble, small
+from rollouts import CATEGORICAL, CONTINUOUS, MASKED, act_rollout, assert_same, parameters, scramble, small
 from scipy import stats
 
 from proximo.learner.schedules import hyper_at, interpolate
@@ -59,7 +59,7 @@ def log_probabilities(backend: Backend, learner: Any, rollout: Rollout, noise: n
         state, one_step = learner._state, backend.array({path: x[None] for path, x in obs.items()})
         inputs, params = backend.module("state").preprocess(spec, state, one_step), state.params
         if backend.name == "torch":
-            params = backend.module("tensors").unflatten(spec.shapes, params)
+            params = backend.module("tensors").unflatten(spec.layout.shapes, params)
         policy, *_ = spec.network.apply(params, inputs, backend.array(rollout.start[t][None]), state.carry)
         logits = backend.numpy(policy.parts[""].logits)[0].astype(np.float64)
         np.testing.assert_array_equal(rollout.action[""][t], np.argmax(logits + noise[t], axis=-1))
@@ -260,7 +260,6 @@ def test_five_iterations_compile_once(backend):
     learner = backend.learner(config, CONTINUOUS, network=backend.module("networks").built_in(config, CONTINUOUS))
     for iteration in range(5):
         rollout = act_rollout(learner, seed=iteration, resets="same_step", ends=0.1 * iteration)
-        learner.predict_values(random_obs(CONTINUOUS, np.random.default_rng(0), (1 + iteration,)))
         learn(learner, rollout, step=24 * iteration)
         if iteration == 2:
             learner.load({name: x.copy() for name, x in learner.state().items()})

@@ -6,6 +6,7 @@ Every probe runs with discrete actions (two of them) and continuous ones (one nu
 import gymnasium as gym
 import numpy as np
 import pytest
+from rollouts import predict_values
 
 from proximo.ppo import PPO
 
@@ -108,7 +109,7 @@ def train(probe, actions, backend, steps=8 * 16 * 60):
 
 
 def value(agent, observation):
-    return agent.learner.predict_values({"": np.array([[observation]], np.float32)})[0]
+    return predict_values(agent.learner, {"": np.array([[observation]], np.float32)})[0]
 
 
 each_kind = pytest.mark.parametrize("actions", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pairs import LEARNERS, order_of, perturbed, setting
-from rollouts import act_rollout
+from rollouts import act_rollout, predict_values
 from test_parity import assert_close
 
 import proximo.jax.distributions
@@ -66,7 +66,7 @@ def test_a_state_crosses(case, source, target):
         rollout, same = (act_rollout(learner, 2, case["resets"]) for learner in (one, other))
         np.testing.assert_allclose(same.action[""], rollout.action[""], rtol=1e-6)
         obs = {path: x[0] for path, x in rollout.obs.items()}
-        np.testing.assert_allclose(other.predict_values(obs), one.predict_values(obs), rtol=1e-12)
+        np.testing.assert_allclose(predict_values(other, obs), predict_values(one, obs), rtol=1e-12)
 
         order = order_of(config, rollout, rng)
         metrics = [learner.update(rollout, order, hyper_at(config, 32)) for learner in (one, other)]
@@ -164,7 +164,7 @@ def apply_adam(learner: Any, gradient: dict[str, np.ndarray], hyper: Hyper) -> A
         learner._state, norm = jax_optimizer.adam(learner.spec, learner._state, gradient, hyper)
         return norm
     scalars = Hyper(*(torch.tensor(value, dtype=torch.float64) for value in hyper))
-    flat = flatten(learner.spec.shapes, {name: torch.from_numpy(g) for name, g in gradient.items()})
+    flat = flatten(learner.spec.layout.shapes, {name: torch.from_numpy(g) for name, g in gradient.items()})
     learner._state, norm = torch_optimizer.adam(learner.spec, learner._state, flat, scalars)
     return norm
 

@@ -24,15 +24,16 @@ import proximo.torch.distributions as torch_distributions
 import proximo.torch.minibatches as torch_minibatches
 import proximo.torch.update as torch_update
 from proximo.config.settings import Config
-from proximo.jax.learner import act as jax_act
+from proximo.jax.state import forward as jax_forward
 from proximo.learner import arrays
 from proximo.learner.architecture import architecture
+from proximo.learner.functions import act
 from proximo.learner.schedules import Hyper, hyper_at
 from proximo.rollout.rollout import Rollout
 from proximo.spaces.heads import Actions, GaussianHead
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
-from proximo.torch.learner import act as torch_act
+from proximo.torch.state import forward as torch_forward
 from proximo.torch.tensors import flatten, to_tensor, tree_map
 
 CASES = list(enumerate(cases()))
@@ -80,7 +81,7 @@ def examine_torch(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
     minibatch = torch_minibatches.take(batch, indices)
     gradient = torch.func.grad(partial(torch_update.loss, learner.spec), has_aux=True)
     tensors = {name: torch.tensor(value, dtype=dtype) for name, value in params.items()}
-    state = state._replace(params=flatten(learner.spec.shapes, tensors))
+    state = state._replace(params=flatten(learner.spec.layout.shapes, tensors))
     learner._state, _ = torch_update.minibatch(learner.spec, state, batch, indices, hyper)
     return batch, *gradient(tensors, minibatch, hyper), learner.state()
 
@@ -134,9 +135,9 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
         start, carry = np.zeros(steps * envs, bool), np.zeros((steps * envs, 0), dtype)
         drawn = spaces.action.noise(pair.rng, (steps * envs,))
         for noise in (drawn, np.zeros_like(drawn)):
-            jax_raw, *_ = jax_act(pair.jax.spec, pair.jax._state, rows, start, carry, noise)
+            jax_raw, *_ = act(jax_forward, pair.jax.spec, pair.jax._state, rows, start, carry, noise)
             tensors = [tree_map(to_tensor, x) for x in (rows, start, carry, noise)]
-            torch_raw, *_ = torch_act(pair.torch.spec, pair.torch._state, *tensors)
+            torch_raw, *_ = act(torch_forward, pair.torch.spec, pair.torch._state, *tensors)
             jax_raw, torch_raw = jax_raw[""], torch_raw[""]
             largest = max(1.0, np.abs(jax_raw).max())
             if dtype == "float64":

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import slow_gae
-from rollouts import MASKED, scramble
+from rollouts import MASKED, predict_values, scramble
 from sample_envs import BOUND, START, Diary, Script
 
 from proximo.config.settings import Config
@@ -243,7 +243,7 @@ def test_all_autoreset_modes_give_the_same_advantages(backend, mode):
             done[n] += valid.sum()
             column = {name: np.array([getattr(step, name) for step in steps])[:, None] for name in Step._fields}
             value, next_value = (
-                learner.predict_values({"": column[name][:, 0].astype(np.float32)})[:, None]
+                predict_values(learner, {"": column[name][:, 0].astype(np.float32)})[:, None]
                 for name in ("obs", "next_obs")
             )
             expected = slow_gae(

@@ -227,7 +227,7 @@ def test_schema_2_is_migrated(backend, env, tmp_path, capsys):
     assert "training resumes from the exact simulator state" in capsys.readouterr().err
     written = json.loads((tmp_path / "new" / checkpoint_files.MANIFEST).read_text())
     assert written["schema"] == checkpoint_files.SCHEMA
-    assert written["spaces"]["action"] == json.loads(json.dumps(agent.spaces.action.to_dict()))
+    assert written["spaces"]["action"] == json.loads(json.dumps(agent.spaces.to_dict()["action"]))
 
 
 def test_a_migrated_box_keeps_infinite_bounds(tmp_path):

@@ -135,8 +135,8 @@ def test_unsupported_spaces_are_refused(observation, action, words):
 def test_settings_that_do_not_fit_the_spaces_are_refused(space, settings, words):
     """For example rescaling to infinite bounds, or squashing an index."""
     with pytest.raises(UserError, match=words):
-        Spaces.of(VECTOR, space).check(Config(**settings))
-    Spaces.of(VECTOR, space).check(Config())
+        Spaces.of(VECTOR, space).action.check(Config(**settings))
+    Spaces.of(VECTOR, space).action.check(Config())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_bounds_too_wide_to_rescale_are_refused():
     """± 1.7e308 are finite, their difference is not."""
     space = Box(-1.7e308, 1.7e308, (1,), np.float64)
     with pytest.raises(UserError, match="finite action bounds"):
-        Spaces.of(VECTOR, space).check(Config(rescale_actions=True))
+        Spaces.of(VECTOR, space).action.check(Config(rescale_actions=True))
 
 
 HEADS = [
@@ -240,8 +240,8 @@ def test_heads_round_trip_through_dictionaries(head):
     """Through strict JSON, alone and as part of Actions; infinite bounds become null and come back with their sign."""
     assert head_from_dict(json.loads(json.dumps(head.to_dict(), allow_nan=False))) == head
     actions = Actions(tuple(sorted({CategoricalHead(2, path="z"), head}, key=lambda head: head.path)))
-    text = json.dumps(actions.to_dict(), allow_nan=False)
-    assert Actions.from_dict(json.loads(text)) == actions
+    spaces = Spaces((), actions)
+    assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict(), allow_nan=False))) == spaces
     if isinstance(head, GaussianHead):
         restored = head_from_dict(json.loads(json.dumps(head.to_dict())))
         assert (restored.low, restored.high, restored.dtype) == (head.low, head.high, head.dtype)

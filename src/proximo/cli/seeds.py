@@ -48,7 +48,7 @@ def train_seeds(
     env_id = with_version(env_id)
     config = config_for(env_id, preset, settings)
     spaces = read_spaces(env_id, config.env_kwargs)
-    spaces.check(config)
+    spaces.action.check(config)
     backend = choose_backend(config, spaces)
     seeds: list[int] = options.seeds
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))

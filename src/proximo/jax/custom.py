@@ -74,12 +74,11 @@ def make_part(role: str, pair: Pair, config: Config, spaces: Spaces, read: custo
             "BatchNorm does). Use LayerNorm or GroupNorm."
         )
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [".".join([custom.PREFIXES[role], *map(entry_name, path)]) for path, _ in leaves]
-    parameters = [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    parameters = [(".".join([custom.PREFIXES[role], *map(entry_name, path)]), leaf) for path, leaf in leaves]
     custom.check_parameters(role, parameters, is_real)
 
     def apply(params: networks.Params, rows: networks.Obs) -> Any:
-        tree = structure.unflatten([params[name] for name in names])
+        tree = structure.unflatten([params[name] for name, _ in parameters])
         return function(tree, read(rows, networks.dtype_of(params)))
 
     return {name: np.asarray(leaf, np.float64) for name, leaf in parameters}, apply

@@ -6,11 +6,9 @@ to the action. Noise comes from outside, and zero noise gives the mode.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,8 +17,8 @@ import numpy as np
 from jax import Array
 
 from proximo.config.settings import Config
-from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head
-from proximo.spaces.spaces import Spaces
+from proximo.learner import policy
+from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head, std_shift
 
 LOG_2PI = math.log(2.0 * math.pi)
 QUADRATURE_NODES, QUADRATURE_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
@@ -108,42 +106,12 @@ def log_tanh_slope(x: Array) -> Array:
     return 2.0 * (math.log(2.0) - x - jax.nn.softplus(-2.0 * x))
 
 
-Distribution = Categorical | Gaussian
-
-
-class Policy(NamedTuple):
-    """Independent distributions, one per action head. Raw actions are dictionaries `path -> [..., *raw_shape]`."""
-
-    parts: dict[str, Distribution]
-
-    def sample(self, noise: Array) -> dict[str, Array]:
-        """Noise [..., K] of all heads -> raw action."""
-        sizes = [part[0].shape[-1] for part in self.parts.values()]
-        ends = list(itertools.accumulate(sizes))
-        return {
-            path: part.sample(noise[..., end - size : end])
-            for (path, part), size, end in zip(self.parts.items(), sizes, ends, strict=True)
-        }
-
-    def log_prob(self, action: dict[str, Array]) -> Array:
-        """log π of a raw action, summed over heads: [...]."""
-        return reduce(add, [part.log_prob(action[path]) for path, part in self.parts.items()])
-
-    def entropy(self) -> Array:
-        """Entropy, summed over heads: [...]."""
-        return reduce(add, [part.entropy() for part in self.parts.values()])
+class Policy(policy.Policy):
+    """Independent distributions, one per action head; see `proximo.learner.policy.Policy`."""
 
     def std(self) -> Array:
         """Mean standard deviation over all continuous dimensions: [...]; NaN, reported as none, without any."""
         return jnp.mean(jnp.concatenate([part.stds() for part in self.parts.values()], axis=-1), axis=-1)
-
-    def describe(self) -> dict[str, Array]:
-        """`mean` and `std` [..., D] or `probability` [..., A] of each head, after its path where it has one."""
-        return {
-            f"{path}/{name}" if path else name: value
-            for path, part in self.parts.items()
-            for name, value in part.describe().items()
-        }
 
 
 def categorical(
@@ -161,12 +129,10 @@ def gaussian(config: Config, head: Head, output: Array, log_std: Array | None, m
     if config.tanh_mean:
         mean = jnp.tanh(mean)
     if config.std == "predicted":
-        # The shift makes a zero output give init_std.
-        shift = math.log(math.expm1(config.init_std - config.min_std))
-        std = jax.nn.softplus(output[..., head.std_size :] + shift) + config.min_std
+        std = jax.nn.softplus(output[..., head.std_size :] + std_shift(config)) + config.min_std
         log_std = jnp.minimum(jnp.log(std), MAX_LOG_STD)
     elif config.std == "fixed" or log_std is None:
-        log_std = jnp.full(head.std_size, math.log(config.init_std), mean.dtype)
+        log_std = jnp.full_like(mean, math.log(config.init_std))
     log_std = jnp.broadcast_to(log_std, mean.shape)
     return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)
 
@@ -174,15 +140,5 @@ def gaussian(config: Config, head: Head, output: Array, log_std: Array | None, m
 BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
 
 
-def policy_from_output(
-    config: Config, spaces: Spaces, output: Array, log_std: Array | None, obs: dict[str, Array]
-) -> Policy:
-    """The policy from the output [..., K] of a network; log_std [D] of all Gaussian heads where it is learned."""
-    heads, parts = spaces.action.heads, {}
-    for head, outputs, _, stds in spaces.action.slices(config):
-        masks = [obs[path] for path in spaces.masks(head)]
-        columns, learned = output, log_std
-        if len(heads) > 1:  # slicing, with its gradient, takes 5 % of a small network's step in PyTorch
-            columns, learned = output[..., outputs], None if log_std is None else log_std[stds]
-        parts[head.path] = BUILDERS[head.kind](config, head, columns, learned, masks)
-    return Policy(parts)
+# (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`
+policy_from_output = partial(policy.policy_from_output, Policy, BUILDERS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.jax.normalization import Reduce, weighted_moments
+from proximo.jax.normalization import weighted_moments
 from proximo.learner.arrays import require_shape
+from proximo.learner.state import Reduce
 
 STD_EPSILON = 1e-8
 

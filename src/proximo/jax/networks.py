@@ -142,7 +142,7 @@ def convolve_image(arch: Architecture, params: Params, part: str, leaf: Leaf, im
     if arch.architecture == "mlp":
         return image.astype(dtype_of(params)) / leaf.high
     # Scale the first weights instead of every pixel.
-    layers = [f"{part}.{layer.name}" for layer in convolutions(arch.architecture, leaf)]
+    layers = [f"{part}.{name}" for name in convolutions(arch.architecture, leaf)]
     scales = [1 / leaf.high] + [1.0] * len(layers)
     x = image
     if arch.architecture == "nature":

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from proximo.learner.architecture import VARIANCE_EPSILON
 from proximo.learner.arrays import require_shape
-
-Reduce = Callable[[Array], Array]  # sums over processes; the identity for one
-
-
-class Moments(NamedTuple):
-    """Number of samples, their mean and population variance, per element."""
-
-    count: Array  # []  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: Array  # [...]
-    variance: Array  # [...]
+from proximo.learner.state import Moments, Reduce
 
 
 def weighted_moments(x: Array, weight: Array, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:

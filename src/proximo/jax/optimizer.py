@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from proximo.jax.networks import Params
-from proximo.jax.state import Spec, State
 from proximo.learner.architecture import is_critic, limits
 from proximo.learner.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
+from proximo.learner.state import Spec, State
 
 BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates
 NORM_EPSILON = 1e-6

@@ -7,7 +7,6 @@ processes (`reduce`), and with environments written in JAX.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +14,15 @@ from jax import Array, lax
 
 from proximo.jax.advantages import gae
 from proximo.jax.distributions import Policy
-from proximo.jax.losses import (
-    clipped_squared_error,
-    clipped_surrogate,
-    kl_estimate,
-    squared_error,
-    standardize,
-)  # fmt: skip
-from proximo.jax.minibatches import Batch, Transitions, take, to_sequences, zero_invalid
+from proximo.jax.losses import clipped_squared_error, clipped_surrogate, kl_estimate, squared_error, standardize
+from proximo.jax.minibatches import take, to_sequences, zero_invalid
 from proximo.jax.networks import Obs, Output, Params
 from proximo.jax.normalization import discounted_returns, explained_variance, merge
 from proximo.jax.optimizer import adam, adapt
-from proximo.jax.state import Spec, State, preprocess
+from proximo.jax.state import preprocess
 from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
-
-
-class Metrics(NamedTuple):
-    """Means over the samples of one minibatch, and the gradient's norm before clipping."""
-
-    policy: Array
-    value: Array
-    entropy: Array
-    total: Array
-    approx_kl: Array
-    clip_fraction: Array
-    gradient_norm: Array
+from proximo.learner.state import Batch, Metrics, Spec, State, Transitions
 
 
 def prepare(
@@ -183,13 +165,4 @@ def summarize(metrics: Metrics, applied: Array) -> dict[str, Array]:
     """Means over the minibatches whose step was applied; arrays are [epochs, minibatches]."""
     count = jnp.maximum(jnp.sum(applied), 1)
     mean = jax.tree.map(lambda x: jnp.sum(jnp.where(applied, x, 0.0)) / count, metrics)
-    return {
-        "losses/policy": mean.policy,
-        "losses/value": mean.value,
-        "losses/entropy": mean.entropy,
-        "losses/total": mean.total,
-        "update/approx_kl": mean.approx_kl,
-        "update/clip_fraction": mean.clip_fraction,
-        "update/gradient_norm": mean.gradient_norm,
-        "update/epochs": jnp.sum(applied) / applied.shape[1],
-    }
+    return mean.by_name() | {"update/epochs": jnp.sum(applied) / applied.shape[1]}

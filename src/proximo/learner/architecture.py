@@ -51,16 +51,6 @@ class Architecture(NamedTuple):
     shared_trunk: bool
 
 
-class Convolution(NamedTuple):
-    """One convolution with square filters."""
-
-    name: str
-    inputs: int  # channels
-    outputs: int
-    width: int  # of the filters
-    stride: int
-
-
 def architecture(config: Config, spaces: Spaces) -> Architecture:
     """Resolve the network settings; defaults depend on the images among the observations, and on the smallest of them.
 
@@ -95,22 +85,20 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
     )
 
 
-def convolutions(network: str, leaf: Leaf) -> list[Convolution]:
-    """The convolutions of an image, in order."""
+def convolutions(network: str, leaf: Leaf) -> dict[str, tuple[int, int, int, int]]:
+    """Name -> shape of the weight of each convolution of an image, in order."""
     prefix = f"conv.{leaf.path}." if leaf.path else "conv."
-    channels = leaf.image_shape[2]
+    channels, shapes = leaf.image_shape[2], {}
     if network == "nature":
-        widths = [channels, *(layer[0] for layer in NATURE)]
-        return [
-            Convolution(f"{prefix}{index}", widths[index], outputs, width, stride)
-            for index, (outputs, width, stride) in enumerate(NATURE)
-        ]
-    found = []
+        for index, (outputs, width, _) in enumerate(NATURE):
+            shapes[f"{prefix}{index}"] = (width, width, channels, outputs)
+            channels = outputs
+        return shapes
     for section, outputs in enumerate(IMPALA):
-        found.append(Convolution(f"{prefix}{section}.0", channels, outputs, 3, 1))
-        found += [Convolution(f"{prefix}{section}.{index}", outputs, outputs, 3, 1) for index in range(1, 5)]
-        channels = outputs
-    return found
+        for index in range(5):
+            shapes[f"{prefix}{section}.{index}"] = (3, 3, channels, outputs)
+            channels = outputs
+    return shapes
 
 
 def flat_size(network: str, leaf: Leaf) -> int:
@@ -135,7 +123,13 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
     parameters: Parameters = {}
     for name, shape, gain in _layers(config, spaces):
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        weight, bias = _layer(rng, rows, columns, gain, config.orthogonal_init)
+        if config.orthogonal_init:
+            q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
+            q *= np.sign(np.diag(r))  # unique decomposition, hence a uniformly distributed matrix
+            weight, bias = gain * (q if rows >= columns else q.T), np.zeros(columns)
+        else:
+            bound = 1.0 / math.sqrt(rows)
+            weight, bias = rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
         parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight.reshape(shape), bias
     return parameters | initial_log_std(config, spaces)
 
@@ -160,25 +154,13 @@ def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ..
     inputs = sum(flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation)
     for body in ["trunk"] if shared else ["actor", "critic"]:
         for leaf in images:
-            for name, channels, outputs, width, _ in convolutions(network, leaf):
-                yield f"{body}.{name}", (width, width, channels, outputs), HIDDEN_GAIN
+            for name, shape in convolutions(network, leaf).items():
+                yield f"{body}.{name}", shape, HIDDEN_GAIN
         for index, (rows, columns) in enumerate(itertools.pairwise([inputs, *hidden_sizes])):
             yield f"{body}.{index}", (rows, columns), HIDDEN_GAIN
     last = [inputs, *hidden_sizes][-1]
     yield "actor.head", (last, spaces.action.output_size(config)), POLICY_GAIN
     yield "critic.head", (last, 1), VALUE_GAIN
-
-
-def _layer(
-    rng: np.random.Generator, rows: int, columns: int, gain: float, orthogonal: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    if not orthogonal:
-        bound = 1.0 / math.sqrt(rows)
-        return rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
-    tall = rng.standard_normal((max(rows, columns), min(rows, columns)))
-    q, r = np.linalg.qr(tall)
-    q *= np.sign(np.diag(r))  # unique decomposition, hence a uniformly distributed matrix
-    return gain * (q if rows >= columns else q.T), np.zeros(columns)
 
 
 def is_chunked(spec: Any) -> bool:

@@ -17,12 +17,14 @@ from proximo.learner.architecture import architecture, is_chunked, num_parameter
 from proximo.learner.arrays import flatten, identity, require_finite, unflatten
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
+from proximo.learner.state import Reduce, Spec, State, Transitions, initial_state
 from proximo.machine import choose_device, choose_num_threads
 from proximo.rollout.rollout import Actor, Rollout
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
 
+PER_PARAMETER = ("params", "moment_1", "moment_2")  # fields of a `State` with one array per parameter
 CHUNK = 64  # rows of one call that evaluates final observations
 PolicyStep = Callable[[Obs, np.ndarray, Any, np.ndarray], tuple[RawAction, Any, Any]]
 
@@ -36,7 +38,7 @@ class NetworkActor:
         noise_size: K.
         carry: [N, H], the recurrent state before the first call; zero for any other number of environments.
         dtype: of the recurrent state.
-        keep_outputs: store the network outputs in `outputs`, one entry per call.
+        keep_outputs: store the network outputs in `outputs`, one entry per call, for `Learner.update`.
     """
 
     def __init__(
@@ -64,11 +66,6 @@ class NetworkActor:
         return action
 
 
-def kept_outputs(actor: Actor | None) -> list[Any]:
-    """The network outputs that an actor kept."""
-    return actor.outputs if isinstance(actor, NetworkActor) else []
-
-
 class Learner:
     """Networks, their optimizer and normalisers, in one backend; takes and returns NumPy arrays.
 
@@ -83,7 +80,7 @@ class Learner:
         device: where updates run, and why.
         compiled: whether PyTorch's minibatch step is compiled; None in JAX, which always compiles.
         is_built_in: whether the network is a built-in one.
-        spec: what is fixed for the life of a learner (the backend's `Spec`).
+        spec: what is fixed for the life of a learner.
 
     Raises:
         UserError: settings that the spaces, the network or the machine cannot serve.
@@ -91,20 +88,14 @@ class Learner:
 
     backend: ClassVar[str]
     pads_chunks: ClassVar[bool]  # evaluate final observations in calls of one shape, which compiles once
-    transitions_type: ClassVar[Callable[..., Any]]
     compiled: bool | None
-    spec: Any
-    _state: Any
+    spec: Spec
+    _state: State
 
     def __init__(
-        self,
-        config: Config,
-        spaces: Spaces,
-        network: Any = None,
-        dtype: str = "float32",
-        reduce: Callable[[Any], Any] | None = None,
+        self, config: Config, spaces: Spaces, network: Any = None, dtype: str = "float32", reduce: Reduce = identity
     ) -> None:
-        spaces.check(config)
+        spaces.action.check(config)
         self.is_built_in = network is None
         has_convolutions = self.is_built_in and architecture(config, spaces).architecture != "mlp"
         self._acts_in_numpy = self.is_built_in and not has_convolutions
@@ -113,7 +104,8 @@ class Learner:
         threads = choose_num_threads(config.threads, config.minibatch_transitions, parameters)
         self.threads, available, hint = self._start(threads)
         self.device = choose_device(config.device, available, has_convolutions, hint)
-        self._build(config, spaces, network, reduce or identity)
+        self._build(config, spaces, network, reduce)
+        self._set_named_state(initial_state(self.spec, self._dtype.name))
 
     def decide_compilation(self, num_minibatches: int, previous: bool | None = None) -> None:
         """Decide whether to compile, before an update of that many minibatches; JAX always compiles.
@@ -130,9 +122,8 @@ class Learner:
         """
         spaces = self.spec.spaces
         if self._acts_in_numpy:
-            found = self._to_numpy(self._state.obs_moments)
-            moments = {path: (moments.mean, moments.variance) for path, moments in found.items()}
-            return mlp_actor(self.spec.config, spaces, self._named_params(), moments, noise)
+            params, moments = self._to_numpy((self._to_named(self._state.params), self._state.obs_moments))
+            return mlp_actor(self.spec.config, spaces, params, moments, noise)
         keep_outputs = keep_outputs and is_chunked(self.spec)
         return NetworkActor(
             self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
@@ -173,46 +164,37 @@ class Learner:
             policy; and `carry` [N, H].
         """
         state = self._state if carry is None else self._state._replace(carry=self._to_device(carry))
-        data, hyper = self.transitions(rollout), self._numbers(hyper)
-        found = self._call("inspect", data, hyper, state=state)
+        found = self._call("inspect", self.transitions(rollout), self._numbers(hyper), state=state)
         valid = found.pop("weight") > 0
         return {name: value[valid] for name, value in found.items()} | {"carry": self._to_numpy(state.carry)}
 
-    def transitions(self, rollout: Rollout) -> Any:
-        """The rollout on the device, as the backend's `Transitions`, with values of the final observations."""
+    def transitions(self, rollout: Rollout) -> Transitions:
+        """The rollout on the device, with values of the final observations."""
         final = np.zeros(rollout.reward.shape, bool)
         final_value = np.zeros(rollout.reward.shape, self._dtype)
-        index = rollout.final_index
-        if len(index):
-            final.flat[index] = True
-            final_value.flat[index] = self._final_values(rollout, index)
-        facts = (
+        if len(rollout.final_index):
+            final.flat[rollout.final_index] = True
+            final_value.flat[rollout.final_index] = self._final_values(rollout)
+        transitions = Transitions(
             rollout.obs, rollout.action, rollout.reward, rollout.terminated, rollout.truncated,
             rollout.valid, rollout.start, final, final_value,
         )  # fmt: skip
-        return self.transitions_type(*self._to_device(facts))
+        return self._to_device(transitions)
 
-    def _final_values(self, rollout: Rollout, index: np.ndarray) -> np.ndarray:
-        carry_size = self.spec.network.carry_size
-        carry = np.zeros((len(index), carry_size), self._dtype)
+    def _final_values(self, rollout: Rollout) -> np.ndarray:
+        """V [M] of the final observations, evaluated in chunks."""
+        index, obs, carry_size = rollout.final_index, rollout.final_obs, self.spec.network.carry_size
+        rows = len(index)
+        carry = np.zeros((rows, carry_size), self._dtype)
         if carry_size:
             carries = self._call("carries", rollout.obs, rollout.start)
             carry = carries[:-1].reshape(-1, carry_size)[index]
-        return self._values(rollout.final_obs, carry)
-
-    def predict_values(self, obs: Obs) -> np.ndarray:
-        """V [B] of observations [B, ...], each taken as the first of an episode."""
-        rows = len(next(iter(obs.values())))
-        return self._values(obs, np.zeros((rows, self.spec.network.carry_size), self._dtype))
-
-    def _values(self, obs: Obs, carry: np.ndarray) -> np.ndarray:
-        rows = len(carry)
         result = np.empty(rows, self._dtype)
         for first in range(0, rows, CHUNK):
             stop = first + CHUNK if self.pads_chunks else min(first + CHUNK, rows)
-            index = np.minimum(np.arange(first, stop), rows - 1)
-            part = {path: value[index] for path, value in obs.items()}
-            values = self._call("values", part, np.zeros(len(index), bool), carry[index])
+            chunk = np.minimum(np.arange(first, stop), rows - 1)
+            part = {path: value[chunk] for path, value in obs.items()}
+            values = self._call("values", part, np.zeros(len(chunk), bool), carry[chunk])
             result[first:stop] = values[: rows - first]
         return result
 
@@ -249,6 +231,14 @@ class Learner:
         """
         self._set_named_state(unflatten(self._named_state(), state))
 
+    def _named_state(self) -> State:
+        named = {name: self._to_named(getattr(self._state, name)) for name in PER_PARAMETER}
+        return self._to_numpy(self._state._replace(**named))
+
+    def _set_named_state(self, state: State) -> None:
+        state = self._to_device(state)
+        self._state = state._replace(**{name: self._from_named(getattr(state, name)) for name in PER_PARAMETER})
+
     def _numbers(self, hyper: Hyper) -> Hyper:
         return Hyper(*(self._dtype.type(value) for value in hyper))
 
@@ -258,8 +248,8 @@ class Learner:
         """Start the array library; return the number of threads, names of the devices, and how to get more."""
         raise NotImplementedError
 
-    def _build(self, config: Config, spaces: Spaces, network: Any, reduce: Any) -> None:
-        """Set `spec` and `_state`."""
+    def _build(self, config: Config, spaces: Spaces, network: Any, reduce: Reduce) -> None:
+        """Set `spec`."""
         raise NotImplementedError
 
     def _to_device(self, tree: Any) -> Any:
@@ -269,6 +259,14 @@ class Learner:
     def _to_numpy(self, tree: Any) -> Any:
         """The inverse of `_to_device`."""
         raise NotImplementedError
+
+    def _to_named(self, params: Any) -> Any:
+        """One of PER_PARAMETER as name -> array; PyTorch, which keeps flat vectors, overrides this and the next."""
+        return params
+
+    def _from_named(self, params: Any) -> Any:
+        """The inverse of `_to_named`."""
+        return params
 
     def _policy_step(self) -> PolicyStep:
         """The step function of a `NetworkActor`."""
@@ -280,16 +278,4 @@ class Learner:
 
     def _is_finite(self, state: Any) -> bool:
         """Whether every array of a state is finite."""
-        raise NotImplementedError
-
-    def _named_params(self) -> Any:
-        """The parameters as NumPy arrays by name."""
-        raise NotImplementedError
-
-    def _named_state(self) -> Any:
-        """The state as nested tuples and dictionaries of NumPy arrays by name."""
-        raise NotImplementedError
-
-    def _set_named_state(self, state: Any) -> None:
-        """The inverse of `_named_state`."""
         raise NotImplementedError

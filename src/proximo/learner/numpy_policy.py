@@ -13,6 +13,7 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.learner.architecture import VARIANCE_EPSILON, Parameters, architecture
+from proximo.learner.state import Moments
 from proximo.rollout.rollout import Actor
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
@@ -40,13 +41,13 @@ def mlp_actor(
     config: Config,
     spaces: Spaces,
     params: Parameters,
-    moments: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    moments: Mapping[str, Moments],
     noise: Iterable[np.ndarray] | None,
 ) -> Actor:
     """The policy with these parameters, sampling with noise [T, N, K] for T calls; None gives the mode.
 
     Args:
-        moments: path -> mean and variance of normalised observations.
+        moments: path -> moments of normalised observations.
     """
     _, hidden_sizes, activation_name, is_shared = architecture(config, spaces)
     part = "trunk" if is_shared else "actor"
@@ -54,8 +55,8 @@ def mlp_actor(
     hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
     weight, bias = params["actor.head.weight"], params["actor.head.bias"]
     scales = {
-        path: (mean, (1.0 / np.sqrt(variance + VARIANCE_EPSILON)).astype(weight.dtype))
-        for path, (mean, variance) in moments.items()
+        path: (found.mean, (1.0 / np.sqrt(found.variance + VARIANCE_EPSILON)).astype(weight.dtype))
+        for path, found in moments.items()
     }
     activation = ACTIVATIONS[activation_name]
     log_std = params.get("actor.log_std")

@@ -25,6 +25,11 @@ MAX_LOG_STD = 2.0
 RawAction = dict[str, np.ndarray]  # path of the head -> [..., *raw_shape]
 
 
+def std_shift(config: Config) -> float:
+    """The term added to a predicted standard deviation before softplus, so that a zero output gives `init_std`."""
+    return math.log(math.expm1(config.init_std - config.min_std))
+
+
 @dataclass(frozen=True)
 class CategoricalHead:
     """One of n actions, `start … start + n - 1`. The raw sample is the index, 0 … n - 1."""
@@ -155,7 +160,9 @@ class GaussianHead:
         if config.tanh_mean:
             mean = np.tanh(mean)
         if config.std == "predicted":
-            std = predicted_std(config, output[..., self.size :])
+            dtype = output.dtype.type
+            std = np.logaddexp(output[..., self.size :] + dtype(std_shift(config)), 0.0) + dtype(config.min_std)
+            std = np.minimum(std, dtype(math.exp(MAX_LOG_STD)))
         return mean + std * noise
 
     def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -193,13 +200,6 @@ class GaussianHead:
 
 
 Head = CategoricalHead | GaussianHead
-
-
-def predicted_std(config: Config, output: np.ndarray) -> np.ndarray:
-    """Standard deviations [N, D] from the network's outputs; a zero output gives `init_std`."""
-    shift = math.log(math.expm1(config.init_std - config.min_std))
-    std = np.logaddexp(output + output.dtype.type(shift), 0.0) + output.dtype.type(config.min_std)
-    return np.minimum(std, output.dtype.type(math.exp(MAX_LOG_STD)))
 
 
 @dataclass(frozen=True)
@@ -271,15 +271,6 @@ class Actions:
     def describe_outputs(self, config: Config) -> str:
         """Describe the network's outputs in a message."""
         return ", ".join(head.describe_outputs(config) for head in self.heads)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Plain values for JSON."""
-        return [head.to_dict() for head in self.heads]
-
-    @staticmethod
-    def from_dict(values: Sequence[Mapping[str, Any]]) -> Actions:
-        """The inverse of `to_dict`."""
-        return Actions(tuple(head_from_dict(value) for value in values))
 
     @staticmethod
     def of(space: gym.Space[Any]) -> Actions:

@@ -9,9 +9,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.spaces.heads import Actions, Head
+from proximo.spaces.heads import Actions, Head, head_from_dict
 from proximo.spaces.observations import Leaf, Obs, read_leaves
 
 
@@ -22,17 +21,14 @@ class Spaces:
     observation: tuple[Leaf, ...]
     action: Actions
 
-    def check(self, config: Config) -> None:
-        """Raise UserError for settings that these spaces cannot serve."""
-        self.action.check(config)
-
     def masks(self, head: Head) -> list[str]:
         """Paths of the observation leaves that mask a head's actions."""
         return [leaf.path for leaf in self.observation if leaf.kind == "mask" and head.has_mask]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"observation": [asdict(leaf) for leaf in self.observation], "action": self.action.to_dict()}
+        heads = [head.to_dict() for head in self.action.heads]
+        return {"observation": [asdict(leaf) for leaf in self.observation], "action": heads}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Spaces:
@@ -40,7 +36,7 @@ class Spaces:
         leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in values["observation"])
         for leaf in leaves:
             np.dtype(leaf.dtype)  # TypeError for an unknown type
-        return Spaces(leaves, Actions.from_dict(values["action"]))
+        return Spaces(leaves, Actions(tuple(head_from_dict(head) for head in values["action"])))
 
     @staticmethod
     def of(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
@@ -90,7 +86,7 @@ class Spaces:
         Raises:
             UserError: a wrong shape, or values that are not finite.
         """
-        obs = {path: np.asarray(value) for path, value in self.read(observation)}
+        obs = dict(self.read(observation))
         leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
         if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
             raise UserError(f"the observation has leading axes {leading}; expected one observation or a batch of them.")

@@ -6,11 +6,9 @@ to the action. Noise comes from outside, and zero noise gives the mode.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from proximo.config.settings import Config
-from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head
-from proximo.spaces.spaces import Spaces
+from proximo.learner import policy
+from proximo.spaces.heads import MASKED, MAX_LOG_STD, Head, std_shift
 
 LOG_2PI = math.log(2.0 * math.pi)
 QUADRATURE_NODES, QUADRATURE_WEIGHTS = (x.tolist() for x in np.polynomial.hermite_e.hermegauss(16))
@@ -113,42 +111,12 @@ def softplus(x: Tensor) -> Tensor:
     return functional.softplus(x, threshold=80.0)
 
 
-Distribution = Categorical | Gaussian
-
-
-class Policy(NamedTuple):
-    """Independent distributions, one per action head. Raw actions are dictionaries `path -> [..., *raw_shape]`."""
-
-    parts: dict[str, Distribution]
-
-    def sample(self, noise: Tensor) -> dict[str, Tensor]:
-        """Noise [..., K] of all heads -> raw action."""
-        sizes = [part[0].shape[-1] for part in self.parts.values()]
-        ends = list(itertools.accumulate(sizes))
-        return {
-            path: part.sample(noise[..., end - size : end])
-            for (path, part), size, end in zip(self.parts.items(), sizes, ends, strict=True)
-        }
-
-    def log_prob(self, action: dict[str, Tensor]) -> Tensor:
-        """log π of a raw action, summed over heads: [...]."""
-        return reduce(add, [part.log_prob(action[path]) for path, part in self.parts.items()])
-
-    def entropy(self) -> Tensor:
-        """Entropy, summed over heads: [...]."""
-        return reduce(add, [part.entropy() for part in self.parts.values()])
+class Policy(policy.Policy):
+    """Independent distributions, one per action head; see `proximo.learner.policy.Policy`."""
 
     def std(self) -> Tensor:
         """Mean standard deviation over all continuous dimensions: [...]; NaN, reported as none, without any."""
         return torch.mean(torch.cat([part.stds() for part in self.parts.values()], dim=-1), dim=-1)
-
-    def describe(self) -> dict[str, Tensor]:
-        """`mean` and `std` [..., D] or `probability` [..., A] of each head, after its path where it has one."""
-        return {
-            f"{path}/{name}" if path else name: value
-            for path, part in self.parts.items()
-            for name, value in part.describe().items()
-        }
 
 
 def categorical(
@@ -166,9 +134,7 @@ def gaussian(config: Config, head: Head, output: Tensor, log_std: Tensor | None,
     if config.tanh_mean:
         mean = torch.tanh(mean)
     if config.std == "predicted":
-        # The shift makes a zero output give init_std.
-        shift = math.log(math.expm1(config.init_std - config.min_std))
-        std = softplus(output[..., head.std_size :] + shift) + config.min_std
+        std = softplus(output[..., head.std_size :] + std_shift(config)) + config.min_std
         log_std = torch.clip(torch.log(std), max=MAX_LOG_STD)
     elif config.std == "fixed" or log_std is None:
         log_std = torch.full_like(mean, math.log(config.init_std))
@@ -179,15 +145,5 @@ def gaussian(config: Config, head: Head, output: Tensor, log_std: Tensor | None,
 BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
 
 
-def policy_from_output(
-    config: Config, spaces: Spaces, output: Tensor, log_std: Tensor | None, obs: dict[str, Tensor]
-) -> Policy:
-    """The policy from the output [..., K] of a network; log_std [D] of all Gaussian heads where it is learned."""
-    heads, parts = spaces.action.heads, {}
-    for head, outputs, _, stds in spaces.action.slices(config):
-        masks = [obs[path] for path in spaces.masks(head)]
-        columns, learned = output, log_std
-        if len(heads) > 1:  # slicing, with its gradient, takes 5 % of a small network's step in PyTorch
-            columns, learned = output[..., outputs], None if log_std is None else log_std[stds]
-        parts[head.path] = BUILDERS[head.kind](config, head, columns, learned, masks)
-    return Policy(parts)
+# (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`
+policy_from_output = partial(policy.policy_from_output, Policy, BUILDERS)

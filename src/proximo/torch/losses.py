@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from proximo.learner.arrays import require_shape
-from proximo.torch.normalization import Reduce, weighted_moments
+from proximo.learner.state import Reduce
+from proximo.torch.normalization import weighted_moments
 
 STD_EPSILON = 1e-8
 

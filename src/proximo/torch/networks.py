@@ -125,29 +125,24 @@ def linear(params: Params, name: str, x: Tensor) -> Tensor:
 
 def convolve_image(arch: Architecture, params: Params, part: str, leaf: Leaf, image: Tensor) -> Tensor:
     """Convolutional features: uint8 [B, height, width, channels] -> [B, height', width', outputs]."""
+    if arch.architecture == "mlp":
+        return image.to(dtype_of(params)) / leaf.high
+    # Scale the first weights instead of every pixel.
+    layers = [f"{part}.{name}" for name in convolutions(arch.architecture, leaf)]
+    scales = [1 / leaf.high] + [1.0] * len(layers)
     # Channels last in memory: the fastest layout on a CPU.
     x = image.permute(0, 3, 1, 2).to(dtype_of(params), memory_format=torch.channels_last)
-    return apply_convolutions(arch, params, part, leaf, x).permute(0, 2, 3, 1)
-
-
-def apply_convolutions(arch: Architecture, params: Params, part: str, leaf: Leaf, x: Tensor) -> Tensor:
-    """The convolutions: pixels [B, channels, height, width] -> [B, outputs, height', width']."""
-    if arch.architecture == "mlp":
-        return x / leaf.high
-    # Scale the first weights instead of every pixel.
-    layers = [f"{part}.{layer.name}" for layer in convolutions(arch.architecture, leaf)]
-    scales = [1 / leaf.high] + [1.0] * len(layers)
     if arch.architecture == "nature":
         for name, scale, (_, _, stride) in zip(layers, scales, NATURE, strict=False):
             x = functional.relu(convolve(params, name, x, stride, scale=scale))
-        return x
+        return x.permute(0, 2, 3, 1)
     for first in range(0, len(layers), 5):
         x = convolve(params, layers[first], x, padding=1, scale=scales[first])
         x = functional.max_pool2d(x, 3, 2, padding=1)
         for block in (first + 1, first + 3):
             inner = convolve(params, layers[block], functional.relu(x), padding=1)
             x = x + convolve(params, layers[block + 1], functional.relu(inner), padding=1)
-    return functional.relu(x)
+    return functional.relu(x).permute(0, 2, 3, 1)
 
 
 def convolve(params: Params, name: str, image: Tensor, stride: int = 1, padding: int = 0, scale: float = 1.0) -> Tensor:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from proximo.learner.architecture import VARIANCE_EPSILON
 from proximo.learner.arrays import require_shape
+from proximo.learner.state import Moments, Reduce
 from proximo.torch.tensors import scan
-
-Reduce = Callable[[Tensor], Tensor]  # sums over processes; the identity for one
-
-
-class Moments(NamedTuple):
-    """Number of samples, their mean and population variance, per element."""
-
-    count: Tensor  # []  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: Tensor  # [...]
-    variance: Tensor  # [...]
 
 
 def weighted_moments(x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int, ...] | None = None) -> Moments:

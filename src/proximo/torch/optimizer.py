@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from proximo.learner.schedules import MAX_ADAPTIVE_RATE, MIN_ADAPTIVE_RATE, Hyper
-from proximo.torch.state import Spec, State
+from proximo.learner.state import Spec, State
 
 BETA_1, BETA_2 = 0.9, 0.999  # Adam's decay rates
 NORM_EPSILON = 1e-6
@@ -24,15 +24,15 @@ def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[Stat
     count = state.count + 1
     steps = count.to(gradient.dtype)
     correction_1, correction_2 = 1.0 - BETA_1**steps, 1.0 - BETA_2**steps
-    rate = torch.where(spec.critic, hyper.critic_learning_rate, hyper.actor_learning_rate)
+    rate = torch.where(spec.layout.critic, hyper.critic_learning_rate, hyper.actor_learning_rate)
     # Fused operations: memory traffic takes longer than the arithmetic.
     moment_1 = torch.lerp(state.moment_1, gradient, 1.0 - BETA_1)
     moment_2 = torch.addcmul(BETA_2 * state.moment_2, gradient, gradient, value=1.0 - BETA_2)
     denominator = torch.sqrt(moment_2 / correction_2) + hyper.adam_epsilon
     step = rate * (state.rate_scale / correction_1) * moment_1
     params = torch.addcdiv(state.params, step, denominator, value=-1.0)
-    if spec.is_limited:
-        params = torch.clip(params, spec.low, spec.high)
+    if spec.layout.is_limited:
+        params = torch.clip(params, spec.layout.low, spec.layout.high)
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,25 +16,25 @@ from proximo.torch.networks import Params
 Shapes = dict[str, tuple[int, ...]]  # of the parameters, in the order of the flat vector
 
 
-def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply `function` to every tensor of nested named tuples and dictionaries."""
-    if isinstance(tree, dict):
-        return {name: tree_map(function, child) for name, child in tree.items()}
-    if isinstance(tree, tuple):
-        children = [tree_map(function, child) for child in tree]
-        return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
-    return function(tree)
+class Layout(NamedTuple):
+    """What is fixed for each number of the flat vector of parameters [P]."""
+
+    shapes: Shapes
+    critic: Tensor  # [P] bool: uses the critic's learning rate
+    low: Tensor  # [P] bounds of the parameters after every step
+    high: Tensor
+    is_limited: bool  # some bound is finite
 
 
-def tree_cat(trees: list[Any]) -> Any:
-    """Concatenate nested tensors of the same structure along the first axis."""
+def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
+    """Apply `function` to the tensors at each place of nested named tuples and dictionaries of equal structure."""
     first = trees[0]
     if isinstance(first, dict):
-        return {name: tree_cat([tree[name] for tree in trees]) for name in first}
+        return {name: tree_map(function, *(tree[name] for tree in trees)) for name in first}
     if isinstance(first, tuple):
-        children = [tree_cat(list(children)) for children in zip(*trees, strict=True)]
+        children = [tree_map(function, *places) for places in zip(*trees, strict=True)]
         return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
-    return torch.cat(trees)
+    return function(*trees)
 
 
 def to_tensor(array: np.ndarray | Tensor) -> Tensor:

@@ -8,42 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
+from proximo.learner.state import Batch, Metrics, Spec, State, Transitions
 from proximo.torch.advantages import gae
 from proximo.torch.distributions import Policy
-from proximo.torch.losses import (
-    clipped_squared_error,
-    clipped_surrogate,
-    kl_estimate,
-    squared_error,
-    standardize,
-)  # fmt: skip
-from proximo.torch.minibatches import Batch, Transitions, take, to_sequences, zero_invalid
+from proximo.torch.losses import clipped_squared_error, clipped_surrogate, kl_estimate, squared_error, standardize
+from proximo.torch.minibatches import take, to_sequences, zero_invalid
 from proximo.torch.networks import Obs, Output, Params
 from proximo.torch.normalization import discounted_returns, explained_variance, merge
 from proximo.torch.optimizer import adam, adapt
-from proximo.torch.state import Spec, State, preprocess
-from proximo.torch.tensors import differentiate, tree_cat, tree_map, unflatten
+from proximo.torch.state import preprocess
+from proximo.torch.tensors import differentiate, tree_map, unflatten
 
 CHUNK = 256  # images that pass through the network at once
-
-
-class Metrics(NamedTuple):
-    """Means over the samples of one minibatch, and the gradient's norm before clipping."""
-
-    policy: Tensor
-    value: Tensor
-    entropy: Tensor
-    total: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
-    gradient_norm: Tensor
 
 
 @torch.no_grad()
@@ -90,7 +72,7 @@ def prepare(
 
 def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Sequence[Output]) -> Output:
     """The network's output for a rollout [T + 1, N], after the steps whose outputs are given."""
-    params = unflatten(spec.shapes, state.params)
+    params = unflatten(spec.layout.shapes, state.params)
     if not is_chunked(spec):
         return spec.network.apply(params, obs, start, state.carry)
     steps = max(CHUNK // start.shape[1], 1)
@@ -99,7 +81,8 @@ def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Se
         obs_part = {path: x[t : t + steps] for path, x in obs.items()}
         return spec.network.apply(params, obs_part, start[t : t + steps], state.carry)
 
-    return tree_cat([*outputs, *(part(t) for t in range(len(outputs), len(start), steps))])
+    rest = [part(t) for t in range(len(outputs), len(start), steps)]
+    return tree_map(lambda *x: torch.cat(x), *outputs, *rest)
 
 
 def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
@@ -148,7 +131,7 @@ def minibatch(spec: Spec, state: State, batch: Batch, indices: Tensor, hyper: Hy
     batch = take(batch, indices)
 
     def objective(flat: Tensor) -> tuple[Tensor, Metrics]:
-        return loss(spec, unflatten(spec.shapes, flat), batch, hyper)
+        return loss(spec, unflatten(spec.layout.shapes, flat), batch, hyper)
 
     gradient, metrics = tree_map(spec.reduce, differentiate(objective, state.params))
     state, norm = adam(spec, state, gradient, hyper)
@@ -190,13 +173,4 @@ def summarize(applied: list[Metrics], minibatches: int) -> dict[str, Tensor]:
     """Means over the minibatches whose step was applied."""
     zeros = Metrics(*[torch.zeros(())] * len(Metrics._fields))
     mean = Metrics(*(torch.stack(column).mean() for column in zip(*applied or [zeros], strict=True)))
-    return {
-        "losses/policy": mean.policy,
-        "losses/value": mean.value,
-        "losses/entropy": mean.entropy,
-        "losses/total": mean.total,
-        "update/approx_kl": mean.approx_kl,
-        "update/clip_fraction": mean.clip_fraction,
-        "update/gradient_norm": mean.gradient_norm,
-        "update/epochs": torch.tensor(len(applied) / minibatches, dtype=torch.float64),
-    }
+    return mean.by_name() | {"update/epochs": torch.tensor(len(applied) / minibatches, dtype=torch.float64)}
