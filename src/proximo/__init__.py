@@ -8,8 +8,6 @@
 Public names are imported on first use, so that `import proximo` is fast and loads neither JAX nor PyTorch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The environments that an agent trains in: made when needed, reused, restored, or reset."""
 
-from __future__ import annotations
-
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config

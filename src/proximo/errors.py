@@ -1,7 +1,5 @@
 """Exceptions for users, and how errors and notes are shown."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import sys

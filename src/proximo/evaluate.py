@@ -1,7 +1,5 @@
 """Run complete episodes with a policy, and summarise their returns."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

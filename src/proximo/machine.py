@@ -4,8 +4,6 @@ Small networks use one thread, and NumPy policies always do: distributing little
 waiting threads spin on cores that environments could use.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The training loop, records, evaluation and checkpoints do not depend on the kind
 Gymnasium vector environment on the CPU.
 """
 
-from __future__ import annotations
-
 import time
 from typing import NamedTuple, Protocol
 

@@ -4,8 +4,6 @@ Each iteration collects a rollout with the current policy and updates the learne
 from (seed, purpose, iteration), so a run is a function of its settings.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

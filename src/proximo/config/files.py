@@ -1,7 +1,5 @@
 """Settings in YAML files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from typing import Any

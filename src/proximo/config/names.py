@@ -1,7 +1,5 @@
 """Names of settings, including the names that other libraries use."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Choices that a run derives from its settings, the spaces and the machine."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

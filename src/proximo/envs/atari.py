@@ -9,8 +9,6 @@ Rewards are clipped to −1, 0 or 1. Reported episodes are whole games with uncl
 `PongNoFrameskip-v4` never does. The frame skip that an id implies is replaced, so that it is 4 and never 16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

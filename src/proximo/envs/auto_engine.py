@@ -1,7 +1,5 @@
 """The rule by which engine `auto` chooses an engine."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

@@ -1,7 +1,5 @@
 """A slice of the environments of a vector environment, stepped one after another in one process, with a timeout."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import signal

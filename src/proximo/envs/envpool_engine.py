@@ -5,8 +5,6 @@ Gymnasium's, from the same states with the same actions: observations of MuJoCo 
 control agree to float32. Rewards are float32. EnvPool's other environments run too if `engine` is envpool.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Make the vector environment that the collector steps: from an id, a factory or a ready vector environment."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib.util

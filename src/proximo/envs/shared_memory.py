@@ -1,7 +1,5 @@
 """Arrays that environments write their results into, in this process or shared with worker processes."""
 
-from __future__ import annotations
-
 import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence

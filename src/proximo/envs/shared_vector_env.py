@@ -1,7 +1,5 @@
 """Gymnasium's vector environment interface over `SharedArrays`, and engine `sync`, which runs it in one process."""
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Mapping, Sequence
 from copy import deepcopy

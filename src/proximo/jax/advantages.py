@@ -1,7 +1,5 @@
 """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import Array

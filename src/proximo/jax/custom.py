@@ -1,7 +1,5 @@
 """Custom networks in JAX: pairs of functions (init, apply) as policy, value or both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A `Policy` joins one distribution per action head. Leading dimensions are free (
 to the action. Noise comes from outside, and zero noise gives the mode.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The learner in JAX."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The terms of PPO's loss, one number per sample (Schulman et al. 2017, arXiv:1707.06347)."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 from jax import Array
 

@@ -1,7 +1,5 @@
 """Devices and threads of JAX."""
 
-from __future__ import annotations
-
 import os
 
 import jax

@@ -1,7 +1,5 @@
 """The network's output for observations as environments return them."""
 
-from __future__ import annotations
-
 from jax import Array
 
 from proximo.jax.networks import Obs, Output, channels_last

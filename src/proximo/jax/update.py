@@ -4,8 +4,6 @@ Everything is a pure function of arrays, so that it composes with `jax.vmap` ove
 processes (`reduce`), and with environments written in JAX.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

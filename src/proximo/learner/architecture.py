@@ -6,8 +6,6 @@ A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias
 Parameters whose names begin with `critic` use the critic's learning rate.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Named arrays: the form in which a learner's state is exchanged between backends and stored in files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

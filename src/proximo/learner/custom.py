@@ -3,8 +3,6 @@
 `proximo.<backend>.custom` provides the rest: `networks`, `cast(array, dtype)`, `make_part` and `evaluate`.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ Each takes the backend's `forward(spec, state, obs [T, N, ...], start [T, N], ca
 network's output, or its `prepare`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@
 `proximo.torch.learner`, and implements the methods that begin with an underscore at the end of the class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Choose a backend and build its learner."""
 
-from __future__ import annotations
-
 import importlib.util
 from types import FunctionType
 from typing import Any

@@ -4,8 +4,6 @@ For few environments a NumPy step takes less time than the call of a compiled fu
 what `networks.built_in` and `distributions` of the backends compute; tests check that they agree.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 

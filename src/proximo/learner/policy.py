@@ -1,7 +1,5 @@
 """The policy over all action heads, the same in both backends except for its distributions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from operator import add

@@ -1,7 +1,5 @@
 """Hyperparameters of an update as functions of the global step."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Shapes: T steps, N environments, L steps per sequence (1 for feed-forward), K = 
 S of them in a minibatch, H numbers in a recurrent state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Collect rollouts from a Gymnasium vector environment."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Statistics of a rollout: samples for histograms, and the actions per dimension."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from proximo.config.settings import Config

@@ -1,7 +1,5 @@
 """The order in which an update visits the transitions of a rollout."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -4,8 +4,6 @@ Every draw comes from a counter-based generator keyed by (seed, purpose, iterati
 be saved to continue a run exactly, both backends see the same numbers, and two ranks never share a stream.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import numpy as np

@@ -5,8 +5,6 @@ environments and the sampled actions only; network outputs such as values and lo
 update begins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 An observation becomes a flat dictionary `path -> array`; the path of a plain (not nested) space is "".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Custom networks in PyTorch: any `torch.nn.Module` as policy, value or both."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The learner in PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Sequences of a rollout, and the minibatches taken from them; for shapes see `proximo.learner.state`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

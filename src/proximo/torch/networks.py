@@ -1,7 +1,5 @@
 """Networks: pure functions from parameters and observations to a policy, values and a recurrent state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple

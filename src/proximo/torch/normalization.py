@@ -1,7 +1,5 @@
 """Running moments of observations and returns; they belong to the learner's state."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Adam with a clipped gradient, and the adaptive learning rate."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

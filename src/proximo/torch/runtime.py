@@ -1,7 +1,5 @@
 """Devices, threads and compiler of PyTorch."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

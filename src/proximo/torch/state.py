@@ -1,7 +1,5 @@
 """The network's output for observations as environments return them."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from proximo.learner.state import Spec, State

@@ -1,7 +1,5 @@
 """What JAX provides and PyTorch does not: nested tensors, scans, flat vectors, gradients, compiled functions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from types import FunctionType

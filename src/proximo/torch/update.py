@@ -4,8 +4,6 @@ Everything is a pure function of tensors, so that it composes with `torch.compil
 (`reduce`). Parameters and Adam's moments are flat vectors, so that a step takes few operations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

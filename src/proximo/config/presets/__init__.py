@@ -1,7 +1,5 @@
 """Presets: tuned settings for an environment, with their source and measured returns."""
 
-from __future__ import annotations
-
 import re
 from importlib import resources
 from importlib.resources.abc import Traversable
