@@ -300,7 +300,10 @@ def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.Space[Any] | int) -> Spaces:
-    """Spaces as given, or from dimensions (integers ≥ 1): unbounded float32 numbers, discrete actions from 0."""
+    """Spaces as given, or from dimensions (integers ≥ 1): unbounded float32 numbers, discrete actions from 0.
+
+    Raise UserError for another dimension or an unsupported space.
+    """
     if not isinstance(observation, gym.Space):
         expected = "expected a space, an integer ≥ 1 or a shape of such."
         shape = tuple(observation) if isinstance(observation, Sequence) else (observation,)

@@ -125,7 +125,10 @@ def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tu
 
 
 def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: str) -> None:
-    """Notify the user how a loaded run continues, and add it to `progress.resumed`; `reason` is that of `start`."""
+    """Notify the user how a loaded run continues, and add it to `progress.resumed`.
+
+    `reason` is the second result of `TrainingEnvs.start`.
+    """
     if not progress.global_step:
         return
     changes = "; ".join(find_differences(saved, info))

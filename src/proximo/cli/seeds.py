@@ -98,7 +98,9 @@ def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, sig
                 stop(signals.received)
             while waiting and free_cores:
                 seed, core = waiting.pop(0), free_cores.pop(0)
-                running[seed] = _start([*command, f"--seed={seed}", f"--run-dir={run_dirs[seed]}"], core), core
+                process = _start([*command, f"--seed={seed}", f"--run-dir={run_dirs[seed]}"])
+                running[seed] = process, core
+                pin_to_core(process.pid, core)
             time.sleep(POLL_S)
             for seed, (process, core) in list(running.items()):
                 if process.poll() is not None:
@@ -121,11 +123,9 @@ def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, sig
             process.communicate()
 
 
-def _start(command: Sequence[str], core: int) -> subprocess.Popen[bytes]:
-    """Start a command on a core, in a session of its own, so that Ctrl-C reaches it only from here."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-    pin_to_core(process.pid, core)
-    return process
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, so that Ctrl-C reaches it only from here."""
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def _require_success(seed: int, run_dir: Path, status: int, is_stopping: bool) -> None:

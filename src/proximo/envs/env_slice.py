@@ -179,7 +179,7 @@ class EnvSlice:
         """Raise RunError inside any later reset or step of one environment that takes longer than this many seconds.
 
         Only Python code in the main thread can be interrupted, including `time.sleep`. Elsewhere (C code, other
-        threads, code under a debugger) a note is printed instead.
+        threads, code under a debugger, a program that handles SIGURG itself) a note is printed instead.
         """
         self.timeout_s = timeout_s
         # Only sockets with urgent data use this signal, and it is ignored by default. A program's handler is kept.
@@ -225,7 +225,7 @@ def _check_repeatedly(reference: weakref.ref[EnvSlice], timeout_s: float) -> Non
             return
         previous, call = call, env_slice.current_call()
         unchanged = unchanged + 1 if call == previous and call[0] != NO_ENVIRONMENT else 0
-        if unchanged == CHECKS_PER_TIMEOUT and HAS_SIGNAL:
+        if unchanged == CHECKS_PER_TIMEOUT and HAS_SIGNAL and signal.getsignal(signal.SIGURG) is _raise_if_overdue:
             env_slice.overdue_call = call
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
         if unchanged == CHECKS_PER_TIMEOUT + 1:

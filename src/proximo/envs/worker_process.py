@@ -110,8 +110,12 @@ def _serve(connection: Connection, memory: int, index: int, env_slice: EnvSlice,
             return os.read(connection.fileno(), 1) or CLOSE
         return CLOSE
 
+    def report_made() -> None:
+        if not send(connection, MADE_ONE):
+            raise BrokenPipeError("the trainer has ended")
+
     try:
-        env_slice.make(pickle.loads(factory), on_made=lambda: send(connection, MADE_ONE))
+        env_slice.make(pickle.loads(factory), on_made=report_made)
         send(connection, DECLARED, cloudpickle.dumps(env_slice.declare()))
         while (code := receive()) != CLOSE:
             arguments = () if code == STEP else pickle.loads(connection.recv_bytes())
@@ -128,12 +132,15 @@ def _serve(connection: Connection, memory: int, index: int, env_slice: EnvSlice,
         env_slice.close()
 
 
-def send(connection: Connection, code: bytes, message: bytes | None = None) -> None:
-    """Send a command or an answer; nothing if the other side has ended, which the next read reports."""
-    with contextlib.suppress(OSError):
+def send(connection: Connection, code: bytes, message: bytes | None = None) -> bool:
+    """Send a command or an answer; return False if the other side has ended. The next read reports that too."""
+    try:
         os.write(connection.fileno(), code)
         if message is not None:
             connection.send_bytes(message)
+    except OSError:
+        return False
+    return True
 
 
 def poll_briefly(poller: select.poll) -> list[tuple[int, int]]:

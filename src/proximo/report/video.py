@@ -77,6 +77,7 @@ def record(
         UserError: PyAV or a rendering dependency is not installed, the environment cannot be made, does not render or
             has other spaces, or the file cannot be written.
     """
+    import_av()
     path = Path(path)
     if path.suffix.lower() != ".mp4" or path.is_dir():
         raise UserError(f"{path} is not a video file. Use a file name that ends in .mp4.")
@@ -146,7 +147,7 @@ def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[
 
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
-    """Make one environment that renders to arrays, without a display if there is none."""
+    """Make one environment that renders to arrays; raise `UserError` if it cannot be made or does not."""
     if isinstance(env, VectorEnv) or not (isinstance(env, str) or callable(env)):
         raise UserError("recording needs an environment id or a function that makes one environment")
     factory = partial(make_one, env) if isinstance(env, str) else env
@@ -232,7 +233,12 @@ def open_encoder(path: Path, fps: Fraction) -> Iterator[Callable[[np.ndarray], N
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}") from error
         with container:
-            stream = container.add_stream("libx264", rate=fps)
+            try:
+                stream = container.add_stream("libx264", rate=fps)
+            except (ValueError, LookupError, OSError) as error:
+                raise UserError(
+                    f"the installed PyAV has no H.264 encoder ({error}). Run: pip install --force-reinstall av"
+                ) from error
             stream.pix_fmt = "yuv420p"
             shapes: set[tuple[int, ...]] = set()
 

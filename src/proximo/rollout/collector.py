@@ -166,7 +166,7 @@ class Collector:
         return ""
 
     def collect(self, actor: Actor, rollout: Rollout) -> Collected:
-        """Fill `rollout` with T steps of every environment; RunError as in `Rollout.check_finite`."""
+        """Fill `rollout` with T steps of every environment; raise RunError for values that are not finite."""
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear_final_obs()

@@ -66,7 +66,8 @@ class Rollout:
             self.action[path][t] = value
         self.reward[t], self.valid[t] = reward, valid
         self.terminated[t], self.truncated[t] = terminated, truncated
-        return (self.terminated[t] | self.truncated[t]) & valid  # of the stored ones, because flags may be bytes
+        # Read back as bool, because environments may return flags as bytes.
+        return (self.terminated[t] | self.truncated[t]) & valid
 
     def clear_final_obs(self) -> None:
         """Remove the final observations of the previous collection."""

@@ -81,7 +81,10 @@ def save(path: str | Path, learner: Learner, info: RunInfo, spaces: Spaces, prog
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder; raise `UserError` without one."""
+    """Load the checkpoint at `path`, or the latest intact checkpoint of a run folder.
+
+    Raise `UserError` if there is no intact checkpoint, or if its schema is not supported.
+    """
     *newer, oldest = find_checkpoints(path)
     for folder in newer:
         try:
@@ -92,7 +95,7 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Load one checkpoint folder. Raises `CorruptCheckpoint`, or `UserError` if the schema is not supported."""
+    """Load one checkpoint folder. Raise `CorruptCheckpoint`, or `UserError` if the schema is not supported."""
     arrays, manifest = read(folder)
     for name, kind in REQUIRED_FIELDS.items():
         if not isinstance(manifest.get(name), kind):
@@ -110,7 +113,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
     """Return the checkpoint's settings, updated with `changes`; `run_dir` is not restored.
 
-    Raises `UserError` if a custom network is required but not given, or a change would alter the trained network.
+    Raise `UserError` if a custom network is required but not given, or a change would alter the trained network.
     """
     changes, built = dict(changes), manifest["config"] | (manifest["resolved"].get("network") or {})
     for name in NETWORK_SETTINGS & changes.keys():
@@ -133,7 +136,7 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
 def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     """Return the observation and action spaces that the policy was trained for.
 
-    Raises `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory.
+    Raise `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory.
     """
     try:
         spaces = Spaces.from_dict(saved.manifest["spaces"])

@@ -69,7 +69,7 @@ def save(
 def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays and the manifest of a folder; those of a checkpoint are migrated to the current schema.
 
-    Raises `CorruptCheckpoint` if the files are invalid, and `UserError` if the schema is not supported.
+    Raise `CorruptCheckpoint` if the files are invalid, and `UserError` if the schema is not supported.
     """
     manifest = read_manifest(folder)
     payload = _read_bounded(folder / ARRAYS, MAX_ARRAYS_BYTES)
@@ -157,13 +157,14 @@ def find_resumable_run_dir(path: str | Path) -> Path | None:
 def _read_bounded(path: Path, max_bytes: int) -> bytes:
     """Read a regular file of at most `max_bytes`; refuse devices and pipes, which may block or never end."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpoint(path.parent, f"{path.name} is not a regular file")
-        if status.st_size > max_bytes:
-            size = f"{path.name} has {status.st_size:,} bytes, more than the limit of {max_bytes:,}"
-            raise CorruptCheckpoint(path.parent, size)
-        return path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptCheckpoint(path.parent, f"{path.name} is not a regular file")
+            if status.st_size > max_bytes:
+                size = f"{path.name} has {status.st_size:,} bytes, more than the limit of {max_bytes:,}"
+                raise CorruptCheckpoint(path.parent, size)
+            return file.read(status.st_size)  # files of /proc have size 0 and may never end
     except OSError as error:
         raise CorruptCheckpoint(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
 

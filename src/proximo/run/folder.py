@@ -93,7 +93,10 @@ class RunFolder:
 
 
 def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
-    """Lock a run folder until `files` is closed; raise `UserError` if another process did. Not on Windows."""
+    """Lock a run folder until `files` is closed; raise `UserError` if another process did.
+
+    Without effect on Windows and on file systems without locks.
+    """
     if fcntl is None:
         return
     file = files.enter_context((run_dir / LOCK).open("ab"))

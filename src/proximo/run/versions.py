@@ -23,8 +23,9 @@ def collect_versions() -> dict[str, Any]:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    machine = platform.processor() or platform.machine()
-    with suppress(OSError):  # not Linux
+    try:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         machine = names[0].strip() if names else platform.machine()
+    except OSError:  # not Linux
+        machine = platform.processor() or platform.machine()
     return {**found, "platform": platform.platform(), "machine": machine, "cores": os.cpu_count()}
