@@ -170,13 +170,13 @@ def test_a_partly_full_buffer_equals_a_shorter_one(end, recurrent, backend):
 
     order_rng = generator(0, Purpose.ORDER, iteration=1)
     filled = np.arange(32)[:, None] < 8
-    order = minibatch_order(filled, 2, 2, order_rng, config.sequence_length)
+    order = minibatch_order(filled, 2, 2, order_rng, config.steps_per_sequence)
     twin = Agent(4, 2, network=network, **{**settings, "num_steps": 8}).learner
     twin.load(before)
     hyper = hyper_at(config, global_step)
     found = twin.inspect_rollout(short, hyper)
     # Returned in the order of sequences [L, K].
-    recomputed = [found[name].reshape(config.sequence_length, -1).T.ravel() for name in ("log_prob", "value")]
+    recomputed = [found[name].reshape(config.steps_per_sequence, -1).T.ravel() for name in ("log_prob", "value")]
     np.testing.assert_allclose(np.transpose(returned), recomputed, atol=1e-5, rtol=1e-4)
     twin.update(short, order, hyper)
     expected = twin.state()

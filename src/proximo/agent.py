@@ -97,6 +97,7 @@ class Agent:
         self._next_obs: Obs = {path: array[0].copy() for path, array in self._rollout.obs.items()}
         self._episode_return = np.zeros(count, np.float64)
         self._episode_length = np.zeros(count, np.int64)
+        self._carry = learner.state()["carry"]
         self.discard()
 
     @property
@@ -188,8 +189,9 @@ class Agent:
         self._noise = self.spaces.action.noise(rng, (self.config.num_steps, self.config.num_envs))
         self._row_noise = self._noise[0]
         self._is_noise_unused = True  # of the coming row
+        if self._carry.shape[1]:  # that of the last observe(), where this rollout or the update left another
+            self.learner.load({**self.learner.state(), "carry": self._carry})
         self._actor = self.learner.actor(self._row_noise for _ in itertools.count())
-        self._carry = self.learner.state()["carry"]
         # Of the last act(), if it was not observed yet: observation, raw action and recurrent state after it.
         self._pending: tuple[Obs, RawAction, np.ndarray] | None = None
         self._rollout.clear_final_obs()
@@ -219,9 +221,8 @@ class Agent:
         )
         if done.fault:
             raise done.fault
-        if not self.full and self._carry.shape[1]:
-            # The update advanced the recurrent state over rows that are not filled.
-            self.learner.load({**self.learner.state(), "carry": self._carry})
+        if self.full:
+            self._carry = self.learner.state()["carry"]
         progress.advance(done.steps, done.episodes)
         self.discard()
         return report(progress, done)

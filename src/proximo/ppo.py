@@ -167,20 +167,34 @@ class PPO:
         self._saved = None
         return source, PeriodicEvaluation(self.config, self.progress, self.evaluate)
 
-    def predict(self, observation: Any, deterministic: bool = True) -> np.ndarray:
-        """Environment actions for one observation, or for a batch of them along the first axis.
+    def predict(self, observation: Any, deterministic: bool = True, state: np.ndarray | None = None) -> Any:
+        """Environment actions for one observation, or for a batch of N along the first axis.
 
-        Each observation is taken as the first of an episode: recurrent state is not kept between calls.
+        Args:
+            state: [H] or [N, H], the state of a policy with memory: that of `initial_state` where an episode begins,
+                then that of the previous call. Without it each observation is taken as the first of an episode.
+
+        Returns:
+            The actions; with a `state`, a tuple of the actions and the next state.
 
         Raises:
-            UserError: an observation of the wrong shape, or one that is not finite.
+            UserError: an observation or a state of the wrong shape, or one that is not finite.
         """
         obs, is_single = self.spaces.read_batch(observation)
         rows = len(next(iter(obs.values())))
-        noise = None if deterministic else [self.spaces.action.noise(self._prediction_rng, (rows,))]
-        raw = self.learner.actor(noise)(obs, np.ones(rows, bool))
+        noise = None if deterministic else self.spaces.action.noise(self._prediction_rng, (rows,))
+        if state is None:
+            raw, carry = self.learner.actor(None if noise is None else [noise])(obs, np.ones(rows, bool)), None
+        else:
+            raw, carry = self.learner.act(obs, read_state(state, self.initial_state(rows), is_single), noise)
         action = self.spaces.action.to_env(raw, self.config)
-        return action[0] if is_single else action
+        found = (action, carry) if not is_single else (action[0], None if carry is None else carry[0])
+        return found[0] if state is None else found
+
+    def initial_state(self, num_envs: int | None = None) -> np.ndarray:
+        """State of the policy where an episode begins, for `predict`: zeros [H], or [N, H]; H is 0 without memory."""
+        size = self.learner.spec.network.carry_size
+        return np.zeros(size if num_envs is None else (num_envs, size), np.float32)
 
     def evaluate(
         self,
@@ -309,6 +323,17 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
         require_video(envs.env_for("a video"), config.env_kwargs)
     if config.evaluation_interval:
         envs.env_for("an evaluation")
+
+
+def read_state(state: Any, initial: np.ndarray, is_single: bool) -> np.ndarray:
+    """A state given to `predict`, [N, H]; UserError unless it is finite and has the shape of the initial one."""
+    array, expected = np.asarray(state), initial[0] if is_single else initial
+    if array.shape != expected.shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise UserError(
+            f"`state` has shape {array.shape} and type {array.dtype}; expected finite numbers of shape "
+            f"{expected.shape}. Pass the result of initial_state() or of the previous predict()."
+        )
+    return array.astype(initial.dtype).reshape(initial.shape)
 
 
 def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:

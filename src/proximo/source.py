@@ -93,7 +93,7 @@ def update_from(
     update_began = time.perf_counter()
     hyper = hyper_at(config, global_step)
     rng = generator(config.seed, Purpose.ORDER, iteration)
-    order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.sequence_length)
+    order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.steps_per_sequence)
     steps = int(rollout.valid.sum())
     before = learner.inspect_rollout(rollout, hyper) if inspect and steps else None
     fault = diagnostics = None

@@ -1,4 +1,4 @@
-"""Custom recurrent networks: minibatches of sequences, and a recurrent state that belongs to the learner."""
+"""Recurrent networks, built-in and custom: minibatches of sequences, and a state that belongs to the learner."""
 
 import gymnasium as gym
 import jax
@@ -6,10 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from rollouts import scramble
 
+from proximo.agent import Agent
+from proximo.errors import UserError
 from proximo.jax.distributions import Categorical, Policy
 from proximo.jax.networks import Network
 from proximo.ppo import PPO
+from proximo.rollout.randomness import environment_seeds
 from proximo.torch.distributions import Categorical as TorchCategorical
 from proximo.torch.distributions import Policy as TorchPolicy
 from proximo.torch.networks import Network as TorchNetwork
@@ -123,3 +127,117 @@ def test_the_carry_that_acted_is_the_carry_that_learns(backend, gru):
         assert metrics["update/clip_fraction"] == 0
     assert np.any(agent.learner.state()["carry"])
     agent.close()
+
+
+KINDS = [(backend, memory) for backend in ("jax", "torch") for memory in ("gru", "lstm")]
+MAZE = {
+    "num_envs": 8, "num_steps": 20, "update_epochs": 1, "num_minibatches": 1, "memory_size": 8, "sequence_length": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+@pytest.mark.parametrize(("backend", "memory"), KINDS)
+def test_built_in_memory_has_ratio_one_before_the_first_step(backend, memory, shared):
+    """As above, with sequences that begin inside episodes; the state that acted is that of the update."""
+    with PPO(TMaze, backend=backend, memory=memory, shared_trunk=shared, learning_rate=1e-2, **MAZE) as agent:
+        for metrics in agent.iterate(8 * 20 * 4):
+            assert abs(metrics["update/approx_kl"]) < 1e-6
+            assert metrics["update/clip_fraction"] == 0
+        assert agent.learner.state()["carry"].shape == (8, 8 * (1 if shared else 2) * (2 if memory == "lstm" else 1))
+        assert np.any(agent.learner.state()["carry"])
+
+
+@pytest.mark.parametrize(("backend", "memory"), KINDS)
+def test_built_in_memory_solves_the_t_maze(backend, memory):
+    """Trained with samples, evaluated with the mode; `predict` turns the right way only if it gets the state back."""
+    with PPO(
+        TMaze, backend=backend, memory=memory, num_envs=16, num_steps=20, num_minibatches=2, sequence_length=10,
+        update_epochs=4, learning_rate=5e-3, ent_coef=0.01,
+    ) as agent:  # fmt: skip
+        agent.learn(16 * 20 * 40)
+        assert agent.evaluate(32).to_dict()["return_mean"] == 1.0
+        env, right, forgetful = TMaze(), 0, 0
+        for seed in range(20):
+            obs, _ = env.reset(seed=seed)
+            state, over = agent.initial_state(), False
+            while not over:
+                without = agent.predict(obs)
+                action, state = agent.predict(obs, state=state)
+                obs, reward, over, _, _ = env.step(action)
+            right, forgetful = right + int(reward), forgetful + int(without == env.goal)
+        assert right == 20
+        assert forgetful < 20
+        batch = np.stack([TMaze().reset(seed=seed)[0] for seed in range(3)])
+        actions, states = agent.predict(batch, state=agent.initial_state(3))
+        assert actions.shape == (3,)
+        assert states.shape == agent.learner.state()["carry"][:3].shape
+
+
+def test_a_state_of_the_wrong_shape_is_refused():
+    with PPO(TMaze, memory="gru", **MAZE) as agent:
+        with pytest.raises(UserError, match=r"`state` has shape \(8,\).*expected finite numbers of shape \(16,\)"):
+            agent.predict(np.zeros(2), state=np.zeros(8))
+        with pytest.raises(UserError, match="`state`"):
+            agent.predict(np.zeros(2), state=np.full(16, np.nan))
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_an_agent_remembers_as_ppo_does(backend):
+    """The user's own loop with the same noise takes the same actions and learns the same parameters."""
+    settings = {**MAZE, "num_envs": 1, "memory": "lstm", "backend": backend, "seed": 3}
+    with PPO(TMaze, engine="sync", **settings) as ppo:
+        ppo.learn(60)
+    agent = Agent(TMaze.observation_space, TMaze.action_space, total_timesteps=60, **settings)
+    env = TMaze()
+    obs, _ = env.reset(seed=environment_seeds(3, 1)[0])
+    while agent.progress.global_step < 60:
+        step = agent.act(obs)
+        obs, reward, terminated, truncated, _ = env.step(step.action)
+        agent.observe(reward, terminated, truncated, obs)
+        if terminated:
+            obs, _ = env.reset()
+        if agent.full:
+            agent.update()
+    for name, value in ppo.learner.state().items():
+        np.testing.assert_allclose(agent.learner.state()[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_discarded_rollout_keeps_the_state(backend):
+    """After `discard` inside an episode the agent acts as one that was never interrupted."""
+    actions = []
+    for interrupted in (False, True):
+        agent = Agent(2, 2, memory="gru", backend=backend, **{**MAZE, "num_envs": 1})
+        scramble(agent.learner)
+        for t in range(6):
+            step = agent.act(np.full(2, t / 6))
+            agent.observe(0.0, False, False, np.full(2, (t + 1) / 6))
+            if interrupted and t == 3:
+                agent.discard()
+        actions.append(agent.act(np.ones(2)).value)
+        assert step.action in (0, 1)
+    np.testing.assert_allclose(*actions, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_images_are_remembered(backend):
+    """Convolutions pass through a rollout in parts; the recurrent state continues from part to part."""
+
+    class Picture(TMaze):
+        observation_space = gym.spaces.Box(0, 255, (12, 12, 1), np.uint8)
+
+        def reset(self, *, seed=None, options=None):
+            obs, info = super().reset(seed=seed)
+            return self.draw(obs), info
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return (self.draw(obs), *rest)
+
+        def draw(self, obs):
+            return np.full((12, 12, 1), 128 + 127 * obs[0], np.uint8)
+
+    with PPO(Picture, backend=backend, memory="gru", learning_rate=1e-2, hidden_sizes=(8,), **MAZE) as agent:
+        for metrics in agent.iterate(8 * 20 * 3):
+            assert abs(metrics["update/approx_kl"]) < 1e-5
+            assert metrics["update/clip_fraction"] == 0

@@ -50,6 +50,7 @@ SWITCHES: dict[str, list[Any]] = {
     "orthogonal_init": [True, False],
     "normalize_observation": [False, True],
     "normalize_reward": [False, True],
+    "memory": [None, "gru", "lstm"],
     "sequence_length": [1, 4],
     "resets": ["next_step", "same_step"],
 }
@@ -87,6 +88,7 @@ PICTURES: list[dict[str, Any]] = [
             "observation": "planes",
             "architecture": "impala",
             "hidden_sizes": (5,),
+            "memory": "gru",
             "sequence_length": 4,
         },
         {"action": "box", "observation": "planes", "architecture": "mlp", "hidden_sizes": (5,)},
@@ -121,7 +123,7 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     config = Config(
         **case, seed=seed, num_envs=4, num_steps=8, num_minibatches=MINIBATCHES, update_epochs=EPOCHS,
         learning_rate=3e-3, desired_kl=3e-3, init_std=0.6, clip_observation=1.5, clip_reward=2.0, vf_coef=0.7,
-        clip_coef=0.1, min_std=MIN_STD, total_timesteps=1000,
+        clip_coef=0.1, min_std=MIN_STD, memory_size=3, total_timesteps=1000,
     )  # fmt: skip
     return config, Spaces.of(OBSERVATIONS[observation], ACTIONS[action])
 
@@ -182,12 +184,13 @@ class Pair:
         """Parameters so close to those of the learners that ratios lie on both sides of the clip."""
         params = {name: np.asarray(value) for name, value in self.jax._state.params.items()}
         scale = 0.04 if self.spaces.action.std_size else 0.15
+        scale *= 3.0 if self.config.memory else 1.0  # whose outputs lie in (-1, 1)
         return {name: x + scale * self.rng.standard_normal(x.shape) / spread(x) for name, x in params.items()}
 
 
 def order_of(config: Config, rollout: Rollout, rng: np.random.Generator) -> np.ndarray:
     """A minibatch order, int32 [EPOCHS, MINIBATCHES, S]."""
-    return minibatch_order(rollout.valid, EPOCHS, MINIBATCHES, rng, config.sequence_length)
+    return minibatch_order(rollout.valid, EPOCHS, MINIBATCHES, rng, config.steps_per_sequence)
 
 
 def midway(learner: TorchLearner, rollout: Rollout, order: np.ndarray, hyper: Hyper) -> float:

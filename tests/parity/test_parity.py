@@ -126,24 +126,29 @@ def test_ten_steps_agree(seed, case):
 @every_case_in_numpy
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, tolerance):
-    """The NumPy actor returns the raw samples and modes of the networks of both backends."""
+    """The NumPy actor returns the raw samples and modes of the networks of both backends, in the second of two steps,
+    before which some episodes begin."""
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         pair = Pair(case, seed, dtype)
         spaces = pair.spaces
         steps, envs = pair.rollout.num_steps, pair.rollout.num_envs
         rows = {path: value[:-1].reshape(-1, *value.shape[2:]) for path, value in pair.rollout.obs.items()}
-        start, carry = np.zeros(steps * envs, bool), np.zeros((steps * envs, 0), dtype)
-        drawn = spaces.action.noise(pair.rng, (steps * envs,))
+        count, first = steps * envs, np.zeros(steps * envs, bool)
+        start, zero = pair.rng.random(count) < 0.5, np.zeros((count, pair.jax.spec.network.carry_size), dtype)
+        drawn = spaces.action.noise(pair.rng, (count,))
         for noise in (drawn, np.zeros_like(drawn)):
+            _, carry, _ = act(jax_forward, pair.jax.spec, pair.jax._state, rows, first, zero, noise)
             jax_raw, *_ = act(jax_forward, pair.jax.spec, pair.jax._state, rows, start, carry, noise)
-            tensors = [tree_map(to_tensor, x) for x in (rows, start, carry, noise)]
+            tensors = [tree_map(to_tensor, x) for x in (rows, start, np.asarray(carry), noise)]
             torch_raw, *_ = act(torch_forward, pair.torch.spec, pair.torch._state, *tensors)
             jax_raw, torch_raw = jax_raw[""], torch_raw[""]
             largest = max(1.0, np.abs(jax_raw).max())
             if dtype == "float64":
                 np.testing.assert_allclose(torch_raw, jax_raw, rtol=0, atol=tolerance * largest)
             for learner, raw in ((pair.jax, jax_raw), (pair.torch, torch_raw)):
-                acted = learner.actor(noise[None] if noise.any() else None)(rows, start)[""]
+                actor = learner.actor([noise, noise] if noise.any() else None)
+                actor(rows, first)
+                acted = actor(rows, start)[""]
                 assert acted.dtype == (dtype if spaces.action.std_size else np.int32)
                 np.testing.assert_allclose(
                     acted, np.asarray(raw), rtol=0, atol=tolerance * max(1.0, np.abs(acted).max())

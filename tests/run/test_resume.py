@@ -105,6 +105,8 @@ def test_resumed_equals_uninterrupted(env, settings, tmp_path, capsys):
         ("torch", {}),
         pytest.param("torch", {"compile": True}, marks=[pytest.mark.slow, COMPILES]),
         ("jax", {"std": "predicted"}),
+        ("jax", {"memory": "lstm"}),
+        ("torch", {"memory": "gru"}),
     ],
 )
 def test_resumed_equals_uninterrupted_in_both_backends(backend, settings, tmp_path):

@@ -11,7 +11,7 @@ from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import inf, isqrt
+from math import gcd, inf, isqrt
 from typing import Any, Literal, get_type_hints
 
 from proximo.config.values import Setting
@@ -21,6 +21,8 @@ PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347"
 GAE_PAPER = "Schulman et al. 2015, arXiv:1506.02438"
 DETAILS = "Huang et al. 2022, The 37 Implementation Details of PPO"
 WHAT_MATTERS = "Andrychowicz et al. 2020, arXiv:2006.05990"
+
+LONGEST_SEQUENCE = 16  # steps, by default with memory
 
 
 def option(
@@ -112,8 +114,9 @@ class Config:
     num_minibatches: int | None = update(
         None, "minibatches per epoch, as an alternative to minibatch_size", low=1, source=DETAILS
     )
-    sequence_length: int = update(
-        1, "steps per training sequence, a divisor of num_steps; above 1 for custom recurrent networks only", low=1
+    sequence_length: int | None = update(
+        None, "steps per training sequence of a recurrent network, a divisor of num_steps; by default 16 with memory, "
+        "or the largest that divides the minibatch too, and else 1", low=1, source="Kapturowski et al. 2019, R2D2"
     )
     learning_rate: float = update(3e-4, "initial learning rate of Adam", low=0, source=PPO_PAPER)
     actor_learning_rate: float | None = update(
@@ -178,6 +181,11 @@ class Config:
         "float32", "precision of convolutions and the hidden layers after them; everything else is float32",
         source="Micikevicius et al. 2018, arXiv:1710.03740"
     )
+    memory: Literal["gru", "lstm"] | None = network(
+        None, "recurrent layer after the hidden layers, for policies that need earlier observations; off by default",
+        source="Cho et al. 2014, arXiv:1406.1078 (gru); Hochreiter and Schmidhuber 1997 (lstm)"
+    )
+    memory_size: int = network(64, "numbers in the output of the recurrent layer", low=1, high=65_536)
     orthogonal_init: bool = network(
         True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
         "default, uniform in ±1/sqrt(inputs)", source=DETAILS
@@ -235,7 +243,8 @@ class Config:
         self._check_divisibility()
 
     def _check_divisibility(self) -> None:
-        length, sequences = self.sequence_length, self.rollout_transitions // self.sequence_length
+        length = self.steps_per_sequence
+        sequences = self.rollout_transitions // length
         if self.num_steps % length:
             raise UserError(
                 f"`sequence_length` {length} does not divide `num_steps` {self.num_steps}. "
@@ -253,6 +262,16 @@ class Config:
                 f"(`num_envs` {self.num_envs} × `num_steps` {self.num_steps}){whole}. "
                 f"Use {nearest_divisors(sequences, value, unit)}, or set `{other}`."
             )
+
+    @property
+    def steps_per_sequence(self) -> int:
+        """Steps per training sequence."""
+        if self.sequence_length is not None:
+            return self.sequence_length
+        if self.memory is None:
+            return 1
+        common = gcd(self.num_steps, self.minibatch_transitions)
+        return max(length for length in range(1, LONGEST_SEQUENCE + 1) if common % length == 0)
 
     @property
     def rollout_transitions(self) -> int:

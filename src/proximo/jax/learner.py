@@ -13,7 +13,7 @@ from proximo.config.settings import Config
 from proximo.jax.networks import Network, Output, built_in
 from proximo.jax.runtime import HINT, available_devices, start
 from proximo.jax.state import forward
-from proximo.jax.update import prepare, update
+from proximo.jax.update import carries, prepare, update
 from proximo.learner import learner
 from proximo.learner.functions import bind
 from proximo.learner.schedules import Hyper
@@ -41,7 +41,8 @@ class Learner(learner.Learner):
     def _build(self, config: Config, spaces: Spaces, network: Network | None, reduce: Reduce) -> None:
         self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._device = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
-        functions = {**bind(self.spec, forward, prepare), "update": partial(update, self.spec)}
+        functions = bind(self.spec, forward, prepare)
+        functions |= {"carries": partial(carries, self.spec), "update": partial(update, self.spec)}
         self._functions = {name: jax.jit(function) for name, function in functions.items()}
 
     def _to_device(self, tree: Any) -> Any:

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from proximo.config.settings import Config
 from proximo.jax.distributions import Policy, policy_from_output
+from proximo.jax.memory import remember
 from proximo.learner.architecture import NATURE, Architecture, architecture, convolutions, initial_parameters
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
@@ -50,18 +51,18 @@ def built_in(config: Config, spaces: Spaces) -> Network:
     precision = None if config.precision == "float32" else jnp.dtype(config.precision)
 
     def apply(params: Params, obs: Obs, start: Array, carry: Array) -> Output:
-        actor, critic = ("trunk", "trunk") if arch.shared_trunk else ("actor", "critic")
         low = jax.tree.map(lambda x: x.astype(precision), params) if precision else params
-        hidden = hidden_layers(arch, spaces, low, actor, obs).astype(dtype_of(params))
-        critic_hidden = hidden
-        if not arch.shared_trunk:
-            critic_hidden = hidden_layers(arch, spaces, low, critic, obs).astype(dtype_of(params))
-        output = linear(params, "actor.head", hidden)
-        value = linear(params, "critic.head", critic_hidden)[..., 0]
+        hidden = [hidden_layers(arch, spaces, low, part, obs).astype(dtype_of(params)) for part in arch.parts]
+        carries = jnp.zeros((*start.shape, 0), dtype_of(params))
+        if arch.carry_size:
+            gates = [linear(params, f"{part}.memory.input", x) for part, x in zip(arch.parts, hidden, strict=True)]
+            hidden, carries = remember(arch, params, gates, start, carry)
+        output = linear(params, "actor.head", hidden[0])
+        value = linear(params, "critic.head", hidden[-1])[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
-        return policy, value, jnp.zeros((*value.shape, 0), value.dtype)
+        return policy, value, carries
 
-    return Network(lambda: initial_parameters(config, spaces), apply, wants_channels_last=True)
+    return Network(lambda: initial_parameters(config, spaces), apply, arch.carry_size, wants_channels_last=True)
 
 
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:

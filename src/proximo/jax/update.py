@@ -60,7 +60,7 @@ def prepare(
         {path: x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
-    batch, policy = jax.tree.map(partial(to_sequences, config.sequence_length), (batch, policy))
+    batch, policy = jax.tree.map(partial(to_sequences, config.steps_per_sequence), (batch, policy))
     return state._replace(carry=carry[-1]), batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
@@ -69,13 +69,19 @@ def apply_network(spec: Spec, state: State, obs: Obs, start: Array, outputs: Out
     if not is_chunked(spec):
         return spec.network.apply(state.params, obs, start, state.carry)
 
-    def part(row: tuple[Obs, Array]) -> Output:
+    def part(carry: Array, row: tuple[Obs, Array]) -> tuple[Array, Output]:
         obs, start = jax.tree.map(lambda x: x[None], row)
-        return jax.tree.map(lambda x: x[0], spec.network.apply(state.params, obs, start, state.carry))
+        output = jax.tree.map(lambda x: x[0], spec.network.apply(state.params, obs, start, carry))
+        return output[2], output
 
-    known = 0 if outputs is None else len(outputs[1])
-    rest = lax.map(part, jax.tree.map(lambda x: x[known:], (obs, start)))
+    known, carry = (0, state.carry) if outputs is None else (len(outputs[1]), outputs[2][-1])
+    _, rest = lax.scan(part, carry, jax.tree.map(lambda x: x[known:], (obs, start)))
     return rest if outputs is None else jax.tree.map(lambda *x: jnp.concatenate(x), outputs, rest)
+
+
+def carries(spec: Spec, state: State, obs: Obs, start: Array) -> Array:
+    """Recurrent states [T + 1, N, H] after each step of a rollout with these observations."""
+    return apply_network(spec, state, preprocess(spec, state, obs), start, None)[2]
 
 
 def scale_reward(spec: Spec, state: State, data: Transitions, weight: Array, hyper: Hyper) -> tuple[State, Array]:

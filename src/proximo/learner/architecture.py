@@ -2,7 +2,9 @@
 
 A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias` [outputs], where part is
 `actor`, `critic` or `trunk`, and layer a number or `head`. A convolution is `<part>.conv.<layer>`, with a weight
-[height, width, inputs, outputs]. `actor.log_std` [D] is the learned log standard deviation of all Gaussian heads.
+[height, width, inputs, outputs]. A recurrent layer has `<part>.memory.input` and `<part>.memory.hidden`, whose outputs
+are its gates, in the order of PyTorch's GRU and LSTM. `actor.log_std` [D] is the learned log standard deviation of all
+Gaussian heads.
 Parameters whose names begin with `critic` use the critic's learning rate.
 """
 
@@ -27,7 +29,9 @@ DEFAULT_SIZES = {"mlp": (64, 64), "nature": (512,), "impala": (256,)}
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # outputs, filter width and stride of each convolution
 NATURE_SMALLEST = 36  # pixels
 IMPALA = (16, 32, 32)  # outputs of each section: convolution, pooling by 2, two residual blocks
-HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN = math.sqrt(2.0), 0.01, 1.0
+GATES = {"none": 0, "gru": 3, "lstm": 4}  # of a recurrent layer
+CARRIED = {"none": 0, "gru": 1, "lstm": 2}  # vectors in its state
+HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN, MEMORY_GAIN = math.sqrt(2.0), 0.01, 1.0, 1.0
 
 
 def is_critic(name: str) -> bool:
@@ -47,6 +51,18 @@ class Architecture(NamedTuple):
     hidden_sizes: tuple[int, ...]
     activation: str  # of the hidden layers; convolutions use relu
     shared_trunk: bool
+    memory: str = "none"  # none, gru or lstm
+    memory_size: int = 0  # 0 without memory
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The bodies of the network, the actor's first and the critic's last."""
+        return ("trunk",) if self.shared_trunk else ("actor", "critic")
+
+    @property
+    def carry_size(self) -> int:
+        """Numbers in the recurrent state of all parts, H."""
+        return len(self.parts) * CARRIED[self.memory] * self.memory_size
 
 
 def architecture(config: Config, spaces: Spaces) -> Architecture:
@@ -80,6 +96,8 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
         DEFAULT_SIZES[network] if config.hidden_sizes is None else config.hidden_sizes,
         config.activation or ("relu" if convolutional else "tanh"),
         convolutional if config.shared_trunk is None else config.shared_trunk,
+        config.memory or "none",
+        config.memory_size if config.memory else 0,
     )
 
 
@@ -147,20 +165,25 @@ def num_parameters(config: Config, spaces: Spaces) -> int:
 
 def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ...], float]]:
     """Yield (name, shape of the weight, gain) of every layer."""
-    network, hidden_sizes, _, shared = architecture(config, spaces)
+    arch = architecture(config, spaces)
+    network, hidden_sizes, size = arch.architecture, arch.hidden_sizes, arch.memory_size
     images = [leaf for leaf in spaces.observation if leaf.kind == "image" and network != "mlp"]
     inputs = sum(flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation)
-    for body in ["trunk"] if shared else ["actor", "critic"]:
+    last = [inputs, *hidden_sizes][-1]
+    for body in arch.parts:
         for leaf in images:
             for name, shape in convolutions(network, leaf).items():
                 yield f"{body}.{name}", shape, HIDDEN_GAIN
         for index, (rows, columns) in enumerate(itertools.pairwise([inputs, *hidden_sizes])):
             yield f"{body}.{index}", (rows, columns), HIDDEN_GAIN
-    last = [inputs, *hidden_sizes][-1]
+        if size:
+            yield f"{body}.memory.input", (last, GATES[arch.memory] * size), MEMORY_GAIN
+            yield f"{body}.memory.hidden", (size, GATES[arch.memory] * size), MEMORY_GAIN
+    last = size or last
     yield "actor.head", (last, spaces.action.output_size(config)), POLICY_GAIN
     yield "critic.head", (last, 1), VALUE_GAIN
 
 
 def is_chunked(spec: Any) -> bool:
     """Whether a rollout passes through the network of a `Spec` in parts, because convolutional features are large."""
-    return not spec.network.carry_size and any(leaf.kind == "image" for leaf in spec.spaces.observation)
+    return any(leaf.kind == "image" for leaf in spec.spaces.observation)

@@ -19,7 +19,7 @@ Arrays = dict[str, Array]
 
 def bind(spec: Spec, forward: Forward, prepare: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The functions below of (state, ...) by name, for the spec and the functions of one backend."""
-    functions = (act, values, evaluate_actions, carries)
+    functions = (act, values, evaluate_actions)
     bound = {function.__name__: partial(function, forward, spec) for function in functions}
     return bound | {"inspect": partial(inspect, prepare, spec)}
 
@@ -49,11 +49,6 @@ def evaluate_actions(
 
 def _one_step(forward: Forward, spec: Spec, state: State, obs: Arrays, start: Array, carry: Array) -> Output:
     return forward(spec, state, {path: x[None] for path, x in obs.items()}, start[None], carry)
-
-
-def carries(forward: Forward, spec: Spec, state: State, obs: Arrays, start: Array) -> Array:
-    """Recurrent states [T + 1, N, H] after each step of a rollout."""
-    return forward(spec, state, obs, start, state.carry)[2]
 
 
 def inspect(prepare: Callable[..., Any], spec: Spec, state: State, data: Transitions, hyper: Hyper) -> Arrays:

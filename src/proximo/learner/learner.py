@@ -121,11 +121,24 @@ class Learner:
         spaces = self.spec.spaces
         if self._acts_in_numpy:
             params, moments = self._to_numpy((self._to_named(self._state.params), self._state.obs_moments))
-            return mlp_actor(self.spec.config, spaces, params, moments, noise)
+            carry = self._to_numpy(self._state.carry)
+            return mlp_actor(self.spec.config, spaces, params, moments, noise, carry)
         keep_outputs = keep_outputs and is_chunked(self.spec)
         return NetworkActor(
             self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
         )
+
+    def act(self, obs: Obs, carry: np.ndarray, noise: np.ndarray | None) -> tuple[RawAction, np.ndarray]:
+        """Raw actions [N, ...] and next recurrent states [N, H] for observations [N, ...] within an episode.
+
+        Args:
+            carry: [N, H] recurrent states.
+            noise: [N, K]; None gives the policy's mode.
+        """
+        if noise is None:
+            noise = np.zeros((len(carry), self.spec.spaces.action.noise_size), np.float32)
+        action, carry, _ = self._policy_step()(obs, np.zeros(len(carry), bool), carry.astype(self._dtype), noise)
+        return action, self._to_numpy(carry)
 
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
         """Update from a rollout; return metrics.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.learner.architecture import VARIANCE_EPSILON, Parameters, architecture
+from proximo.learner.architecture import CARRIED, VARIANCE_EPSILON, Architecture, Parameters, architecture
 from proximo.learner.state import Moments
 from proximo.rollout.rollout import Actor
 from proximo.spaces.heads import RawAction
@@ -41,22 +41,25 @@ def mlp_actor(
     params: Parameters,
     moments: Mapping[str, Moments],
     noise: Iterable[np.ndarray] | None,
+    carry: np.ndarray,
 ) -> Actor:
     """The policy with these parameters, sampling with noise [T, N, K] for T calls; None gives the mode.
 
     Args:
         moments: path -> moments of normalised observations.
+        carry: [N, H], the recurrent state before the first call; zero for any other number of environments.
     """
-    _, hidden_sizes, activation_name, is_shared = architecture(config, spaces)
-    part = "trunk" if is_shared else "actor"
-    names = [f"{part}.{index}" for index in range(len(hidden_sizes))]
+    arch = architecture(config, spaces)
+    part = arch.parts[0]
+    names = [f"{part}.{index}" for index in range(len(arch.hidden_sizes))]
     hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
+    remember = recurrent_layer(arch, params, carry) if arch.carry_size else None
     weight, bias = params["actor.head.weight"], params["actor.head.bias"]
     scales = {
         path: (found.mean, (1.0 / np.sqrt(found.variance + VARIANCE_EPSILON)).astype(weight.dtype))
         for path, found in moments.items()
     }
-    activation = ACTIVATIONS[activation_name]
+    activation = ACTIVATIONS[arch.activation]
     log_std = params.get("actor.log_std")
     fixed = np.full(spaces.action.std_size, config.init_std, weight.dtype)
     std = fixed if log_std is None else np.exp(log_std)
@@ -71,6 +74,8 @@ def mlp_actor(
         x = encode(spaces, obs, scales, config.clip_observation, weight.dtype)
         for layer_weight, layer_bias in hidden:
             x = activation(x @ layer_weight + layer_bias)
+        if remember:
+            x = remember(x, start)
         output = x @ weight + bias
         drawn = zero if calls is None else next(calls)
         return {
@@ -79,6 +84,51 @@ def mlp_actor(
         }
 
     return actor
+
+
+def recurrent_layer(
+    arch: Architecture, params: Parameters, carry: np.ndarray
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The actor's recurrent layer: a function of inputs [N, F] and `start` [N] that keeps its state between calls."""
+    name, size, cell = f"{arch.parts[0]}.memory", arch.memory_size, CELLS[arch.memory]
+    input_weight, input_bias = params[f"{name}.input.weight"], params[f"{name}.input.bias"]
+    weight, bias = params[f"{name}.hidden.weight"], params[f"{name}.hidden.bias"]
+    state = carry[:, : CARRIED[arch.memory] * size]
+
+    def remember(x: np.ndarray, start: np.ndarray) -> np.ndarray:
+        nonlocal state
+        if len(state) != len(x):
+            state = np.zeros((len(x), state.shape[1]), state.dtype)
+        state = np.where(start[:, None], 0.0, state)
+        state = cell(x @ input_weight + input_bias, state[:, :size] @ weight + bias, state)
+        return state[:, :size]
+
+    return remember
+
+
+def gru(inputs: np.ndarray, hidden: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """One step of a gated recurrent unit; see `proximo.jax.memory.gru`."""
+    size = state.shape[1]
+    gates = sigmoid(inputs[:, : 2 * size] + hidden[:, : 2 * size])
+    new = np.tanh(inputs[:, 2 * size :] + gates[:, :size] * hidden[:, 2 * size :])
+    return new + gates[:, size:] * (state - new)
+
+
+def lstm(inputs: np.ndarray, hidden: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """One step of a long short-term memory; see `proximo.jax.memory.lstm`."""
+    size = state.shape[1] // 2
+    gates = inputs + hidden
+    new = np.tanh(gates[:, 2 * size : 3 * size])
+    cell = sigmoid(gates[:, size : 2 * size]) * state[:, size:] + sigmoid(gates[:, :size]) * new
+    return np.concatenate([sigmoid(gates[:, 3 * size :]) * np.tanh(cell), cell], axis=1)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(−x)), without overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
+
+
+CELLS = {"gru": gru, "lstm": lstm}
 
 
 def encode(

@@ -22,7 +22,7 @@ from proximo.torch.networks import Network, Output, built_in
 from proximo.torch.runtime import HINT, MIN_MINIBATCHES, available_devices, can_compile, default_device, num_threads
 from proximo.torch.state import forward
 from proximo.torch.tensors import Layout, compile_function, flatten, to_tensor, tree_map, unflatten
-from proximo.torch.update import minibatch, prepare, update
+from proximo.torch.update import carries, minibatch, prepare, update
 
 
 class Learner(learner.Learner):
@@ -49,7 +49,8 @@ class Learner(learner.Learner):
         high = per_parameter(lambda name: limits(name, config)[1], self._torch_dtype)
         is_limited = bool((torch.isfinite(low) | torch.isfinite(high)).any())
         self.spec = Spec(config, spaces, network, reduce, Layout(shapes, critic, low, high, is_limited))
-        self._functions = bind(self.spec, forward, prepare)
+        self._functions: dict[str, Callable[..., Any]] = bind(self.spec, forward, prepare)
+        self._functions["carries"] = partial(carries, self.spec)
         self.compiled, self._expected = bool(config.compile), 0
         # Custom networks and reductions may not compile; compiling convolutions was not found to pay.
         self._may_choose = config.compile is None and self._acts_in_numpy and reduce is identity

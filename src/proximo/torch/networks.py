@@ -14,12 +14,12 @@ from proximo.learner.architecture import NATURE, Architecture, architecture, con
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 from proximo.torch.distributions import Policy, policy_from_output
+from proximo.torch.memory import remember
 
 Params = dict[str, Tensor]
 Obs = dict[str, Tensor]  # path -> [T, N, ...]
 Output = tuple[Policy, Tensor, Tensor]  # policy, values and carries, each [T, N, ...]
 
-HEADS = ("actor.head.weight", "actor.head.bias", "actor.log_std", "critic.head.weight", "critic.head.bias")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": functional.relu,
@@ -52,25 +52,33 @@ def built_in(config: Config, spaces: Spaces) -> Network:
     low = None if config.precision == "float32" else getattr(torch, config.precision)
 
     def cast_params(params: Params) -> Params:
-        """Cast all parameters but those of the heads to the configured precision."""
+        """Cast the parameters of convolutions and hidden layers to the configured precision."""
         if low is None:
             return params
-        return {name: x if name in HEADS else x.to(low) for name, x in params.items()}
+        return {name: x if is_exact(name) else x.to(low) for name, x in params.items()}
 
     def apply(params: Params, obs: Obs, start: Tensor, carry: Tensor) -> Output:
-        actor, critic = ("trunk", "trunk") if arch.shared_trunk else ("actor", "critic")
         params = cast_params(params)
         exact = params["critic.head.weight"].dtype
-        hidden = hidden_layers(arch, spaces, params, actor, obs).to(exact)
-        critic_hidden = hidden
-        if not arch.shared_trunk:
-            critic_hidden = hidden_layers(arch, spaces, params, critic, obs).to(exact)
-        output = linear(params, "actor.head", hidden)
-        value = linear(params, "critic.head", critic_hidden)[..., 0]
+        hidden = [hidden_layers(arch, spaces, params, part, obs).to(exact) for part in arch.parts]
+        carries = hidden[0].new_zeros((*start.shape, 0))
+        if arch.carry_size:
+            gates = [linear(params, f"{part}.memory.input", x) for part, x in zip(arch.parts, hidden, strict=True)]
+            hidden, carries = remember(arch, params, gates, start, carry)
+        output = linear(params, "actor.head", hidden[0])
+        value = linear(params, "critic.head", hidden[-1])[..., 0]
         policy = policy_from_output(config, spaces, output, params.get("actor.log_std"), obs)
-        return policy, value, value.new_zeros((*value.shape, 0))
+        return policy, value, carries
 
-    return Network(lambda: initial_parameters(config, spaces), apply, wants_channels_last=True, cast_params=cast_params)
+    return Network(
+        lambda: initial_parameters(config, spaces), apply, arch.carry_size,
+        wants_channels_last=True, cast_params=cast_params,
+    )  # fmt: skip
+
+
+def is_exact(name: str) -> bool:
+    """Whether a parameter keeps its precision: those of heads and recurrent layers."""
+    return ".head." in name or ".memory." in name or name == "actor.log_std"
 
 
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:

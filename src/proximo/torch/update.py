@@ -64,7 +64,7 @@ def prepare(
         {path: x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
-    batch, policy = tree_map(partial(to_sequences, config.sequence_length), (batch, policy))
+    batch, policy = tree_map(partial(to_sequences, config.steps_per_sequence), (batch, policy))
     return state._replace(carry=carry[-1]), batch._replace(carry=batch.carry[:1]), policy, statistics
 
 
@@ -75,12 +75,17 @@ def apply_network(spec: Spec, state: State, obs: Obs, start: Tensor, outputs: Se
         return spec.network.apply(params, obs, start, state.carry)
     steps = max(CHUNK // start.shape[1], 1)
 
-    def part(t: int) -> Output:
+    parts, carry = list(outputs), outputs[-1][2][-1] if outputs else state.carry
+    for t in range(len(outputs), len(start), steps):
         obs_part = {path: x[t : t + steps] for path, x in obs.items()}
-        return spec.network.apply(params, obs_part, start[t : t + steps], state.carry)
+        parts.append(spec.network.apply(params, obs_part, start[t : t + steps], carry))
+        carry = parts[-1][2][-1]
+    return tree_map(lambda *x: torch.cat(x), *parts)
 
-    rest = [part(t) for t in range(len(outputs), len(start), steps)]
-    return tree_map(lambda *x: torch.cat(x), *outputs, *rest)
+
+def carries(spec: Spec, state: State, obs: Obs, start: Tensor) -> Tensor:
+    """Recurrent states [T + 1, N, H] after each step of a rollout with these observations."""
+    return apply_network(spec, state, preprocess(spec, state, obs), start, ())[2]
 
 
 def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
