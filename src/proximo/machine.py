@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from proximo.errors import DeviceUnavailable
 
-MIN_PARALLEL_WORK = 5_000_000  # multiplications per minibatch pass from which two threads are faster than one
+MIN_PARALLEL_WORK = 8_000_000  # multiplications per minibatch pass from which two threads are much faster than one
 HANGUP = getattr(signal, "SIGHUP", None)  # sent when the terminal closes; not available on every system
 STOP_SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number)
 
@@ -44,15 +44,14 @@ def pin_to_core(process: int, number: int) -> None:
             os.sched_setaffinity(process, {allowed[number % len(allowed)]})
 
 
-def choose_num_threads(requested: int | None, rows: int, parameters: int | None) -> int:
+def choose_num_threads(requested: int | None, work: float) -> int:
     """Number of threads for updates: the requested number, one if minibatches are small, otherwise one per core.
 
-    OMP_NUM_THREADS is the default upper bound. `rows` is the number of transitions in a minibatch, and `parameters`
-    that of network parameters, None if unknown.
+    OMP_NUM_THREADS is the default upper bound. `work` is the number of multiplications in one pass of a minibatch.
     """
     if requested is not None:
         return requested
-    if parameters is not None and rows * parameters < MIN_PARALLEL_WORK:
+    if work < MIN_PARALLEL_WORK:
         return 1
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores(), int(limit)) if limit.isdigit() and int(limit) else cores()

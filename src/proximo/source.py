@@ -7,17 +7,21 @@ Gymnasium vector environment on the CPU.
 import time
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from proximo.config.settings import Config
-from proximo.errors import NotFinite
+from proximo.errors import NotFinite, notify_user
 from proximo.learner.learner import Learner
 from proximo.learner.schedules import hyper_at
 from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collected, Collector
-from proximo.rollout.diagnostics import action_metrics, histograms_of
+from proximo.rollout.diagnostics import action_metrics, find_outlier, histograms_of
 from proximo.rollout.env_state import EnvState
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Actor, Diagnostics, Episode, Metrics, Rollout
+
+HUGE = 1e6  # size of an observation from which outliers are searched
 
 
 class Iteration(NamedTuple):
@@ -91,6 +95,8 @@ def update_from(
 ) -> Iteration:
     """Update a learner from a rollout that was `collected` since the time `began`; see `Source.iterate`."""
     update_began = time.perf_counter()
+    if config.normalize_observation:
+        warn_of_outliers(learner, rollout)
     hyper = hyper_at(config, global_step)
     rng = generator(config.seed, Purpose.ORDER, iteration)
     order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.steps_per_sequence)
@@ -98,10 +104,10 @@ def update_from(
     before = learner.inspect_rollout(rollout, hyper) if inspect and steps else None
     fault = diagnostics = None
     try:
-        metrics: Metrics = {**learner.update(rollout, order, hyper, actor)}
+        metrics: Metrics = {"policy/std": None, **learner.update(rollout, order, hyper, actor)}
     except NotFinite as error:
         error.evidence |= {"rollout": rollout.arrays(), "order": order, "hyper": hyper._asdict()}
-        metrics, fault = dict(error.evidence["metrics"]), error
+        metrics, fault = {"policy/std": None, **error.evidence["metrics"]}, error
     if before:
         after = learner.inspect_rollout(rollout, hyper, before["carry"])
         diagnostics = histograms_of(rollout, config, before, after)
@@ -109,6 +115,20 @@ def update_from(
     ended = time.perf_counter()
     metrics |= time_metrics(steps, ended - began, collected, ended - update_began)
     return Iteration(metrics, collected.episodes, steps, diagnostics, fault)
+
+
+def warn_of_outliers(learner: Learner, rollout: Rollout) -> None:
+    """Notify the user of a huge observation, after which the normaliser maps all others to nearly one number."""
+    for path, array in rollout.obs.items():
+        if array.dtype.kind == "f" and np.abs(array).max() >= HUGE:
+            state, name = learner.state(), f"obs_moments/{path}"
+            outlier = find_outlier(array[:-1][rollout.valid], state[f"{name}/count"], state[f"{name}/variance"])
+            if outlier:
+                where = f"observation {path!r}" if path else "observation"
+                notify_user(
+                    f"{where} contains {outlier}. The running variance stays large for long, and other values are "
+                    "normalised to nearly 0. Clip the observation in the environment."
+                )
 
 
 def time_metrics(steps: int, seconds: float, collected: Collected, update_seconds: float) -> Metrics:

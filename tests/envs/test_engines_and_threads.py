@@ -25,7 +25,7 @@ from proximo.envs.auto_engine import step_seconds
 from proximo.envs.make import resolve_engine
 from proximo.errors import RunError, UserError
 from proximo.jax import runtime as jax_runtime
-from proximo.learner.architecture import initial_parameters, num_parameters
+from proximo.learner.architecture import initial_parameters, num_parameters, work_per_row
 from proximo.learner.schedules import hyper_at
 from proximo.machine import choose_device, choose_num_threads, cores
 from proximo.ppo import PPO
@@ -159,18 +159,20 @@ def test_the_chosen_engine_is_recorded_and_chosen_anew_for_another_environment(t
 
 
 def test_small_networks_use_one_thread(monkeypatch):
-    """CartPole, two networks of 64 64: 2 (4·64 + 64 + 64·64 + 64) + 65·2 + 65 = 9155 parameters. Minibatches of 64
-    cost 585,920 multiplications; of 1024, 9,374,720, which is above 5 million."""
+    """CartPole, two networks of 64 64: 2 (4·64 + 64 + 64·64 + 64) + 65·2 + 65 = 9155 parameters, of which
+    2 (4·64 + 64·64) + 64·2 + 64 = 8896 are weights. Minibatches of 64 cost 569,344 multiplications; of 1024, 9,109,504,
+    which is above 8 million."""
     agent = PPO("CartPole-v1", num_envs=2, **SMALL)
     parameters = initial_parameters(agent.config, agent.spaces)
     assert num_parameters(agent.config, agent.spaces) == sum(value.size for value in parameters.values()) == 9155
-    assert choose_num_threads(None, 64, 9155) == 1
+    work = work_per_row(agent.config, agent.spaces)
+    assert work == 8896
+    assert choose_num_threads(None, 64 * work) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert choose_num_threads(None, 1024, 9155) == cores()
-    assert choose_num_threads(None, 64, None) == cores()
+    assert choose_num_threads(None, 1024 * work) == cores()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert choose_num_threads(None, 1024, 9155) == 1
-    assert choose_num_threads(3, 64, 9155) == 3
+    assert choose_num_threads(None, 1024 * work) == 1
+    assert choose_num_threads(3, 64 * work) == 3
     assert agent.learner.threads == 1
     assert PPO("CartPole-v1", backend="torch", threads=2, num_envs=2, **SMALL).learner.threads == 2
 

@@ -49,6 +49,11 @@ def test_the_kl_estimate(backend):
     """
     kl = function(backend, "kl_estimate")
     np.testing.assert_allclose(kl(np.log([1.0, 2.0, 0.5])), [0.0, 1.0 - np.log(2), -0.5 + np.log(2)], atol=1e-15)
+    float32 = backend.numpy(
+        backend.module("losses").kl_estimate(backend.array(np.linspace(-1e-3, 1e-3, 999, dtype="f4")))
+    )
+    assert float32.min() >= 0.0
+    assert float32[0] == pytest.approx(5e-7, rel=1e-3)  # ½ x² at x = −1e-3
     x = np.random.default_rng(0).standard_normal(400_000)
     assert kl(0.5 * x - 0.125).mean() == pytest.approx(0.125, rel=0.01)
 
@@ -66,6 +71,18 @@ def test_standardize_by_hand(backend):
     assert call([7.0, 1e6], [1.0, 0.0])[0] == 0.0
     np.testing.assert_array_equal(call([7.0, 7.0], [1.0, 1.0]), [0.0, 0.0])
     assert np.isfinite(call([7.0, 8.0], [0.0, 0.0])).all()
+
+
+@each_backend
+@pytest.mark.parametrize("value", [0.1, -3.3e-7, 1e5 / 3])
+def test_equal_advantages_in_float32_become_0(backend, value):
+    """The mean of 1000 equal numbers differs from them by rounding, which divided by itself would be up to ± 1."""
+    standardize = backend.module("losses").standardize
+    x, ones = np.full(1000, value, np.float32), np.ones(1000, np.float32)
+    result = backend.numpy(standardize(backend.array(x), backend.array(ones), lambda x: x))
+    np.testing.assert_array_equal(result, np.zeros(1000))
+    x[0] *= 100
+    assert backend.numpy(standardize(backend.array(x), backend.array(ones), lambda x: x)).std() > 0.5
 
 
 @each_backend

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import slow_discounted_returns
-from rollouts import CONTINUOUS, act_rollout, assert_same, parameters, scramble, small
+from rollouts import CATEGORICAL, CONTINUOUS, act_rollout, assert_same, parameters, scramble, small
 
+from proximo.agent import Agent
+from proximo.errors import NotFinite, UserError
 from proximo.learner.schedules import hyper_at
 from proximo.rollout.minibatches import minibatch_order
 
@@ -222,3 +224,133 @@ def test_explained_variance_by_hand(backend):
     target, weight = np.array([[1.0, 3.0, 99.0]]), np.array([[1.0, 1.0, 0.0]])
     for value, expected in (([1.0, 3.0], 1.0), ([7.0, 7.0], 0.0), ([3.0, 1.0], -3.0)):
         assert explained(np.array([[*value, -5.0]]), target, weight) == pytest.approx(expected, abs=1e-12)
+
+
+@each_backend
+@pytest.mark.parametrize("unit", [1.0, 1e-6, 1e-12])
+def test_explained_variance_does_not_depend_on_the_unit(backend, unit):
+    """A critic of zeros explains nothing, however small the targets are; constant targets cannot be explained."""
+    explained = backend.module("normalization").explained_variance
+    target = unit * np.array([[1.0, 2.0, 5.0]], np.float32)
+    arrays = [backend.array(x) for x in (np.zeros_like(target), target, np.ones_like(target))]
+    assert float(explained(*arrays, lambda x: x)) == pytest.approx(0.0, abs=1e-6)
+    arrays[1] = backend.array(np.full_like(target, unit / 3))
+    assert float(explained(*arrays, lambda x: x)) == 0.0
+
+
+@each_backend
+def test_rewards_in_another_unit_give_the_same_update(backend):
+    """With normalised rewards, parameters after an update do not depend on the unit of the rewards."""
+    states = []
+    for unit in (1.0, 1e-6, 1e-12):
+        learner = backend.learner(small(normalize_reward=True), CONTINUOUS)
+        rollout = act_rollout(learner, seed=1)
+        rollout.reward *= unit
+        learner.update(rollout, np.arange(24, dtype=np.int32).reshape(1, 4, 6), hyper_at(learner.spec.config, 0))
+        states.append(parameters(learner))
+    for other in states[1:]:
+        for name, value in states[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@each_backend
+def test_huge_observations_of_reset_rows_change_nothing(backend):
+    """A row that only resets may show anything: 3e38 squared is infinite, and 0 · ∞ is NaN."""
+    states = []
+    for value in (0.0, 3e38):
+        learner = backend.learner(small(normalize_observation=True), CONTINUOUS)
+        rollout = act_rollout(learner, seed=1, resets="next_step", ends=0.2)
+        assert not rollout.valid.all()
+        # Only where the row before is terminated, whose value is not used.
+        rollout.terminated |= rollout.truncated
+        rollout.truncated[:] = False
+        rollout.obs[""][:-1][~rollout.valid] = value
+        learner.update(rollout, np.arange(24, dtype=np.int32).reshape(1, 4, 6), hyper_at(learner.spec.config, 0))
+        states.append(learner.state())
+    assert_same(*states)
+
+
+@each_backend
+def test_an_iteration_without_transitions_changes_nothing(backend):
+    """One environment, one step, which only resets: no step of Adam, no change of the adaptive rate or a moment."""
+    config = small(
+        num_envs=1, num_steps=1, minibatch_size=1, normalize_observation=True, normalize_reward=True,
+        lr_schedule="adaptive", hidden_sizes=(4,),
+    )  # fmt: skip
+    learner = backend.learner(config, CONTINUOUS)
+    rollout = act_rollout(learner, seed=1, begins=False)
+    rollout.valid[:] = rollout.terminated[:] = rollout.truncated[:] = False
+    rollout.start[1] = True
+    before = learner.state()
+    order = minibatch_order(rollout.valid, 10, 1, np.random.default_rng(0))
+    assert order.shape == (0, 1, 1)
+    metrics = learner.update(rollout, order, hyper_at(config, 0))
+    assert metrics["update/epochs"] == 0.0
+    assert all(np.isfinite(x) for x in metrics.values())
+    assert_same(learner.state(), before)
+
+
+@each_backend
+def test_a_skipped_update_keeps_the_running_return(backend):
+    """The next rollout continues the episodes, so the discounted return continues as well."""
+    config = small(normalize_reward=True)
+    whole, skipping = (backend.learner(config, CONTINUOUS) for _ in range(2))
+    rollout = act_rollout(whole, seed=1, ends=0.0)
+    order, hyper = np.arange(24, dtype=np.int32).reshape(1, 4, 6), hyper_at(config, 0)
+    whole.update(rollout, order, hyper)
+    with pytest.raises(NotFinite):
+        skipping.update(rollout, order, hyper._replace(vf_coef=float("nan")))
+    np.testing.assert_allclose(skipping.state()["running_return"], whole.state()["running_return"], rtol=1e-6)
+    assert np.all(skipping.state()["running_return"] != 0)
+
+
+@each_backend
+def test_a_checkpoint_with_nan_is_refused(backend):
+    learner = backend.learner(small(), CONTINUOUS)
+    state = learner.state()
+    state["params/actor.0.bias"][0] = np.nan
+    with pytest.raises(UserError, match=r"'params/actor.0.bias' contains NaN or infinity in the checkpoint"):
+        learner.load(state)
+
+
+def test_float64_never_reaches_the_device_of_pytorch():
+    """Apple's mps has no float64: every tensor of an update, of acting and of reports is float32 or not floating."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else [result]:
+                assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), function
+            return result
+
+    backend = next(backend for backend in BACKENDS if backend.name == "torch")
+    for spaces in (CONTINUOUS, CATEGORICAL):
+        config = small(
+            normalize_observation=True, normalize_reward=True, lr_schedule="adaptive", target_kl=1.0, vf_clip_coef=0.2,
+            memory="gru",
+        )  # fmt: skip
+        learner = backend.learner(config, spaces)
+        learner._acts_in_numpy = False
+        rollout = act_rollout(learner, seed=1, resets="same_step", ends=0.3)
+        order, hyper = minibatch_order(rollout.valid, 2, 4, np.random.default_rng(0), 2), hyper_at(config, 0)
+        with Refuse():
+            learner.actor(None)({"": rollout.obs[""][0]}, rollout.start[0])
+            learner.inspect_rollout(rollout, hyper)
+            learner.update(rollout, order, hyper)
+            learner.load(learner.state())
+
+
+def test_an_outlier_among_observations_is_reported(capsys):
+    """One value of 1e12 among some hundred of size 1; a feature of that size throughout is not reported."""
+    one = np.where(np.arange(256) == 100, 1e12, 1.0)
+    for values, is_reported in ((np.ones(256), False), (np.full(256, 1e12), False), (one, True)):
+        agent = Agent(1, 2, normalize_observation=True, num_steps=256, update_epochs=1, backend="jax")
+        agent.act(np.ones(1))
+        for t, value in enumerate(values):
+            agent.observe(0.0, False, True, np.full(1, value))
+            if t < 255:
+                agent.act(np.full(1, value))
+        agent.update()
+        assert ("contains 1e+12 at index 0, where 1 is usual" in capsys.readouterr().err) == is_reported

@@ -108,7 +108,7 @@ class Policy(policy.Policy):
     """Independent distributions, one per action head; see `proximo.learner.policy.Policy`."""
 
     def std(self) -> Array:
-        """Mean standard deviation over all continuous dimensions: [...]; NaN, reported as none, without any."""
+        """Mean standard deviation over all continuous dimensions, of which there is at least one: [...]."""
         return jnp.mean(jnp.concatenate([part.stds() for part in self.parts.values()], axis=-1), axis=-1)
 
 

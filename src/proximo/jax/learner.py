@@ -13,7 +13,7 @@ from proximo.config.settings import Config
 from proximo.jax.networks import Network, Output, built_in
 from proximo.jax.runtime import HINT, available_devices, start
 from proximo.jax.state import forward
-from proximo.jax.update import carries, prepare, update
+from proximo.jax.update import carries, prepare, skip, update
 from proximo.learner import learner
 from proximo.learner.functions import bind
 from proximo.learner.schedules import Hyper
@@ -42,7 +42,7 @@ class Learner(learner.Learner):
         self.spec = Spec(config, spaces, network or built_in(config, spaces), reduce)
         self._device = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
         functions = bind(self.spec, forward, prepare)
-        functions |= {"carries": partial(carries, self.spec), "update": partial(update, self.spec)}
+        functions |= {name.__name__: partial(name, self.spec) for name in (carries, skip, update)}
         self._functions = {name: jax.jit(function) for name, function in functions.items()}
 
     def _to_device(self, tree: Any) -> Any:
@@ -69,7 +69,8 @@ class Learner(learner.Learner):
         known = jax.tree.map(lambda *x: np.concatenate(x), *outputs) if outputs else None
         data, hyper = self.transitions(rollout), self._numbers(hyper)
         state, metrics = self._functions["update"](self._state, data, order, hyper, known)
-        return self._accept(state, {name: float(value) for name, value in self._to_numpy(metrics).items()}, rollout)
+        found = {name: float(value) for name, value in self._to_numpy(metrics).items()}
+        return self._accept(state, found, data, hyper)
 
     def _is_finite(self, state: State) -> bool:
         return bool(is_finite(state))

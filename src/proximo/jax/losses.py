@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.jax.normalization import weighted_moments
+from proximo.jax.normalization import is_constant, weighted_moments
 from proximo.learner.arrays import require_shape
 from proximo.learner.state import Reduce
 
@@ -32,11 +32,12 @@ def clipped_squared_error(value: Array, old_value: Array, target: Array, clip: A
 
 def kl_estimate(log_ratio: Array) -> Array:
     """(r − 1) − log r: unbiased for KL(old ‖ new), never negative (Schulman 2020, joschu.net/blog/kl-approx)."""
-    return jnp.exp(log_ratio) - 1.0 - log_ratio
+    return jnp.maximum(jnp.expm1(log_ratio) - log_ratio, 0.0)
 
 
 def standardize(x: Array, weight: Array, reduce: Reduce) -> Array:
-    """(x − mean) / (population std + 1e-8) over weighted samples; a single sample becomes 0."""
+    """(x − mean) / (population std + 1e-8) over weighted samples; equal samples become 0."""
     require_shape(x.shape, weight=weight)
-    _, mean, variance = weighted_moments(x, weight, reduce)
-    return (x - mean) / (jnp.sqrt(variance) + STD_EPSILON)
+    moments = weighted_moments(x, weight, reduce)
+    scaled = (x - moments.mean) / (jnp.sqrt(moments.variance) + STD_EPSILON)
+    return jnp.where(is_constant(moments), 0.0, scaled)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.architecture import ROUNDING, VARIANCE_EPSILON
 from proximo.learner.arrays import require_shape
 from proximo.learner.state import Moments, Reduce
 
@@ -18,6 +18,12 @@ def weighted_moments(x: Array, weight: Array, reduce: Reduce, axis: tuple[int, .
     return Moments(count, mean, variance)
 
 
+def is_constant(moments: Moments) -> Array:
+    """Whether samples differ by no more than rounding errors."""
+    resolution = ROUNDING * jnp.finfo(moments.mean.dtype).eps
+    return moments.variance <= (resolution * moments.mean) ** 2
+
+
 def merge(moments: Moments, x: Array, weight: Array, reduce: Reduce) -> Moments:
     """Moments of old and new samples together (Chan et al. 1979).
 
@@ -26,6 +32,7 @@ def merge(moments: Moments, x: Array, weight: Array, reduce: Reduce) -> Moments:
         weight: [T, N] 1 for a sample, 0 for none.
     """
     weight = weight.reshape(*weight.shape, *[1] * (x.ndim - 2))
+    x = jnp.where(weight > 0, x, 0.0)  # 0 times the square of a huge number would be NaN
     count, mean, variance = weighted_moments(x, weight, reduce, axis=(0, 1))
     total = jnp.maximum(moments.count + count, 1.0)
     share = count / total
@@ -38,11 +45,12 @@ def merge(moments: Moments, x: Array, weight: Array, reduce: Reduce) -> Moments:
 
 
 def explained_variance(value: Array, target: Array, weight: Array, reduce: Reduce) -> Array:
-    """1 − Var(target − value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
+    """1 − Var(target − value) / Var(target): 1 for a perfect critic, 0 for a constant one or constant targets."""
     require_shape(value.shape, target=target, weight=weight)
-    _, _, variance = weighted_moments(target, weight, reduce)
-    _, _, residual = weighted_moments(target - value, weight, reduce)
-    return 1.0 - residual / jnp.maximum(variance, 1e-8)
+    moments = weighted_moments(target, weight, reduce)
+    residual = weighted_moments(target - value, weight, reduce).variance
+    no_spread = is_constant(moments)
+    return jnp.where(no_spread, 0.0, 1.0 - residual / jnp.where(no_spread, 1.0, moments.variance))
 
 
 def normalize(x: Array, moments: Moments, clip: float) -> Array:

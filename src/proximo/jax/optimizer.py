@@ -23,7 +23,8 @@ def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[Stat
         scale = jnp.minimum(1.0, hyper.max_grad_norm / (norm + NORM_EPSILON))
         gradient = {name: g * scale for name, g in gradient.items()}
     count = state.count + 1
-    correction_1, correction_2 = 1.0 - BETA_1**count, 1.0 - BETA_2**count
+    steps = count.astype(norm.dtype)
+    correction_1, correction_2 = 1.0 - BETA_1**steps, 1.0 - BETA_2**steps
     params, moment_1, moment_2 = {}, {}, {}
     for name, g in gradient.items():
         rate = hyper.critic_learning_rate if is_critic(name) else hyper.actor_learning_rate

@@ -1,8 +1,11 @@
 """Devices and threads of JAX."""
 
 import os
+from pathlib import Path
 
 import jax
+
+from proximo.errors import UserError
 
 HINT = "--device cuda needs JAX for CUDA: pip install 'jax[cuda12]'; JAX does not support mps"
 THREADS = "PJRT_NPROC"  # environment variable that JAX reads once, when it starts
@@ -14,15 +17,23 @@ def available_devices() -> list[str]:
 
 
 def start(threads: int) -> int:
-    """Start JAX with `threads` CPU threads; return their number.
+    """Start JAX with `threads` CPU threads; return the number in use.
 
-    A number in the environment variable PJRT_NPROC takes precedence. There is no effect if JAX is already running.
+    A number in the environment variable PJRT_NPROC takes precedence. If JAX is already running, its threads stay.
     """
-    if THREADS in os.environ:
-        return int(os.environ[THREADS])
-    os.environ[THREADS] = str(threads)
+    requested = os.environ.get(THREADS)
+    if requested is not None and not (requested.isdecimal() and int(requested)):
+        raise UserError(f"the environment variable {THREADS} is {requested!r}; expected an integer ≥ 1. Unset it.")
+    os.environ.setdefault(THREADS, str(threads))
     try:
         jax.devices()
     finally:
-        del os.environ[THREADS]
-    return threads
+        if requested is None:
+            del os.environ[THREADS]
+    return count_threads() or int(requested or threads)
+
+
+def count_threads() -> int:
+    """CPU threads of JAX in this process; 0 where the system does not list them (outside Linux)."""
+    names = Path("/proc/self/task").glob("*/comm")
+    return sum(name.read_text().strip() == "tf_XLAEigen" for name in names)

@@ -48,16 +48,16 @@ def prepare(
         reward, value, next_value, data.terminated, data.truncated, data.valid, hyper.gamma, hyper.gae_lambda
     )
     target = advantage + value
-    statistics = {
-        "update/explained_variance": explained_variance(value, target, weight, reduce),
-        "policy/std": reduce(jnp.sum(weight * policy.std())) / reduce(jnp.sum(weight)),
-    }
+    statistics = {"update/explained_variance": explained_variance(value, target, weight, reduce)}
+    if spec.spaces.action.std_size:
+        count = jnp.maximum(reduce(jnp.sum(weight)), 1.0)
+        statistics["policy/std"] = reduce(jnp.sum(weight * policy.std())) / count
     if config.normalize_advantage == "rollout":
         advantage = standardize(advantage, weight, reduce)
 
     action = jax.tree.map(partial(zero_invalid, data.valid), data.action)
     batch = Batch(
-        {path: x[:-1] for path, x in obs.items()},
+        {path: zero_invalid(data.valid, x[:-1]) if x.ndim == 3 else x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
     batch, policy = jax.tree.map(partial(to_sequences, config.steps_per_sequence), (batch, policy))
@@ -84,6 +84,13 @@ def carries(spec: Spec, state: State, obs: Obs, start: Array) -> Array:
     return apply_network(spec, state, preprocess(spec, state, obs), start, None)[2]
 
 
+def skip(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> State:
+    """The state after a rollout whose update is discarded: only what belongs to the environments advances."""
+    weight = data.valid.astype(data.final_value.dtype)
+    running = scale_reward(spec, state, data, weight, hyper)[0].running_return
+    return state._replace(running_return=running, carry=carries(spec, state, data.obs, data.start)[-1])
+
+
 def scale_reward(spec: Spec, state: State, data: Transitions, weight: Array, hyper: Hyper) -> tuple[State, Array]:
     """Rewards [T, N], divided by the running standard deviation of the discounted return where configured."""
     reward, clip = zero_invalid(data.valid, data.reward).astype(weight.dtype), spec.config.clip_reward
@@ -91,7 +98,9 @@ def scale_reward(spec: Spec, state: State, data: Transitions, weight: Array, hyp
         return state, reward
     returns, running = discounted_returns(reward, data.start[:-1], data.valid, state.running_return, hyper.gamma)
     moments = merge(state.return_moments, returns, weight, spec.reduce)
-    scale = lax.rsqrt(moments.variance + VARIANCE_EPSILON)
+    # Relative to the rewards, so that their unit does not matter.
+    tiny = jnp.finfo(weight.dtype).tiny
+    scale = lax.rsqrt(moments.variance + VARIANCE_EPSILON * moments.mean**2 + tiny)
     return state._replace(running_return=running, return_moments=moments), jnp.clip(reward * scale, -clip, clip)
 
 

@@ -25,6 +25,8 @@ from proximo.spaces.spaces import Spaces
 Parameters = dict[str, np.ndarray]
 
 VARIANCE_EPSILON = 1e-8  # added to a variance before its root
+ROUNDING = 100.0  # relative error of a mean, in units of the type's resolution
+WORK_OF_FILTERS = 1 / 320  # of a filter's numbers, for each pixel of an image, beside those of a dense layer
 DEFAULT_SIZES = {"mlp": (64, 64), "nature": (512,), "impala": (256,)}
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # outputs, filter width and stride of each convolution
 NATURE_SMALLEST = 36  # pixels
@@ -161,6 +163,22 @@ def initial_log_std(config: Config, spaces: Spaces) -> Parameters:
 def num_parameters(config: Config, spaces: Spaces) -> int:
     """Number of weights and biases."""
     return sum(math.prod(shape) + shape[-1] for _, shape, _ in _layers(config, spaces))
+
+
+def work_per_row(config: Config, spaces: Spaces, network: Any = None) -> float:
+    """Estimate the work of a network for one observation, in multiplications of dense layers.
+
+    A filter is applied at about an eighth of the pixels, and its multiplications take about a fortieth of the time.
+
+    Args:
+        network: the backend's `Network` where it is a custom one.
+    """
+    if network is None:
+        shapes = [shape for _, shape, _ in _layers(config, spaces)]
+    else:
+        shapes = [np.shape(x) for x in network.init().values() if np.ndim(x) > 1]
+    pixels = max((math.prod(leaf.image_shape[:2]) for leaf in spaces.observation if leaf.kind == "image"), default=0)
+    return sum(math.prod(shape) * (1.0 if len(shape) < 3 else pixels * WORK_OF_FILTERS) for shape in shapes)
 
 
 def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ...], float]]:

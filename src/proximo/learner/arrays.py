@@ -88,6 +88,10 @@ def _unflatten(template: Any, flat: Mapping[str, np.ndarray], prefix: str) -> An
             f"{prefix!r} has shape {value.shape} in the checkpoint, but this network needs {expected.shape}. Use the "
             "settings and spaces it was trained with."
         )
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise UserError(
+            f"{prefix!r} contains NaN or infinity in the checkpoint; expected finite numbers. Use an earlier one."
+        )
     return value.astype(expected.dtype)
 
 

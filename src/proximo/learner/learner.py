@@ -11,7 +11,7 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import NotFinite
-from proximo.learner.architecture import architecture, is_chunked, num_parameters
+from proximo.learner.architecture import architecture, is_chunked, work_per_row
 from proximo.learner.arrays import flatten, identity, require_finite, unflatten
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
@@ -98,8 +98,8 @@ class Learner:
         has_convolutions = self.is_built_in and architecture(config, spaces).architecture != "mlp"
         self._acts_in_numpy = self.is_built_in and not has_convolutions
         self._dtype = np.dtype(dtype)
-        parameters = num_parameters(config, spaces) if self.is_built_in else None
-        threads = choose_num_threads(config.threads, config.minibatch_transitions, parameters)
+        work = config.minibatch_transitions * work_per_row(config, spaces, network)
+        threads = choose_num_threads(config.threads, work)
         self.threads, available, hint = self._start(threads)
         self.device = choose_device(config.device, available, has_convolutions, hint)
         self._build(config, spaces, network, reduce)
@@ -148,18 +148,20 @@ class Learner:
             actor: the actor that collected the rollout, if it keeps outputs.
 
         Raises:
-            NotFinite: the update diverged; nothing is changed, except that the recurrent state advances.
+            NotFinite: the update diverged; nothing is changed, except that the recurrent state and the running
+                discounted return advance.
         """
         raise NotImplementedError
 
-    def _accept(self, state: Any, metrics: dict[str, float], rollout: Rollout) -> dict[str, float]:
-        """Replace the state by that after an update, if it is finite; return the metrics."""
+    def _accept(self, state: Any, metrics: dict[str, float], data: Transitions, hyper: Hyper) -> dict[str, float]:
+        """Replace the state by that after an update from `data`, if it is finite; return the metrics."""
         try:
             require_finite(metrics, self._is_finite(state))
         except NotFinite:
-            if self.spec.network.carry_size:
-                carries = self._call("carries", rollout.obs, rollout.start)
-                self._state = self._state._replace(carry=self._to_device(carries[-1]))
+            skipped = self._call("skip", data, hyper)
+            if all(np.isfinite(x).all() for x in (skipped.running_return, skipped.carry)):
+                advanced = self._to_device((skipped.running_return, skipped.carry))
+                self._state = self._state._replace(running_return=advanced[0], carry=advanced[1])
             raise
         self._state = state
         return metrics

@@ -7,6 +7,7 @@ from proximo.rollout.rollout import Diagnostics, Metrics, Rollout
 from proximo.spaces.heads import Head
 
 MAX_LOG_RATIO = 10.0  # histograms need finite ratios
+FAR = 1e3  # times the usual size
 
 
 def histograms_of(rollout: Rollout, config: Config, before: Diagnostics, after: Diagnostics) -> Diagnostics:
@@ -59,3 +60,18 @@ def env_actions(rollout: Rollout, config: Config, head: Head) -> np.ndarray:
     """A head's actions in the valid transitions as the environment took them, [B, dimensions]; B may be 0."""
     raw = rollout.action[head.path][rollout.valid]
     return head.to_env(raw, config).reshape(len(raw), -1)
+
+
+def find_outlier(samples: np.ndarray, count: np.ndarray, variance: np.ndarray) -> str:
+    """Describe the largest number of the samples [B, ...] if it is far beyond all that is usual; otherwise "".
+
+    Args:
+        count: earlier samples, of which `variance` [...] is the running variance.
+    """
+    sizes = np.abs(samples.astype(np.float64)).reshape(len(samples), -1)
+    usual = np.median(sizes, axis=0)
+    if count > 0:
+        usual = np.maximum(usual, np.sqrt(variance.astype(np.float64).ravel()))
+    column = int(np.argmax(sizes.max(axis=0) / np.maximum(usual, 1.0)))
+    size, other = sizes[:, column].max(), usual[column]
+    return f"{size:.3g} at index {column}, where {other:.3g} is usual" if size > FAR * max(other, 1.0) else ""

@@ -15,13 +15,15 @@ def minibatch_order(
         valid: [T, N] bool.
 
     Returns:
-        int32 [epochs, minibatches, ceil(S / minibatches)]; the index S is padding with weight 0.
+        int32 [epochs, minibatches, ceil(S / minibatches)]; the index S is padding with weight 0. Without a valid row
+        there are no epochs, so that nothing changes.
     """
     num_steps, num_envs = valid.shape
     has_valid = valid.reshape(num_steps // sequence_length, sequence_length, num_envs).any(axis=1).reshape(-1)
     sequences = np.flatnonzero(has_valid)
     minibatches = max(min(minibatches, sequences.size), 1)  # an empty minibatch would still move Adam
     size = -(-has_valid.size // minibatches)
+    epochs = epochs if sequences.size else 0
     order = np.full((epochs, size * minibatches), has_valid.size, np.int32)
     for row in order:
         row[: sequences.size] = rng.permutation(sequences)

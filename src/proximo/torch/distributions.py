@@ -113,7 +113,7 @@ class Policy(policy.Policy):
     """Independent distributions, one per action head; see `proximo.learner.policy.Policy`."""
 
     def std(self) -> Tensor:
-        """Mean standard deviation over all continuous dimensions: [...]; NaN, reported as none, without any."""
+        """Mean standard deviation over all continuous dimensions, of which there is at least one: [...]."""
         return torch.mean(torch.cat([part.stds() for part in self.parts.values()], dim=-1), dim=-1)
 
 

@@ -22,7 +22,7 @@ from proximo.torch.networks import Network, Output, built_in
 from proximo.torch.runtime import HINT, MIN_MINIBATCHES, available_devices, can_compile, default_device, num_threads
 from proximo.torch.state import forward
 from proximo.torch.tensors import Layout, compile_function, flatten, to_tensor, tree_map, unflatten
-from proximo.torch.update import carries, minibatch, prepare, update
+from proximo.torch.update import carries, minibatch, prepare, skip, update
 
 
 class Learner(learner.Learner):
@@ -50,7 +50,7 @@ class Learner(learner.Learner):
         is_limited = bool((torch.isfinite(low) | torch.isfinite(high)).any())
         self.spec = Spec(config, spaces, network, reduce, Layout(shapes, critic, low, high, is_limited))
         self._functions: dict[str, Callable[..., Any]] = bind(self.spec, forward, prepare)
-        self._functions["carries"] = partial(carries, self.spec)
+        self._functions |= {name.__name__: partial(name, self.spec) for name in (carries, skip)}
         self.compiled, self._expected = bool(config.compile), 0
         # Custom networks and reductions may not compile; compiling convolutions was not found to pay.
         self._may_choose = config.compile is None and self._acts_in_numpy and reduce is identity
@@ -84,7 +84,7 @@ class Learner(learner.Learner):
 
     def _call(self, name: str, *arguments: Any, state: Any = None) -> Any:
         state = self._state if state is None else state
-        with torch.no_grad(), default_device(self.device):
+        with num_threads(self.threads), torch.no_grad(), default_device(self.device):
             return self._to_numpy(self._functions[name](state, *self._to_device(arguments)))
 
     def update(self, rollout: Rollout, order: np.ndarray, hyper: Hyper, actor: Actor | None = None) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Learner(learner.Learner):
                 notify_user(f"PyTorch failed to compile; training continues without: {reason}")
                 self.compiled = self._may_choose = False
                 state, metrics = learn(minibatch)
-        return self._accept(state, {name: value.item() for name, value in metrics.items()}, rollout)
+        return self._accept(state, {name: value.item() for name, value in metrics.items()}, data, hyper)
 
     def _minibatch(self, *shapes: tuple[int, ...]) -> Callable[..., tuple[State, Metrics]]:
         if not self.compiled:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from proximo.learner.arrays import require_shape
 from proximo.learner.state import Reduce
-from proximo.torch.normalization import weighted_moments
+from proximo.torch.normalization import is_constant, weighted_moments
 
 STD_EPSILON = 1e-8
 
@@ -32,11 +32,12 @@ def clipped_squared_error(value: Tensor, old_value: Tensor, target: Tensor, clip
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:
     """(r − 1) − log r: unbiased for KL(old ‖ new), never negative (Schulman 2020, joschu.net/blog/kl-approx)."""
-    return torch.exp(log_ratio) - 1.0 - log_ratio
+    return torch.clip(torch.expm1(log_ratio) - log_ratio, min=0.0)
 
 
 def standardize(x: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
-    """(x − mean) / (population std + 1e-8) over weighted samples; a single sample becomes 0."""
+    """(x − mean) / (population std + 1e-8) over weighted samples; equal samples become 0."""
     require_shape(x.shape, weight=weight)
-    _, mean, variance = weighted_moments(x, weight, reduce)
-    return (x - mean) / (torch.sqrt(variance) + STD_EPSILON)
+    moments = weighted_moments(x, weight, reduce)
+    scaled = (x - moments.mean) / (torch.sqrt(moments.variance) + STD_EPSILON)
+    return torch.where(is_constant(moments), 0.0, scaled)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from proximo.learner.architecture import VARIANCE_EPSILON
+from proximo.learner.architecture import ROUNDING, VARIANCE_EPSILON
 from proximo.learner.arrays import require_shape
 from proximo.learner.state import Moments, Reduce
 from proximo.torch.tensors import scan
@@ -18,6 +18,12 @@ def weighted_moments(x: Tensor, weight: Tensor, reduce: Reduce, axis: tuple[int,
     return Moments(count, mean, variance)
 
 
+def is_constant(moments: Moments) -> Tensor:
+    """Whether samples differ by no more than rounding errors."""
+    resolution = ROUNDING * torch.finfo(moments.mean.dtype).eps
+    return moments.variance <= (resolution * moments.mean) ** 2
+
+
 def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moments:
     """Moments of old and new samples together (Chan et al. 1979).
 
@@ -27,6 +33,7 @@ def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moment
     """
     # PyTorch would let a float32 array decide over a float64 scalar.
     x, weight = x.to(weight.dtype), weight.reshape(*weight.shape, *[1] * (x.ndim - 2))
+    x = torch.where(weight > 0, x, 0.0)  # 0 times the square of a huge number would be NaN
     count, mean, variance = weighted_moments(x, weight, reduce, axis=(0, 1))
     total = torch.clip(moments.count + count, min=1.0)
     share = count / total
@@ -39,11 +46,12 @@ def merge(moments: Moments, x: Tensor, weight: Tensor, reduce: Reduce) -> Moment
 
 
 def explained_variance(value: Tensor, target: Tensor, weight: Tensor, reduce: Reduce) -> Tensor:
-    """1 − Var(target − value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
+    """1 − Var(target − value) / Var(target): 1 for a perfect critic, 0 for a constant one or constant targets."""
     require_shape(value.shape, target=target, weight=weight)
-    _, _, variance = weighted_moments(target, weight, reduce)
-    _, _, residual = weighted_moments(target - value, weight, reduce)
-    return 1.0 - residual / torch.clip(variance, min=1e-8)
+    moments = weighted_moments(target, weight, reduce)
+    residual = weighted_moments(target - value, weight, reduce).variance
+    no_spread = is_constant(moments)
+    return torch.where(no_spread, 0.0, 1.0 - residual / torch.where(no_spread, 1.0, moments.variance))
 
 
 def normalize(x: Tensor, moments: Moments, clip: float) -> Tensor:

@@ -52,16 +52,16 @@ def prepare(
         reward, value, next_value, data.terminated, data.truncated, data.valid, hyper.gamma, hyper.gae_lambda
     )
     target = advantage + value
-    statistics = {
-        "update/explained_variance": explained_variance(value, target, weight, reduce),
-        "policy/std": reduce(torch.sum(weight * policy.std())) / reduce(torch.sum(weight)),
-    }
+    statistics = {"update/explained_variance": explained_variance(value, target, weight, reduce)}
+    if spec.spaces.action.std_size:
+        count = torch.clip(reduce(torch.sum(weight)), min=1.0)
+        statistics["policy/std"] = reduce(torch.sum(weight * policy.std())) / count
     if config.normalize_advantage == "rollout":
         advantage = standardize(advantage, weight, reduce)
 
     action = tree_map(partial(zero_invalid, data.valid), data.action)
     batch = Batch(
-        {path: x[:-1] for path, x in obs.items()},
+        {path: zero_invalid(data.valid, x[:-1]) if x.ndim == 3 else x[:-1] for path, x in obs.items()},
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
     batch, policy = tree_map(partial(to_sequences, config.steps_per_sequence), (batch, policy))
@@ -88,6 +88,13 @@ def carries(spec: Spec, state: State, obs: Obs, start: Tensor) -> Tensor:
     return apply_network(spec, state, preprocess(spec, state, obs), start, ())[2]
 
 
+def skip(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> State:
+    """The state after a rollout whose update is discarded: only what belongs to the environments advances."""
+    weight = data.valid.to(data.final_value.dtype)
+    running = scale_reward(spec, state, data, weight, hyper)[0].running_return
+    return state._replace(running_return=running, carry=carries(spec, state, data.obs, data.start)[-1])
+
+
 def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
     """Rewards [T, N], divided by the running standard deviation of the discounted return where configured."""
     reward, clip = zero_invalid(data.valid, data.reward).to(weight.dtype), spec.config.clip_reward
@@ -95,7 +102,9 @@ def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hy
         return state, reward
     returns, running = discounted_returns(reward, data.start[:-1], data.valid, state.running_return, hyper.gamma)
     moments = merge(state.return_moments, returns, weight, spec.reduce)
-    scale = torch.rsqrt(moments.variance + VARIANCE_EPSILON)
+    # Relative to the rewards, so that their unit does not matter.
+    tiny = torch.finfo(weight.dtype).tiny
+    scale = torch.rsqrt(moments.variance + VARIANCE_EPSILON * moments.mean**2 + tiny)
     return state._replace(running_return=running, return_moments=moments), torch.clip(reward * scale, -clip, clip)
 
 
@@ -176,4 +185,4 @@ def summarize(applied: list[Metrics], minibatches: int) -> dict[str, Tensor]:
     """Means over the minibatches whose step was applied."""
     zeros = Metrics(*[torch.zeros(())] * len(Metrics._fields))
     mean = Metrics(*(torch.stack(column).mean() for column in zip(*applied or [zeros], strict=True)))
-    return mean.by_name() | {"update/epochs": torch.tensor(len(applied) / minibatches, dtype=torch.float64)}
+    return mean.by_name() | {"update/epochs": torch.tensor(len(applied) / minibatches)}
