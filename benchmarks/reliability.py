@@ -66,7 +66,7 @@ def one(side: str, iterations: int) -> dict[str, float]:
                 before.update(spent)
             return False
 
-        agent.learn(run_dir=Path(folder, "run"), stop=look)
+        agent.learn(run_dir=Path(folder, "run"), callback=lambda metrics: not look())
     seconds = moments[iterations + WARM_UP] - moments[WARM_UP]
     shares = {name: (spent[name] - before[name]) / seconds for name in SHARES}
     return {"speed": 2048 * iterations / seconds, **shares}

@@ -18,10 +18,11 @@ import numpy as np
 from proximo.config.names import convert_settings, from_mapping
 from proximo.config.settings import SETTINGS, Config
 from proximo.config.values import to_int
-from proximo.errors import UserError
+from proximo.errors import UserError, refuse_pickling
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
-from proximo.rollout.collector import Collected, count_episodes, select_env
+from proximo.rollout.collector import Collected, select_env
+from proximo.rollout.episodes import count_episodes, select_info, with_info
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run import checkpoint
@@ -31,7 +32,7 @@ from proximo.source import update_from
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
-from proximo.train import report
+from proximo.train import report, require_changeable
 
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as the default 8 × 256
 # Settings of PPO's training loop, besides those of group "records".
@@ -100,6 +101,8 @@ class Agent:
         self._carry = learner.state()["carry"]
         self.discard()
 
+    __reduce_ex__ = refuse_pickling
+
     @property
     def full(self) -> bool:
         """Whether the buffer holds `num_steps` steps, so that `update` is due."""
@@ -140,7 +143,15 @@ class Agent:
         self._act_seconds += self._acted - began
         return Step(action, log_prob, value) if self.config.num_envs > 1 else Step(action[0], log_prob[0], value[0])
 
-    def observe(self, reward: Any, terminated: Any, truncated: Any, next_obs: Any, valid: Any = None) -> None:
+    def observe(
+        self,
+        reward: Any,
+        terminated: Any,
+        truncated: Any,
+        next_obs: Any,
+        valid: Any = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
         """Store the transition of the last `act`.
 
         At the end of an episode `next_obs` is its final observation, and the first observation of the next episode goes
@@ -152,6 +163,8 @@ class Agent:
             next_obs: as for `act`.
             valid: bool, or [N] bool; False where the environment only reset, as Gymnasium's vector environments do by
                 default in the step after an episode's end. Such rows are not used.
+            info: of the environment, from which `is_success`, `success` and the entries of `log_info` are logged where
+                an episode ends.
 
         Raises:
             UserError: there was no `act`; a value has the wrong type or shape or is not finite; or the observation of
@@ -178,7 +191,10 @@ class Agent:
         ended = np.flatnonzero(over)
         for n in ended.tolist():
             rollout.add_final_obs(t, n, select_env(next_obs, n) if count > 1 else next_obs)
-        self._episodes += count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
+        episodes = count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
+        if info and count == 1:
+            episodes = [episode._replace(info=select_info(info, self.config.log_info)) for episode in episodes]
+        self._episodes += with_info(episodes, info, self.config.log_info) if info and count > 1 else episodes
         self._pending, self._is_noise_unused = None, True
         self._filled += 1
         self._env_seconds += env_seconds
@@ -213,6 +229,7 @@ class Agent:
         if not self._filled:
             raise UserError("the buffer is empty. Call act() and observe() first.")
         config, rollout, progress = self.config, self._rollout, self.progress
+        require_changeable(self.learner.spec.config, config, [name for name in SETTINGS if name not in LOOP_SETTINGS])
         rollout.valid[self._filled :] = False
         rollout.start[self._filled : -1] = False  # belongs to the next rollout
         collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
@@ -295,7 +312,7 @@ def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under their canonical names; UserError for an invalid one, or one of PPO's training loop."""
     given = convert_settings(settings)
     for name in given:
-        if name in LOOP_SETTINGS or SETTINGS[name].group == "records":
+        if name in LOOP_SETTINGS or (SETTINGS[name].group == "records" and name != "log_info"):
             raise UserError(f"`{name}` belongs to PPO's training loop, which an Agent does not have. Leave it out.")
     return given
 

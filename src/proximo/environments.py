@@ -3,7 +3,7 @@
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
-from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of
+from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of, warn_of_statistics
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
 from proximo.rollout.randomness import environment_seeds
@@ -22,6 +22,11 @@ class TrainingEnvs:
         self.engine: str | None = None  # steps the environments; None until they are made
         self._envs: VectorEnv | None = None
         self._collector: Collector | None = None  # of the last call, which the next one may continue
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the environments exist."""
+        return self._envs is not None
 
     @property
     def owns_envs(self) -> bool:
@@ -67,6 +72,7 @@ class TrainingEnvs:
             if self.env is None:
                 raise UserError(self.missing_message())
             self._envs, self.engine = make_or_wrap_envs(self.env, config, spaces)
+            warn_of_statistics(self._envs)
         return self._envs
 
     def start(self, config: Config, spaces: Spaces, progress: Progress) -> tuple[HostSource, str]:
@@ -108,7 +114,7 @@ def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tu
     """The vector environment of a run, and the engine that steps it; UserError if it does not have these `spaces`."""
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
     engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
-    envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout)
+    envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout, config.log_info)
     try:
         if config.exact_resume and not any(state_adapters(envs)):
             raise UserError(

@@ -50,3 +50,11 @@ def notify_user(text: str) -> None:
     """Print a note to standard error. Failures are ignored: a closed terminal must not stop a run."""
     with contextlib.suppress(OSError, ValueError):
         print(f"proximo: note: {text}", file=sys.stderr)
+
+
+def refuse_pickling(agent: Any, protocol: Any) -> Any:
+    """The `__reduce_ex__` of an agent: raise UserError, because compiled functions and environments stay in place."""
+    raise UserError(
+        f"a {type(agent).__name__} cannot be pickled or copied. Call save(path) here, and {type(agent).__name__}.load("
+        "path) in the other process or for the copy."
+    )

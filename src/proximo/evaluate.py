@@ -2,15 +2,22 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.envs.make import EnvLike, is_vectorized_atari, make_envs, require_matching_spaces, spaces_of
+from proximo.envs.make import (
+    EnvLike,
+    is_vectorized_atari,
+    make_envs,
+    require_matching_spaces,
+    spaces_of,
+    warn_of_statistics,
+)
 from proximo.errors import Exited, RunError, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.machine import single_blas_thread
@@ -35,9 +42,10 @@ class Evaluation:
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
     deterministic: bool
+    info: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # logged entries, of the episodes that had them
 
     def to_dict(self) -> dict[str, Any]:
-        """Mean, population standard deviation and 95 % bootstrap interval of the mean."""
+        """Mean, population standard deviation and 95 % bootstrap interval of the mean; means of logged `info`."""
         low, high = bootstrap_interval(np.asarray(self.returns))
         return {
             "return_mean": float(np.mean(self.returns)),
@@ -46,6 +54,7 @@ class Evaluation:
             "length_mean": float(np.mean(self.lengths)),
             "episodes": len(self.returns),
             "deterministic": self.deterministic,
+            "info": {name: float(np.mean(values)) for name, values in self.info.items()},
         }
 
 
@@ -90,6 +99,7 @@ def evaluate(
     seed: int = 0,
     num_envs: int = 8,
     render: bool = False,
+    warn: bool = False,
 ) -> Evaluation:
     """Run complete episodes with a policy.
 
@@ -100,6 +110,7 @@ def evaluate(
         spaces: of the policy.
         deterministic: reported in the result.
         render: show the episodes in a window, one after the other.
+        warn: notify the user of running statistics in the environment.
 
     Raises:
         UserError: the environment cannot be made, or its spaces are not those of the policy.
@@ -114,8 +125,12 @@ def evaluate(
     finished: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
     engine = "native" if is_vectorized_atari(env, env_kwargs) else "sync"
-    with closing(make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout)) as envs:
+    with closing(
+        make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout, log_info=config.log_info)
+    ) as envs:
         require_matching_spaces(spaces_of(envs), spaces)
+        if warn:
+            warn_of_statistics(envs)
         collector = Collector(envs, spaces, config)
         seeds = environment_seeds(seed, count, Purpose.EVALUATION)
         if render:
@@ -134,8 +149,10 @@ def evaluate(
                 if remaining[episode.env_index]:
                     remaining[episode.env_index] -= 1
                     finished.append(episode)
-    returns, lengths, _ = zip(*finished, strict=True)
-    return Evaluation(returns, lengths, deterministic)
+    returns, lengths, *_ = zip(*finished, strict=True)
+    names = dict.fromkeys(name for episode in finished for name in episode.info)
+    info = {name: tuple(episode.info[name] for episode in finished if name in episode.info) for name in names}
+    return Evaluation(returns, lengths, deterministic, info)
 
 
 def _reset_in_window(collector: Collector, seeds: list[int]) -> None:
@@ -190,4 +207,5 @@ class PeriodicEvaluation:
             return None
         self._failures = 0
         metrics |= {f"evaluation/{name}": result[name] for name in self.NAMES}
+        metrics |= {f"evaluation/info/{name}": value for name, value in result["info"].items()}
         return result["return_mean"]

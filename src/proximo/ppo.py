@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.environments import TrainingEnvs, record_resume
 from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
-from proximo.errors import UserError, notify_user
+from proximo.errors import UserError, notify_user, refuse_pickling
 from proximo.evaluate import Evaluation, PeriodicEvaluation, evaluate, random_policy, trained_policy
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
-from proximo.report.recorder import record_run
+from proximo.report.recorder import Callback, call_back, record_run
 from proximo.report.video import MAX_FRAMES, Video, require_video
 from proximo.report.video import record as record_video
 from proximo.rollout.randomness import Purpose, generator
@@ -70,6 +70,8 @@ class PPO:
                 self.close()
             raise
 
+    __reduce_ex__ = refuse_pickling
+
     def __enter__(self) -> PPO:
         return self
 
@@ -99,7 +101,7 @@ class PPO:
         *,
         run_dir: str | Path | None = None,
         progress: bool = False,
-        stop: Callable[[], bool] = lambda: False,
+        callback: Callback | None = None,
     ) -> PPO:
         """Train for `total_timesteps` more steps, or up to `config.total_timesteps`, or until `stop_at_return`.
 
@@ -111,7 +113,8 @@ class PPO:
             run_dir: a new folder for config, metrics, checkpoints and curves, or the one of the loaded checkpoint; by
                 default `config.run_dir`. Nothing is written without one. A failing run saves what was learned.
             progress: show progress on the terminal.
-            stop: called after every iteration; True ends the run.
+            callback: called with the metrics of every iteration. Metrics that it adds, or returns as a dictionary, are
+                recorded; False ends the run.
 
         Returns:
             self.
@@ -119,46 +122,47 @@ class PPO:
         Raises:
             RunError: an environment failed or returned NaN or infinity; or three updates, evaluations or saves in a row
                 failed.
-            UserError: the run folder is in use or cannot be written, or `total_timesteps` is not a positive integer.
+            UserError: the run folder is in use or cannot be written, a value is invalid, or a setting was changed that
+                cannot change in the middle of training.
         """
+        with closing(self._train(total_timesteps, run_dir, progress)) as training:
+            for metrics in training:
+                if callback and not call_back(callback, metrics):
+                    break
+        return self
+
+    def iterate(
+        self, total_timesteps: int | None = None, *, run_dir: str | Path | None = None, progress: bool = False
+    ) -> Iterator[Metrics]:
+        """Train as `learn` does, but yield the metrics of each iteration; stop, save or evaluate in between.
+
+        Metrics that are added to the dictionary are recorded. Settings that are changed in `config`, such as
+        `agent.config = agent.config.replace(learning_rate=1e-4)`, apply from the next iteration on.
+        """
+        yield from self._train(total_timesteps, run_dir, progress)
+
+    def _train(
+        self, total_timesteps: int | None, run_dir: str | Path | None, show: bool
+    ) -> Generator[Metrics, None, None]:
         self.envs.open(self.config, self.spaces)
         run_dir = self.config.run_dir if run_dir is None else run_dir
         check_records(self.config, self.envs, run_dir)
         is_continued = run_dir is not None and Path(run_dir).resolve() == self.run_dir
         planned = self.config.total_timesteps
         config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps)
-        if progress and self.progress.global_step and config.total_timesteps != planned:
+        if show and self.progress.global_step and config.total_timesteps != planned:
             notify_user(f"schedules now end at step {config.total_timesteps:,}")
         film = partial(self.record, max_frames=MAX_TRAINING_FRAMES)
         info = self._info()._replace(config=config)
-        records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, progress)
+        records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, show)
         with records as recorder:
             self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
             self.config = config.replace(run_dir=None)
             source, evaluate_if_due = self._start()
             recorder.start()
             inspect = recorder.folder is not None
-            for metrics, diagnostics in iterations(self.config, source, self.learner, self.progress, inspect):
-                evaluated = None
-                try:
-                    evaluated = evaluate_if_due(metrics)
-                finally:  # Ctrl-C in an evaluation keeps the finished update
-                    recorder.write(metrics, diagnostics)
-                recorder.after_iteration(evaluated)
-                if stop():
-                    break
-        return self
-
-    def iterate(self, total_timesteps: int | None = None) -> Iterator[Metrics]:
-        """Train as `learn` does, but yield the metrics of each iteration; stop, save or evaluate in between."""
-        self.envs.open(self.config, self.spaces)
-        if self.config.evaluation_interval:
-            self.envs.env_for("an evaluation")
-        self.config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps)
-        source, evaluate_if_due = self._start()
-        for metrics, _ in iterations(self.config, source, self.learner, self.progress):
-            evaluate_if_due(metrics)
-            yield metrics
+            trained = iterations(lambda: self.config, source, self.learner, self.progress, inspect)
+            yield from recorder.record(trained, evaluate_if_due)
 
     def _start(self) -> tuple[Source, PeriodicEvaluation]:
         source, reason = self.envs.start(self.config, self.spaces, self.progress)
@@ -218,7 +222,10 @@ class PPO:
         """
         env = self.envs.env_for("an evaluation", env)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
-        result = evaluate(policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render)
+        warn = not self.envs.is_open  # otherwise the user was warned when they were made
+        result = evaluate(
+            policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render, warn=warn
+        )
         if record is not None:
             self.record(record, deterministic=deterministic, seed=seed, env=env)
         return result

@@ -37,10 +37,13 @@ class Iteration(NamedTuple):
 class Source(Protocol):
     """Interface of a source of transitions, whose environments were reset or restored."""
 
-    def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
+    def iterate(
+        self, learner: Learner, config: Config, iteration: int, global_step: int, inspect: bool = False
+    ) -> Iteration:
         """Collect a rollout and update the learner.
 
         Args:
+            config: the current settings.
             iteration, global_step: from which random numbers and schedules are derived.
             inspect: also return diagnostics for histograms and action statistics.
 
@@ -58,12 +61,14 @@ class HostSource:
     """Transitions from a Gymnasium vector environment, whose collector was reset or restored."""
 
     def __init__(self, collector: Collector, config: Config) -> None:
-        self.collector, self.config = collector, config
+        self.collector = collector
         self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
 
-    def iterate(self, learner: Learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
+    def iterate(
+        self, learner: Learner, config: Config, iteration: int, global_step: int, inspect: bool = False
+    ) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
-        config, rollout = self.config, self._rollout
+        rollout = self._rollout
         began = time.perf_counter()
         noise_rng = generator(config.seed, Purpose.NOISE, iteration)
         noise = rollout.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))

@@ -5,40 +5,55 @@ from (seed, purpose, iteration), so a run is a function of its settings.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from proximo.config.settings import SETTINGS, Config
-from proximo.errors import NotFinite, notify_user
+from proximo.errors import NotFinite, UserError, notify_user
 from proximo.learner.learner import Learner
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import Checkpoint
 from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
 from proximo.source import Iteration, Source
 
+# Settings that may change between two iterations of a call. Others are part of the compiled update, or of the source.
+CHANGEABLE = (
+    "total_timesteps", "stop_at_return", "update_epochs", "learning_rate", "actor_learning_rate",
+    "critic_learning_rate", "final_learning_rate", "lr_schedule", "adam_epsilon", "gamma", "gae_lambda", "clip_coef",
+    "clip_schedule", "final_clip_coef", "vf_clip_coef", "ent_coef", "ent_schedule", "final_ent_coef", "vf_coef",
+    "max_grad_norm", "target_kl", "desired_kl",
+)  # fmt: skip
+COMPILED = ("update", "network", "policy", "normalisation")  # groups of settings that a learner compiles in
+SIZES = ("num_envs", "num_steps", "seed", "backend", "device", "threads")  # and settings that it was made with
+
 
 def iterations(
-    config: Config, source: Source, learner: Learner, progress: Progress, inspect: bool = False
+    settings: Callable[[], Config], source: Source, learner: Learner, progress: Progress, inspect: bool = False
 ) -> Iterator[tuple[Metrics, Diagnostics | None]]:
-    """Train until `config.total_timesteps` or `config.stop_at_return`.
+    """Train until the settings `total_timesteps` or `stop_at_return` are reached.
 
     Yield metrics after every iteration, and diagnostics for histograms where they are due. Between two iterations
     `learner` and `progress` are consistent, so that is where to evaluate, save or stop. An error or Ctrl-C in an
     iteration leaves them as they were before it.
 
     Args:
+        settings: returns the current settings, which may change between two iterations.
         source: environments that are reset or restored.
-        inspect: every `config.histogram_interval` iterations, yield diagnostics and action statistics too.
+        inspect: every `histogram_interval` iterations, yield diagnostics and action statistics too.
 
     Raises:
         NotFinite: an environment returned NaN or infinity, or the third update in a row diverged.
+        UserError: a setting changed that cannot change here.
     """
+    first = settings()
+    require_changeable(learner.spec.config, first, [n for n in SETTINGS if SETTINGS[n].group in COMPILED or n in SIZES])
     progress.env_state = source.state()
-    while progress.global_step < config.total_timesteps and not is_solved(config, progress):
+    while progress.global_step < (config := settings()).total_timesteps and not is_solved(config, progress):
+        require_changeable(first, config, SETTINGS)
         interval = config.histogram_interval
         is_due = inspect and interval > 0 and progress.iteration % interval == 0
         learner_before, progress_before = learner.snapshot(), progress.copy()
         try:
-            done = source.iterate(learner, progress.iteration, progress.global_step, is_due)
+            done = source.iterate(learner, config, progress.iteration, progress.global_step, is_due)
             count_fault(progress, done)
             progress.advance(done.steps, done.episodes)
             progress.env_state = source.state()
@@ -49,6 +64,19 @@ def iterations(
                 error.evidence["iteration"] = progress.iteration
             raise
         yield report(progress, done), done.diagnostics
+
+
+def require_changeable(old: Config, new: Config, names: Iterable[str]) -> None:
+    """Raise UserError if one of the named settings differs that cannot change while a learner exists."""
+    for name in names:
+        before, after = getattr(old, name), getattr(new, name)
+        is_switched = (before is None) != (after is None) and not name.endswith("learning_rate")
+        is_adaptive = name == "lr_schedule" and "adaptive" in (before, after)
+        if before != after and (name not in CHANGEABLE or is_switched or is_adaptive) and name != "stop_at_return":
+            raise UserError(
+                f"`{name}` was changed from {before} to {after}, which is not possible in the middle of training. Save "
+                f"the agent, and load it with PPO.load(path, {name}=…)."
+            )
 
 
 def count_fault(progress: Progress, done: Iteration) -> None:
@@ -79,6 +107,7 @@ def report(progress: Progress, done: Iteration) -> Metrics:
         "iteration": progress.iteration,
         "rollout/episode_return_mean": progress.return_mean,
         "rollout/episode_length_mean": progress.length_mean,
+        **{f"info/{name}": value for name, value in progress.info_means.items()},
         **finite,
     }
 

@@ -98,14 +98,14 @@ class DeviceSource:
         poles = Poles(fresh.astype(np.float32), np.zeros(N, np.int32), np.ones(N, bool))
         self._poles = jax.device_put(poles, jax.devices()[0])  # committed, as the outputs of the jitted function are
 
-    def iterate(self, learner, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
+    def iterate(self, learner, config, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
         """Collect and update in one call."""
         began, seed = time.perf_counter(), self.config.seed
         noise = SPACES.action.noise(generator(seed, Purpose.NOISE, iteration), (T, N))
         words = sequence(seed, Purpose.ENVIRONMENTS, iteration).generate_state(1)
         keys = jax.random.split(jax.random.key(int(words[0])), T)
         order = minibatch_order(np.ones((T, N), bool), 10, 4, generator(seed, Purpose.ORDER, iteration))
-        hyper = Hyper(*(np.float32(value) for value in hyper_at(self.config, global_step)))
+        hyper = Hyper(*(np.float32(value) for value in hyper_at(config, global_step)))
         state, self._poles, metrics, (over, length) = self._run(
             learner.snapshot(), self._poles, noise, keys, order, hyper
         )
@@ -135,7 +135,7 @@ def test_the_training_loop_learns_from_an_environment_on_the_device():
     after about 20. Everything is compiled once."""
     learner, progress = Learner(CONFIG, SPACES), Progress()
     source = DeviceSource(CONFIG, learner)
-    metrics = [row for row, _ in iterations(CONFIG, source, learner, progress)]
+    metrics = [row for row, _ in iterations(lambda: CONFIG, source, learner, progress)]
     assert [row["iteration"] for row in metrics] == list(range(1, 101))
     first, last = metrics[2]["rollout/episode_length_mean"], metrics[-1]["rollout/episode_length_mean"]
     assert first < 40
@@ -153,7 +153,8 @@ def test_a_run_on_the_device_is_recorded_and_resumed_exactly(tmp_path):
         save = partial(checkpoint.save, learner=learner, info=info, spaces=SPACES, progress=progress)
         with record_run(run_dir, info, learner, progress, save, print, is_continued, show=False) as recorder:
             recorder.start()
-            for number, (metrics, diagnostics) in enumerate(iterations(config, source, learner, progress), 1):
+            rows = iterations(lambda: config, source, learner, progress)
+            for number, (metrics, diagnostics) in enumerate(rows, 1):
                 recorder.write(metrics, diagnostics)
                 recorder.after_iteration(None)
                 if number == count:

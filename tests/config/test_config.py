@@ -199,7 +199,7 @@ def test_every_setting_has_a_meaning():
     for name, setting in SETTINGS.items():
         assert setting.meaning, name
         assert setting.group, name
-        assert setting.kind in (int, float, bool, str, tuple, Mapping), name
+        assert setting.kind in (int, float, bool, str, tuple[int, ...], tuple[str, ...], Mapping), name
 
 
 def test_annotations_give_type_and_choices():
@@ -207,7 +207,7 @@ def test_annotations_give_type_and_choices():
     rules = {name: (setting.kind, setting.optional, setting.choices) for name, setting in SETTINGS.items()}
     assert rules["num_envs"] == (int, False, ())
     assert rules["target_kl"] == (float, True, ())
-    assert rules["hidden_sizes"] == (tuple, True, ())
+    assert rules["hidden_sizes"] == (tuple[int, ...], True, ())
     assert rules["env_kwargs"] == (Mapping, False, ())
     assert rules["std"] == (str, False, ("learned", "predicted", "fixed"))
     assert rules["activation"] == (str, True, ("tanh", "relu", "elu", "gelu", "silu", "leaky_relu"))

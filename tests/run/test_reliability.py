@@ -142,7 +142,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
     try:
         with PPO("CartPole-v1", total_timesteps=6 * ROWS, run_dir=run, checkpoint_interval=1, keep_checkpoints=9,
                  tensorboard=False, **SMALL) as agent:  # fmt: skip
-            agent.learn(stop=disk)
+            agent.learn(callback=lambda metrics: not disk())
     finally:
         limit_file_size(resource.RLIM_INFINITY)
     assert capsys.readouterr().err.count("could not be saved") == 2
@@ -475,7 +475,7 @@ def test_two_runs_in_one_folder(run):
             assert "is in use by another process" in done.stderr
             return True
 
-        agent.learn(run_dir=run, stop=other)
+        agent.learn(run_dir=run, callback=lambda metrics: not other())
         (run / "file").touch()
         with pytest.raises(UserError, match="cannot be written: Not a directory"):
             agent.learn(run_dir=run / "file" / "run")

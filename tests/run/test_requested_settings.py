@@ -149,7 +149,7 @@ def test_commands_with_a_device_that_is_missing_here(backend, tmp_path, capsys):
     run, file, new = tmp_path / "run", tmp_path / "config.yaml", tmp_path / "new"
     with PPO("CartPole-v1", **SMALL, backend=backend, run_dir=run, total_timesteps=2 * ROWS) as agent:
         calls = iter([True])
-        agent.learn(stop=lambda: next(calls))
+        agent.learn(callback=lambda metrics: not next(calls))
     rewrite(checkpoint_files.list_checkpoints(run)[-1], config={"device": "cuda"})
     file.write_text((run / "config.yaml").read_text().replace("device: auto", "device: cuda"))
     for command in (["evaluate", str(run), "--episodes", "1"], ["resume", str(run), "--quiet"]):

@@ -188,7 +188,7 @@ def test_a_second_learn_continues_the_first(tmp_path):
         whole.learn()
     with PPO("Pendulum-v1", **settings) as agent:
         asked = iter([False, True])
-        agent.learn(stop=lambda: next(asked))
+        agent.learn(callback=lambda metrics: not next(asked))
         assert agent.progress.iteration == 2
         agent.learn()
     assert has_equal_state(whole, agent)
@@ -650,7 +650,7 @@ def test_what_a_file_names_is_not_imported(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     with PPO("CartPole-v1", total_timesteps=4 * ROWS, run_dir=run, **QUICK) as agent:
         asked = iter([True])
-        agent.learn(stop=lambda: next(asked))
+        agent.learn(callback=lambda metrics: not next(asked))
     path = checkpoint_files.list_checkpoints(run)[-1]
     arrays, manifest = checkpoint_files.read(path)
     checkpoint_files.save(path, arrays, {**manifest, "env": "canary:Canary-v0"})

@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
         f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
         f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]"
     )
+    for name, value in values["info"].items():
+        print(f"{name} {value:.4g}")
     print(f"length {values['length_mean']:.1f}" + (f"\nvideo: {record}" if record else ""))
     return 0
 

@@ -11,7 +11,7 @@ import yaml
 from proximo.config.files import load_plain_yaml
 from proximo.config.names import ALIASES, AMBIGUOUS
 from proximo.config.settings import SETTINGS
-from proximo.config.values import to_int
+from proximo.config.values import INTEGERS, to_int
 from proximo.errors import UserError, notify_user
 
 GROUP_TITLES = {"update": "update (the algorithm)", "policy": "policy (continuous actions)"}
@@ -25,12 +25,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     names = dict.fromkeys(setting.group for setting in SETTINGS.values())
     groups = {name: parser.add_argument_group(GROUP_TITLES.get(name, name)) for name in names}
     for name, setting in SETTINGS.items():
-        text = f"{setting.meaning} [{str(setting.default).lower()}]"
+        default = "none" if setting.default in (None, ()) else str(setting.default).lower()
+        text = f"{setting.meaning} [{default}]"
         options: dict[str, Any] = {}
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif setting.kind is tuple:
+        elif setting.kind == INTEGERS:
             options["metavar"] = "N N …"
+        elif setting.kind == tuple[str, ...]:
+            options["metavar"] = "NAME,NAME"
         elif setting.kind is Mapping:
             options |= {"type": yaml_mapping, "metavar": "YAML"}
         elif setting.choices:

@@ -45,7 +45,8 @@ class StopSignals:
 
     The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current iteration. A second
     SIGINT or SIGTERM raises KeyboardInterrupt; if C code keeps Python from handling it, the process exits after
-    `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored.
+    `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored. In another thread than the main one nothing is
+    handled.
     """
 
     def __init__(self, verbose: bool = True) -> None:
@@ -53,6 +54,9 @@ class StopSignals:
         self._verbose = verbose
 
     def __enter__(self) -> Self:
+        self._is_main_thread = threading.current_thread() is threading.main_thread()
+        if not self._is_main_thread:  # the program handles signals itself
+            return self
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in STOP_SIGNALS
@@ -66,6 +70,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._is_main_thread:
+            return
         signal.set_wakeup_fd(self._previous_wakeup)
         self._writer.close()  # ends the thread
         for number, handler in self._previous.items():

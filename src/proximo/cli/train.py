@@ -112,7 +112,7 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
         notify_of_surprises(agent)
     try:
         if signals.received is None:
-            agent.learn(run_dir=run_dir, progress=progress, stop=lambda: signals.received is not None)
+            agent.learn(run_dir=run_dir, progress=progress, callback=lambda metrics: signals.received is None)
     except (RunError, UserError) as error:
         if agent.progress.iteration == first_iteration:
             raise
@@ -139,6 +139,12 @@ def notify_of_surprises(agent: PPO) -> None:
         )
     if config.compile and agent.learner.backend == "jax":
         notify_user("compile applies only to PyTorch; JAX always compiles")
+    for head in agent.spaces.action.heads:
+        if head.is_out_of_reach(config):
+            notify_user(
+                f"the bounds of the actions ({head.describe()}) are far from the range of the first policy, "
+                f"0 ± {config.init_std:g}. Use --rescale-actions to map [-1, 1] to the bounds"
+            )
     if not agent.envs.supports_exact_resume(config, agent.spaces):
         notify_user(
             f"engine {agent.resolved.engine} does not support exact resume: every environment is reset when the run is "

@@ -14,7 +14,7 @@ from functools import partial
 from math import gcd, inf, isqrt
 from typing import Any, Literal, get_type_hints
 
-from proximo.config.values import Setting
+from proximo.config.values import FUNCTION, SCHEDULABLE, Setting
 from proximo.errors import UserError
 
 PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347"
@@ -98,6 +98,10 @@ class Config:
     )
     evaluation_episodes: int = run(20, "complete episodes per evaluation", low=1)
 
+    log_info: tuple[str, ...] = records(
+        (), "entries of `info` to log: their values in the last step of each episode, averaged over episodes; "
+        "is_success and success are always logged"
+    )
     tensorboard: bool = records(True, "write TensorBoard events to the run folder")
     wandb: str | None = records(None, "Weights & Biases project to log to; WANDB_MODE=offline needs no account")
     histogram_interval: int = records(
@@ -227,6 +231,9 @@ class Config:
             raise UserError(
                 f"`isolate_envs` needs worker processes, but `engine` is {self.engine}. Use `engine` workers or auto."
             )
+        for name in SCHEDULABLE[:3]:
+            if self.lr_schedule == "adaptive" and callable(getattr(self, name)):
+                raise UserError(f"`{name}` is a function, but `lr_schedule` adaptive sets the rate. Use a number.")
         for name in ("learning_rate", "actor_learning_rate"):
             if self.lr_schedule == "adaptive" and getattr(self, name) == 0:
                 raise UserError(f"`{name}` is 0, but `lr_schedule` adaptive multiplies it; expected a number > 0.")
@@ -303,9 +310,9 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for YAML and JSON."""
-        values = {name: getattr(self, name) for name in SETTINGS}
+        values = {name: FUNCTION if callable(x := getattr(self, name)) else x for name in SETTINGS}
         values["hidden_sizes"] = None if self.hidden_sizes is None else list(self.hidden_sizes)
-        values["env_kwargs"] = dict(self.env_kwargs)
+        values["env_kwargs"], values["log_info"] = dict(self.env_kwargs), list(self.log_info)
         return values
 
 

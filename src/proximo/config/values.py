@@ -16,6 +16,25 @@ import numpy as np
 
 from proximo.errors import UserError, suggest
 
+INTEGERS = tuple[int, ...]
+# Settings that may be functions of the progress of training, from 0 to 1.
+SCHEDULABLE = ("learning_rate", "actor_learning_rate", "critic_learning_rate", "clip_coef", "ent_coef")
+FUNCTION = "function"  # stands for a function in files, which cannot store it
+
+
+@dataclass(frozen=True)
+class MissingFunction:
+    """Takes the place of a function that was not saved; raises UserError when training calls it."""
+
+    name: str
+
+    def __call__(self, progress: float) -> float:
+        """Raise UserError."""
+        raise UserError(
+            f"`{self.name}` was a function of the progress, which is not saved. Pass it again, or a number, as with "
+            f"PPO.load(path, {self.name}=…)."
+        )
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -23,7 +42,7 @@ class Setting:
 
     name: str
     default: Any
-    kind: type  # int, float, bool, str, tuple (of ints) or Mapping
+    kind: Any  # int, float, bool, str, tuple[int, ...], tuple[str, ...] or Mapping
     optional: bool  # whether None is a value
     choices: tuple[str, ...]  # the accepted strings; empty if `kind` or the range decides
     group: str
@@ -40,9 +59,18 @@ class Setting:
         members = get_args(annotation) if is_union else (annotation,)
         (value_type,) = (member for member in members if member is not NoneType)
         choices = get_args(value_type) if get_origin(value_type) is Literal else ()
-        kind: Any = str if choices else get_origin(value_type) or value_type
+        kind: Any = str if choices else Mapping if get_origin(value_type) is Mapping else value_type
         default = {} if kind is Mapping else field.default
         return cls(field.name, default, kind, NoneType in members, choices, **field.metadata)
+
+    @property
+    def is_schedulable(self) -> bool:
+        """Whether the value may be a function of the progress of training."""
+        return self.name in SCHEDULABLE
+
+    def value_at(self, value: Any, progress: float) -> Any:
+        """The value, or that of a function of the progress in [0, 1]; UserError if that is out of range."""
+        return self.convert(value(progress)) if callable(value) else value
 
     @property
     def expected(self) -> str:
@@ -57,6 +85,8 @@ class Setting:
 
     def convert(self, value: Any) -> Any:
         """Convert a value to the type of the setting; raise `UserError` if that fails or the value is out of range."""
+        if self.is_schedulable and (callable(value) or value == FUNCTION):
+            return value if callable(value) else MissingFunction(self.name)
         if (self.name, value) == ("engine", "async"):
             raise UserError("`engine` async was removed. Use workers.")
         if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -75,7 +105,7 @@ class Setting:
     def _is_in_range(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        numbers = value if self.kind is tuple else [value] if self.kind in (int, float) else []
+        numbers = value if self.kind == INTEGERS else [value] if self.kind in (int, float) else []
         return all(math.isfinite(x) and self.low <= x <= self.high and x > self.above for x in numbers)
 
 
@@ -110,6 +140,13 @@ def _to_ints(value: Any) -> tuple[int, ...]:
     return tuple(to_int(item) for item in (value if isinstance(value, Iterable) else [value]))
 
 
+def _to_strings(value: Any) -> tuple[str, ...]:
+    items = value.replace(",", " ").split() if isinstance(value, str) else tuple(value)
+    if not all(isinstance(item, str) and item for item in items):
+        raise TypeError
+    return tuple(items)
+
+
 def _to_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -126,11 +163,12 @@ def _to_plain(value: Any) -> Any:
 
 
 # Type of a setting → expected value in words, converter (raises TypeError, ValueError or OverflowError).
-_KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+_KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     int: ("an integer", to_int),
     float: ("a number", _to_float),
     bool: ("true or false", _to_bool),
     str: ("a string", os.fsdecode),
-    tuple: ("integers", _to_ints),
+    INTEGERS: ("integers", _to_ints),
+    tuple[str, ...]: ("names, separated by commas", _to_strings),
     Mapping: ("a mapping of names to plain values (numbers, strings, lists and the like)", _to_mapping),
 }

@@ -17,6 +17,7 @@ import numpy as np
 from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation_leaves, store_observation
 from proximo.errors import RunError, UserError, notify_user
 from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
+from proximo.rollout.episodes import select_info
 
 EnvFactory = Callable[[], gym.Env]
 STEP, RESET, REPLAY = b"s", b"r", b"p"  # commands of `EnvSlice.run`
@@ -35,11 +36,21 @@ class Declaration(NamedTuple):
     render_mode: str | None
     reports_episodes: bool
     origin_bytes: int  # space for the origin of each episode
+    statistics: str  # name of a wrapper with running statistics, or ""
 
 
 def reports_episodes(env: gym.Env) -> bool:
     """Whether an environment reports its own episodes; see `proximo.rollout.collector.Collector`."""
     return env.has_wrapper_attr("reports_episodes") and bool(env.get_wrapper_attr("reports_episodes"))
+
+
+def find_statistics(env: Any) -> str:
+    """Name of a wrapper that keeps running statistics, as Gymnasium's NormalizeObservation does; "" without any."""
+    while env is not None:
+        if any("rms" in name or name.startswith("running_") for name in getattr(env, "__dict__", {})):
+            return type(env).__name__
+        env = getattr(env, "__dict__", {}).get("env")
+    return ""
 
 
 def snapshot_method(env: gym.Env) -> Callable[[], Any] | None:
@@ -82,11 +93,18 @@ class EnvSlice:
         first = self.envs[0]
         origin_bytes = SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES
         return Declaration(
-            [spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports_episodes(first), origin_bytes
-        )
+            [spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports_episodes(first), origin_bytes,
+            find_statistics(first),
+        )  # fmt: skip
 
-    def attach(self, arrays: SharedArrays, process: int) -> None:
-        """Use these arrays from now on. `process` is this process's row of `arrays.current`."""
+    def attach(self, arrays: SharedArrays, process: int, info_names: Sequence[str] = ()) -> None:
+        """Use these arrays from now on.
+
+        Args:
+            process: this process's row of `arrays.current`.
+            info_names: entries of `info` in the columns of `arrays.info`.
+        """
+        self.info_names = info_names
         self.arrays, self.current = arrays, memoryview(arrays.current[process])
         self.current[0] = NO_ENVIRONMENT
         self.observation = list(observation_leaves(arrays.observation))
@@ -168,6 +186,8 @@ class EnvSlice:
                 if self.reports_episodes:
                     report = info.get("episode")
                     arrays.episode[n] = (report["r"], report["l"]) if report else np.nan
+                found = select_info(info, self.info_names)
+                arrays.info[n] = [found.get(name, np.nan) for name in self.info_names]
                 store_observation(self.final, n, observation)
                 self._record_origin(n, env)
                 observation, _ = env.reset()

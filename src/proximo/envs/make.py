@@ -5,7 +5,7 @@ import copy
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from gymnasium.vector import VectorEnv
 
 from proximo.envs import atari
 from proximo.envs.auto_engine import CARTPOLE, choose_engine
+from proximo.envs.env_slice import find_statistics
 from proximo.envs.envpool_engine import EnvPoolVectorEnv
 from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
-from proximo.errors import UserError, suggest
+from proximo.errors import UserError, notify_user, suggest
 from proximo.rollout.env_state import generator_from_state, get_generator_state
 from proximo.spaces.spaces import Spaces
 
@@ -39,6 +40,7 @@ def make_envs(
     env_kwargs: Mapping[str, Any] | None = None,
     isolate: bool = False,
     timeout_s: float = 60.0,
+    log_info: Sequence[str] = (),
 ) -> VectorEnv:
     """Make a vector environment of N copies of an environment.
 
@@ -48,6 +50,7 @@ def make_envs(
         engine: sync, workers, envpool, native, or auto (see `resolve_engine`).
         isolate: run all environments in worker processes.
         timeout_s: limit in seconds for one step or reset of one environment, with engines workers and sync.
+        log_info: entries of `info` that these engines return at the end of episodes.
 
     Raises:
         UserError: the environment cannot be made; the message explains how to fix it.
@@ -73,8 +76,8 @@ def make_envs(
             with contextlib.closing(factory()) as example:
                 return EnvPoolVectorEnv(example, num_envs, env_kwargs)
         if engine == "workers":
-            return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s)
-        return LocalVectorEnv(factory, num_envs, timeout_s)
+            return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, info_names=log_info)
+        return LocalVectorEnv(factory, num_envs, timeout_s, log_info)
     except Exception as error:
         # An exception in a constructor is the cause of the error of WorkerVectorEnv.
         cause = error.__cause__ if engine == "workers" and isinstance(error, UserError) else error
@@ -194,6 +197,16 @@ class ResumableCartPoleVectorEnv(CartPoleVectorEnv):
         for name in self.STATE_ATTRIBUTES:
             setattr(self, name, copy.copy(snapshot[name]))
         self.np_random = generator_from_state(snapshot["generator"])
+
+
+def warn_of_statistics(envs: VectorEnv) -> None:
+    """Notify the user if the environments keep running statistics, which Proximo does not save."""
+    name = getattr(envs.unwrapped, "statistics", "") or find_statistics(envs)
+    if name:
+        notify_user(
+            f"{name} keeps running statistics inside the environment. Evaluations, videos and resumed runs begin with "
+            "new ones, so that the policy sees other numbers. Use normalize_observation or normalize_reward instead"
+        )
 
 
 def spaces_of(envs: VectorEnv) -> Spaces:

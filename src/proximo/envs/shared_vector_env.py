@@ -14,6 +14,7 @@ from proximo.envs.env_slice import REPLAY, RESET, STEP, Declaration, EnvFactory,
 from proximo.envs.shared_memory import Layout, SharedArrays
 from proximo.errors import Exited, RunError, UserError
 from proximo.rollout.collector import select_env
+from proximo.rollout.episodes import ALWAYS_LOGGED
 from proximo.spaces.spaces import Spaces
 
 Seeds = int | Sequence[int | None] | None
@@ -22,19 +23,19 @@ Seeds = int | Sequence[int | None] | None
 class SharedVectorEnv(VectorEnv):
     """N environments with AutoresetMode.SAME_STEP; subclasses decide in which processes they run.
 
-    With the same seeds, `step` and `reset` return the same numbers as SyncVectorEnv. The environments' `info` is
-    dropped: `step` returns only `final_obs` ([N] objects, None where no episode ended) and `_final_obs` ([N] bool),
-    and those only if an episode ended. Environments with `reports_episodes` (see
-    `proximo.rollout.collector.Collector`) add `episode` and `_episode`. The `info` of `reset` is empty.
+    With the same seeds, `step` and `reset` return the same numbers as SyncVectorEnv. The `info` of `reset` is empty,
+    and that of `step` too unless an episode ended. Then it has `final_obs` ([N] objects, None where no episode ended),
+    `_final_obs` ([N] bool) and `final_info` with those of the entries `info_names` that are given. Environments with
+    `reports_episodes` (see `proximo.rollout.collector.Collector`) add `episode` and `_episode`.
 
     The next step overwrites returned observations, but not rewards, flags and final observations.
     """
 
     takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, info_names: Sequence[str] = ()) -> None:
         super().__init__()
-        self.num_envs = num_envs
+        self.num_envs, self.info_names = num_envs, tuple(dict.fromkeys((*ALWAYS_LOGGED, *info_names)))
         self._arrays: SharedArrays | None = None
         self._interrupted = False  # whether only some environments executed the last command
 
@@ -51,8 +52,9 @@ class SharedVectorEnv(VectorEnv):
         self.observation_space, self.action_space = (batch_space(space, self.num_envs) for space in spaces)
         self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode, self.reports_episodes = first.render_mode, first.reports_episodes
+        self.statistics = first.statistics
         origin_bytes = max(declaration.origin_bytes for declaration in declarations)
-        return Layout(*spaces, self.num_envs, workers, first.reports_episodes, origin_bytes)
+        return Layout(*spaces, self.num_envs, workers, first.reports_episodes, origin_bytes, self.info_names)
 
     def _open_arrays(self) -> SharedArrays:
         if self._arrays is None or self.closed:
@@ -109,6 +111,11 @@ class SharedVectorEnv(VectorEnv):
         for n in np.flatnonzero(ended).tolist():
             final[n] = deepcopy(select_env(arrays.final, n))
         info: dict[str, Any] = {"final_obs": final, "_final_obs": ended}
+        named = zip(self.info_names, arrays.info.T.copy(), strict=True)
+        given = [(name, column, mask) for name, column in named if (mask := ended & ~np.isnan(column)).any()]
+        if given:
+            info["final_info"] = {name: column for name, column, _ in given}
+            info["final_info"] |= {f"_{name}": mask for name, _, mask in given}
         if self.reports_episodes:
             returns, lengths = arrays.episode.T.copy()
             info["episode"] = {"r": returns, "l": np.nan_to_num(lengths).astype(np.int64)}
@@ -143,14 +150,16 @@ class LocalVectorEnv(SharedVectorEnv):
         RunError: an environment calls `sys.exit`, or exceeds the timeout.
     """
 
-    def __init__(self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0) -> None:
-        super().__init__(num_envs)
+    def __init__(
+        self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0, info_names: Sequence[str] = ()
+    ) -> None:
+        super().__init__(num_envs, info_names)
         self._slice = EnvSlice(range(num_envs))
         try:
             self._slice.make(factory)
             layout = self._set_spaces([self._slice.declare()], workers=1)
             self._arrays = layout.allocate(mmap.mmap(-1, layout.size()))
-            self._slice.attach(self._arrays, 0)
+            self._slice.attach(self._arrays, 0, self.info_names)
             self._slice.start_timeout(timeout_s)
         except BaseException:
             self.close()

@@ -121,7 +121,7 @@ def _serve(connection: Connection, memory: int, index: int, env_slice: EnvSlice,
             arguments = () if code == STEP else pickle.loads(connection.recv_bytes())
             if code == ATTACH:
                 layout = Layout(*arguments)
-                env_slice.attach(layout.allocate(mmap.mmap(memory, layout.size())), index)
+                env_slice.attach(layout.allocate(mmap.mmap(memory, layout.size())), index, layout.info_names)
                 os.close(memory)
             else:
                 env_slice.run(code, *arguments)

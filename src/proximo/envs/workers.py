@@ -72,8 +72,9 @@ class WorkerVectorEnv(SharedVectorEnv):
         isolate: bool = False,
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
+        info_names: Sequence[str] = (),
     ) -> None:
-        super().__init__(num_envs)
+        super().__init__(num_envs, info_names)
         if sys.platform == "win32":
             raise UserError("engine workers needs Linux or macOS. Use engine sync.")
         self._slice: EnvSlice | None = None  # the environments in this process
@@ -129,7 +130,7 @@ class WorkerVectorEnv(SharedVectorEnv):
             worker.send(worker_process.ATTACH, message)
         self._wait()
         arrays = self._arrays = layout.allocate(mmap.mmap(memory, layout.size()))
-        self._run_here(lambda env_slice: env_slice.attach(arrays, 0))
+        self._run_here(lambda env_slice: env_slice.attach(arrays, 0, self.info_names))
 
     def close_extras(self, grace_s: float = worker_process.CLOSE_GRACE_S, **kwargs: Any) -> None:
         """End the workers; kill those that do not close their environments within `grace_s` seconds."""

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from proximo.config.settings import Config
+from proximo.config.settings import SETTINGS, Config
 
 # Bounds of the actor's learning rate under the adaptive schedule, as in rl_games.
 MIN_ADAPTIVE_RATE, MAX_ADAPTIVE_RATE = 1e-6, 1e-2
@@ -41,22 +41,32 @@ def interpolate(kind: str, start: float, end: float, fraction: float) -> float:
 
 
 def hyper_at(config: Config, global_step: int) -> Hyper:
-    """Return the hyperparameters of the iteration that begins at `global_step`."""
+    """Return the hyperparameters of the iteration that begins at `global_step`.
+
+    Raises:
+        UserError: a function given as a setting returned a value out of range, or was not saved with a checkpoint.
+    """
     fraction = global_step / config.total_timesteps
 
-    def learning_rate(initial: float | None) -> float:
-        start = config.learning_rate if initial is None else initial
-        return interpolate(config.lr_schedule, start, config.final_learning_rate, fraction)
+    def scheduled(name: str, kind: str, final: float) -> float:
+        value = getattr(config, name)
+        if callable(value):  # defines the whole schedule
+            return SETTINGS[name].value_at(value, min(fraction, 1.0))
+        return interpolate(kind, value, final, fraction)
+
+    def learning_rate(name: str) -> float:
+        name = "learning_rate" if getattr(config, name) is None else name
+        return scheduled(name, config.lr_schedule, config.final_learning_rate)
 
     return Hyper(
-        actor_learning_rate=learning_rate(config.actor_learning_rate),
-        critic_learning_rate=learning_rate(config.critic_learning_rate),
+        actor_learning_rate=learning_rate("actor_learning_rate"),
+        critic_learning_rate=learning_rate("critic_learning_rate"),
         adam_epsilon=config.adam_epsilon,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-        clip_coef=interpolate(config.clip_schedule, config.clip_coef, config.final_clip_coef, fraction),
+        clip_coef=scheduled("clip_coef", config.clip_schedule, config.final_clip_coef),
         vf_clip_coef=config.vf_clip_coef or 0.0,
-        ent_coef=interpolate(config.ent_schedule, config.ent_coef, config.final_ent_coef, fraction),
+        ent_coef=scheduled("ent_coef", config.ent_schedule, config.final_ent_coef),
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm or 0.0,
         target_kl=config.target_kl or 0.0,

@@ -1,13 +1,18 @@
 """Everything that a run writes: metrics, checkpoints, videos, debug bundles and curves."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from proximo.errors import Exited, NotFinite, RunError, describe_error, notify_user
+import numpy as np
+
+from proximo.errors import Exited, NotFinite, RunError, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.report.plot import RETURN, plot
+from proximo.rollout.episodes import to_number
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run import debug_bundle
 from proximo.run.checkpoint import RunInfo
@@ -15,6 +20,9 @@ from proximo.run.folder import RunFolder
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager
 from proximo.run.trackers import Tracker, close_tracker, open_trackers
+
+Callback = Callable[[Metrics], Any]
+"""Called with the metrics of an iteration; may return metrics to add, or False to stop."""
 
 
 @dataclass
@@ -41,8 +49,36 @@ class Recorder:
             self.checkpoints = CheckpointManager(folder.path, self.info.config, self.progress, save)
             self.checkpoints.save()
 
+    def record(
+        self, iterations: Iterable[tuple[Metrics, Diagnostics | None]], evaluate: Callable[[Metrics], float | None]
+    ) -> Generator[Metrics, None, None]:
+        """Evaluate and record each iteration; yield its metrics before they are written, so that some can be added.
+
+        Closing the generator ends the run after the iteration that it yielded.
+
+        Args:
+            evaluate: adds the metrics of an evaluation; returns its mean return, or None.
+        """
+        for metrics, diagnostics in iterations:
+            evaluated, is_closed = None, False
+            try:
+                evaluated = evaluate(metrics)
+                yield metrics
+            except GeneratorExit:
+                is_closed = True
+            finally:  # Ctrl-C in an evaluation keeps the finished update
+                self.write(metrics, diagnostics)
+            self.after_iteration(evaluated)
+            if is_closed:
+                raise GeneratorExit
+
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None) -> None:
-        """Write the metrics of an iteration to all trackers. One that fails is removed, and training continues."""
+        """Write the metrics of an iteration to all trackers. One that fails is removed, and training continues.
+
+        Raises:
+            UserError: a metric that the user added is not a number.
+        """
+        require_numbers(metrics)
         for tracker in list(self.trackers):
             try:
                 tracker.write(metrics, diagnostics)
@@ -98,6 +134,31 @@ class Recorder:
             notify_user(f"{path} could not be recorded: {describe_error(error)}")
 
 
+def call_back(callback: Callback, metrics: Metrics) -> bool:
+    """Call a user's function with the metrics, and add those that it returns; return False if it returns False.
+
+    Raises:
+        UserError: it returned something else than None, a boolean or a dictionary.
+    """
+    result = callback(metrics)
+    if isinstance(result, Mapping):
+        metrics |= result
+    elif not (result is None or isinstance(result, (bool, np.bool_))):
+        raise UserError(f"the callback returned {result!r}. Return None, False to stop, or a dictionary of metrics.")
+    return isinstance(result, Mapping) or result is None or bool(result)
+
+
+def require_numbers(metrics: Metrics) -> None:
+    """Convert metrics to integers, finite floats or None (for NaN); raise UserError for one that is not a number."""
+    for name, value in list(metrics.items()):
+        number = math.nan if value is None else to_number(value)
+        is_number = value is None or math.isfinite(number) or (isinstance(value, float) and math.isnan(value))
+        if not isinstance(name, str) or not is_number:
+            raise UserError(f"the metric {name!r} is {value!r}; expected a name and a finite number.")
+        if type(value) is not int:
+            metrics[name] = number if math.isfinite(number) else None
+
+
 @contextmanager
 def record_run(
     run_dir: str | Path | None,
@@ -126,8 +187,12 @@ def record_run(
             stack.push(lambda kind, *_, tracker=tracker: close_tracker(tracker, failed=kind is not None))
             trackers.append(tracker)
         recorder = Recorder(folder, trackers, info, learner, progress, save, record_video)
+        closed = None
         try:
-            yield recorder
+            try:
+                yield recorder
+            except GeneratorExit as error:  # the caller left the loop over iterations
+                closed = error
             if recorder.checkpoints:
                 recorder.checkpoints.save()
         except BaseException as error:
@@ -138,3 +203,5 @@ def record_run(
                 f"the last checkpoint could not be saved in {folder.path}. Free disk space, then resume the run."
             )
     recorder.conclude()
+    if closed:
+        raise closed

@@ -12,6 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.rollout.env_state import EnvState, SupportsReplay, SupportsSnapshot, snapshots_equal
+from proximo.rollout.episodes import count_episodes, reported_episodes, with_info
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
@@ -187,7 +188,8 @@ class Collector:
             over = rollout.store_step(t, raw, reward, terminated, truncated, valid)
             ended = over.nonzero()[0]
             counted = count_episodes(self.episode_return, self.episode_length, reward, valid, ended)
-            episodes += reported_episodes(info) if self.reports_episodes else counted
+            finished = reported_episodes(info) if self.reports_episodes else counted
+            episodes += with_info(finished, info, self.config.log_info) if finished else finished
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
             rollout.store_obs(t + 1, dict(self.spaces.read(observation)), self.start)
@@ -219,31 +221,6 @@ class Collector:
         if not is_same_step:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation
-
-
-def count_episodes(
-    returns: np.ndarray, lengths: np.ndarray, reward: np.ndarray, valid: np.ndarray, ended: np.ndarray
-) -> list[Episode]:
-    """Add a step of N environments to the returns and lengths [N] of their episodes so far.
-
-    Return the episodes that `ended`, an array of indices; their returns and lengths become 0.
-    """
-    np.add(returns, reward, out=returns, where=valid)
-    np.add(lengths, 1, out=lengths, where=valid)
-    if not len(ended):
-        return []
-    episodes = [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in ended]
-    returns[ended] = 0.0
-    lengths[ended] = 0
-    return episodes
-
-
-def reported_episodes(info: dict[str, Any]) -> list[Episode]:
-    """The finished episodes that an environment reports in `info`."""
-    if "_episode" not in info:
-        return []
-    returns, lengths = info["episode"]["r"], info["episode"]["l"]
-    return [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in np.flatnonzero(info["_episode"])]
 
 
 def select_env(batch: Any, n: int) -> Any:

@@ -5,7 +5,7 @@ environments and the sampled actions only; network outputs such as values and lo
 update begins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,12 @@ Diagnostics = dict[str, np.ndarray]  # name -> values of one rollout, any number
 
 
 class Episode(NamedTuple):
-    """A finished episode: undiscounted sum of raw rewards, number of steps, and index of its environment."""
+    """A finished episode: undiscounted sum of raw rewards, number of steps, index of its environment, logged `info`."""
 
     episode_return: float
     length: int
     env_index: int
+    info: Mapping[str, float] = {}
 
 
 class Rollout:

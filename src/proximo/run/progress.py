@@ -57,12 +57,21 @@ class Progress:
         """Mean length of the same episodes, in steps."""
         return float(np.mean([episode.length for episode in self.episodes])) if self.episodes else None
 
+    @property
+    def info_means(self) -> dict[str, float]:
+        """Means of logged `info` entries over those of the same episodes that had them."""
+        names = dict.fromkeys(name for episode in self.episodes for name in episode.info)
+        return {
+            name: float(np.mean([episode.info[name] for episode in self.episodes if name in episode.info]))
+            for name in names
+        }
+
     def to_document(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return a JSON object and the arrays it refers to.
 
         A simulator state that cannot be stored is omitted; "exact" is then false, and "why" gives the reason.
         """
-        arrays = {f"{PREFIX}/episodes": np.array(list(self.episodes), np.float64).reshape(-1, 3)}
+        arrays = {f"{PREFIX}/episodes": np.array([episode[:3] for episode in self.episodes], np.float64).reshape(-1, 3)}
         name, why = None, "no episode has started"
         if self.env_state:
             name, why = f"{PREFIX}/env_state", self.env_state.reset_reason
@@ -78,13 +87,17 @@ class Progress:
                 name, why = None, str(error)
         fields = ("global_step", "iteration", "skipped", "best", "best_step", "resumed")
         document = {field: getattr(self, field) for field in fields}
+        document["episode_info"] = [dict(episode.info) for episode in self.episodes] if self.info_means else []
         return {**document, "exact": not why, "why": why, "env_state": name}, arrays
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Progress:
         """Invert `to_document`; an invalid document raises KeyError, TypeError or ValueError."""
         rows = arrays[f"{PREFIX}/episodes"]
-        episodes = [Episode(float(total), int(length), int(index)) for total, length, index in rows]
+        logged = document.get("episode_info") or [{}] * len(rows)
+        infos = [{str(name): float(x) for name, x in info.items()} for info in logged]
+        pairs = zip(rows, infos, strict=True)
+        episodes = [Episode(float(total), int(length), int(index), info) for (total, length, index), info in pairs]
         text = None if document["env_state"] is None else arrays[document["env_state"]].tobytes()
         if text is not None and len(text) > ENV_STATE_BYTES:
             raise ValueError(f"the environment state has {len(text):,} bytes, more than {ENV_STATE_BYTES:,}")

@@ -77,6 +77,10 @@ class CategoricalHead:
         """Uniform raw samples [count]."""
         return rng.integers(self.n, size=count, dtype=np.int32)
 
+    def is_out_of_reach(self, config: Config) -> bool:
+        """Whether some action can hardly be sampled at first: no."""
+        return False
+
     def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
         """Indices [N] -> environment actions [N]."""
         return raw.astype(np.int64) + self.start
@@ -171,6 +175,16 @@ class GaussianHead:
         bounded, shape = np.isfinite(width), (count, self.size)
         uniform = np.where(bounded, low, 0.0) + np.where(bounded, width, 0.0) * rng.random(shape)
         return np.where(bounded, uniform, rng.standard_normal(shape)).astype(np.float32)
+
+    def is_out_of_reach(self, config: Config) -> bool:
+        """Whether the first policy, 0 ± `init_std`, can hardly reach some bound, or is nearly always cut off at it."""
+        low, high = self.bounds
+        reach = 1.0 if config.squash else 3.0 * config.init_std
+        is_finite = np.isfinite(low) & np.isfinite(high)
+        is_far = np.maximum(np.abs(low), np.abs(high)) > 10.0 * reach
+        is_narrow = self.width < 0.1 * min(config.init_std, reach)
+        is_beside = (low > reach) | (high < -reach)
+        return not config.rescale_actions and bool((is_finite & (is_far | is_narrow | is_beside)).any())
 
     def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
         """Map raw samples [N, D] to environment actions [N, *shape]: squash, rescale, clip, as configured."""
