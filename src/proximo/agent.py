@@ -119,7 +119,8 @@ class Agent:
             obs: one observation, or N of them along the first axis where `num_envs` is N above 1.
 
         Raises:
-            UserError: the observation has another shape or is not finite, or the buffer is full.
+            UserError: the observation has another shape, is not finite or outside its space, its mask allows no action,
+                or the buffer is full.
         """
         began = time.perf_counter()
         if self.full:
@@ -129,6 +130,7 @@ class Agent:
                 "act() was called twice without observe(), which a recurrent network needs in between. Call observe()."
             )
         read = read_observation(self.spaces, self.config.num_envs, "obs", obs)
+        self.spaces.check_values(read, "obs")
         if deterministic:
             self._row_noise = np.zeros_like(self._noise[0])
         elif self._is_noise_unused:  # the first sample of a row uses the row's noise
@@ -176,7 +178,7 @@ class Agent:
         obs, raw, carry = self._pending
         count, rollout, t = self.config.num_envs, self._rollout, self._filled
         rewards = read_values(count, "reward", reward, "iuf", "a finite number")
-        if not np.isfinite(rewards.astype(np.float32)).all():
+        if not (np.abs(rewards.astype(np.float64)) <= np.finfo(np.float32).max).all():
             raise UserError(f"reward is {reward}; expected a number that is finite as float32.")
         terminations = read_values(count, "terminated", terminated, "b", "a bool")
         truncations = read_values(count, "truncated", truncated, "b", "a bool")
@@ -293,7 +295,10 @@ def read_observation(spaces: Spaces, num_envs: int, name: str, observation: Any)
             raise UserError(f"{what} has shape {value.shape}; expected {expected} with `num_envs` {num_envs}.")
         if value.dtype.kind not in "biuf":
             raise UserError(f"{what} has type {value.dtype}; expected numbers.")
-        obs[path] = np.array(value, leaf.dtype).reshape(num_envs, *leaf.shape)
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            obs[path] = np.array(value, leaf.dtype).reshape(num_envs, *leaf.shape)
+        if leaf.is_outside(obs[path]).any():
+            raise UserError(f"{name}: {leaf.outside_message(obs[path])}.")
         if obs[path].dtype.kind == "f" and not np.isfinite(obs[path]).all():
             raise UserError(f"{what} is not finite. Fix the environment, or end the episode before.")
     return obs

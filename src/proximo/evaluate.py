@@ -80,11 +80,11 @@ def trained_policy(learner: Learner, spaces: Spaces, deterministic: bool, seed: 
 
 
 def random_policy(spaces: Spaces, seed: int) -> Policy:
-    """Actions drawn uniformly from the action space, unbounded dimensions from a standard normal."""
+    """Actions drawn uniformly from those that are allowed, unbounded dimensions from a standard normal."""
 
     def actor_of(count: int) -> Actor:
         rng = generator(seed, Purpose.EVALUATION, iteration=1)
-        return lambda obs, start: spaces.action.random(rng, count)
+        return lambda obs, start: spaces.random_action(rng, obs, count)
 
     return actor_of
 

@@ -292,7 +292,8 @@ def test_heads_share_outputs_noise_and_deviations():
 def test_random_raw_actions_lie_within_bounds():
     """Uniform within finite bounds, standard normal where a dimension is unbounded, any index of a categorical head."""
     head = GaussianHead((2,), (-2.0, -np.inf), (3.0, np.inf), path="b")
-    raw = Actions((CategoricalHead(3, start=5, path="a"), head)).random(np.random.default_rng(0), 10_000)
+    spaces = Spaces((Leaf("x", "vector", (1,), "float32"),), Actions((CategoricalHead(3, start=5, path="a"), head)))
+    raw = spaces.random_action(np.random.default_rng(0), {}, 10_000)
     assert set(raw["a"]) == {0, 1, 2}
     assert raw["b"].dtype == np.float32
     bounded, unbounded = raw["b"].T
@@ -300,3 +301,12 @@ def test_random_raw_actions_lie_within_bounds():
     assert 2.9 < bounded.max() <= 3.0
     assert unbounded.mean() == pytest.approx(0.0, abs=0.05)
     assert unbounded.std() == pytest.approx(1.0, abs=0.05)
+
+
+def test_random_actions_keep_to_the_mask():
+    """Uniform over the allowed ones: of 0 and 2 each is drawn about half of the time, 1 never."""
+    space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (1,)), "action_mask": gym.spaces.MultiBinary(3)})
+    spaces = Spaces.of(space, gym.spaces.Discrete(3))
+    mask = np.tile(np.array([1, 0, 1], np.float32), (10_000, 1))
+    raw = spaces.random_action(np.random.default_rng(0), {"action_mask": mask}, 10_000)[""]
+    np.testing.assert_allclose(np.bincount(raw, minlength=3) / 10_000, [0.5, 0.0, 0.5], atol=0.02)

@@ -18,6 +18,7 @@ from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation
 from proximo.errors import RunError, UserError, notify_user
 from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 from proximo.rollout.episodes import select_info
+from proximo.rollout.returned import reset, snapshot_method, unpack_step
 
 EnvFactory = Callable[[], gym.Env]
 STEP, RESET, REPLAY = b"s", b"r", b"p"  # commands of `EnvSlice.run`
@@ -41,7 +42,7 @@ class Declaration(NamedTuple):
 
 def reports_episodes(env: gym.Env) -> bool:
     """Whether an environment reports its own episodes; see `proximo.rollout.collector.Collector`."""
-    return env.has_wrapper_attr("reports_episodes") and bool(env.get_wrapper_attr("reports_episodes"))
+    return env.has_wrapper_attr("reports_episodes") and env.get_wrapper_attr("reports_episodes") is True
 
 
 def find_statistics(env: Any) -> str:
@@ -51,12 +52,6 @@ def find_statistics(env: Any) -> str:
             return type(env).__name__
         env = getattr(env, "__dict__", {}).get("env")
     return ""
-
-
-def snapshot_method(env: gym.Env) -> Callable[[], Any] | None:
-    """Return `env.snapshot` if the environment has both `snapshot` and `restore`, otherwise None."""
-    has_both = env.has_wrapper_attr("snapshot") and env.has_wrapper_attr("restore")
-    return env.get_wrapper_attr("snapshot") if has_both else None
 
 
 class EnvSlice:
@@ -93,8 +88,8 @@ class EnvSlice:
         first = self.envs[0]
         origin_bytes = SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES
         return Declaration(
-            [spaces[0], *differing[:1]], dict(first.metadata), first.render_mode, reports_episodes(first), origin_bytes,
-            find_statistics(first),
+            [spaces[0], *differing[:1]], dict(first.metadata or {}), first.render_mode, reports_episodes(first),
+            origin_bytes, find_statistics(first),
         )  # fmt: skip
 
     def attach(self, arrays: SharedArrays, process: int, info_names: Sequence[str] = ()) -> None:
@@ -128,7 +123,7 @@ class EnvSlice:
             if selected:
                 self.last_index = self.current[0] = n
                 self._record_origin(n, env, seed, replayable=not others)
-                observation, _ = env.reset(seed=seed, options=others)
+                observation, _ = reset(env, seed, others)
                 store_observation(self.observation, n, observation)
 
     def _record_origin(self, n: int, env: gym.Env, seed: int | None = None, replayable: bool = True) -> None:
@@ -161,13 +156,13 @@ class EnvSlice:
                 env.unwrapped.np_random = generator_from_state(origin.generator)
             arrays.steps_since_origin[n] = arrays.reward[n] = 0
             self._record_origin(n, env, origin.seed)
-            observation, _ = env.reset(seed=origin.seed)
+            observation, _ = reset(env, origin.seed)
             for action in episode.astype(arrays.action.dtype):
                 current[1] += 1  # the timeout is for one step, not for the whole replay
-                observation, reward, terminated, truncated, _ = env.step(action)
+                observation, reward, terminated, truncated, _ = unpack_step(env.step(action))
                 arrays.reward[n] += reward
                 if terminated or truncated:
-                    observation, _ = env.reset()
+                    observation, _ = reset(env)
                     arrays.reward[n] = 0
             store_observation(self.observation, n, observation)
             arrays.steps_since_origin[n] = len(episode)
@@ -181,7 +176,7 @@ class EnvSlice:
         self.steps_since_origin += 1
         for n, env, action in zip(self.indices, self.envs, actions, strict=True):
             self.last_index = current[0] = n
-            observation, reward[n], terminated[n], truncated[n], info = env.step(action)
+            observation, reward[n], terminated[n], truncated[n], info = unpack_step(env.step(action))
             if terminated[n] or truncated[n]:
                 if self.reports_episodes:
                     report = info.get("episode")
@@ -190,7 +185,7 @@ class EnvSlice:
                 arrays.info[n] = [found.get(name, np.nan) for name in self.info_names]
                 store_observation(self.final, n, observation)
                 self._record_origin(n, env)
-                observation, _ = env.reset()
+                observation, _ = reset(env)
             store_observation(self.observation, n, observation)
 
     _methods: ClassVar = {STEP: _step, RESET: _reset, REPLAY: _replay}

@@ -105,7 +105,7 @@ class EnvPoolVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
         self.observation_space = batch_space(example.observation_space, num_envs)
         self.action_space = batch_space(example.action_space, num_envs)
-        self.metadata = {**example.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+        self.metadata = {**(example.metadata or {}), "autoreset_mode": AutoresetMode.DISABLED}
 
         limit = spec.max_episode_steps
         self._limit = limit if limit is not None and limit > 0 else math.inf

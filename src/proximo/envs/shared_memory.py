@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium.vector.utils import create_empty_array
 
 from proximo.errors import UserError
+from proximo.rollout.returned import to_array
 
 CACHE_LINE = 64  # bytes
 NO_ENVIRONMENT = -1  # value of `SharedArrays.current` between calls
@@ -111,9 +112,15 @@ def store_observation(leaves: Sequence[ObservationLeaf], n: int, observation: An
             if not isinstance(value, Mapping) or key not in value:
                 raise leaf.error("is missing")
             value = value[key]
-        array = np.asarray(value)
+        array = value if type(value) is np.ndarray else to_array(value)
+        if array is None:
+            raise leaf.error("is no array")
         if array.shape != shape:
             raise leaf.error(f"has shape {array.shape}")
-        if array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
+        if array.dtype == dtype:
+            rows[n] = array
+            continue
+        if not np.can_cast(array.dtype, dtype, "same_kind"):
             raise leaf.error(f"is {array.dtype}")
-        rows[n] = array
+        with np.errstate(over="ignore"):  # infinity is reported after the rollout
+            rows[n] = array

@@ -12,6 +12,7 @@ from gymnasium.vector.utils import batch_space
 
 from proximo.envs.env_slice import REPLAY, RESET, STEP, Declaration, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import Layout, SharedArrays
+from proximo.envs.worker_process import ErrorReport
 from proximo.errors import Exited, RunError, UserError
 from proximo.rollout.collector import select_env
 from proximo.rollout.episodes import ALWAYS_LOGGED
@@ -139,15 +140,13 @@ class SharedVectorEnv(VectorEnv):
 class LocalVectorEnv(SharedVectorEnv):
     """N environments stepped one after another in this process: engine `sync`.
 
-    Exceptions of an environment are raised unchanged, with a note that has its index.
-
     Args:
         factory: makes one environment; called N times.
         timeout_s: limit in seconds for one step or reset of one environment (`EnvSlice.start_timeout`).
 
     Raises:
         UserError: the spaces differ, or Proximo does not support them.
-        RunError: an environment calls `sys.exit`, or exceeds the timeout.
+        RunError: an environment raises an exception, calls `sys.exit`, or exceeds the timeout.
     """
 
     def __init__(
@@ -166,20 +165,18 @@ class LocalVectorEnv(SharedVectorEnv):
             raise
 
     def _run(self, command: bytes, *columns: Sequence[Any]) -> None:
+        self._open_arrays()
         self._interrupted = True
         try:
             self._slice.run(command, *columns)
         except RunError:
             raise
-        except UserError as error:
-            raise UserError(f"environment {self._slice.last_index}: {error}") from error
         except SystemExit as error:
             raise Exited(
                 f"environment {self._slice.last_index} called sys.exit({error.code!r}) while {self._slice.activity}"
             ) from error
         except Exception as error:
-            error.add_note(f"raised by environment {self._slice.last_index} while {self._slice.activity}")
-            raise
+            raise ErrorReport.of(self._slice, error).to_error("this process") from error
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments."""

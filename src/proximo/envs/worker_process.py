@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import cloudpickle
+import gymnasium as gym
 
 from proximo.envs.env_slice import STEP, EnvSlice
 from proximo.envs.shared_memory import Layout
@@ -28,40 +30,49 @@ ATTACH, CLOSE = b"a", b"c"  # commands besides those of EnvSlice
 DONE, MADE_ONE, DECLARED, FAILED = b"d", b"m", b"y", b"f"  # answers of a worker
 CLOSE_GRACE_S = 3.0  # for workers to close their environments before they are killed
 PARENT_CHECK_S = 1.0  # between checks that the parent process is alive
+# Classes of exceptions in constructors that `proximo.envs.make` explains.
+EXPLAINED = {
+    f"{kind.__module__}.{kind.__qualname__}": kind
+    for kind in (ImportError, ModuleNotFoundError, TypeError, *vars(gym.error).values())
+    if isinstance(kind, type) and issubclass(kind, Exception)
+}
 SPIN_S = 0.0005  # both sides poll this long before they sleep, since waking up may take 0.1 ms
 
 
 class ErrorReport(NamedTuple):
-    """An exception of an environment, as text; `error` is the pickled exception, if it can be pickled."""
+    """An exception of an environment, as text, since unpickling it could run code of the environment."""
 
     environment: int | None
     activity: str
     is_user_error: bool
+    kind: str  # name of its class
     summary: str
     traceback: str
-    error: bytes | None
 
     @classmethod
     def of(cls, env_slice: EnvSlice, error: BaseException) -> ErrorReport:
         """Describe an exception that the slice raised."""
-        pickled = None
-        with contextlib.suppress(Exception):
-            pickled = pickle.dumps(error)
         is_user_error = env_slice.activity == "making" or isinstance(error, UserError)
-        summary = "".join(traceback.format_exception_only(error)).strip()
-        text = "".join(traceback.format_exception(error))
-        return cls(env_slice.last_index, env_slice.activity, is_user_error, summary, text, pickled)
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        try:
+            summary = "".join(traceback.format_exception_only(error)).strip()
+            text = "".join(traceback.format_exception(error))
+        except Exception as another:  # its __str__ fails
+            summary, text = type(error).__name__, f"(its text is not available: {type(another).__name__})"
+        return cls(env_slice.last_index, env_slice.activity, is_user_error, kind, summary, text)
 
-    def to_error(self, process: str, when: str) -> UserError | RunError:
-        """Return the error to raise, with the traceback, and with the exception as its cause if it can be unpickled."""
-        subject, location = process, ""
-        if self.environment is not None:
-            subject, location = f"environment {self.environment}", f", in {process}"
+    def to_error(self, process: str, when: str = "") -> UserError | RunError:
+        """Return the error to raise, with the traceback; its cause is a new exception of a class in `EXPLAINED`."""
+        subject = process if self.environment is None else f"environment {self.environment}"
+        if self.kind == "proximo.errors.UserError":
+            message = self.summary.partition(": ")[2]
+            return UserError(f"{subject}: {message}")
+        where = ", ".join(part for part in (self.activity, when, f"in {process}") if part)
         error = (UserError if self.is_user_error else RunError)(
-            f"{subject} raised {self.summary}\nwhile {self.activity}, {when}{location}\n{self.traceback.rstrip()}"
+            f"{subject} raised {self.summary}\nwhile {where}\n{self.traceback.rstrip()}"
         )
-        with contextlib.suppress(Exception):
-            error.__cause__ = pickle.loads(self.error) if self.error else None
+        if self.kind in EXPLAINED:
+            error.__cause__ = EXPLAINED[self.kind](self.summary.partition(": ")[2])
         return error
 
 
@@ -127,7 +138,7 @@ def _serve(connection: Connection, memory: int, index: int, env_slice: EnvSlice,
                 env_slice.run(code, *arguments)
             send(connection, DONE)
     except BaseException as error:
-        send(connection, FAILED, pickle.dumps(ErrorReport.of(env_slice, error)))
+        send(connection, FAILED, json.dumps(ErrorReport.of(env_slice, error)).encode())
     finally:
         env_slice.close()
 

@@ -16,6 +16,7 @@ otherwise two may run on one core while another is idle.
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import multiprocessing
 import os
@@ -204,7 +205,7 @@ class WorkerVectorEnv(SharedVectorEnv):
             worker.is_pending = False
             worker.declaration = pickle.loads(message) if message else worker.declaration
         elif answer == worker_process.FAILED:
-            report: worker_process.ErrorReport = pickle.loads(message)
+            report = worker_process.ErrorReport(*json.loads(message))
             self._fail(report.to_error(str(worker), self._when()))
         else:
             worker.join(KILL_WAIT_S)

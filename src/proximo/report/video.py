@@ -23,6 +23,7 @@ from proximo.envs.env_slice import reports_episodes
 from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
 from proximo.errors import Exited, UserError
 from proximo.rollout.randomness import Purpose, environment_seeds
+from proximo.rollout.returned import reset, unpack_step
 from proximo.rollout.rollout import Actor
 from proximo.run.metrics import replace_atomically
 from proximo.spaces.spaces import Spaces
@@ -89,19 +90,19 @@ def record(
         reports = reports_episodes(rendering_env)
         fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
         with open_encoder(path, Fraction(fps).limit_denominator(1001)) as write_frame:
-            observation, _ = rendering_env.reset(seed=environment_seeds(seed, 1, Purpose.EVALUATION)[0])
+            observation, _ = reset(rendering_env, environment_seeds(seed, 1, Purpose.EVALUATION)[0])
             write_frame(render_frame(rendering_env))
             episode_return, length, ended = 0.0, 0, False
             while not ended and length + 1 < max_frames:
                 obs = {name: value.astype(dtypes[name])[None] for name, value in spaces.read(observation)}
                 action = spaces.action.to_env(actor(obs, np.array([length == 0])), config)[0]
-                observation, reward, terminated, truncated, info = rendering_env.step(action)
+                observation, reward, terminated, truncated, info = unpack_step(rendering_env.step(action))
                 write_frame(render_frame(rendering_env))
-                episode_return += float(reward)
+                episode_return += reward
                 length += 1
-                ended = bool(terminated or truncated)
+                ended = terminated or truncated
                 if ended and reports and "episode" not in info:  # a life was lost, but the game continues
-                    observation, _ = rendering_env.reset()
+                    observation, _ = reset(rendering_env)
                     ended = False
                 elif ended and reports:
                     episode_return = float(info["episode"]["r"])

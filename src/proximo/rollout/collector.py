@@ -13,6 +13,7 @@ from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.rollout.env_state import EnvState, SupportsReplay, SupportsSnapshot, snapshots_equal
 from proximo.rollout.episodes import count_episodes, reported_episodes, with_info
+from proximo.rollout.returned import accepts, require_vector_step
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
@@ -28,7 +29,8 @@ def state_adapters(envs: VectorEnv) -> tuple[SupportsReplay | None, SupportsSnap
     """
     inner = envs.unwrapped
     replays: Any = inner if isinstance(inner, SupportsReplay) else None
-    snapshots: Any = envs if isinstance(envs, SupportsSnapshot) else None
+    has_snapshots = isinstance(envs, SupportsSnapshot) and accepts(envs.snapshot, 0) and accepts(envs.restore, 1)
+    snapshots: Any = envs if has_snapshots else None
     return replays, snapshots
 
 
@@ -68,6 +70,7 @@ class Collector:
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
         self._kind = type(inner).__name__
+        self._is_checked = type(inner).__module__.split(".")[0] in ("gymnasium", "proximo")
         self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
         self.captured: EnvState | None = None  # the result of `capture_state`, until the next step
         self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
@@ -176,11 +179,14 @@ class Collector:
         rollout.store_obs(0, self.obs, self.start)
         for t in range(rollout.num_steps):
             began = time.perf_counter()
-            raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
+            with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are reported after the rollout
+                raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
             action = self.spaces.action.to_env(raw, self.config)
             actions.append(action)
             acted = time.perf_counter()
             observation, reward, terminated, truncated, info = self.envs.step(action)
+            if not self._is_checked:
+                require_vector_step(rollout.num_envs, reward, terminated, truncated)
             env_seconds += time.perf_counter() - acted
             act_seconds += acted - began
 

@@ -55,8 +55,9 @@ class Rollout:
 
     def store_obs(self, t: int, obs: Obs, start: np.ndarray) -> None:
         """Copy the observations of step t, and whether each is the first of an episode."""
-        for path, value in obs.items():
-            self.obs[path][t] = value
+        with np.errstate(over="ignore"):
+            for path, value in obs.items():
+                self.obs[path][t] = value
         self.start[t] = start
 
     def store_step(
@@ -65,7 +66,9 @@ class Rollout:
         """Copy the actions of step t and their results [N]; return [N] bool, whether a valid row ended an episode."""
         for path, value in raw.items():
             self.action[path][t] = value
-        self.reward[t], self.valid[t] = reward, valid
+        with np.errstate(over="ignore"):  # infinity is reported after the rollout
+            self.reward[t] = reward
+        self.valid[t] = valid
         self.terminated[t], self.truncated[t] = terminated, truncated
         # Read back as bool, because environments may return flags as bytes.
         return (self.terminated[t] | self.truncated[t]) & valid
@@ -109,8 +112,15 @@ class Rollout:
     def check_finite(self) -> None:
         """Refuse NaN and infinity before they reach a normaliser or an advantage.
 
-        Raise NotFinite for a reward or an observation, and RunError for an action mask that allows nothing.
+        Raise NotFinite for a reward or an observation, and RunError for a value outside a discrete space, or an action
+        mask that allows nothing.
         """
+        for leaf in self.spaces.observation:
+            outside = leaf.is_outside(self.obs[leaf.path])
+            if outside.any():
+                t, n = np.argwhere(outside)[0]
+                message = leaf.outside_message(self.obs[leaf.path])
+                raise RunError(f"environment {n}: {message} (step {t} of the rollout).")
         self._require_finite("reward", np.isfinite(self.reward) | ~self.valid)
         for path in [leaf.path for leaf in self.spaces.observation if leaf.kind == "mask"]:
             empty = ~(self.obs[path][:-1] > 0).any(axis=-1) & self.valid

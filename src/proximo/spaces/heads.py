@@ -73,9 +73,12 @@ class CategoricalHead:
             logits = np.where(mask > 0, logits, logits.dtype.type(MASKED))
         return np.argmax(logits + noise, axis=-1).astype(np.int32)
 
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Uniform raw samples [count]."""
-        return rng.integers(self.n, size=count, dtype=np.int32)
+    def random(self, rng: np.random.Generator, count: int, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """Uniform raw samples [count] of the actions that masks [count, n] allow."""
+        if not masks:
+            return rng.integers(self.n, size=count, dtype=np.int32)
+        allowed = np.all([mask > 0 for mask in masks], axis=0)
+        return np.argmax(np.where(allowed, rng.random((count, self.n)), -1.0), axis=-1).astype(np.int32)
 
     def is_out_of_reach(self, config: Config) -> bool:
         """Whether some action can hardly be sampled at first: no."""
@@ -169,7 +172,7 @@ class GaussianHead:
             std = np.minimum(std, dtype(math.exp(MAX_LOG_STD)))
         return mean + std * noise
 
-    def random(self, rng: np.random.Generator, count: int) -> np.ndarray:
+    def random(self, rng: np.random.Generator, count: int, masks: Sequence[np.ndarray]) -> np.ndarray:
         """Uniform raw samples [count, D] within the bounds; unbounded dimensions from a standard normal."""
         low, width = np.asarray(self.low), self.width
         bounded, shape = np.isfinite(width), (count, self.size)
@@ -268,10 +271,6 @@ class Actions:
         """Noise [*leading, noise_size] of all heads."""
         drawn = [head.noise(rng, leading) for head in self.heads]
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
-
-    def random(self, rng: np.random.Generator, count: int) -> RawAction:
-        """Random raw actions [count, ...]."""
-        return {head.path: head.random(rng, count) for head in self.heads}
 
     def to_env(self, raw: Mapping[str, np.ndarray], config: Config) -> Any:
         """Map raw actions [N, ...] to environment actions [N, ...]; several heads give a dictionary by path."""

@@ -5,7 +5,7 @@ An observation becomes a flat dictionary `path -> array`; the path of a plain (n
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -38,11 +38,26 @@ class Leaf:
     n: int = 0
     start: int = 0
     high: int = 255
+    is_binary: bool = field(default=False, compare=False)  # only 0 and 1; older checkpoints do not tell
 
     @property
     def name(self) -> str:
         """Name for messages."""
         return f"observation {self.path!r}" if self.path else "the observation"
+
+    def is_outside(self, values: np.ndarray) -> np.ndarray:
+        """Whether values [..., *shape] lie outside a discrete space: [...]."""
+        if self.kind == "discrete":
+            return (values < self.start) | (values >= self.start + self.n)
+        if not self.is_binary:
+            return np.zeros(values.shape[: values.ndim - len(self.shape)], bool)
+        return ((values != 0) & (values != 1)).any(axis=tuple(range(values.ndim - len(self.shape), values.ndim)))
+
+    def outside_message(self, values: np.ndarray) -> str:
+        """The error for values [B, *shape] of which some are outside."""
+        value = values[self.is_outside(values)][0]
+        allowed = "0 and 1" if self.is_binary else f"{self.start} to {self.start + self.n - 1}"
+        return f"{self.name} is {value.tolist()}; expected {allowed}, as its space declares. Fix the environment"
 
     @property
     def is_channels_first(self) -> bool:
@@ -88,7 +103,7 @@ def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
     if isinstance(space, gym.spaces.Discrete):
         yield Leaf(path, "discrete", (), "int32", int(space.n), int(space.start))
     elif isinstance(space, gym.spaces.MultiBinary):
-        yield Leaf(path, "mask" if mask else "vector", tuple(space.shape), "float32")
+        yield Leaf(path, "mask" if mask else "vector", tuple(space.shape), "float32", is_binary=True)
     elif isinstance(space, gym.spaces.Box):
         if 0 in space.shape:
             raise UserError(f"{name} {space} is empty: expected at least one number. Remove it.")

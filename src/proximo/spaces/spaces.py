@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.spaces.heads import Actions, Head, head_from_dict
+from proximo.spaces.heads import Actions, Head, RawAction, head_from_dict
 from proximo.spaces.observations import Leaf, Obs, read_leaves
 
 
@@ -24,6 +24,24 @@ class Spaces:
     def masks(self, head: Head) -> list[str]:
         """Paths of the observation leaves that mask a head's actions."""
         return [leaf.path for leaf in self.observation if leaf.kind == "mask" and head.has_mask]
+
+    def random_action(self, rng: np.random.Generator, obs: Obs, count: int) -> RawAction:
+        """Random raw actions [count, ...] that the masks of the observations [count, ...] allow."""
+        return {
+            head.path: head.random(rng, count, [obs[path] for path in self.masks(head)]) for head in self.action.heads
+        }
+
+    def check_values(self, obs: Obs, name: str = "the observation") -> None:
+        """Raise UserError for observations [B, ...] with values outside a discrete space, or masks that allow nothing.
+
+        Masks are needed where an action is to be taken.
+        """
+        for leaf in self.observation:
+            values = obs[leaf.path]
+            if leaf.is_outside(values).any():
+                raise UserError(f"{leaf.outside_message(values)}.")
+            if leaf.kind == "mask" and not (values > 0).any(axis=-1).all():
+                raise UserError(f"{leaf.path!r} of {name} allows no action. Allow at least one.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,7 +90,10 @@ class Spaces:
                 if not isinstance(value, Mapping) or key not in value:
                     raise UserError(f"observation has no entry {leaf.path!r}, which its space declares")
                 value = value[key]
-            array = np.asarray(value)
+            try:
+                array = np.asarray(value)
+            except ValueError as error:  # a list of lists of different lengths
+                raise UserError(f"{leaf.name} is no array: {error}. Its space has shape {leaf.shape}.") from error
             if array.shape[array.ndim - len(leaf.shape) :] != leaf.shape or array.dtype == object:
                 raise UserError(f"{leaf.name} has shape {array.shape}; expected {leaf.shape}, or a batch of them.")
             yield leaf.path, array
@@ -84,7 +105,7 @@ class Spaces:
             path -> [B, ...] with the stored types, and whether it was a single observation.
 
         Raises:
-            UserError: a wrong shape, or values that are not finite.
+            UserError: a wrong shape, values that are not finite or outside their space, or a mask that allows nothing.
         """
         obs = dict(self.read(observation))
         leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
@@ -94,4 +115,6 @@ class Spaces:
             raise UserError("the observation is not finite; expected finite numbers.")
         is_single = leading == {()}
         obs = {leaf.path: obs[leaf.path].astype(leaf.dtype) for leaf in self.observation}
-        return {path: value[None] if is_single else value for path, value in obs.items()}, is_single
+        obs = {path: value[None] if is_single else value for path, value in obs.items()}
+        self.check_values(obs)
+        return obs, is_single
