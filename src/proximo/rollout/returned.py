@@ -10,7 +10,7 @@ import numpy as np
 
 from proximo.errors import UserError
 
-NUMBERS = (float, int, np.float64, np.float32)
+NUMBERS = (float, np.float64, np.float32)
 OLD_API = "For an environment of the old Gym API, use a wrapper such as shimmy.GymV21CompatibilityV0."
 
 
