@@ -2,9 +2,13 @@
 
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
+
+# Terminals interpret control characters, change the direction of text, and cannot show lone surrogates.
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -47,9 +51,20 @@ def describe_error(error: BaseException) -> str:
 
 
 def notify_user(text: str) -> None:
-    """Print a note to standard error. Failures are ignored: a closed terminal must not stop a run."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"proximo: note: {text}", file=sys.stderr)
+    """Print a note to standard error."""
+    print_error(f"proximo: note: {text}")
+
+
+def print_error(text: str) -> None:
+    """Print to standard error, if there is one. Failures are ignored: a closed terminal must not stop a run."""
+    if sys.stderr is not None:  # otherwise print would use standard output
+        with contextlib.suppress(OSError, ValueError):
+            print(escape(text), file=sys.stderr)
+
+
+def escape(text: str) -> str:
+    """Replace characters that control a terminal, except newlines and tabs: files of other people may contain them."""
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def refuse_pickling(agent: Any, protocol: Any) -> Any:

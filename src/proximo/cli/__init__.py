@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from proximo.cli import evaluate, inspect, plot, presets, resume, train
 from proximo.cli.flags import normalize_arguments
-from proximo.errors import RunError, UserError, suggest
+from proximo.errors import RunError, UserError, print_error, suggest
 from proximo.version import __version__
 
 COMMANDS = {
@@ -27,25 +27,61 @@ class Parser(argparse.ArgumentParser):
         """Raise `UserError`, which `main` reports like any invalid input."""
         raise UserError(message)
 
+    def _print_message(self, message: str, file: Any = None) -> None:  # argparse ignores that help cannot be written
+        print(message, end="", file=file)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (failed run), 2 (invalid input), or 128 + signal number."""
+    open_missing_streams()
     sys.path.append("")  # MODULE:ID may name a module in the current folder; it comes last
     try:
-        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        try:
+            status = dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit:  # of --help and --version
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"proximo: error: {error}", file=sys.stderr)
+        print_error(f"proximo: error: {error}")
         return 2
     except RunError as error:
-        print(f"proximo: run failed: {error}", file=sys.stderr)
+        print_error(f"proximo: run failed: {error}")
         return 1
     except KeyboardInterrupt as error:
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:  # the reader has ended, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 128 + signal.SIGPIPE
+    except OSError:
+        if (reason := discard_output()) is None:
+            raise
+        print_error(f"proximo: error: standard output cannot be written: {reason}. Redirect it to a file with space.")
+        return 1
     finally:
         sys.path.remove("")
+
+
+def open_missing_streams() -> None:
+    """Open the standard streams that were closed, as by `2>&-`, so that no file of a run takes their descriptors.
+
+    Reading yields nothing, errors are discarded, and writing results fails, because they would be lost.
+    """
+    for name, mode, flags in (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+
+
+def discard_output() -> str | None:
+    """Discard what standard output could not write, so that Python does not try again; return why, None if it could."""
+    try:
+        sys.stdout.write("\n")  # what had failed is no longer in the buffer
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror
+    return None
 
 
 def dispatch(arguments: list[str]) -> int:

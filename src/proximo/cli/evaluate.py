@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from proximo.cli.flags import non_negative_int
-from proximo.errors import UserError
+from proximo.errors import UserError, escape
 
 
 def add_to(commands: Any) -> None:
@@ -73,13 +73,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     low, high = values["return_ci95"]
     mode = "random" if options.policy == "random" else "deterministic" if result.deterministic else "stochastic"
-    print(f"{env}: {values['episodes']} episodes, {mode} policy")
+    print(f"{escape(env)}: {values['episodes']} episodes, {mode} policy")
     print(
         f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
         f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]"
     )
     for name, value in values["info"].items():
-        print(f"{name} {value:.4g}")
+        print(f"{escape(name)} {value:.4g}")
     print(f"length {values['length_mean']:.1f}" + (f"\nvideo: {record}" if record else ""))
     return 0
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proximo.errors import UserError
+from proximo.errors import UserError, escape
 
 
 def add_to(commands: Any) -> None:
@@ -31,7 +31,7 @@ def run(options: Namespace) -> int:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is corrupt: its manifest or arrays are invalid ({error!r})") from error
-    print("\n".join(lines))
+    print("\n".join(escape(line).replace("\n", "\\n") for line in lines))
     return 0
 
 

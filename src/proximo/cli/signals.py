@@ -1,6 +1,5 @@
 """Signals that stop a training command."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ import time
 import types
 from typing import Self
 
+from proximo.errors import print_error
 from proximo.machine import HANGUP, STOP_SIGNALS
 
 GRACE_S = 10.0  # after the second signal
@@ -84,5 +84,4 @@ class StopSignals:
             raise KeyboardInterrupt(number)
         self.received = number
         if self._verbose:
-            with contextlib.suppress(OSError, ValueError):
-                print("\nproximo: stopping after this iteration (repeat to stop immediately)", file=sys.stderr)
+            print_error("\nproximo: stopping after this iteration (repeat to stop immediately)")

@@ -18,7 +18,7 @@ from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file
 from proximo.config.names import override
-from proximo.errors import RunError, UserError, notify_user
+from proximo.errors import RunError, UserError, escape, notify_user
 from proximo.machine import cache_dir
 
 if TYPE_CHECKING:
@@ -81,10 +81,14 @@ def run(options: argparse.Namespace) -> int:
 def prepare_process(options: argparse.Namespace) -> Iterator[tuple[StopSignals, Callable[[str], None]]]:
     """Set up signal handlers, tracebacks of crashes and the compilation cache; yield the signals and a log function."""
 
+    failures: list[OSError] = []  # of writing to standard output, which must not stop a run
+
     def log(line: str) -> None:
-        if not options.quiet:
-            with contextlib.suppress(OSError):  # a closed output must not stop a run
-                print(line, flush=True)
+        try:
+            if not options.quiet:
+                print(escape(line), flush=True)
+        except OSError as error:
+            failures.append(error)
 
     if folder := cache_dir():
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
@@ -95,6 +99,8 @@ def prepare_process(options: argparse.Namespace) -> Iterator[tuple[StopSignals, 
         if options.until_input_ends:
             threading.Thread(target=stop_when_input_ends, daemon=True).start()
         yield signals, log
+    if failures:
+        raise failures[0]
 
 
 def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], None], progress: bool) -> int:

@@ -1,6 +1,7 @@
 """Trackers of metrics: TensorBoard, Weights & Biases and progress on the terminal."""
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -85,8 +86,10 @@ class WandB:
         with suppress(OSError):
             run_id = (folder / WANDB_ID).read_text("utf-8").strip() or None
         try:
+            # create_new keeps a run that the program has active, such as that of a sweep's agent, open and separate.
             self._run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow",
+                project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow", reinit="create_new",
+                group=folder.absolute().parent.name if re.fullmatch(r"seed-\d+", folder.name) else None,
                 config={"env": info.env_id, **info.config.to_dict()},
             )  # fmt: skip
             (folder / WANDB_ID).write_text(self._run.id, "utf-8")
@@ -113,7 +116,8 @@ class Console:
 
     def __init__(self, total_timesteps: int, stream: IO[str] | None = None) -> None:
         self._total, self._stream = total_timesteps, stream or sys.stderr
-        self._is_terminal = self._stream.isatty()
+        is_terminal = getattr(self._stream, "isatty", None)  # a program may replace standard error by any object
+        self._is_terminal = bool(is_terminal and is_terminal())
         self._first: tuple[int, float] | None = None  # steps and seconds at the end of the first iteration
         self._began, self._printed_at = time.perf_counter(), -PLAIN_SECONDS
         self._line = ""  # not finished, on a terminal; not printed, elsewhere
@@ -143,7 +147,9 @@ class Console:
             self._print("\n" if self._is_terminal else self._line + "\n")
 
     def _print(self, text: str) -> None:
-        with suppress(OSError):  # the terminal was closed; training continues
+        if self._stream is None:  # print would use standard output
+            return
+        with suppress(OSError, ValueError):  # the terminal was closed; training continues
             print(text, end="", file=self._stream, flush=True)
 
 
