@@ -12,6 +12,7 @@ import yaml
 from commands import HEARD
 
 from proximo.cli import main
+from proximo.ppo import PPO
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = ["--preset=none", "--num-envs=2", "--num-steps=16", "--minibatch-size=16", "--update-epochs=1"]
@@ -80,6 +81,9 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train Blackjack-v1", "observation space Tuple"),
         ("train CartPole-v1 --env-kwargs 3", "'3' is not a mapping; expected names with values"),
         ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),
+        ("train CartPole-v1 --env-kwargs {foo:1}", "'{foo:1}' has no space after a colon; write foo: 1"),
+        ("train Pong-v5", "did you mean 'ALE/Pong-v5'"),
+        ("train CartPole\udcff-v1", "'CartPole\\udcff-v1' is not valid text"),
         ("train CartPole-v1 --preset CartPole-v2", "did you mean 'CartPole-v1'"),
         ("train", "no environment is given"),
         ("evaluate nowhere", "does not exist"),
@@ -132,6 +136,46 @@ def test_names_and_spellings_of_other_libraries_are_accepted(tmp_path, capsys):
     assert "--n-envs is called --num-envs in Proximo" in capsys.readouterr().err
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["num_envs"], config["num_steps"], config["learning_rate"]) == (2, 16, 1e-3)
+
+
+def test_a_preset_of_a_family_is_found_by_the_id_of_an_environment(capsys):
+    assert main(["presets", "ALE/Breakout-v5"]) == 0
+    assert "num_envs: 8" in capsys.readouterr().out
+
+
+def test_env_kwargs_in_an_evaluation(tmp_path, capsys):
+    """CartPole's reward of 0 per step under sutton_barto_reward, −1 at the end, instead of 1 per step."""
+    run = str(tmp_path / "run")
+    assert main(["train", "CartPole-v1", *SMALL, "--total-timesteps", "32", "--quiet", "--run-dir", run]) == 0
+    for source in ([run], ["--policy", "random", "--env", "CartPole-v1"]):
+        kwargs = ["--env-kwargs", "{sutton_barto_reward: true}", "--episodes", "3", "--json"]
+        assert main(["evaluate", *source, *kwargs]) == 0
+        assert json.loads(capsys.readouterr().out)["return_mean"] == -1.0
+
+
+def test_resume_changes_any_setting_and_says_what_is_not_exact(tmp_path, capsys):
+    run = tmp_path / "run"
+    start = ["train", "CartPole-v1", *SMALL, "--preset", "none", "--lr-schedule", "constant", "--quiet"]
+    assert main([*start, "--total-timesteps", "64", "--run-dir", str(run)]) == 0
+    changes = ["--learning-rate", "1e-5", "--gamma", "0.5", "--total-timesteps", "128", "--quiet"]
+    assert main(["resume", str(run), *changes]) == 0
+    errors = capsys.readouterr().err
+    assert "not bit-identical, because gamma changed from 0.99 to 0.5; learning_rate changed from" in errors
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [round(row["update/learning_rate"], 7) for row in rows] == [3e-4] * 2 + [1e-5] * 2
+    assert main(["resume", str(run), "--hidden-sizes", "8", "--total-timesteps", "256"]) == 2
+    assert "`hidden_sizes` is (8,), but the network in" in capsys.readouterr().err
+
+
+def test_a_new_total_survives_a_kill_before_the_next_checkpoint(tmp_path):
+    """The first thing that a resumed run saves is a checkpoint with its settings."""
+    with PPO("CartPole-v1", num_envs=2, num_steps=16, minibatch_size=32, total_timesteps=32) as agent:
+        agent.learn(run_dir=tmp_path / "run")
+    with PPO.load(tmp_path / "run", total_timesteps=3200) as agent:
+        training = agent.iterate(run_dir=tmp_path / "run")
+        next(training)  # the checkpoint of step 64 does not exist, as if the process were killed here
+        assert not (tmp_path / "run" / "checkpoints" / "step_000000000064").exists()
+        assert PPO.load(tmp_path / "run").config.total_timesteps == 3200
 
 
 def test_help_lists_every_setting(capsys):

@@ -6,12 +6,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import yaml
 
 from proximo.cli import main
 from proximo.config import presets
-from proximo.config.files import read_file, to_yaml
+from proximo.config.files import load_plain_yaml, read_file, to_yaml
 from proximo.config.names import AMBIGUOUS, canonical_name, from_mapping, override
 from proximo.config.settings import SETTINGS, Config
 from proximo.errors import UserError
@@ -89,7 +90,7 @@ def test_values_are_converted(name, value, expected):
         ("activation", 3, "one of tanh"),
         ("hidden_sizes", "64 wide", "expected integers ≥ 1"),
         ("hidden_sizes", (64, 0), "is (64, 0); expected integers ≥ 1, or none."),
-        ("env_kwargs", "g=9.81", "expected a mapping of names to plain values"),
+        ("env_kwargs", "g=9.81", "expected a mapping of names to numbers"),
         ("run_dir", 7, "expected a string, or none."),
     ],
 )
@@ -248,3 +249,54 @@ def test_a_settings_file_without_a_preset(tmp_path):
     assert preset == "none"
     assert "seed" not in settings
     assert from_mapping(override(presets.load_settings(env_id, preset), settings)) == Config()
+
+
+def test_names_of_other_libraries_mean_the_same_setting():
+    """Each library's name is accepted, or refused with the settings to use; a suggestion never means another one."""
+    meant = {
+        "clip_range_vf": "vf_clip_coef", "value_clip": "vf_clip_coef", "clip_param": "clip_coef", "e_clip": "clip_coef",
+        "ratio_clip": "clip_coef", "eps_clip": "clip_coef", "ppo_clip_ratio": "clip_coef", "lambda_": "gae_lambda",
+        "discounting": "gamma", "entropy_cost": "ent_coef", "entropy_coeff": "ent_coef", "vf_loss_coeff": "vf_coef",
+        "horizon_length": "num_steps", "num_steps_per_env": "num_steps", "mini_epochs": "update_epochs",
+        "num_learning_epochs": "update_epochs", "repeat_per_collect": "update_epochs",
+        "grad_norm_clip": "max_grad_norm",
+        "num_mini_batches": "num_minibatches", "mini_batches": "num_minibatches",
+    }  # fmt: skip
+    for name, setting in meant.items():
+        assert canonical_name(name) == setting, name
+    refused = {"policy_kwargs": "hidden_sizes", "anneal_lr": "lr_schedule", "norm_adv": "normalize_advantage",
+               "vf_clip_param": "vf_clip_coef", "kl_target": "target_kl"}  # fmt: skip
+    for name, setting in refused.items():
+        with pytest.raises(UserError, match=f"`{setting}`"):
+            canonical_name(name)
+
+
+def test_env_kwargs_are_kept_or_refused():
+    """Tuples stay tuples, NumPy numbers become Python's, and the caller's objects are copied; files get lists. Other
+    values would change in files: arrays, and keys that are not text."""
+    given = {"bound": (10, 300), "nested": {"list": [1, (2.5, None)]}, "number": np.float64(0.5)}
+    config = Config(env_kwargs=given)
+    given["nested"]["list"].append(3)
+    assert config.env_kwargs == {"bound": (10, 300), "nested": {"list": [1, (2.5, None)]}, "number": 0.5}
+    assert type(config.env_kwargs["number"]) is float
+    assert config.to_dict()["env_kwargs"] == {"bound": [10, 300], "nested": {"list": [1, [2.5, None]]}, "number": 0.5}
+    for value in (np.zeros(3), {0: "hold"}, {1, 2}, object()):
+        with pytest.raises(UserError, match=r"`env_kwargs` is .*pass a function that makes the environment"):
+            Config(env_kwargs={"name": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x: 0x10", {"x": "0x10"}), ("x: 1:30", {"x": "1:30"}), ("x: 010", {"x": "010"}), ("x: 1_000", {"x": 1000}),
+        ("x: -7", {"x": -7}), ("x: 1e3", {"x": 1000.0}), ("x: .5", {"x": 0.5}), ("x: -.inf", {"x": -np.inf}),
+        ("x: 3e-4", {"x": 3e-4}), ("x: 1.", {"x": 1.0}), ("x: +2", {"x": 2}), ("x: 2024-01-01x", {"x": "2024-01-01x"}),
+    ],
+)  # fmt: skip
+def test_numbers_in_files_are_decimal(text, expected):
+    assert load_plain_yaml(text) == expected
+
+
+def test_a_key_that_occurs_twice_is_refused():
+    with pytest.raises(yaml.YAMLError, match="the key 'gamma' occurs twice"):
+        load_plain_yaml("gamma: 0.9\nseed: 1\ngamma: 0.99")

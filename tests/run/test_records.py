@@ -288,7 +288,7 @@ def test_environment_keywords_survive_every_file(tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["env_kwargs"] == plain
     assert PPO.load(run).config.env_kwargs == plain
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
-    with pytest.raises(UserError, match=r"`env_kwargs` is .*; expected a mapping of names to plain values"):
+    with pytest.raises(UserError, match=r"`env_kwargs` is .*; expected a mapping of names to numbers"):
         PPO("CartPole-v1", env_kwargs={"a": object()})
 
 

@@ -130,9 +130,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, capsys):
 
     def disk():
         iteration = next(asked)
-        if iteration == 2:
+        if iteration == 3:  # before its checkpoint is saved
             limit_file_size(4096)
-        if iteration == 4:
+        if iteration == 5:
             assert steps(run) == [f"step_{number * ROWS:012d}" for number in (0, 1, 2)]
             assert checkpoint.load(run).progress.iteration == 2
             assert not list(run.glob("checkpoints/.*"))
@@ -360,7 +360,7 @@ class OnlyTraining(gym.Wrapper):
     ("instead", "message"),
     [
         (lambda: (np.full(4, np.nan), 0.0, False, False, {}), "environment 0: observation is not finite at step 1"),
-        (lambda: 1 // 0, "ZeroDivisionError: integer division or modulo by zero"),
+        (lambda: 1 // 0, "environment 0 raised ZeroDivisionError: integer division or modulo by zero"),
     ],
 )  # fmt: skip
 def test_a_failed_evaluation_is_skipped_and_the_third_stops_the_run(instead, message, tmp_path, capsys):
@@ -797,7 +797,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(yaml.YAMLError, match="longer"):
         load_plain_yaml("#" * (1 << 21))
     with pytest.raises(yaml.YAMLError, match="deeply"):
-        load_plain_yaml("[" * 100_000)
+        load_plain_yaml("[" * 50_000)
 
 
 # Fuzzing

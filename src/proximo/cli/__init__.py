@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(f"proximo: error: {error}")
         return 2
+    except MemoryError as error:
+        print(f"proximo: run failed: not enough memory: {error}. Use fewer or smaller arrays.", file=sys.stderr)
+        return 1
     except RunError as error:
         print_error(f"proximo: run failed: {error}")
         return 1
@@ -86,6 +89,9 @@ def discard_output() -> str | None:
 
 def dispatch(arguments: list[str]) -> int:
     """Parse and run one command; return the exit status."""
+    for word in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(f"the argument {word!a} is not valid text in the encoding of this terminal.")
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     name = arguments[0] if arguments else ""

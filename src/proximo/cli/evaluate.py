@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from proximo.cli.flags import non_negative_int
+from proximo.cli.flags import non_negative_int, yaml_mapping
 from proximo.errors import UserError, escape
 
 
@@ -36,6 +36,9 @@ def add_to(commands: Any) -> None:
         help="trained, or random: uniform samples from the action space, as a baseline [trained]",
     )  # fmt: skip
     parser.add_argument("--env", help="environment id [the one trained on]")
+    parser.add_argument(
+        "--env-kwargs", type=yaml_mapping, metavar="YAML", help="keyword arguments of the environment [as trained]"
+    )
     parser.add_argument("--backend", help="jax or torch [the one trained with]")
     parser.add_argument("--render", action="store_true", help="show the episodes in a window")
     parser.add_argument(
@@ -55,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     if path is None and options.policy == "trained":
         raise UserError("no run is given. Use proximo evaluate RUN with a run folder or a checkpoint folder.")
     if path is not None:
-        agent = PPO.load(path, **({"backend": options.backend} if options.backend else {}))
+        names = ("backend", "env_kwargs")
+        agent = PPO.load(path, **{name: x for name in names if (x := getattr(options, name)) is not None})
     env = options.env or (agent.env_id if agent else None)
     if env is None:
         raise UserError(agent.envs.missing_message() if agent else "no environment is given. Add --env ENV_ID.")
@@ -65,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if agent is not None and options.policy == "trained":
         result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
     else:
-        env_kwargs = agent.config.env_kwargs if agent else {}
+        env_kwargs = agent.config.env_kwargs if agent else options.env_kwargs or {}
         result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
     values = result.to_dict()
     if options.json:

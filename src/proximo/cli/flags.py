@@ -55,6 +55,10 @@ def yaml_mapping(text: str) -> dict[str, Any]:
     value = None
     with suppress(yaml.YAMLError):
         value = load_plain_yaml(text)
+    for key in [key for key, child in value.items() if child is None] if isinstance(value, dict) else []:
+        name, colon, child = str(key).partition(":")
+        if colon:
+            raise argparse.ArgumentTypeError(f"{text!r} has no space after a colon; write {name}: {child}")
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a mapping; expected names with values, such as '{{gravity: -5}}'."

@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the table, or one preset as a file of settings; return the exit status."""
     if options.name:
-        preset = presets.load(options.name)
+        preset = presets.load(presets.select_name(options.name, "auto") or options.name)
         print(f"# {options.name}\n# source: {preset['source']}\n# measured: {format_measured(preset)}")
         print(yaml.safe_dump({"env": options.name, **preset["settings"]}, sort_keys=False), end="")
         return 0

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from proximo.cli.flags import QUIET, non_negative_int
+from proximo.cli.flags import QUIET, add_settings, given_settings
 from proximo.cli.train import learn, prepare_process
 from proximo.errors import UserError, notify_user
 
@@ -16,24 +16,17 @@ def add_to(commands: Any) -> None:
         help="continue a run",
         usage="proximo resume RUN [options]",
         description="Continue a run from its latest checkpoint, in its folder. If the simulator state can be restored, "
-        "the result is bit-identical to an uninterrupted run. An older checkpoint continues in a new folder.",
+        "the result is bit-identical to an uninterrupted run. Flags change settings; what is not exact then is "
+        "printed. An older checkpoint continues in a new folder.",
     )
     parser.add_argument("path", metavar="RUN", help="run folder, or checkpoint folder")
     parser.add_argument(
         "--env",
         help="environment id; required for ids of the form MODULE:ID, because modules named in a file are not imported",
     )
-    parser.add_argument(
-        "--total-timesteps", type=non_negative_int, help="new total number of steps of the run; schedules end there"
-    )
-    parser.add_argument(
-        "--stop-at-return", type=float, help="stop when the mean return of the last 100 training episodes reaches this"
-    )
-    parser.add_argument("--backend", help="new backend: jax or torch")
-    parser.add_argument("--engine", help="new engine: auto, sync, workers, envpool or native")
-    parser.add_argument("--run-dir", help="new folder to continue in")
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     parser.set_defaults(until_input_ends=False)
+    add_settings(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,8 +36,7 @@ def run(options: argparse.Namespace) -> int:
         from proximo.run.folder import default_run_dir, require_empty
         from proximo.train import is_solved
 
-        names = ("total_timesteps", "stop_at_return", "backend", "engine")
-        changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+        changes = {name: value for name, value in given_settings(options).items() if name != "run_dir"}
         if options.run_dir:
             require_empty(Path(options.run_dir))
         agent = PPO.load(options.path, options.env, **changes)

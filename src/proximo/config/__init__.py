@@ -2,3 +2,7 @@
 
 Nothing here depends on an environment or an array framework.
 """
+
+from proximo.config.names import ALIASES
+
+__all__ = ["ALIASES"]

@@ -1,6 +1,7 @@
 """Settings in YAML files."""
 
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -10,17 +11,39 @@ from proximo.config.names import convert_settings
 from proximo.config.settings import Config
 from proximo.errors import UserError
 
-MAX_CHARACTERS = 1 << 20  # far more than any settings file needs
+MAX_CHARACTERS = 1 << 16  # far more than any settings file needs
+INT_TAG, FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 ENV_KEYS = ("env", "env_id", "env_name")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Loader that rejects aliases, since a few nested aliases can expand to more than memory holds."""
+    """Loader that rejects duplicate keys and aliases, since a few nested aliases can expand to more than memory holds.
+
+    Integers are decimal: YAML 1.1 would read 0x10, 010 and 1:30 as other numbers.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping with unique keys."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), keys[-1])
+            raise yaml.YAMLError(f"the key {twice!r} occurs twice; remove one")
+        return mapping
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (INT_TAG, FLOAT_TAG)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(INT_TAG, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_FLOAT = r"[-+]?(([0-9][0-9_]*\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|\.(nan|NaN)$"
+_PlainLoader.add_implicit_resolver(FLOAT_TAG, re.compile(_FLOAT), list("-+.0123456789"))
 
 
 def load_plain_yaml(text: str) -> Any:

@@ -8,17 +8,32 @@ from proximo.errors import UserError, suggest
 
 # Setting → its names in other libraries.
 OTHER_NAMES = {
-    "num_steps": ("n_steps", "num_rollout_steps", "rollout_length"),
+    "num_steps": ("n_steps", "num_rollout_steps", "rollout_length", "num_steps_per_env", "horizon_length"),
     "num_envs": ("n_envs", "num_workers"),
-    "update_epochs": ("n_epochs", "epochs", "ppo_epochs"),
-    "num_minibatches": ("num_batches",),
-    "minibatch_size": ("mini_batch_size",),
-    "clip_coef": ("clip_range", "clip_ratio", "clip_eps", "clip_epsilon", "epsilon", "surrogate_clip_threshold"),
-    "gae_lambda": ("lam",),
+    "update_epochs": (
+        "n_epochs", "epochs", "ppo_epochs", "num_learning_epochs", "learning_epochs", "mini_epochs", "num_sgd_iter",
+        "num_updates_per_batch", "repeat_per_collect",
+    ),
+    "num_minibatches": ("num_batches", "num_mini_batches", "mini_batches", "num_batches_per_epoch"),
+    "minibatch_size": ("mini_batch_size", "sgd_minibatch_size"),
+    "clip_coef": (
+        "clip_range", "clip_ratio", "clip_eps", "clip_epsilon", "epsilon", "surrogate_clip_threshold", "clip_param",
+        "ratio_clip", "e_clip", "ppo_clip_ratio", "eps_clip", "clipping_epsilon",
+    ),
+    "vf_clip_coef": ("clip_range_vf", "value_clip"),
+    "gamma": ("discounting", "discount_factor", "discount"),
+    "gae_lambda": ("lam", "lambda_", "tau", "gae_lam"),
     "learning_rate": ("lr",),
-    "ent_coef": ("entropy_coef", "entropy_loss_coefficient"),
-    "vf_coef": ("value_coef", "value_loss_coef", "value_function_loss_coefficient"),
-}
+    "ent_coef": (
+        "entropy_coef", "entropy_loss_coefficient", "entropy_coeff", "entropy_cost", "entropy_loss_scale",
+        "entropy_bonus",
+    ),
+    "vf_coef": (
+        "value_coef", "value_loss_coef", "value_function_loss_coefficient", "vf_loss_coeff", "value_loss_scale",
+        "critic_coef",
+    ),
+    "max_grad_norm": ("grad_norm_clip", "grad_norm", "max_gradient_norm"),
+}  # fmt: skip
 ALIASES = {alias: name for name, aliases in OTHER_NAMES.items() for alias in aliases}
 
 # Names without one clear meaning → error message.
@@ -29,6 +44,17 @@ AMBIGUOUS = {
     "steps": "`steps` is ambiguous. Use `total_timesteps` for the whole run, or `num_steps` for one rollout.",
     "verbose": "`verbose` is not a setting. Use learn(progress=True) to show progress, and --quiet to hide it.",
     "resume": "`resume` is not a setting. Use the command proximo resume RUN, or PPO.load(RUN).learn(run_dir=RUN).",
+    "policy_kwargs": "`policy_kwargs` is not a setting. Use `hidden_sizes`, `activation` and `shared_trunk`, or a "
+    "custom network.",
+    "net_arch": "`net_arch` is not a setting. Use `hidden_sizes` with the width of each layer, such as 64 64.",
+    "anneal_lr": "`anneal_lr` is not a setting. Use `lr_schedule`, linear or constant.",
+    "norm_adv": "`norm_adv` is not a setting. Use `normalize_advantage`, minibatch, rollout or off.",
+    "clip_vloss": "`clip_vloss` is not a setting. Use `vf_clip_coef`, the range of the clip, or none.",
+    "vf_clip_param": "`vf_clip_param` bounds the value loss in RLlib. The nearest setting is `vf_clip_coef`, which "
+    "bounds the change of the value.",
+    "kl_target": "`kl_target` steers a KL penalty in RLlib. Use `target_kl` to stop an update, or `desired_kl` with "
+    "`lr_schedule` adaptive.",
+    "kl_threshold": "`kl_threshold` is not a setting. Use `desired_kl` with `lr_schedule` adaptive, or `target_kl`.",
     "hidden_dim": "`hidden_dim` is a single width. Use `hidden_sizes` with the width of each layer, such as 64 64.",
 }
 

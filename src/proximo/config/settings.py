@@ -14,7 +14,7 @@ from functools import partial
 from math import gcd, inf, isqrt
 from typing import Any, Literal, get_type_hints
 
-from proximo.config.values import FUNCTION, SCHEDULABLE, Setting
+from proximo.config.values import FUNCTION, SCHEDULABLE, Setting, to_plain
 from proximo.errors import UserError
 
 PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347"
@@ -312,7 +312,7 @@ class Config:
         """Return the settings as plain values for YAML and JSON."""
         values = {name: FUNCTION if callable(x := getattr(self, name)) else x for name in SETTINGS}
         values["hidden_sizes"] = None if self.hidden_sizes is None else list(self.hidden_sizes)
-        values["env_kwargs"], values["log_info"] = dict(self.env_kwargs), list(self.log_info)
+        values["env_kwargs"], values["log_info"] = to_plain(self.env_kwargs), list(self.log_info)
         return values
 
 

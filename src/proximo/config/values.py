@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -150,16 +149,32 @@ def _to_strings(value: Any) -> tuple[str, ...]:
 def _to_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
-    try:  # the run stores the values as YAML and JSON
-        return json.loads(json.dumps(dict(value), default=_to_plain))
+    try:
+        return _copy_plain(value)
     except RecursionError as error:
         raise TypeError from error
 
 
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    raise TypeError
+def _copy_plain(value: Any) -> Any:
+    """A copy of what YAML and JSON can store, and of tuples; TypeError for anything else, such as 0 as a key."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError
+        return {key: _copy_plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy_plain(child) for child in value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise TypeError
+    return value
+
+
+def to_plain(value: Any) -> Any:
+    """The value with lists for tuples, as files store it."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(child) for key, child in value.items()}
+    return [to_plain(child) for child in value] if isinstance(value, (list, tuple)) else value
 
 
 # Type of a setting → expected value in words, converter (raises TypeError, ValueError or OverflowError).
@@ -170,5 +185,9 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str: ("a string", os.fsdecode),
     INTEGERS: ("integers", _to_ints),
     tuple[str, ...]: ("names, separated by commas", _to_strings),
-    Mapping: ("a mapping of names to plain values (numbers, strings, lists and the like)", _to_mapping),
+    Mapping: (
+        "a mapping of names to numbers, strings, lists, tuples and mappings with text as keys. For other values, pass "
+        "a function that makes the environment",
+        _to_mapping,
+    ),
 }

@@ -250,7 +250,10 @@ def explain_make_error(env_id: str, error: Exception) -> str:
         fix = f"Run: pip install {package}. Then use the id {module}:{env_id}." if package else text
         return f"unknown environment {env_id!r}. {fix}"
     if isinstance(error, gym.error.UnregisteredEnv):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ale_py")  # registers the games
         known = [spec for spec in gym.registry if not spec.startswith("phys2d")]
+        known = [spec for spec in known if spec.rpartition("/")[2] == env_id] or known  # of a namespace, such as ALE
         return (
             f"unknown environment {env_id!r}{suggest(env_id, known)}\n"
             "  List all environments with: python -c 'import gymnasium; gymnasium.pprint_registry()'\n"

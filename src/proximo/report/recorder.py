@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from proximo.config.values import to_plain
 from proximo.errors import Exited, NotFinite, RunError, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.report.plot import RETURN, plot
@@ -41,13 +42,19 @@ class Recorder:
     def start(self) -> None:
         """Save a first checkpoint, for a run that dies early."""
         if folder := self.folder:
+            given = self.info.config.env_kwargs
+            if changed := [name for name, value in given.items() if value != to_plain(value)]:
+                notify_user(
+                    f"`env_kwargs` {', '.join(changed)} contains tuples, which files store as lists. Give env_kwargs "
+                    "again when the run is loaded"
+                )
 
             def save(path: Path) -> None:
                 folder.sync()  # metrics first: a checkpoint never precedes them on disk
                 self.save(path)
 
             self.checkpoints = CheckpointManager(folder.path, self.info.config, self.progress, save)
-            self.checkpoints.save()
+            self.checkpoints.save(replace=True)  # with the settings of this call
 
     def record(
         self, iterations: Iterable[tuple[Metrics, Diagnostics | None]], evaluate: Callable[[Metrics], float | None]

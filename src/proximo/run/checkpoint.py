@@ -29,7 +29,9 @@ REQUIRED_FIELDS = {
     "versions": dict,
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
-NETWORK_SETTINGS = {"architecture", "hidden_sizes", "activation", "shared_trunk", "std", "tanh_mean", "squash"}
+NETWORK_SETTINGS = {
+    "architecture", "hidden_sizes", "activation", "shared_trunk", "memory", "memory_size", "std", "tanh_mean", "squash",
+}  # fmt: skip
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {
     "run_dir", "stop_at_return", "exact_resume", "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints",

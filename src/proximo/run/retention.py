@@ -55,8 +55,13 @@ class CheckpointManager:
     def _is_best(self, score: float | None) -> bool:
         return score is not None and (self.progress.best is None or score > self.progress.best)
 
-    def save(self, evaluated: float | None = None) -> None:
-        """Save now. A failure is reported; the last of `MAX_FAILURES` in a row raises `RunError`."""
+    def save(self, evaluated: float | None = None, replace: bool = False) -> None:
+        """Save now. A failure is reported; the last of `MAX_FAILURES` in a row raises `RunError`.
+
+        Args:
+            evaluated: mean return of an evaluation.
+            replace: also replace a checkpoint of this step, whose settings may differ.
+        """
         progress = self.progress
         path = step_folder(self.run_dir, progress.global_step)
         self._saved_at = time.monotonic()
@@ -66,7 +71,7 @@ class CheckpointManager:
         previous_best = progress.best, progress.best_step
         if self._is_best(score):
             progress.best, progress.best_step = score, progress.global_step
-        elif (path / MANIFEST).is_file():
+        elif (path / MANIFEST).is_file() and not replace:
             return
         try:
             self._save(path)
