@@ -247,7 +247,7 @@ def test_environments_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="Pass an id, a function"):
         PPO(env, **SMALL)
     env.close()
-    with pytest.raises(UserError, match="plain values"):
+    with pytest.raises(UserError, match="mapping of names to numbers"):
         PPO("CartPole-v1", env_kwargs={"function": print}, **SMALL)
 
 
