@@ -26,12 +26,13 @@ from proximo.config.files import load_plain_yaml, read_file
 from proximo.config.names import from_mapping
 from proximo.config.settings import Config
 from proximo.errors import RunError, UserError
+from proximo.files import BEST
 from proximo.ppo import PPO
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.run import checkpoint, checkpoint_files, debug_bundle
 from proximo.run.metrics import METRICS, read_metrics
 from proximo.run.progress import Progress
-from proximo.run.retention import BEST, CheckpointManager
+from proximo.run.retention import CheckpointManager
 
 PROXIMO = [sys.executable, "-m", "proximo"]
 SMALL = {
@@ -264,7 +265,7 @@ def test_a_failed_save_of_any_kind_does_not_stop_training(tmp_path, capsys):
     for step in (1, 2):
         progress.global_step = step
         manager.after_iteration(None)
-    assert "could not be saved (1 of 3 failures in a row): MemoryError; the previous" in capsys.readouterr().err
+    assert "could not be saved (1 of 3 failures in a row): MemoryError\n" in capsys.readouterr().err
     assert steps(tmp_path) == [checkpoint_files.step_folder("", 2).name]
     assert not manager.failures
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from proximo.cli.flags import non_negative_int, yaml_mapping
 from proximo.errors import UserError, escape
+from proximo.files import require_no_link
 
 
 def add_to(commands: Any) -> None:
@@ -101,7 +102,11 @@ def choose_video_file(options: argparse.Namespace, path: str | None, env: str) -
         return Path(f"{env.replace('/', '-')}-{name}")
     folder = Path(path)
     if folder.parent.name == "checkpoints":
-        return folder.parent.parent / "videos" / name
-    if (folder / MANIFEST).exists():  # not inside, because saving replaces the whole checkpoint folder
+        folder = folder.parent.parent
+    elif (folder / MANIFEST).exists():  # not inside, because saving replaces the whole checkpoint folder
         return folder.with_name(f"{folder.name}-{name}")
+    try:
+        require_no_link(folder / "videos")
+    except OSError as error:
+        raise UserError(f"the video cannot be written: {error.strerror}, or give --record FILE.") from error
     return folder / "videos" / name

@@ -141,7 +141,7 @@ def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
     """Total steps of the runs that have metrics, their number, and the mean return by seed where there is one."""
     rows = {seed: row for seed, run_dir in run_dirs.items() if (row := read_last_metrics(run_dir))}
     steps = sum(int(row["global_step"] or 0) for row in rows.values())
-    return steps, len(rows), {seed: value for seed, row in rows.items() if (value := row[RETURN]) is not None}
+    return steps, len(rows), {seed: value for seed, row in rows.items() if (value := row.get(RETURN)) is not None}
 
 
 def _summarize(run_dirs: RunDirs, folder: Path, interrupted: bool) -> Iterator[str]:

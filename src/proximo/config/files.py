@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,8 +11,9 @@ import yaml
 from proximo.config.names import convert_settings
 from proximo.config.settings import Config
 from proximo.errors import UserError
+from proximo.files import read_bytes
 
-MAX_CHARACTERS = 1 << 16  # far more than any settings file needs
+MAX_CHARACTERS, MAX_BYTES = 1 << 16, 1 << 18  # far more than any settings file needs
 INT_TAG, FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 ENV_KEYS = ("env", "env_id", "env_name")
 
@@ -62,13 +64,21 @@ def load_plain_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file of names and values; raise `UserError` if it cannot be read or is something else."""
+def read_mapping(path: str | os.PathLike[str], follow: bool = True) -> dict[str, Any]:
+    """Read a YAML file of names and values; raise `UserError` if it cannot be read or is something else.
+
+    Pipes are read only under /dev, where a shell passes the output of a command; `follow` follows links.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            values = load_plain_yaml(file.read(MAX_CHARACTERS + 1))
+        if os.fspath(path).startswith("/dev/"):
+            with open(path, "rb") as file:
+                content = file.read(MAX_BYTES)
+        else:
+            content = read_bytes(Path(path), MAX_BYTES, follow)
+        values = load_plain_yaml(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}.") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"config file {path} cannot be read: {reason}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proximo.errors import UserError
+from proximo.files import require_no_link
 from proximo.rollout.rollout import Metrics
 from proximo.run.metrics import read_config, read_metrics
 
@@ -102,6 +103,8 @@ def plot(
         figure.suptitle(next(iter(groups)), fontsize=10)
     path = Path(output or (Path(run_dirs[0]) / "curves.png" if len(runs) == 1 else "curves.png"))
     try:
+        if path.parent in map(Path, run_dirs):
+            require_no_link(path)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written: {error}") from error

@@ -19,7 +19,7 @@ from proximo.run import debug_bundle
 from proximo.run.checkpoint import RunInfo
 from proximo.run.folder import RunFolder
 from proximo.run.progress import Progress
-from proximo.run.retention import CheckpointManager
+from proximo.run.retention import CheckpointManager, explain_failure
 from proximo.run.trackers import Tracker, close_tracker, open_trackers
 
 Callback = Callable[[Metrics], Any]
@@ -206,9 +206,8 @@ def record_run(
             recorder.rescue(error)
             raise
         if folder and recorder.checkpoints and recorder.checkpoints.failures:
-            raise RunError(
-                f"the last checkpoint could not be saved in {folder.path}. Free disk space, then resume the run."
-            )
+            reason = explain_failure(recorder.checkpoints.failure)
+            raise RunError(f"the last checkpoint could not be saved in {folder.path}: {reason}.")
     recorder.conclude()
     if closed:
         raise closed

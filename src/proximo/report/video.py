@@ -22,10 +22,10 @@ from proximo.config.settings import Config
 from proximo.envs.env_slice import reports_episodes
 from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
 from proximo.errors import Exited, UserError
+from proximo.files import replace_atomically
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.returned import reset, unpack_step
 from proximo.rollout.rollout import Actor
-from proximo.run.metrics import replace_atomically
 from proximo.spaces.spaces import Spaces
 
 MAX_FRAMES = 10_000  # over five minutes at 30 frames per second

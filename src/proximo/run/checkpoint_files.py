@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +21,13 @@ from safetensors.numpy import load as decode
 from safetensors.numpy import save as encode
 
 from proximo.errors import UserError
+from proximo.files import open_regular, read_bytes, require_no_link
 from proximo.run.migrations import MIGRATIONS, SCHEMA
 from proximo.version import __version__
 
 CHECKPOINT, DEBUG_BUNDLE = "proximo-checkpoint", "proximo-bundle"  # values of "format" in a manifest
 ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
-MAX_MANIFEST_BYTES, MAX_ARRAYS_BYTES = 1 << 26, 1 << 33
+MAX_MANIFEST_BYTES, MAX_HEADER_BYTES, MAX_ARRAYS_BYTES = 1 << 26, 1 << 26, 1 << 33
 
 
 class CorruptCheckpoint(UserError):
@@ -69,12 +69,14 @@ def save(
 def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays and the manifest of a folder; those of a checkpoint are migrated to the current schema.
 
-    Raise `CorruptCheckpoint` if the files are invalid, and `UserError` if the schema is not supported.
+    Raise `CorruptCheckpoint` if the files are invalid, and `UserError` if the schema is not supported or a file
+    cannot be read now.
     """
     manifest = read_manifest(folder)
-    payload = _read_bounded(folder / ARRAYS, MAX_ARRAYS_BYTES)
     if manifest.get("format") != kind:
         raise CorruptCheckpoint(folder, f"the format is {manifest.get('format')!r}, expected {kind!r}")
+    _require_complete(folder / ARRAYS)
+    payload = _read(folder / ARRAYS, MAX_ARRAYS_BYTES)
     if checksum(payload, manifest) != manifest.get("sha256"):
         raise CorruptCheckpoint(folder, "the files do not match their checksum")
     schema = manifest.get("schema")
@@ -98,7 +100,7 @@ def read(folder: Path, kind: str = CHECKPOINT) -> tuple[dict[str, np.ndarray], d
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder, without checking its format, schema or checksum."""
-    text = _read_bounded(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    text = _read(folder / MANIFEST, MAX_MANIFEST_BYTES)
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -122,9 +124,22 @@ def step_folder(run_dir: str | Path, global_step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run in order of steps, corrupt ones included, other folders excluded."""
-    folders = (path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
-    return sorted(path for path in folders if re.fullmatch(r"step_\d{12}", path.name))
+    """Checkpoint folders of a run in order of steps, corrupt ones included, other folders excluded.
+
+    Raise `UserError` if the folder of checkpoints cannot be read, or if it or a checkpoint is a link.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        require_no_link(folder)
+        with os.scandir(folder) as entries:
+            found = sorted(folder / entry.name for entry in entries if re.fullmatch(r"step_\d{12}", entry.name))
+        for path in found:
+            require_no_link(path)
+        return [path for path in found if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from error
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -154,19 +169,35 @@ def find_resumable_run_dir(path: str | Path) -> Path | None:
     return run_dir if list_checkpoints(run_dir)[-1:] == [folder] else None
 
 
-def _read_bounded(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of at most `max_bytes`; refuse devices and pipes, which may block or never end."""
+def _read(path: Path, max_bytes: int) -> bytes:
+    """Read a file of a checkpoint; raise `UserError` if it exists but cannot be read now, as without permission."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptCheckpoint(path.parent, f"{path.name} is not a regular file")
-            if status.st_size > max_bytes:
-                size = f"{path.name} has {status.st_size:,} bytes, more than the limit of {max_bytes:,}"
-                raise CorruptCheckpoint(path.parent, size)
-            return file.read(status.st_size)  # files of /proc have size 0 and may never end
+        # Links are refused in run folders; caches of downloads consist of links to regular files.
+        return read_bytes(path, max_bytes, follow=path.parent.parent.name != "checkpoints")
     except OSError as error:
-        raise CorruptCheckpoint(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EFBIG):
+            raise CorruptCheckpoint(path.parent, f"{path.name} cannot be read ({error.strerror})") from error
+        raise UserError(f"checkpoint {path.parent} cannot be read: {error.strerror} ({path.name}).") from error
+
+
+def _require_complete(path: Path) -> None:
+    """Raise `CorruptCheckpoint` if the size of a safetensors file differs from that in its header."""
+    try:
+        with open_regular(path, follow=path.parent.parent.name != "checkpoints") as file:
+            size = os.fstat(file.fileno()).st_size
+            header_size = int.from_bytes(file.read(8), "little")
+            if header_size > min(MAX_HEADER_BYTES, size):
+                raise ValueError(f"its header has {header_size:,} bytes")
+            header = json.loads(file.read(header_size))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + header_size + max(ends, default=0)
+        if size != expected:
+            raise ValueError(f"it has {size:,} bytes, but its header describes {expected:,}")
+    except OSError:
+        return  # reading reports it
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        reason = f"{path.name} is not a valid safetensors file ({error})"
+        raise CorruptCheckpoint(path.parent, reason) from error
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from proximo.config.files import to_yaml
 from proximo.errors import UserError, notify_user
+from proximo.files import open_regular, require_no_links, write_atomically
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import RunInfo
-from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics, write_atomically
+from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics
 from proximo.run.progress import Progress
 from proximo.run.retention import require_latest
 from proximo.run.versions import collect_versions
@@ -21,6 +22,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+MAX_NAME = 60  # characters of an environment's id in the name of a run folder; file systems allow 255 bytes
 
 
 class RunFolder:
@@ -46,6 +50,7 @@ class RunFolder:
                 if not resumed:
                     require_empty(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
+                require_no_links(self.path)
                 lock_run_dir(self.path, files)
                 if resumed:
                     require_latest(resumed.global_step, self.path)
@@ -54,7 +59,7 @@ class RunFolder:
                     (self.path / CONFIG).touch(exist_ok=False)  # fails if another run has claimed the folder meanwhile
                 write_atomically(self.path / CONFIG, settings)
                 write_atomically(self.path / VERSIONS, json.dumps(versions, indent=2))
-                self._metrics = files.enter_context((self.path / METRICS).open("ab", buffering=0))
+                self._metrics = files.enter_context(open_regular(self.path / METRICS, "ab"))
                 self._files = files.pop_all()
         except FileExistsError as error:
             raise UserError(f"run folder {self.path} belongs to another run. Choose another `run_dir`.") from error
@@ -99,7 +104,7 @@ def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
     """
     if fcntl is None:
         return
-    file = files.enter_context((run_dir / LOCK).open("ab"))
+    file = files.enter_context(open_regular(run_dir / LOCK, "ab"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -112,15 +117,21 @@ def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
 
 def require_empty(run_dir: Path) -> None:
     """Raise `UserError` if a new run in `run_dir` would overwrite anything."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir} is a file. Choose another `run_dir`.")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        resume = f", or resume its run: proximo resume {run_dir}" if (run_dir / "checkpoints").exists() else "."
+    try:
+        is_used = run_dir.is_dir() and any(run_dir.iterdir())
+        can_resume = is_used and (run_dir / "checkpoints").exists()
+        is_file = not run_dir.is_dir() and (run_dir.exists() or run_dir.is_symlink())
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"run folder {run_dir} cannot be used: {error.strerror}. Choose another `run_dir`.") from error
+    if is_file:
+        raise UserError(f"run folder {run_dir} is not a folder. Choose another `run_dir`.")
+    if is_used:
+        resume = f", or resume its run: proximo resume {run_dir}" if can_resume else "."
         raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`, delete the folder{resume}")
 
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:
     """Path of a new run folder: runs/ENV-BACKEND-sSEED-TIME."""
-    name = re.sub(r"[^\w-]", "-", env_id)
+    name = re.sub(r"[^\w-]", "-", env_id)[:MAX_NAME]
     path = Path("runs") / f"{name}-{backend}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return path.with_name(f"{path.name}-{os.getpid()}") if path.exists() else path

@@ -1,6 +1,7 @@
 """Checkpoint schedule and retention: when a run is saved, and which checkpoints are kept."""
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -9,12 +10,10 @@ from pathlib import Path
 
 from proximo.config.settings import Config
 from proximo.errors import RunError, UserError, notify_user
+from proximo.files import BEST, replace_atomically
 from proximo.run.checkpoint import open_checkpoint
 from proximo.run.checkpoint_files import MANIFEST, CorruptCheckpoint, list_checkpoints, step_folder
-from proximo.run.metrics import replace_atomically
 from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
-
-BEST = "best"  # symbolic link to the best checkpoint
 
 
 class CheckpointManager:
@@ -27,6 +26,7 @@ class CheckpointManager:
     def __init__(self, run_dir: Path, config: Config, progress: Progress, save: Callable[[Path], object]) -> None:
         self.run_dir, self.config, self.progress, self._save = run_dir, config, progress, save
         self.failures, self.has_given_up, self._saved_at = 0, False, time.monotonic()
+        self.failure: Exception | None = None  # of the last save
         self._clean_up()
 
     def _clean_up(self) -> None:
@@ -79,11 +79,12 @@ class CheckpointManager:
             progress.best, progress.best_step = previous_best
             self.failures += 1
             self.has_given_up = self.failures >= MAX_FAILURES
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            message = f"{path} could not be saved ({self.failures} of {MAX_FAILURES} failures in a row): {reason}"
+            self.failure = error
+            message = f"{path} could not be saved ({self.failures} of {MAX_FAILURES} failures in a row): "
+            message += explain_failure(error)
             if self.has_given_up:
                 raise RunError(message) from error
-            notify_user(f"{message}; the previous checkpoint is intact")
+            notify_user(message + ("; the previous checkpoint is intact" if list_checkpoints(self.run_dir) else ""))
             return
         self.failures = 0
         self._link_best()
@@ -116,6 +117,17 @@ class CheckpointManager:
             with contextlib.suppress(OSError):
                 folder.rename(leftover)
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def explain_failure(error: Exception | None) -> str:
+    """Reason for a failed save, and the fix if it is known."""
+    number = getattr(error, "errno", None)
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{reason}. Free disk space"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{reason}. Make the run folder writable"
+    return reason
 
 
 def list_later_checkpoints(step: int, run_dir: Path) -> list[Path]:

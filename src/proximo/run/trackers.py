@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from proximo.errors import UserError, notify_user
+from proximo.files import open_regular, read_bytes, write_atomically
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import RunInfo
 from proximo.run.folder import RunFolder
@@ -21,7 +22,7 @@ from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
 PLAIN_SECONDS = 5.0  # between lines if the output is not a terminal
-WANDB_ID = ".wandb_run"  # file with the id of the folder's run
+WANDB_ID, MAX_ID_BYTES = ".wandb_run", 1024  # file with the id of the folder's run
 
 
 def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
@@ -49,7 +50,7 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         # Unbuffered, so that errors are raised here; TensorBoard's own EventFileWriter fails silently in a thread.
-        self._writer = RecordWriter((folder / name).open("wb", buffering=0))
+        self._writer = RecordWriter(open_regular(folder / name, "xb"))
         self._add(file_version="brain.Event:2")
         if resume_after is not None:
             start = self._events.SessionLog(status=self._events.SessionLog.START)
@@ -83,8 +84,8 @@ class WandB:
     def __init__(self, project: str, folder: Path, info: RunInfo) -> None:
         self._wandb = wandb = import_wandb()
         run_id = None
-        with suppress(OSError):
-            run_id = (folder / WANDB_ID).read_text("utf-8").strip() or None
+        with suppress(OSError, ValueError):
+            run_id = read_bytes(folder / WANDB_ID, MAX_ID_BYTES).decode().strip() or None
         try:
             # create_new keeps a run that the program has active, such as that of a sweep's agent, open and separate.
             self._run = wandb.init(
@@ -92,7 +93,7 @@ class WandB:
                 group=folder.absolute().parent.name if re.fullmatch(r"seed-\d+", folder.name) else None,
                 config={"env": info.env_id, **info.config.to_dict()},
             )  # fmt: skip
-            (folder / WANDB_ID).write_text(self._run.id, "utf-8")
+            write_atomically(folder / WANDB_ID, self._run.id)
         except wandb.Error as error:
             raise UserError(
                 f"Weights & Biases could not start a run: {error}. Log in with `wandb login`, or set "
