@@ -32,6 +32,7 @@ from proximo.ppo import PPO
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run import checkpoint
 from proximo.run.metrics import read_last_metrics, read_metrics
+from proximo.spaces.spaces import Spaces
 from proximo.torch import runtime as torch_runtime
 from proximo.torch.learner import Learner as TorchLearner
 from proximo.torch.update import minibatch
@@ -169,6 +170,9 @@ def test_small_networks_use_one_thread(monkeypatch):
     assert work == 8896
     assert choose_num_threads(None, 64 * work) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
+    for pixels, rows, threads in ((10, 128, 1), (36, 32, 1), (84, 64, cores())):
+        image = Spaces.of(gym.spaces.Box(0, 255, (pixels, pixels, 3), np.uint8), gym.spaces.Discrete(4))
+        assert choose_num_threads(None, rows * work_per_row(Config(), image)) == threads
     assert choose_num_threads(None, 1024 * work) == cores()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert choose_num_threads(None, 1024 * work) == 1

@@ -318,12 +318,19 @@ def test_float64_never_reaches_the_device_of_pytorch():
     torch = pytest.importorskip("torch")
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from proximo.torch.tensors import tree_map
+
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             for x in result if isinstance(result, (tuple, list)) else [result]:
                 assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), function
             return result
+
+    def record_transfers(learner):
+        transfer, dtypes = learner._to_device, []
+        learner._to_device = lambda tree: tree_map(lambda x: dtypes.append(x.dtype) or x, transfer(tree))
+        return dtypes
 
     backend = next(backend for backend in BACKENDS if backend.name == "torch")
     for spaces in (CONTINUOUS, CATEGORICAL):
@@ -333,6 +340,7 @@ def test_float64_never_reaches_the_device_of_pytorch():
         )  # fmt: skip
         learner = backend.learner(config, spaces)
         learner._acts_in_numpy = False
+        sent = record_transfers(learner)
         rollout = act_rollout(learner, seed=1, resets="same_step", ends=0.3)
         order, hyper = minibatch_order(rollout.valid, 2, 4, np.random.default_rng(0), 2), hyper_at(config, 0)
         with Refuse():
@@ -340,6 +348,8 @@ def test_float64_never_reaches_the_device_of_pytorch():
             learner.inspect_rollout(rollout, hyper)
             learner.update(rollout, order, hyper)
             learner.load(learner.state())
+        assert torch.float32 in sent
+        assert torch.float64 not in sent
 
 
 def test_an_outlier_among_observations_is_reported(capsys):

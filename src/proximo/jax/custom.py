@@ -10,6 +10,7 @@ import numpy as np
 from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.jax import networks
+from proximo.jax.runtime import start
 from proximo.learner import custom
 from proximo.rollout.randomness import Purpose, sequence
 from proximo.spaces.spaces import Spaces
@@ -60,6 +61,8 @@ def as_pair(role: str, given: Any) -> Pair:
 
 def make_part(role: str, pair: Pair, config: Config, spaces: Spaces, read: custom.Read) -> custom.Part:
     """Turn a pair into a function of named parameters."""
+    if config.threads is not None:
+        start(config.threads)  # before `init` starts JAX with all cores
     init, function = pair
     # Different keys, so that equal functions for policy and value get different initial parameters.
     seed = sequence(config.seed, Purpose.PARAMETERS).generate_state(2)[int(role == "value")]
@@ -95,6 +98,7 @@ def is_real(leaf: Any) -> bool:
 
 def evaluate(function: Callable[..., Any], params: dict[str, np.ndarray], batches: list[dict[str, np.ndarray]]) -> Any:
     """Outputs of a function of (parameters, observations) for each batch."""
+    function = jax.numpy_rank_promotion("allow")(function)  # as the learner does
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in params.items()}
     jax.eval_shape(function, arrays, batches[0])  # raises if the function cannot be traced
     return [function(arrays, jax.tree.map(jnp.asarray, rows)) for rows in batches]

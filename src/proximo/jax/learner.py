@@ -43,7 +43,9 @@ class Learner(learner.Learner):
         self._device = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
         functions = bind(self.spec, forward, prepare)
         functions |= {name.__name__: partial(name, self.spec) for name in (carries, skip, update)}
-        self._functions = {name: jax.jit(function) for name, function in functions.items()}
+        # `jax_numpy_rank_promotion` of the user, read while tracing, must not refuse our broadcasts.
+        allow = jax.numpy_rank_promotion("allow")
+        self._functions = {name: jax.jit(allow(function)) for name, function in functions.items()}
 
     def _to_device(self, tree: Any) -> Any:
         return jax.device_put(tree, self._device)
