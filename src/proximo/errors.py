@@ -1,14 +1,28 @@
 """Exceptions for users, and how errors and notes are shown."""
 
+import codecs
 import contextlib
 import difflib
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 # Terminals interpret control characters, change the direction of text, and cannot show lone surrogates.
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+PLAIN = {
+    "×": "x",
+    "±": "+-",
+    "≥": ">=",
+    "≤": "<=",
+    "∞": "inf",
+    "…": "...",
+    "–": "-",
+    "→": "->",
+    "−": "-",
+    "ε": "epsilon",
+}
 
 
 class UserError(ValueError):
@@ -60,6 +74,26 @@ def print_error(text: str) -> None:
     if sys.stderr is not None:  # otherwise print would use standard output
         with contextlib.suppress(OSError, ValueError):
             print(escape(text), file=sys.stderr)
+
+
+def format_number(value: float) -> str:
+    """Format a return or another statistic with four significant digits, and without an exponent if it is large."""
+    return f"{value:.1f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
+
+
+def replace_unencodable(stream: TextIO | None) -> None:
+    """Make a stream write ASCII for characters that its encoding lacks, where Python would raise an error."""
+    codecs.register_error("proximo", spell_in_ascii)
+    if stream is not None and (reconfigure := getattr(stream, "reconfigure", None)):
+        reconfigure(errors="proximo")
+
+
+def spell_in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The codec error handler of `replace_unencodable`: `>=` for ≥, and an escape for a character not in `PLAIN`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(char) or ascii(char)[1:-1] for char in text), error.end
 
 
 def escape(text: str) -> str:

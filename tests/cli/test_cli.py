@@ -12,6 +12,7 @@ import yaml
 from commands import HEARD
 
 from proximo.cli import main
+from proximo.errors import format_number
 from proximo.ppo import PPO
 
 PROXIMO = [sys.executable, "-m", "proximo"]
@@ -267,3 +268,28 @@ def test_notes_explain_surprising_settings(tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "total_timesteps 10 is less than one rollout (num_envs 2 × num_steps 16 = 32 steps)" in errors
     assert "JAX always compiles" in errors
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_every_command_writes_to_a_terminal_of_few_characters(encoding, tmp_path):
+    """Characters that the terminal lacks are spelled in ASCII: ">=" for "≥". The folder is named with one, too."""
+    run = str(tmp_path / "läuft-∞")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    commands = [
+        ["train", "--help"], ["resume", "--help"], ["evaluate", "--help"], ["presets"],
+        ["train", "CartPole-v1", *SMALL, "--total-timesteps=32", f"--run-dir={run}", "--backend=jax"],
+        ["evaluate", run, "--episodes=2"], ["inspect", run], ["plot", run],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run([*PROXIMO, *command], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode(encoding)
+        done.stdout.decode(encoding)
+        assert "∞" not in done.stdout.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123456, "0.01235"), (0.2, "0.2000"), (-105.26, "-105.3"), (123456.78, "123456.8"), (0, "0")]
+)
+def test_returns_keep_their_significant_digits(value, text):
+    """Returns of 0.01 and of 100,000 both show four digits or more."""
+    assert format_number(value) == text

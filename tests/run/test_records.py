@@ -325,6 +325,24 @@ def test_progress_rewrites_a_line_on_a_terminal():
         assert ("\r" in text) == stream.isatty()
 
 
+@pytest.mark.parametrize("columns", [30, 50, 80, 120])
+def test_the_progress_line_shows_the_return_at_every_width(columns, monkeypatch):
+    """What matters less is left out, instead of cutting the line."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console = Console(200_000_000, stream=(stream := Terminal()))
+    console.write({"global_step": 1_000_000, "rollout/episode_return_mean": 0.01234})
+    console.close()
+    line = stream.getvalue().removeprefix("\r\x1b[K").rstrip("\n")
+    assert line.endswith("mean return 0.01234")
+    assert len(line) < columns
+    assert ("200,000,000 steps" in line) == (columns > 60)
+
+
 def test_a_tracker_that_fails_to_start_leaves_no_folder(tmp_path, monkeypatch):
     """The same command works once the problem is fixed."""
     wandb = pytest.importorskip("wandb")

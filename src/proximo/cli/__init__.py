@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from proximo.cli import evaluate, inspect, plot, presets, resume, train
 from proximo.cli.flags import normalize_arguments
-from proximo.errors import RunError, UserError, print_error, suggest
+from proximo.errors import RunError, UserError, print_error, replace_unencodable, suggest
 from proximo.version import __version__
 
 COMMANDS = {
@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (failed run), 2 (invalid input), or 128 + signal number."""
     open_missing_streams()
+    for stream in (sys.stdout, sys.stderr):
+        replace_unencodable(stream)
     sys.path.append("")  # MODULE:ID may name a module in the current folder; it comes last
     try:
         try:

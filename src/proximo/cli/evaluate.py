@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from proximo.cli.flags import non_negative_int, yaml_mapping
-from proximo.errors import UserError, escape
+from proximo.errors import UserError, escape, format_number
 from proximo.files import require_no_link
 
 
@@ -78,10 +78,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     low, high = values["return_ci95"]
     mode = "random" if options.policy == "random" else "deterministic" if result.deterministic else "stochastic"
-    print(f"{escape(env)}: {values['episodes']} episodes, {mode} policy")
+    print(f"{escape(env)}: {values['episodes']} episode{'s' * (values['episodes'] > 1)}, {mode} policy")
     print(
-        f"return {values['return_mean']:.2f} ± {values['return_std']:.2f} (standard deviation), "
-        f"95 % confidence interval of the mean [{low:.2f}, {high:.2f}]"
+        f"return {format_number(values['return_mean'])} ± {format_number(values['return_std'])} (standard deviation), "
+        f"95 % confidence interval of the mean [{format_number(low)}, {format_number(high)}]"
     )
     for name, value in values["info"].items():
         print(f"{escape(name)} {value:.4g}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proximo.errors import UserError, escape
+from proximo.errors import UserError, escape, format_number
 
 
 def add_to(commands: Any) -> None:
@@ -53,7 +53,11 @@ def describe_path(path: Path) -> Iterator[str]:
     yield f"environment {manifest.get('env')}, backend {manifest['backend']}, network {network}"
     yield f"step {progress.global_step:,} of {config.get('total_timesteps'):,}, iteration {progress.iteration}"
     yield f"seed {config.get('seed')}"
-    yield "no episode has finished" if mean is None else f"mean return over the last {count} episodes: {mean:.1f}"
+    yield (
+        "no episode has finished"
+        if mean is None
+        else f"mean return over the last {count} episodes: {format_number(mean)}"
+    )
     yield f"exact resume: {'supported' if exact else f'not supported ({why})'}"
     for one in progress.resumed:
         how = "exactly" if one["exact"] else f"not exactly ({one['why']})"

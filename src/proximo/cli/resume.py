@@ -44,8 +44,10 @@ def run(options: argparse.Namespace) -> int:
         if agent.env_id is None:
             raise UserError(agent.envs.missing_message())
         if progress.global_step >= config.total_timesteps:
-            steps = f"{config.total_timesteps:,} steps"
-            raise UserError(f"{options.path} has already completed its {steps}. Use a larger --total-timesteps.")
+            raise UserError(
+                f"{options.path} has completed {progress.global_step:,} steps, and total_timesteps is "
+                f"{config.total_timesteps:,}. Use a larger --total-timesteps."
+            )
         if is_solved(config, progress):
             goal = f"stop_at_return {config.stop_at_return:g}"
             raise UserError(f"{options.path} has already reached {goal}. Use a higher --stop-at-return.")

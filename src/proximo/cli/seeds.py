@@ -17,7 +17,7 @@ from proximo.config import presets
 from proximo.config.files import to_yaml
 from proximo.environments import TrainingEnvs
 from proximo.envs.make import with_version
-from proximo.errors import RunError, UserError
+from proximo.errors import RunError, UserError, format_number
 from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.ppo import check_records, config_for, read_spaces
@@ -146,13 +146,13 @@ def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
 
 def _summarize(run_dirs: RunDirs, folder: Path, interrupted: bool) -> Iterator[str]:
     steps, count, returns = _read_progress(run_dirs)
-    yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seeds"
+    yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seed{'s' * (count != 1)}"
     if not returns:
         return
     values = np.array(list(returns.values()), float)
-    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    yield f"mean return over the last 100 episodes: {values.mean():.1f}{spread}"
-    yield "  " + ", ".join(f"seed {seed}: {value:.1f}" for seed, value in returns.items())
+    spread = f" ± {format_number(values.std(ddof=1))}" if len(values) > 1 else ""
+    yield f"mean return over the last 100 episodes: {format_number(values.mean())}{spread}"
+    yield "  " + ", ".join(f"seed {seed}: {format_number(value)}" for seed, value in returns.items())
     folders = [run_dirs[seed] for seed in returns]
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
     yield f"evaluate a seed with: proximo evaluate {folders[0]}"

@@ -18,7 +18,7 @@ from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file
 from proximo.config.names import override
-from proximo.errors import RunError, UserError, escape, notify_user
+from proximo.errors import RunError, UserError, escape, format_number, notify_user
 from proximo.machine import cache_dir
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         config, env_id = agent.config, str(agent.env_id)
         run_dir = Path(config.run_dir or default_run_dir(env_id, agent.learner.backend, config.seed))
         log(
-            f"{env_id}: {config.num_envs} environments × {config.num_steps} steps, "
+            f"{env_id}: {config.num_envs} environment{'s' * (config.num_envs > 1)} × {config.num_steps} steps, "
             f"preset {presets.select_name(env_id, preset) or 'none'}, seed {config.seed}"
         )
         return learn(agent, run_dir, signals, log, progress=not options.quiet)
@@ -188,7 +188,7 @@ def summarize(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     progress, goal = agent.progress, agent.config.stop_at_return
     mean, result = progress.return_mean, "no episode ended"
     if mean is not None:
-        result = f"mean return over the last {len(progress.episodes)} episodes {mean:.1f}"
+        result = f"mean return over the last {len(progress.episodes)} episodes {format_number(mean)}"
     names = ("learning_curve.png", "curves.png", "videos")
     files = [str(run_dir / name) for name in names if (run_dir / name).exists()]
     lines = [

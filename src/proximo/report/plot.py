@@ -118,7 +118,7 @@ def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     differing.sort(key=lambda name: (name != "env", name != "backend", name))
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        values = [("" if name in ("env", "backend") else f"{name} ") + str(run.config.get(name)) for name in differing]
+        values = [label_setting(name, run.config.get(name)) for name in differing]
         groups.setdefault(tuple(values), []).append(run)
     labelled: dict[str, list[Run]] = {}
     for values, members in groups.items():
@@ -128,6 +128,12 @@ def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
         label = f"{label or members[0].config.get('env')} ({seeds})"
         labelled[label if label not in labelled else f"{label} {len(labelled)}"] = members
     return labelled
+
+
+def label_setting(name: str, value: Any) -> str:
+    """Label of a setting in a legend."""
+    text = "default" if value is None else str(value)
+    return text if name in ("env", "backend") else f"{name} {text}"
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

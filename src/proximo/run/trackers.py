@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from proximo.errors import UserError, notify_user
+from proximo.errors import UserError, format_number, notify_user
 from proximo.files import open_regular, read_bytes, write_atomically
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import RunInfo
@@ -131,13 +131,21 @@ class Console:
         speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
         remaining = _clock(max(self._total - step, 0) / speed) if speed else "?"
         mean = metrics["rollout/episode_return_mean"]
-        self._line = (
-            f"{step:>11,} / {self._total:,} steps  {min(100 * step / self._total, 100):5.1f} %  "
-            f"{f'{speed:,.0f}' if speed else '?':>8} steps/s  {remaining} left  "
-            f"mean return {'–' if mean is None else f'{mean:.1f}'}"
-        )
+        parts = [
+            f"{step:>{len(f'{self._total:,}')},} / {self._total:,} steps",
+            f"{min(100 * step / self._total, 100):5.1f} %",
+            f"{f'{speed:,.0f}' if speed else '?':>7} steps/s",
+            f"{remaining:>7} left",
+            f"mean return {'-' if mean is None else format_number(mean)}",
+        ]
+        self._line = "  ".join(parts)
         if self._is_terminal:
-            self._print("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])
+            width = max(shutil.get_terminal_size().columns - 1, 20)
+            for least_important in (2, 0, 1, 0):  # speed, steps, remaining time, percentage
+                if len(self._line) > width:
+                    parts.pop(least_important)
+                    self._line = "  ".join(parts)
+            self._print("\r\x1b[K" + self._line[:width])
         elif seconds - self._printed_at >= PLAIN_SECONDS:
             self._print(self._line + "\n")
             self._printed_at, self._line = seconds, ""
