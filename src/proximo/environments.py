@@ -1,5 +1,7 @@
 """The environments that an agent trains in: made when needed, reused, restored, or reset."""
 
+from collections.abc import Callable
+
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
@@ -20,6 +22,7 @@ class TrainingEnvs:
         self.env = env  # as given by the user; None where it is unknown
         self.unimported = unimported  # the id MODULE:ID in a checkpoint; modules named in a file are not imported
         self.engine: str | None = None  # steps the environments; None until they are made
+        self.is_stopping: Callable[[], bool] = lambda: False  # checked before every step; True ends a run
         self._envs: VectorEnv | None = None
         self._collector: Collector | None = None  # of the last call, which the next one may continue
 

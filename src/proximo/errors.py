@@ -44,6 +44,10 @@ class Exited(RunError):
     """An environment called `sys.exit`, or a signal handler did while it was running."""
 
 
+class Stopped(Exception):
+    """A stop was requested in the middle of an iteration, which is dropped; the run ends normally."""
+
+
 class NotFinite(RunError):
     """A value became NaN or infinite. `evidence` holds arrays and facts for the debug bundle."""
 

@@ -154,14 +154,15 @@ class PPO:
             notify_user(f"schedules now end at step {config.total_timesteps:,}")
         film = partial(self.record, max_frames=MAX_TRAINING_FRAMES)
         info = self._info()._replace(config=config)
-        records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, show)
+        stopping = self.envs.is_stopping
+        records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, show, stopping)
         with records as recorder:
             self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
             self.config = config.replace(run_dir=None)
             source, evaluate_if_due = self._start()
             recorder.start()
             inspect = recorder.folder is not None
-            trained = iterations(lambda: self.config, source, self.learner, self.progress, inspect)
+            trained = iterations(lambda: self.config, source, self.learner, self.progress, inspect, recorder.on_step)
             yield from recorder.record(trained, evaluate_if_due)
 
     def _start(self) -> tuple[Source, PeriodicEvaluation]:

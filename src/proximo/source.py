@@ -5,6 +5,7 @@ Gymnasium vector environment on the CPU.
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +39,13 @@ class Source(Protocol):
     """Interface of a source of transitions, whose environments were reset or restored."""
 
     def iterate(
-        self, learner: Learner, config: Config, iteration: int, global_step: int, inspect: bool = False
+        self,
+        learner: Learner,
+        config: Config,
+        iteration: int,
+        global_step: int,
+        inspect: bool = False,
+        on_step: Callable[[int], object] = lambda done: None,
     ) -> Iteration:
         """Collect a rollout and update the learner.
 
@@ -46,6 +53,7 @@ class Source(Protocol):
             config: the current settings.
             iteration, global_step: from which random numbers and schedules are derived.
             inspect: also return diagnostics for histograms and action statistics.
+            on_step: called with the number of completed steps, before each and before the update; it may raise.
 
         Raises:
             NotFinite: an environment returned NaN or infinity. An update that diverges is reported as a fault.
@@ -65,7 +73,13 @@ class HostSource:
         self._rollout = Rollout(collector.spaces, config.num_steps, config.num_envs)
 
     def iterate(
-        self, learner: Learner, config: Config, iteration: int, global_step: int, inspect: bool = False
+        self,
+        learner: Learner,
+        config: Config,
+        iteration: int,
+        global_step: int,
+        inspect: bool = False,
+        on_step: Callable[[int], object] = lambda done: None,
     ) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
         rollout = self._rollout
@@ -75,11 +89,12 @@ class HostSource:
         actor = learner.actor(noise, keep_outputs=True)
         try:
             with single_blas_thread():
-                collected = self.collector.collect(actor, rollout)
+                collected = self.collector.collect(actor, rollout, on_step)
         except NotFinite as error:
             error.evidence["rollout"] = rollout.arrays()
             raise
 
+        on_step(config.num_steps)
         return update_from(learner, rollout, config, iteration, global_step, collected, began, actor, inspect)
 
     def state(self) -> EnvState:

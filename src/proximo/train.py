@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from proximo.config.settings import SETTINGS, Config
-from proximo.errors import NotFinite, UserError, notify_user
+from proximo.errors import NotFinite, Stopped, UserError, notify_user
 from proximo.learner.learner import Learner
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import Checkpoint
@@ -27,7 +27,12 @@ SIZES = ("num_envs", "num_steps", "seed", "backend", "device", "threads")  # and
 
 
 def iterations(
-    settings: Callable[[], Config], source: Source, learner: Learner, progress: Progress, inspect: bool = False
+    settings: Callable[[], Config],
+    source: Source,
+    learner: Learner,
+    progress: Progress,
+    inspect: bool = False,
+    on_step: Callable[[int], object] = lambda done: None,
 ) -> Iterator[tuple[Metrics, Diagnostics | None]]:
     """Train until the settings `total_timesteps` or `stop_at_return` are reached.
 
@@ -39,6 +44,7 @@ def iterations(
         settings: returns the current settings, which may change between two iterations.
         source: environments that are reset or restored.
         inspect: every `histogram_interval` iterations, yield diagnostics and action statistics too.
+        on_step: called during a collection with the number of completed steps; may raise `Stopped`.
 
     Raises:
         NotFinite: an environment returned NaN or infinity, or the third update in a row diverged.
@@ -53,13 +59,15 @@ def iterations(
         is_due = inspect and interval > 0 and progress.iteration % interval == 0
         learner_before, progress_before = learner.snapshot(), progress.copy()
         try:
-            done = source.iterate(learner, config, progress.iteration, progress.global_step, is_due)
+            done = source.iterate(learner, config, progress.iteration, progress.global_step, is_due, on_step)
             count_fault(progress, done)
             progress.advance(done.steps, done.episodes)
             progress.env_state = source.state()
         except BaseException as error:  # Ctrl-C as well
             learner.restore(learner_before)
             progress.restore(progress_before)
+            if isinstance(error, Stopped):
+                return
             if isinstance(error, NotFinite):
                 error.evidence["iteration"] = progress.iteration
             raise

@@ -216,9 +216,35 @@ def test_a_run_can_be_stopped(engine, number, tmp_path):
             process.kill()
     assert process.returncode == 128 + number, errors
     assert "interrupted after" in output
-    assert "stopping after this iteration" in errors
+    assert "stopping after the current step or update" in errors
     assert "Traceback" not in errors
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
+
+
+def test_ctrl_c_in_a_collection_drops_it_and_saves_the_rest(tmp_path):
+    """What is going on is printed before the first iteration is complete, and the wait for it can be interrupted. A
+    collection lasts a minute here; the interrupted run can be resumed from step 0."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nimport gymnasium as gym\n"
+        "class Slow(gym.Wrapper):\n    def step(self, action):\n        time.sleep(0.1)\n"
+        "        return self.env.step(action)\n"
+        "gym.register('Slow-v0', lambda **kwargs: Slow(gym.make('CartPole-v1', **kwargs)))\n"
+    )
+    command = [*PROXIMO, "train", "slow:Slow-v0", "--preset=none", "--num-envs=1", "--num-steps=640", "--backend=torch"]
+    command += ["--run-dir=run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert line == "collecting step 1 of 640\n"
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130, errors
+    assert "interrupted after 0 steps" in output
+    assert "Traceback" not in errors
+    assert "step 0 of 1,000,000" in subprocess.check_output([*PROXIMO, "inspect", str(tmp_path / "run")], text=True)
 
 
 def test_numbers_are_values_of_the_preceding_flag(tmp_path, capsys):

@@ -98,7 +98,9 @@ class DeviceSource:
         poles = Poles(fresh.astype(np.float32), np.zeros(N, np.int32), np.ones(N, bool))
         self._poles = jax.device_put(poles, jax.devices()[0])  # committed, as the outputs of the jitted function are
 
-    def iterate(self, learner, config, iteration: int, global_step: int, inspect: bool = False) -> Iteration:
+    def iterate(
+        self, learner, config, iteration: int, global_step: int, inspect: bool = False, on_step=lambda done: None
+    ) -> Iteration:
         """Collect and update in one call."""
         began, seed = time.perf_counter(), self.config.seed
         noise = SPACES.action.noise(generator(seed, Purpose.NOISE, iteration), (T, N))

@@ -109,7 +109,9 @@ def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, sig
                     free_cores.append(core)
                     _require_success(seed, run_dirs[seed], process.returncode, is_stopping)
             steps, count, returns = _read_progress(run_dirs)
-            if console and count:
+            if console and not count:
+                console.show_status(f"first iteration of seeds {', '.join(map(str, running))}")
+            elif console:
                 mean = float(np.mean(list(returns.values()))) if returns else None
                 console.write({"global_step": steps, RETURN: mean})
     except BaseException as error:

@@ -43,10 +43,10 @@ def is_stop_signal(number: int, repeated: bool) -> bool:
 class StopSignals:
     """Signal handlers for training.
 
-    The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current iteration. A second
-    SIGINT or SIGTERM raises KeyboardInterrupt; if C code keeps Python from handling it, the process exits after
-    `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored. In another thread than the main one nothing is
-    handled.
+    The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current step or update. A
+    second SIGINT or SIGTERM raises KeyboardInterrupt; if C code keeps Python from handling it, the process exits
+    after `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored. In another thread than the main
+    one nothing is handled.
     """
 
     def __init__(self, verbose: bool = True) -> None:
@@ -84,4 +84,4 @@ class StopSignals:
             raise KeyboardInterrupt(number)
         self.received = number
         if self._verbose:
-            print_error("\nproximo: stopping after this iteration (repeat to stop immediately)")
+            print_error("\nproximo: stopping after the current step or update (repeat to stop immediately)")

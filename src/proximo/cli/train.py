@@ -118,6 +118,7 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
         notify_of_surprises(agent)
     try:
         if signals.received is None:
+            agent.envs.is_stopping = lambda: signals.received is not None
             agent.learn(run_dir=run_dir, progress=progress, callback=lambda metrics: signals.received is None)
     except (RunError, UserError) as error:
         if agent.progress.iteration == first_iteration:
@@ -188,7 +189,8 @@ def summarize(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     progress, goal = agent.progress, agent.config.stop_at_return
     mean, result = progress.return_mean, "no episode ended"
     if mean is not None:
-        result = f"mean return over the last {len(progress.episodes)} episodes {format_number(mean)}"
+        count = len(progress.episodes)
+        result = f"mean return over the last {f'{count} episodes' if count > 1 else 'episode'} {format_number(mean)}"
     names = ("learning_curve.png", "curves.png", "videos")
     files = [str(run_dir / name) for name in names if (run_dir / name).exists()]
     lines = [

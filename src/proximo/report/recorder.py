@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from proximo.config.values import to_plain
-from proximo.errors import Exited, NotFinite, RunError, UserError, describe_error, notify_user
+from proximo.errors import Exited, NotFinite, RunError, Stopped, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.report.plot import RETURN, plot
 from proximo.rollout.episodes import to_number
@@ -20,7 +20,7 @@ from proximo.run.checkpoint import RunInfo
 from proximo.run.folder import RunFolder
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager, explain_failure
-from proximo.run.trackers import Tracker, close_tracker, open_trackers
+from proximo.run.trackers import Console, Tracker, close_tracker, open_trackers
 
 Callback = Callable[[Metrics], Any]
 """Called with the metrics of an iteration; may return metrics to add, or False to stop."""
@@ -38,6 +38,7 @@ class Recorder:
     save: Callable[[Path], object]  # writes a checkpoint
     record_video: Callable[[Path], object]  # records an episode of the policy's mode
     checkpoints: CheckpointManager | None = None  # None before `start`, and without a run folder
+    is_stopping: Callable[[], bool] = lambda: False  # checked before every step
 
     def start(self) -> None:
         """Save a first checkpoint, for a run that dies early."""
@@ -55,6 +56,14 @@ class Recorder:
 
             self.checkpoints = CheckpointManager(folder.path, self.info.config, self.progress, save)
             self.checkpoints.save(replace=True)  # with the settings of this call
+
+    def on_step(self, done: int) -> None:
+        """Show the completed steps of a collection; raise Stopped if a stop was requested."""
+        if self.is_stopping():
+            raise Stopped
+        for tracker in self.trackers:
+            if isinstance(tracker, Console):
+                tracker.show_step(done)
 
     def record(
         self, iterations: Iterable[tuple[Metrics, Diagnostics | None]], evaluate: Callable[[Metrics], float | None]
@@ -176,12 +185,14 @@ def record_run(
     record_video: Callable[[Path], object],
     is_continued: bool,
     show: bool,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Recorder]:
     """Open the run folder and trackers; at the end save, and after an error rescue what was learned.
 
     Args:
         is_continued: the run folder holds the earlier part of this run.
         show: show progress on the terminal.
+        is_stopping: checked before every step; if it returns True, the iteration is dropped and the run ends normally.
 
     Raises:
         UserError: the run folder is in use or cannot be written, or a tracker does not start.
@@ -193,7 +204,7 @@ def record_run(
         for tracker in open_trackers(folder, info, show, resumed):
             stack.push(lambda kind, *_, tracker=tracker: close_tracker(tracker, failed=kind is not None))
             trackers.append(tracker)
-        recorder = Recorder(folder, trackers, info, learner, progress, save, record_video)
+        recorder = Recorder(folder, trackers, info, learner, progress, save, record_video, is_stopping=is_stopping)
         closed = None
         try:
             try:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -169,8 +169,14 @@ class Collector:
                 return f"environment {int(np.argmin(is_equal))}'s observation {path}".rstrip()
         return ""
 
-    def collect(self, actor: Actor, rollout: Rollout) -> Collected:
-        """Fill `rollout` with T steps of every environment; raise RunError for values that are not finite."""
+    def collect(
+        self, actor: Actor, rollout: Rollout, on_step: Callable[[int], object] = lambda done: None
+    ) -> Collected:
+        """Fill `rollout` with T steps of every environment; raise RunError for values that are not finite.
+
+        Args:
+            on_step: called before every step with the number of completed ones; what it raises ends the collection.
+        """
         episodes: list[Episode] = []
         env_seconds = act_seconds = 0.0
         rollout.clear_final_obs()
@@ -178,6 +184,7 @@ class Collector:
         actions: list[np.ndarray] = []
         rollout.store_obs(0, self.obs, self.start)
         for t in range(rollout.num_steps):
+            on_step(t)
             began = time.perf_counter()
             with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are reported after the rollout
                 raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)

@@ -6,8 +6,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
 PLAIN_SECONDS = 5.0  # between lines if the output is not a terminal
+STATUS_SECONDS = (30.0, 0.5)  # between lines inside an iteration, without and with a terminal
 WANDB_ID, MAX_ID_BYTES = ".wandb_run", 1024  # file with the id of the folder's run
 
 
@@ -115,13 +116,14 @@ class WandB:
 class Console:
     """Progress display: a line that is rewritten on a terminal, or a new line every few seconds elsewhere."""
 
-    def __init__(self, total_timesteps: int, stream: IO[str] | None = None) -> None:
-        self._total, self._stream = total_timesteps, stream or sys.stderr
+    def __init__(self, total_timesteps: int = 0, stream: IO[str] | None = None, num_steps: int = 0) -> None:
+        self._total, self._num_steps, self._stream = total_timesteps, num_steps, stream or sys.stderr
         is_terminal = getattr(self._stream, "isatty", None)  # a program may replace standard error by any object
         self._is_terminal = bool(is_terminal and is_terminal())
         self._first: tuple[int, float] | None = None  # steps and seconds at the end of the first iteration
         self._began, self._printed_at = time.perf_counter(), -PLAIN_SECONDS
         self._line = ""  # not finished, on a terminal; not printed, elsewhere
+        self._status_due, self._has_status = 0.0, False
 
     def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
         """Show steps, speed, remaining time and the mean return."""
@@ -130,6 +132,7 @@ class Console:
             self._first = step, seconds
         speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
         remaining = _clock(max(self._total - step, 0) / speed) if speed else "?"
+        self._status_due, self._has_status = seconds + STATUS_SECONDS[self._is_terminal], False
         mean = metrics["rollout/episode_return_mean"]
         parts = [
             f"{step:>{len(f'{self._total:,}')},} / {self._total:,} steps",
@@ -150,8 +153,31 @@ class Console:
             self._print(self._line + "\n")
             self._printed_at, self._line = seconds, ""
 
+    def show_step(self, done: int) -> None:
+        """Show how many steps of an iteration are collected, or that all are and the update has begun."""
+        if done < self._num_steps:
+            self.show_status(f"collecting step {done + 1:,} of {self._num_steps:,}")
+        elif self._has_status:
+            self._status_due = 0.0
+            self.show_status("updating" + (", and compiling before it" if self._first is None else ""))
+
+    def show_status(self, text: str) -> None:
+        """Show what is going on between two metrics, if enough time has passed since the last line."""
+        seconds = time.perf_counter() - self._began
+        if seconds < self._status_due:
+            return
+        self._status_due, self._has_status = seconds + STATUS_SECONDS[self._is_terminal], True
+        if self._is_terminal:
+            width = max(shutil.get_terminal_size().columns - 1, 20)
+            line = f"{self._line}  {text}" if self._line else text
+            self._print("\r\x1b[K" + (line if len(line) <= width else text[:width]))
+        else:
+            self._print(text + "\n")
+
     def close(self, failed: bool = False) -> None:
         """Finish the current line."""
+        if self._has_status and self._is_terminal:
+            self._print("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])
         if self._line:
             self._print("\n" if self._is_terminal else self._line + "\n")
 
@@ -160,6 +186,14 @@ class Console:
             return
         with suppress(OSError, ValueError):  # the terminal was closed; training continues
             print(text, end="", file=self._stream, flush=True)
+
+
+@contextmanager
+def status_line(show: bool) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows what is going on, on standard error; without effect unless `show`."""
+    console = Console()
+    yield console.show_status if show else lambda text: None
+    console.close()
 
 
 def _clock(seconds: float) -> str:
@@ -200,7 +234,7 @@ def open_trackers(
         if info.config.tensorboard:
             yield TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None)
     if console:
-        yield Console(info.config.total_timesteps)
+        yield Console(info.config.total_timesteps, num_steps=info.config.num_steps)
 
 
 def close_tracker(tracker: Tracker, failed: bool) -> None:
