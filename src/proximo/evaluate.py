@@ -100,6 +100,7 @@ def evaluate(
     num_envs: int = 8,
     render: bool = False,
     warn: bool = False,
+    on_progress: Callable[[str], object] = lambda text: None,
 ) -> Evaluation:
     """Run complete episodes with a policy.
 
@@ -111,6 +112,7 @@ def evaluate(
         deterministic: reported in the result.
         render: show the episodes in a window, one after the other.
         warn: notify the user of running statistics in the environment.
+        on_progress: called with a description of the progress, every few steps.
 
     Raises:
         UserError: the environment cannot be made, or its spaces are not those of the policy.
@@ -149,6 +151,7 @@ def evaluate(
                 if remaining[episode.env_index]:
                     remaining[episode.env_index] -= 1
                     finished.append(episode)
+            on_progress(f"evaluating: {len(finished):,} of {episodes:,} episodes")
     returns, lengths, *_ = zip(*finished, strict=True)
     names = dict.fromkeys(name for episode in finished for name in episode.info)
     info = {name: tuple(episode.info[name] for episode in finished if name in episode.info) for name in names}

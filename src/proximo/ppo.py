@@ -29,7 +29,7 @@ from proximo.rollout.rollout import Metrics
 from proximo.run import checkpoint, checkpoint_files
 from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
 from proximo.run.progress import Progress
-from proximo.run.trackers import import_wandb
+from proximo.run.trackers import import_wandb, status_line
 from proximo.source import Source
 from proximo.spaces.spaces import Spaces
 from proximo.train import iterations, plan_call
@@ -210,13 +210,16 @@ class PPO:
         env: EnvLike | None = None,
         render: bool = False,
         record: str | Path | None = None,
+        max_frames: int = MAX_FRAMES,
+        progress: bool = False,
     ) -> Evaluation:
         """Run complete episodes in new environments; see `proximo.evaluate`.
 
         Args:
             env: the environment; by default the one trained on.
             render: show the episodes in a window.
-            record: also record an episode to this file, as `record` does.
+            record: also record an episode to this file, as `record` does, of at most `max_frames` frames.
+            progress: show progress on standard error.
 
         Raises:
             UserError: the environment is unknown (give `env`), has other spaces, or cannot be shown.
@@ -224,11 +227,14 @@ class PPO:
         env = self.envs.env_for("an evaluation", env)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
         warn = not self.envs.is_open  # otherwise the user was warned when they were made
-        result = evaluate(
-            policy, self.config, self.spaces, env, episodes, deterministic, seed, render=render, warn=warn
-        )
-        if record is not None:
-            self.record(record, deterministic=deterministic, seed=seed, env=env)
+        common = (self.config, self.spaces, env)
+        with status_line(progress) as show:
+            result = evaluate(
+                policy, *common, episodes, deterministic, seed, render=render, warn=warn, on_progress=show
+            )
+            if record is not None:
+                actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
+                record_video(actor, *common, record, seed=seed, max_frames=max_frames, on_progress=show)
         return result
 
     def record(
@@ -302,6 +308,8 @@ def evaluate_random(
     env_kwargs: Mapping[str, Any] | None = None,
     render: bool = False,
     record: str | Path | None = None,
+    max_frames: int = MAX_FRAMES,
+    progress: bool = False,
 ) -> Evaluation:
     """Run complete episodes with random actions: a baseline.
 
@@ -315,9 +323,10 @@ def evaluate_random(
     config = Config(env_kwargs=dict(env_kwargs or {}))
     spaces = read_spaces(env, config.env_kwargs)
     policy = random_policy(spaces, seed)
-    result = evaluate(policy, config, spaces, env, episodes, False, seed, render=render)
-    if record is not None:
-        record_video(policy(1), config, spaces, env, record, seed=seed)
+    with status_line(progress) as show:
+        result = evaluate(policy, config, spaces, env, episodes, False, seed, render=render, on_progress=show)
+        if record is not None:
+            record_video(policy(1), config, spaces, env, record, seed=seed, max_frames=max_frames, on_progress=show)
     return result
 
 

@@ -319,3 +319,35 @@ def test_every_command_writes_to_a_terminal_of_few_characters(encoding, tmp_path
 def test_returns_keep_their_significant_digits(value, text):
     """Returns of 0.01 and of 100,000 both show four digits or more."""
     assert format_number(value) == text
+
+
+def test_commands_take_the_folder_of_several_seeds(tmp_path, capsys):
+    """Evaluations print a line per seed; a larger total continues every seed; complete seeds are refused."""
+    folder = tmp_path / "seeds"
+    assert main(["train", "CartPole-v1", *SMALL, "--seeds=0,1", "--total-timesteps=64", f"--run-dir={folder}"]) == 0
+    assert main(["plot", str(folder)]) == 0
+    assert (folder / "curves.png").is_file()
+    assert main(["resume", str(folder)]) == 2
+    assert "has completed 64 steps" in capsys.readouterr().err
+    assert main(["resume", str(folder), "--total-timesteps=96"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--episodes=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["seed-0", "seed-1", "mean over 2 seeds"]
+    assert [len((folder / f"seed-{n}" / "metrics.jsonl").read_text().splitlines()) for n in (0, 1)] == [3, 3]
+
+
+def test_an_evaluation_shows_progress_and_limits_the_video(tmp_path, capsys):
+    """A policy whose mode is far below its training returns is pointed to --stochastic."""
+    from proximo.rollout.rollout import Episode
+
+    agent = PPO("CartPole-v1", num_envs=1, num_steps=64, seed=0)
+    agent.progress.episodes.append(Episode(500.0, 500, 0))
+    agent.save(tmp_path / "checkpoint")
+    agent.close()
+    pytest.importorskip("av")
+    command = ["evaluate", str(tmp_path / "checkpoint"), "--episodes=1", f"--record={tmp_path}/video.mp4"]
+    assert main([*command, "--max-frames=5"]) == 0
+    errors = capsys.readouterr().err
+    assert "evaluating: " in errors
+    assert "500.0 with sampled actions. Evaluate the same with --stochastic." in errors

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from proximo.cli.flags import non_negative_int, yaml_mapping
-from proximo.errors import UserError, escape, format_number
+import numpy as np
+
+from proximo.cli.flags import non_negative_int, seed_folders, yaml_mapping
+from proximo.errors import UserError, escape, format_number, notify_user
 from proximo.files import require_no_link
 
 
@@ -46,6 +48,9 @@ def add_to(commands: Any) -> None:
         "--record", nargs="?", const="", metavar="FILE",
         help="also record an episode as MP4 [FILE: in videos/ of the run folder]",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-frames", type=non_negative_int, default=10_000, metavar="N", help="length limit of the video [10000]"
+    )
     parser.add_argument("--json", action="store_true", help="print only a JSON object")
 
 
@@ -58,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--record FILE must end in .mp4, got {options.record!r}. Put RUN before --record.")
     if path is None and options.policy == "trained":
         raise UserError("no run is given. Use proximo evaluate RUN with a run folder or a checkpoint folder.")
+    if path is not None and (folders := seed_folders(path)):
+        return evaluate_seeds(options, folders)
     if path is not None:
         names = ("backend", "env_kwargs")
         agent = PPO.load(path, **{name: x for name in names if (x := getattr(options, name)) is not None})
@@ -67,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
     record = choose_video_file(options, path, env)
     common = {"seed": options.seed, "render": options.render, "record": record}
+    common |= {"max_frames": options.max_frames, "progress": not options.json}
     if agent is not None and options.policy == "trained":
         result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
     else:
@@ -86,6 +94,41 @@ def run(options: argparse.Namespace) -> int:
     for name, value in values["info"].items():
         print(f"{escape(name)} {value:.4g}")
     print(f"length {values['length_mean']:.1f}" + (f"\nvideo: {record}" if record else ""))
+    if agent is not None and mode == "deterministic" and env == agent.env_id:
+        returns = [episode.episode_return for episode in agent.progress.episodes]
+        if returns and np.mean(returns) - high > max(0.2 * abs(np.mean(returns)), 0.5 * np.std(returns)):
+            notify_user(
+                f"training had a mean return of {format_number(float(np.mean(returns)))} with sampled actions. "
+                "Evaluate the same with --stochastic."
+            )
+    return 0
+
+
+def evaluate_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
+    """Evaluate every seed of a folder of `train --seeds`; print a line for each, and the mean ± spread."""
+    from proximo.ppo import PPO
+
+    if options.policy == "random" or options.record is not None:
+        raise UserError(f"{folders[0].parent} holds several seeds. Give the folder of one, such as {folders[0]}.")
+    means = {}
+    for folder in folders:
+        names = ("backend", "env_kwargs")
+        given = {name: x for name in names if (x := getattr(options, name)) is not None}
+        agent = PPO.load(folder, options.env, **given)
+        result = agent.evaluate(
+            options.episodes, deterministic=options.deterministic, seed=options.seed, render=options.render,
+            progress=not options.json,
+        )  # fmt: skip
+        values = result.to_dict()
+        means[folder.name] = values["return_mean"]
+        if not options.json:
+            spread = format_number(values["return_std"])
+            print(f"{folder.name}: return {format_number(means[folder.name])} ± {spread} over episodes", flush=True)
+    mean, spread = float(np.mean(list(means.values()))), float(np.std(list(means.values()), ddof=len(means) > 1))
+    if options.json:
+        print(json.dumps({"return_mean": mean, "return_std_over_seeds": spread, "seeds": means}))
+    else:
+        print(f"mean over {len(means)} seeds: {format_number(mean)} ± {format_number(spread)} over seeds")
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -90,6 +91,15 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
     return found
+
+
+def seed_folders(path: str | Path) -> list[Path]:
+    """Run folders inside the folder of `train --seeds`, by seed; none if the path is something else."""
+    folder = Path(path)
+    if (folder / "checkpoints").exists() or not folder.is_dir():
+        return []
+    found = [run for run in folder.iterdir() if re.fullmatch(r"seed-\d+", run.name) and run.is_dir()]
+    return sorted(found, key=lambda run: int(run.name[5:]))
 
 
 def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:

@@ -4,9 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from proximo.cli.flags import QUIET, add_settings, given_settings
+from proximo.cli.flags import QUIET, add_settings, given_settings, seed_folders
 from proximo.cli.train import learn, prepare_process
 from proximo.errors import UserError, notify_user
+
+
+class AlreadyComplete(UserError):
+    """The run has reached its total number of steps or its return."""
 
 
 def add_to(commands: Any) -> None:
@@ -19,7 +23,7 @@ def add_to(commands: Any) -> None:
         "the result is bit-identical to an uninterrupted run. Flags change settings; what is not exact then is "
         "printed. An older checkpoint continues in a new folder.",
     )
-    parser.add_argument("path", metavar="RUN", help="run folder, or checkpoint folder")
+    parser.add_argument("path", metavar="RUN", help="run folder, checkpoint folder, or folder of several seeds")
     parser.add_argument(
         "--env",
         help="environment id; required for ids of the form MODULE:ID, because modules named in a file are not imported",
@@ -31,6 +35,8 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Continue training and print a summary; return the exit status."""
+    if folders := seed_folders(options.path):
+        return resume_seeds(options, folders)
     with prepare_process(options) as (signals, log):
         from proximo.ppo import PPO
         from proximo.run.folder import default_run_dir, require_empty
@@ -44,13 +50,13 @@ def run(options: argparse.Namespace) -> int:
         if agent.env_id is None:
             raise UserError(agent.envs.missing_message())
         if progress.global_step >= config.total_timesteps:
-            raise UserError(
+            raise AlreadyComplete(
                 f"{options.path} has completed {progress.global_step:,} steps, and total_timesteps is "
                 f"{config.total_timesteps:,}. Use a larger --total-timesteps."
             )
         if is_solved(config, progress):
             goal = f"stop_at_return {config.stop_at_return:g}"
-            raise UserError(f"{options.path} has already reached {goal}. Use a higher --stop-at-return.")
+            raise AlreadyComplete(f"{options.path} has already reached {goal}. Use a higher --stop-at-return.")
         # The path as given is shown, rather than the resolved one.
         same = Path(options.path) if agent.run_dir == Path(options.path).resolve() else agent.run_dir
         new = default_run_dir(agent.env_id, agent.learner.backend, config.seed)
@@ -58,3 +64,21 @@ def run(options: argparse.Namespace) -> int:
         if options.total_timesteps is not None and not options.quiet:
             notify_user(f"schedules end at step {config.total_timesteps:,}")
         return learn(agent, Path(options.run_dir or same or new), signals, log, progress=not options.quiet)
+
+
+def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
+    """Continue the seeds of a folder of `train --seeds` one after the other; stop at the first that does not finish."""
+    if options.run_dir:
+        raise UserError(f"{options.path} holds several seeds, which continue in their folders. Leave out --run-dir.")
+    complete = []
+    for folder in folders:
+        try:
+            status = run(argparse.Namespace(**{**vars(options), "path": str(folder)}))
+        except AlreadyComplete as error:
+            complete.append(error)
+            continue
+        if status:
+            return status
+    if len(complete) == len(folders):
+        raise complete[0]
+    return 0

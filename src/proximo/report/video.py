@@ -61,6 +61,7 @@ def record(
     *,
     seed: int = 0,
     max_frames: int = MAX_FRAMES,
+    on_progress: Callable[[str], object] = lambda text: None,
 ) -> Video:
     """Run an episode and write it to an MP4 file: a frame for the reset and for each step.
 
@@ -73,6 +74,7 @@ def record(
         env: an id, or a function that makes one environment. A function is called with render_mode="rgb_array" if it
             has that parameter; otherwise its environment must already use that mode.
         max_frames: recording stops after this many frames.
+        on_progress: called with a description of the progress, before every frame.
 
     Raises:
         UserError: PyAV or a rendering dependency is not installed, the environment cannot be made, does not render or
@@ -96,6 +98,7 @@ def record(
             while not ended and length + 1 < max_frames:
                 obs = {name: value.astype(dtypes[name])[None] for name, value in spaces.read(observation)}
                 action = spaces.action.to_env(actor(obs, np.array([length == 0])), config)[0]
+                on_progress(f"recording: frame {length + 2:,} of at most {max_frames:,}")
                 observation, reward, terminated, truncated, info = unpack_step(rendering_env.step(action))
                 write_frame(render_frame(rendering_env))
                 episode_return += reward
