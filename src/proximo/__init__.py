@@ -9,9 +9,15 @@ Public names are imported on first use, so that `import proximo` is fast and loa
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from proximo.version import __version__
+
+if sys.platform == "win32":
+    raise ImportError(
+        "Proximo needs Linux or macOS, and this is Windows. Install it in the Linux of WSL: wsl --install"
+    )
 
 if TYPE_CHECKING:
     from proximo.agent import Agent

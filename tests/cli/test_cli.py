@@ -268,6 +268,14 @@ def test_importing_proximo_imports_no_framework():
     assert output.strip() == "[]"
 
 
+def test_windows_is_refused_at_the_import():
+    """With the alternative, before anything that Windows lacks is imported."""
+    code = "import sys; sys.platform = 'win32'; import proximo"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: Proximo needs Linux or macOS")
+
+
 def test_a_closed_pipe_prints_no_traceback():
     """`| head -1` closes the pipe after one line."""
     line = f"{sys.executable} -m proximo train --help | head -1"

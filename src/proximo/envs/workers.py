@@ -76,8 +76,6 @@ class WorkerVectorEnv(SharedVectorEnv):
         info_names: Sequence[str] = (),
     ) -> None:
         super().__init__(num_envs, info_names)
-        if sys.platform == "win32":
-            raise UserError("engine workers needs Linux or macOS. Use engine sync.")
         self._slice: EnvSlice | None = None  # the environments in this process
         self._workers: list[_Worker] = []
         self._activity, self._steps = "making", 0
@@ -307,7 +305,7 @@ def _describe_exit(exitcode: int | None) -> str:
 def is_sendable(factory: EnvFactory) -> bool:
     """Whether the factory can be sent to worker processes."""
     try:
-        return sys.platform != "win32" and bool(pickle_factory(factory))
+        return bool(pickle_factory(factory))
     except UserError:
         return False
 
