@@ -10,13 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import gymnasium as gym
 import numpy as np
 
 from proximo.config.names import convert_settings, from_mapping
 from proximo.config.settings import SETTINGS, Config
+from proximo.config.typed import Settings
 from proximo.config.values import to_int
 from proximo.errors import UserError, refuse_pickling
 from proximo.learner.learner import Learner
@@ -82,7 +83,7 @@ class Agent:
         action: gym.Space[Any] | int,
         *,
         network: Any = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
         config = from_mapping({**DEFAULTS, **agent_settings(settings)})
         spaces = spaces_from(observation, action)
@@ -256,7 +257,7 @@ class Agent:
         return checkpoint.save(path, self.learner, info, self.spaces, self.progress)
 
     @classmethod
-    def load(cls, path: str | Path, *, network: Any = None, **changes: Any) -> Agent:
+    def load(cls, path: str | Path, *, network: Any = None, **changes: Unpack[Settings]) -> Agent:
         """Load a checkpoint folder of `Agent` or `PPO`, or the latest of a run folder; new episodes begin.
 
         Args:

@@ -1,11 +1,12 @@
 """The environments that an agent trains in: made when needed, reused, restored, or reset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
 from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of, warn_of_statistics
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError, notify_user
 from proximo.rollout.collector import Collector, state_adapters
 from proximo.rollout.randomness import environment_seeds
@@ -50,7 +51,7 @@ class TrainingEnvs:
         """Whether the engine can restore its environments exactly, in another process too."""
         return any(state_adapters(self.open(config, spaces)))
 
-    def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
+    def env_for(self, purpose: str, env: EnvLike | None = None, wrappers: Sequence[str] = ()) -> EnvLike:
         """The id or function that makes another environment; UserError if it is unknown or a vector environment."""
         env = self.env if env is None else env
         if env is None or isinstance(env, VectorEnv):
@@ -58,7 +59,7 @@ class TrainingEnvs:
                 f"{purpose} needs an environment that can be made again. Give an id or a function that makes one, to "
                 "PPO or as env=…, or turn it off."
             )
-        return env
+        return with_wrappers(env, wrappers)
 
     def open(self, config: Config, spaces: Spaces | None = None) -> VectorEnv:
         """The vector environment, made if it does not exist.
@@ -74,7 +75,8 @@ class TrainingEnvs:
         if self._envs is None:
             if self.env is None:
                 raise UserError(self.missing_message())
-            self._envs, self.engine = make_or_wrap_envs(self.env, config, spaces)
+            env = with_wrappers(self.env, config.wrappers)
+            self._envs, self.engine = make_or_wrap_envs(env, config, spaces)
             warn_of_statistics(self._envs)
         return self._envs
 

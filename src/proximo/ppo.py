@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from gymnasium.vector import VectorEnv
@@ -15,6 +15,7 @@ from proximo.config import presets
 from proximo.config.names import convert_settings, from_mapping, override
 from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
+from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
 from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
 from proximo.errors import UserError, notify_user, refuse_pickling
@@ -58,9 +59,11 @@ class PPO:
         UserError: an unknown environment or setting, a value out of range, or a space that is not supported.
     """
 
-    def __init__(self, env: EnvLike, *, preset: str | None = "auto", network: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, env: EnvLike, *, preset: str | None = "auto", network: Any = None, **settings: Unpack[Settings]
+    ) -> None:
         env = with_version(env) if isinstance(env, str) else env
-        self._bind(TrainingEnvs(env), config_for(env, preset, settings))
+        self._bind(TrainingEnvs(env), config_for(env, preset, {**settings}))
         self.preset = presets.select_name(self.env_id, preset)
         try:
             self.spaces = spaces_of(self.envs.open(self.config))
@@ -224,7 +227,7 @@ class PPO:
         Raises:
             UserError: the environment is unknown (give `env`), has other spaces, or cannot be shown.
         """
-        env = self.envs.env_for("an evaluation", env)
+        env = self.envs.env_for("an evaluation", env, self.config.wrappers)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
         warn = not self.envs.is_open  # otherwise the user was warned when they were made
         common = (self.config, self.spaces, env)
@@ -251,7 +254,7 @@ class PPO:
         Raises:
             UserError: a package is missing, or the environment cannot be rendered; the message says what to do.
         """
-        env = self.envs.env_for("a video", env)
+        env = self.envs.env_for("a video", env, self.config.wrappers)
         actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
         return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)
 
@@ -267,7 +270,9 @@ class PPO:
         return RunInfo(self.env_id or self.envs.unimported, self.preset, self.config, self.resolved)
 
     @classmethod
-    def load(cls, path: str | Path, env: EnvLike | None = None, *, network: Any = None, **changes: Any) -> PPO:
+    def load(
+        cls, path: str | Path, env: EnvLike | None = None, *, network: Any = None, **changes: Unpack[Settings]
+    ) -> PPO:
         """Load a checkpoint folder, or the latest checkpoint of a run folder.
 
         Args:
@@ -280,7 +285,7 @@ class PPO:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
         saved = load(path)
-        given = settings_for(env, changes)
+        given = settings_for(env, {**changes})
         known: str | None = saved.manifest.get("env")
         unimported = known if env is None and isinstance(known, str) and ":" in known else None
         env = known if env is None and not unimported else env
@@ -337,7 +342,7 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
     if config.wandb:
         import_wandb()
     if config.capture_video:
-        require_video(envs.env_for("a video"), config.env_kwargs)
+        require_video(envs.env_for("a video", wrappers=config.wrappers), config.env_kwargs)
     if config.evaluation_interval:
         envs.env_for("an evaluation")
 

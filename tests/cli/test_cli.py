@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from commands import HEARD
 
 from proximo.cli import main
+from proximo.config.settings import SETTINGS
 from proximo.errors import format_number
 from proximo.ppo import PPO
 
@@ -180,13 +182,17 @@ def test_a_new_total_survives_a_kill_before_the_next_checkpoint(tmp_path):
 
 
 def test_help_lists_every_setting(capsys):
-    from proximo.config.settings import SETTINGS
-
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    assert all("--" + name.replace("_", "-") in text for name in SETTINGS)
+    """--help-all; --help lists those that matter most, on little more than a screen."""
+    flags = {"--" + name.removesuffix("s" * (name == "wrappers")).replace("_", "-") for name in SETTINGS}
+    for command in ("train", "resume"):
+        for arguments in (["--help"], ["--help-all"]):
+            with pytest.raises(SystemExit) as exit_:
+                main([command, *arguments])
+            assert exit_.value.code == 0
+            text = capsys.readouterr().out
+            shown = {flag for flag in flags if re.search(rf"^  {flag}\b", text, re.MULTILINE)}
+            assert shown == flags if "--help-all" in arguments else 15 <= len(shown) <= 25
+            assert "--help-all" in arguments or text.count("\n") < 80
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +17,7 @@ from proximo.config import presets
 from proximo.config.files import load_plain_yaml, read_file, to_yaml
 from proximo.config.names import AMBIGUOUS, canonical_name, from_mapping, override
 from proximo.config.settings import SETTINGS, Config
+from proximo.config.typed import Settings
 from proximo.errors import UserError
 
 
@@ -103,7 +106,7 @@ def test_errors_name_setting_value_and_expectation(name, value, words):
 
 def test_unknown_names_get_a_suggestion():
     """A typo raises an error; a hyphen is accepted."""
-    hint = "proximo train --help lists all settings."
+    hint = "proximo train --help-all lists them all."
     assert error_message(learning_rat=1.0) == f"unknown setting 'learning_rat'; did you mean 'learning_rate'? {hint}"
     assert "did you mean 'clip_range'?" in error_message(clip_rang=0.1)
     assert error_message(xyzzy=1) == f"unknown setting 'xyzzy'. {hint}"
@@ -300,3 +303,18 @@ def test_numbers_in_files_are_decimal(text, expected):
 def test_a_key_that_occurs_twice_is_refused():
     with pytest.raises(yaml.YAMLError, match="the key 'gamma' occurs twice"):
         load_plain_yaml("gamma: 0.9\nseed: 1\ngamma: 0.99")
+
+
+def test_settings_are_typed_for_editors(tmp_path):
+    """The typed keyword arguments are the settings; a type checker accepts right calls and refuses a wrong name."""
+    assert list(Settings.__annotations__) == list(SETTINGS)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from proximo import PPO\n"
+        "PPO('CartPole-v1', num_envs=8, learning_rate=lambda progress: 1e-3, hidden_sizes=(64, 64), memory='gru')\n"
+        "PPO('CartPole-v1', num_env=8)\n"
+        "PPO.load('run', memory='lstn')\n"
+    )
+    checker = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(program)]
+    report = json.loads(subprocess.run(checker, capture_output=True, text=True).stdout)
+    assert [error["range"]["start"]["line"] for error in report["generalDiagnostics"]] == [2, 3]

@@ -45,6 +45,7 @@ SWITCHES: dict[str, list[Any]] = {
     "critic_learning_rate": [None, 1e-3],
     "ent_coef": [0.0, 0.01],
     "hidden_sizes": [(), (5,), (6, 4), (3, 7)],
+    "critic_hidden_sizes": [None, (4, 3)],
     "activation": list(SETTINGS["activation"].choices),
     "shared_trunk": [False, True],
     "orthogonal_init": [True, False],
@@ -117,6 +118,8 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     case = {**case}
     action, observation, bounded_by = (case.pop(x, None) for x in ("action", "observation", "bounded_by"))
     case.pop("resets")
+    if case.get("shared_trunk") is not False:
+        case.pop("critic_hidden_sizes", None)
     case["target_kl"] = 1e9 if case["target_kl"] else None  # replaced by a value that stops midway
     if bounded_by in ("squash", "tanh_mean"):
         case[bounded_by] = True

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from proximo.cli import evaluate, inspect, plot, presets, resume, train
-from proximo.cli.flags import normalize_arguments
+from proximo.cli.flags import ESSENTIAL, normalize_arguments
+from proximo.config.settings import SETTINGS
 from proximo.errors import RunError, UserError, print_error, replace_unencodable, suggest
 from proximo.version import __version__
 
@@ -100,6 +101,10 @@ def dispatch(arguments: list[str]) -> int:
     if name and not name.startswith("-") and name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{suggest(name, COMMANDS)} See proximo --help.")
     chosen = commands.choices.get(name, parser)
+    if "--help-all" not in arguments:
+        for action in chosen._actions:
+            if action.dest in SETTINGS and action.dest not in ESSENTIAL:
+                action.help = argparse.SUPPRESS
     flags = set(chosen._option_string_actions)
     options, unknown = parser.parse_known_args(normalize_arguments(arguments, flags))
     if unknown:

@@ -1,6 +1,7 @@
 """Command-line flags: one for every setting, and spellings of other libraries."""
 
 import argparse
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,11 +19,18 @@ from proximo.errors import UserError, notify_user
 GROUP_TITLES = {"update": "update (the algorithm)", "policy": "policy (continuous actions)"}
 # Other libraries' names of flags that are not settings.
 FLAG_ALIASES = {"env_id": "env", "env_name": "env", "checkpoint": "run"}
+# Settings in the short help.
+ESSENTIAL = (
+    "total_timesteps", "num_envs", "num_steps", "seed", "backend", "engine", "run_dir", "env_kwargs", "stop_at_return",
+    "update_epochs", "minibatch_size", "learning_rate", "gamma", "gae_lambda", "clip_coef", "ent_coef", "hidden_sizes",
+    "memory", "normalize_observation", "normalize_reward",
+)  # fmt: skip
 QUIET = "print only errors and notes, no progress and no summary"
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per setting, in groups, with its meaning, default and range."""
+    """Add one flag per setting, in groups, with its meaning, default and range, and a flag that shows all of them."""
+    parser.add_argument("--help-all", action="help", help="show all settings")
     names = dict.fromkeys(setting.group for setting in SETTINGS.values())
     groups = {name: parser.add_argument_group(GROUP_TITLES.get(name, name)) for name in names}
     for name, setting in SETTINGS.items():
@@ -33,6 +41,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif setting.kind == INTEGERS:
             options["metavar"] = "N N …"
+        elif name == "wrappers":
+            groups[setting.group].add_argument("--wrapper", action="append", dest=name, metavar="WRAPPER", help=text)
+            continue
         elif setting.kind == tuple[str, ...]:
             options["metavar"] = "NAME,NAME"
         elif setting.kind is Mapping:
@@ -41,7 +52,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             options["metavar"] = "{" + ",".join(setting.choices) + "}"
         else:
             options["metavar"] = setting.kind.__name__.upper()
-            text += f"; {setting.expected}"
+            if math.isfinite(setting.high - setting.low):
+                text += f" in [{setting.low:g}, {setting.high:g}]"
         flag, text = "--" + name.replace("_", "-"), text.replace("%", "%%")
         groups[setting.group].add_argument(flag, default=None, help=text, **options)
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from proximo.cli.flags import QUIET, add_settings, given_settings, parse_seeds
 from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
-from proximo.config.files import read_file
+from proximo.config.files import read_file, require_trusted
 from proximo.config.names import override
+from proximo.config.settings import SETTINGS
 from proximo.errors import RunError, UserError, escape, format_number, notify_user
 from proximo.machine import cache_dir
 
@@ -175,6 +176,8 @@ def merge_settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any
             f"{options.config} names {env_id}, but a module named in a file is not imported. If you trust "
             f"{env_id.partition(':')[0]}, run: proximo train {env_id} --config {options.config}"
         )
+    if options.config and options.wrappers is None:
+        require_trusted(SETTINGS["wrappers"].convert(settings.get("wrappers", ())), options.config)
     env_id = options.env_id or options.env or env_id
     if env_id is None:
         hint = f" or add env to {options.config}" if options.config else ", such as CartPole-v1"

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from proximo.files import read_bytes
 
 MAX_CHARACTERS, MAX_BYTES = 1 << 16, 1 << 18  # far more than any settings file needs
 INT_TAG, FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+TRUSTED = "gymnasium.wrappers"  # the only module that is imported because a file names it
 ENV_KEYS = ("env", "env_id", "env_name")
 
 
@@ -113,3 +114,13 @@ def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collec
     settings = {name: value for name, value in config.to_dict().items() if name not in omit}
     values = {"env": env_id, "preset": preset or "none", **settings}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def require_trusted(wrappers: Sequence[str], source: str) -> None:
+    """Raise UserError for a wrapper of another module than Gymnasium's, because `source`, a file, names it."""
+    for text in wrappers:
+        if text.partition(":")[0] != TRUSTED:
+            raise UserError(
+                f"{source} names the wrapper {text!r}, but modules named in a file are not imported. If you trust "
+                "it, give the wrappers again, with --wrapper or PPO.load(path, wrappers=[…])."
+            )

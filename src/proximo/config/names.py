@@ -69,7 +69,7 @@ def canonical_name(name: str) -> str:
     name = ALIASES.get(name, name)
     if name not in SETTINGS:
         raise UserError(
-            f"unknown setting {name!r}{suggest(name, [*SETTINGS, *ALIASES])} proximo train --help lists all settings."
+            f"unknown setting {name!r}{suggest(name, [*SETTINGS, *ALIASES])} proximo train --help-all lists them all."
         )
     return name
 

@@ -83,6 +83,10 @@ class Config:
     )
     run_dir: str | None = run(None, "run folder; by default a new folder under runs/")
     env_kwargs: Mapping[str, Any] = run({}, "keyword arguments of the environment, as YAML or JSON")
+    wrappers: tuple[str, ...] = run(
+        (), "wrappers of each environment, in the order in which they are applied, as "
+        "MODULE:CLASS,argument=value,…; on the command line --wrapper, once for each"
+    )
     stop_at_return: float | None = run(
         None, "stop when the mean return of the last 100 training episodes reaches this value"
     )
@@ -173,6 +177,9 @@ class Config:
     hidden_sizes: tuple[int, ...] | None = network(
         None, "widths of the hidden layers; by default 64 64 (mlp), 512 (nature) or 256 (impala)",
         low=1, source=PPO_PAPER
+    )
+    critic_hidden_sizes: tuple[int, ...] | None = network(
+        None, "widths of the critic's hidden layers, if it has its own network; by default hidden_sizes", low=1
     )
     activation: Literal["tanh", "relu", "elu", "gelu", "silu", "leaky_relu"] | None = network(
         None, "activation function of the hidden layers; by default tanh (mlp) or relu (nature, impala)",
@@ -311,8 +318,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for YAML and JSON."""
         values = {name: FUNCTION if callable(x := getattr(self, name)) else x for name in SETTINGS}
-        values["hidden_sizes"] = None if self.hidden_sizes is None else list(self.hidden_sizes)
-        values["env_kwargs"], values["log_info"] = to_plain(self.env_kwargs), list(self.log_info)
+        for name in ("hidden_sizes", "critic_hidden_sizes"):
+            values[name] = None if values[name] is None else list(values[name])
+        values |= {"log_info": list(self.log_info), "wrappers": list(self.wrappers)}
+        values["env_kwargs"] = to_plain(self.env_kwargs)
         return values
 
 

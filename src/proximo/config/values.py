@@ -95,6 +95,8 @@ class Setting:
         if value is False and "off" in self.choices:
             value = "off"  # YAML 1.1 reads a bare off as false
         with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if self.name == "wrappers" and isinstance(value, str):
+                value = (value,)  # whose arguments are separated by commas
             value = _KINDS[self.kind][1](value)
             if self._is_in_range(value):
                 return value

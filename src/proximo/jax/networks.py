@@ -68,7 +68,7 @@ def built_in(config: Config, spaces: Spaces) -> Network:
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:
     """The output [..., H] of a part's last hidden layer."""
     x = encode(spaces, obs, dtype_of(params), partial(convolve_image, arch, params, part))
-    for index in range(len(arch.hidden_sizes)):
+    for index in range(len(arch.sizes(part))):
         x = ACTIVATIONS[arch.activation](linear(params, f"{part}.{index}", x))
     return x
 

@@ -55,6 +55,11 @@ class Architecture(NamedTuple):
     shared_trunk: bool
     memory: str = "none"  # none, gru or lstm
     memory_size: int = 0  # 0 without memory
+    critic_hidden_sizes: tuple[int, ...] = ()  # hidden_sizes, unless they were set
+
+    def sizes(self, part: str) -> tuple[int, ...]:
+        """Widths of the hidden layers of a part."""
+        return self.critic_hidden_sizes if part == "critic" else self.hidden_sizes
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -89,17 +94,22 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
             f"{smallest}. Use impala or mlp, or larger images."
         )
     convolutional = network != "mlp"
+    shared = convolutional if config.shared_trunk is None else config.shared_trunk
+    if shared and config.critic_hidden_sizes is not None:
+        raise UserError("`critic_hidden_sizes` needs two networks, but `shared_trunk` is on. Turn it off.")
+    sizes = DEFAULT_SIZES[network] if config.hidden_sizes is None else config.hidden_sizes
     if config.precision != "float32" and not convolutional:
         raise UserError(
             f"`precision` {config.precision} is for convolutions, and `architecture` mlp has none. Use float32."
         )
     return Architecture(
         network,
-        DEFAULT_SIZES[network] if config.hidden_sizes is None else config.hidden_sizes,
+        sizes,
         config.activation or ("relu" if convolutional else "tanh"),
-        convolutional if config.shared_trunk is None else config.shared_trunk,
+        shared,
         config.memory or "none",
         config.memory_size if config.memory else 0,
+        sizes if config.critic_hidden_sizes is None else config.critic_hidden_sizes,
     )
 
 
@@ -185,22 +195,22 @@ def work_per_row(config: Config, spaces: Spaces, network: Any = None) -> float:
 def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ...], float]]:
     """Yield (name, shape of the weight, gain) of every layer."""
     arch = architecture(config, spaces)
-    network, hidden_sizes, size = arch.architecture, arch.hidden_sizes, arch.memory_size
+    network, size, last = arch.architecture, arch.memory_size, {}
     images = [leaf for leaf in spaces.observation if leaf.kind == "image" and network != "mlp"]
     inputs = sum(flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation)
-    last = [inputs, *hidden_sizes][-1]
     for body in arch.parts:
+        widths = [inputs, *arch.sizes(body)]
         for leaf in images:
             for name, shape in convolutions(network, leaf).items():
                 yield f"{body}.{name}", shape, HIDDEN_GAIN
-        for index, (rows, columns) in enumerate(itertools.pairwise([inputs, *hidden_sizes])):
+        for index, (rows, columns) in enumerate(itertools.pairwise(widths)):
             yield f"{body}.{index}", (rows, columns), HIDDEN_GAIN
         if size:
-            yield f"{body}.memory.input", (last, GATES[arch.memory] * size), MEMORY_GAIN
+            yield f"{body}.memory.input", (widths[-1], GATES[arch.memory] * size), MEMORY_GAIN
             yield f"{body}.memory.hidden", (size, GATES[arch.memory] * size), MEMORY_GAIN
-    last = size or last
-    yield "actor.head", (last, spaces.action.output_size(config)), POLICY_GAIN
-    yield "critic.head", (last, 1), VALUE_GAIN
+        last[body] = size or widths[-1]
+    yield "actor.head", (last[arch.parts[0]], spaces.action.output_size(config)), POLICY_GAIN
+    yield "critic.head", (last[arch.parts[-1]], 1), VALUE_GAIN
 
 
 def is_chunked(spec: Any) -> bool:

@@ -11,20 +11,30 @@ from proximo.learner.architecture import architecture
 from proximo.learner.learner import Learner
 from proximo.spaces.spaces import Spaces
 
+INSTALL = {"jax": "Run pip install jax", "torch": "Run pip install 'proximo[torch]'"}
+
 
 def choose_backend(config: Config, spaces: Spaces, network: Any = None) -> str:
-    """Resolve "auto" to the faster backend on a CPU: PyTorch for built-in convolutions if it is installed, else JAX.
+    """Resolve "auto" to the faster of the installed backends on a CPU: PyTorch for built-in convolutions, else JAX.
 
     Raises:
-        UserError: PyTorch is requested but not installed.
+        UserError: the backend is not installed.
     """
-    installed = importlib.util.find_spec("torch") is not None
-    if config.backend == "torch" and not installed:
-        raise UserError("`backend` torch needs PyTorch, which is not installed: pip install 'proximo[torch]'")
-    if config.backend != "auto":
-        return config.backend
-    convolutional = network is None and architecture(config, spaces).architecture != "mlp"
-    return "torch" if convolutional and installed else "jax"
+    backend, convolutional = config.backend, network is None and architecture(config, spaces).architecture != "mlp"
+    if backend == "auto":
+        order = ("torch", "jax") if convolutional else ("jax", "torch")
+        return next((name for name in order if is_installed(name)), "jax")
+    if not is_installed(backend):
+        other = {"jax": "torch", "torch": "jax"}[backend]
+        hint = f", or use --backend {other}, which reads the same checkpoints" if is_installed(other) else ""
+        name = {"jax": "JAX", "torch": "PyTorch"}[backend]
+        raise UserError(f"`backend` {backend} needs {name}, which is not installed. {INSTALL[backend]}{hint}.")
+    return backend
+
+
+def is_installed(backend: str) -> bool:
+    """Whether the array library of a backend can be imported."""
+    return importlib.util.find_spec(backend) is not None
 
 
 def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proximo.config.files import require_trusted
 from proximo.config.names import from_mapping, override
 from proximo.config.resolved import Resolved
 from proximo.config.settings import SETTINGS, Config
@@ -30,7 +31,8 @@ REQUIRED_FIELDS = {
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
 NETWORK_SETTINGS = {
-    "architecture", "hidden_sizes", "activation", "shared_trunk", "memory", "memory_size", "std", "tanh_mean", "squash",
+    "architecture", "hidden_sizes", "critic_hidden_sizes", "activation", "shared_trunk", "memory", "memory_size", "std",
+    "tanh_mean", "squash",
 }  # fmt: skip
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {
@@ -132,6 +134,8 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
             f"{path} was trained with a custom network, which a checkpoint does not contain. Load it from Python with "
             "network=…"
         )
+    if "wrappers" not in changes:
+        require_trusted(manifest["config"].get("wrappers") or (), str(path))
     return from_mapping(override({**manifest["config"], "run_dir": None}, changes))
 
 
