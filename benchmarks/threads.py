@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from proximo.rollout.rollout import Rollout
 from proximo.run.versions import collect_versions
 from proximo.spaces.spaces import Spaces
 
+SAMPLE = 0.3  # CPU seconds at least in a sample, because single small updates vary too much
 LIMIT = 1.3  # the ratio that the project allows
 NUM_ENVS, EPOCHS, NUM_ACTIONS = 8, 2, 4
 SIDES: dict[str, int | None] = {"automatic": None, "one": 1}
@@ -129,10 +131,12 @@ def serve(backend: str, case: str, threads: int | None) -> None:
         update()
     print(in_use, flush=True)
     for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        update()
+        wall, cpu, epochs = time.perf_counter(), time.process_time(), 0
+        while time.process_time() - cpu < SAMPLE:
+            update()
+            epochs += EPOCHS
         used, elapsed = time.process_time() - cpu, time.perf_counter() - wall
-        print(json.dumps([used / EPOCHS, elapsed / EPOCHS]), flush=True)
+        print(json.dumps([used / epochs, elapsed / epochs]), flush=True)
 
 
 def measure(backend: str, case: str, rounds: int) -> dict[str, Any]:
@@ -176,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -184,7 +189,7 @@ def main() -> None:
         return
     found = []
     for backend in options.backends:
-        for case in CASES:
+        for case in options.cases:
             found.append(measure(backend, case, options.rounds))
             new, cpu = found[-1], found[-1]["cpu_ms"]
             print(
@@ -194,7 +199,7 @@ def main() -> None:
             )
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     result = {
-        "command": f"python threads.py --rounds {options.rounds} --backends {' '.join(options.backends)}",
+        "command": shlex.join(["python", "threads.py", *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
         "versions": collect_versions(),
         "cores": os.cpu_count(),
