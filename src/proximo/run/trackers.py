@@ -131,7 +131,7 @@ class Console:
         if self._first is None:  # compiles, so its time is excluded from the speed
             self._first = step, seconds
         speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
-        remaining = _clock(max(self._total - step, 0) / speed) if speed else "?"
+        remaining = _clock(max(self._total - step, 0) / speed) if speed else "0:00" if step >= self._total else "?"
         self._status_due, self._has_status = seconds + STATUS_SECONDS[self._is_terminal], False
         mean = metrics["rollout/episode_return_mean"]
         parts = [
@@ -155,6 +155,8 @@ class Console:
 
     def show_step(self, done: int) -> None:
         """Show how many steps of an iteration are collected, or that all are and the update has begun."""
+        if done < self._num_steps and time.perf_counter() - self._began < self._status_due:
+            return  # before the text is formatted, because this runs in every step
         if done < self._num_steps:
             self.show_status(f"collecting step {done + 1:,} of {self._num_steps:,}")
         elif self._has_status:
