@@ -140,6 +140,9 @@ def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: 
 
     `reason` is the second result of `TrainingEnvs.start`.
     """
+    project = saved.manifest["config"].get("wandb")
+    if project and not info.config.wandb:
+        notify_user(f"the run was logged to Weights & Biases before, and is not now. Use --wandb {project}, or wandb=…")
     if not progress.global_step:
         return
     changes = "; ".join(find_differences(saved, info))

@@ -48,6 +48,10 @@ class Stopped(Exception):
     """A stop was requested in the middle of an iteration, which is dropped; the run ends normally."""
 
 
+class RunFolderLost(RunError):
+    """The run folder was deleted, moved or replaced during the run."""
+
+
 class NotFinite(RunError):
     """A value became NaN or infinite. `evidence` holds arrays and facts for the debug bundle."""
 

@@ -160,10 +160,11 @@ class PPO:
         stopping = self.envs.is_stopping
         records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, show, stopping)
         with records as recorder:
-            self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
-            self.config = config.replace(run_dir=None)
+            self.config = config
             source, evaluate_if_due = self._start()
             recorder.start()
+            self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
+            self.config = config.replace(run_dir=None)
             inspect = recorder.folder is not None
             trained = iterations(lambda: self.config, source, self.learner, self.progress, inspect, recorder.on_step)
             yield from recorder.record(trained, evaluate_if_due)

@@ -1,21 +1,27 @@
 """Files and streams of runs: closed and full outputs, links, foreign files, lost folders and missing permissions."""
 
 import errno
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
 from proximo.cli import main
 from proximo.config.settings import Config
-from proximo.errors import UserError, escape
+from proximo.errors import RunError, UserError, escape
 from proximo.ppo import PPO
 from proximo.run import checkpoint, checkpoint_files
-from proximo.run.metrics import read_metrics
+from proximo.run.folder import default_run_dir
+from proximo.run.metrics import read_last_metrics, read_metrics
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager
 
@@ -306,3 +312,186 @@ def test_a_failed_save_names_its_cause(tmp_path, capsys):
         note = capsys.readouterr().err
         assert f"{os.strerror(number)}. {fix}\n" in note
         assert "previous checkpoint" not in note
+
+
+# Folders that disappear, and runs that never start
+
+
+def move(run):
+    run.rename(run.with_name("moved"))
+
+
+def replace_by_a_copy(run):
+    shutil.copytree(run, run.with_name("copy"), symlinks=True)
+    shutil.rmtree(run)
+    run.with_name("copy").rename(run)
+
+
+def delete_metrics(run):
+    (run / "metrics.jsonl").unlink()
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, move, replace_by_a_copy, delete_metrics])
+@pytest.mark.parametrize("interval", [1, 0])
+def test_a_run_whose_folder_disappears_stops(change, interval, tmp_path, capsys):
+    """It stops after the iteration with one message, and creates nothing in the place of the folder."""
+    run, iterations = tmp_path / "run", []
+
+    def act(metrics):
+        iterations.append(metrics["iteration"])
+        if len(iterations) == 2:
+            change(run)
+
+    with PPO("CartPole-v1", run_dir=run, total_timesteps=9 * ROWS, checkpoint_interval=interval, **SMALL) as agent:
+        with pytest.raises(RunError, match="was deleted, moved or replaced during the run"):
+            agent.learn(callback=act)
+        assert iterations == [1, 2]
+        assert agent.progress.iteration == 2
+    assert "could not" not in capsys.readouterr().err
+    assert run.exists() == (change in (replace_by_a_copy, delete_metrics))
+    assert not (run / "curves.png").exists()
+    assert not (run / "metrics.jsonl").exists() or change is replace_by_a_copy
+
+
+def test_an_environment_may_change_the_current_folder(tmp_path, monkeypatch):
+    """A relative run folder stays where the run began."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with PPO("CartPole-v1", run_dir="run", checkpoint_interval=1, **SMALL) as agent:
+        agent.learn(3 * ROWS, callback=lambda metrics: os.chdir(tmp_path / "elsewhere"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert checkpoint.load(tmp_path / "run").progress.iteration == 3
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+class Unresettable(gym.Env):
+    """Fails in its first reset until `is_fixed`."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
+    is_fixed = False
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if not self.is_fixed:
+            raise ConnectionError("no simulator")
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, True, False, {}
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_folder(tmp_path, monkeypatch):
+    """The same command works after the problem is fixed."""
+    for parent in (tmp_path, tmp_path / "new"):
+        monkeypatch.setattr(Unresettable, "is_fixed", False)
+        with PPO(Unresettable, engine="sync", run_dir=parent / "run", **SMALL) as agent:
+            with pytest.raises(Exception, match="no simulator"):
+                agent.learn(ROWS)
+            assert not (parent / "run").exists()
+            monkeypatch.setattr(Unresettable, "is_fixed", True)
+            agent.learn(ROWS)
+        assert checkpoint.load(parent / "run").progress.iteration == 1
+
+
+# Metrics, curves and names
+
+
+def test_progress_of_seeds_with_long_rows(run):
+    """A row may be longer than what is read at first from the end of the file; an incomplete one is left out."""
+    path = run / "metrics.jsonl"
+    for length in (10, 65_000, 66_000, 300_000):
+        row = {"global_step": 7, "iteration": length, **{f"action/{n:0100}": 0.5 for n in range(length // 100)}}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        assert read_last_metrics(run) == row
+        with path.open("a") as file:
+            file.write("{" + "x" * length)
+        assert read_last_metrics(run) == row
+        path.write_text(json.dumps(row) + "\n")
+        assert read_last_metrics(run) == row
+    path.write_text("[1]\n")
+    assert read_last_metrics(run) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"global_step": 1, "losses/policy": "text"}', "line 2 has losses/policy 'text', expected a finite number"),
+        ('{"global_step": 1, "losses/policy": [1]}', "line 2 has losses/policy '[1]', expected a finite number"),
+        ('{"global_step": 1, "losses/policy": NaN}', "line 2 has losses/policy 'nan', expected a finite number"),
+        ('{"global_step": 1' + "0" * 999 + "}", "line 2 has global_step"),
+        ('{"losses/policy": 1}', "line 2 has no global_step"),
+        ("[1, 2]", "line 2 is not a JSON object"),
+    ],
+)
+def test_plots_name_invalid_metrics(row, message, run, capsys):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], row, *lines[1:]]))
+    assert main(["plot", str(run)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a$b$", "$\\frac{$", "\\undefined$x_$"])
+def test_curves_show_names_as_they_are(name, run, tmp_path, capsys):
+    """Dollar signs in names of environments, folders and metrics are not mathematical formulas."""
+    folders = []
+    for seed in range(2):
+        folders.append(str(shutil.copytree(run, tmp_path / f"{name}{seed}".replace("\\", ""), symlinks=True)))
+        text = (run / "config.yaml").read_text().replace("env: CartPole-v1", f"env: '{name}'")
+        (Path(folders[-1]) / "config.yaml").write_text(text.replace("gamma: 0.99", f"gamma: 0.{seed + 1}"))
+        row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        (Path(folders[-1]) / "metrics.jsonl").write_text(json.dumps({**row, name: 1.0}) + "\n")
+    assert main(["plot", folders[0]]) == 0
+    assert main(["plot", *folders, "--output", str(tmp_path / "both.svg"), "--metric", name]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_names_longer_than_a_file_system_allows(tmp_path, capsys):
+    """One clear message for a given name; a generated name is shortened."""
+    for arguments in (["--run-dir", str(tmp_path / ("x" * 256))], ["--run-dir", str(tmp_path / "y" / ("x" * 256))]):
+        for seeds in ([], ["--seeds=0-1"]):
+            assert main(["train", "CartPole-v1", *arguments, *seeds]) == 2
+            assert capsys.readouterr().err.count("File name too long") == 1
+    assert len(default_run_dir("x" * 300, "torch", 0).name) < 120
+
+
+# Settings that a checkpoint does not decide
+
+
+def test_a_checkpoint_does_not_start_weights_and_biases(tmp_path, monkeypatch, capsys):
+    """A run that was logged to Weights & Biases is logged again only if requested; a note says so."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run, opened, init = tmp_path / "run", [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: opened.append(init(**options)) or opened[-1])
+    with PPO("CartPole-v1", wandb="mine", **SMALL) as agent:
+        agent.learn(ROWS, run_dir=run)
+    with PPO.load(run) as agent:
+        agent.learn(ROWS, run_dir=run)
+    assert len(opened) == 1
+    assert "Use --wandb mine" in capsys.readouterr().err
+    with PPO.load(run, wandb="mine") as agent:
+        agent.learn(ROWS, run_dir=run)
+    first, second = opened
+    assert first.id == second.id
+    assert "Use --wandb" not in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_of_one_kind_of_return(tmp_path, capsys):
+    """A training return of 100 does not outdo all evaluations, where evaluations begin after loading."""
+    run = tmp_path / "run"
+    with PPO("CartPole-v1", total_timesteps=ROWS, run_dir=run, **SMALL) as agent:
+        agent.learn()
+        agent.progress.best, agent.progress.best_step = 100.0, ROWS
+        agent.save(run / "checkpoints" / f"step_{ROWS:012d}")
+    settings: dict[str, Any] = {"evaluation_interval": 1, "evaluation_episodes": 1}
+    with PPO.load(run, total_timesteps=2 * ROWS, **settings) as agent:
+        agent.learn(run_dir=run)
+        assert agent.progress.best_step == 2 * ROWS
+        assert (agent.progress.best or 0) < 100
+    assert "the best checkpoint is chosen anew" in capsys.readouterr().err
+    with PPO.load(run, total_timesteps=3 * ROWS, **settings) as agent:
+        agent.learn(run_dir=run)
+    assert "chosen anew" not in capsys.readouterr().err

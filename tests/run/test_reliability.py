@@ -223,7 +223,7 @@ for at in range(1, 1000):
         assert (reached, checkpoint.load(best).progress.global_step) == (3, 2)
         break
     killed += 1
-    CheckpointManager(folder, Config(), saved.progress, save(Progress()))
+    CheckpointManager(folder, Config(evaluation_interval=1), saved.progress, save(Progress()))
     assert checkpoint.load(best).progress.global_step == saved.progress.best_step
     assert not list((folder / "checkpoints").glob(".*"))
     assert checkpoint.load(folder).progress.global_step == reached

@@ -89,7 +89,7 @@ def plot(
     for axes, metric in zip(panels, names, strict=True):
         for label, members in groups.items():
             _draw(axes, metric, label, members)
-        axes.set_title(LABELS.get(metric, metric), fontsize=10, loc="left")
+        axes.set_title(LABELS.get(metric, metric), fontsize=10, loc="left", parse_math=False)
         axes.set_xlabel("steps, over all environments", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -98,9 +98,11 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
+        legend = figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names of environments and folders may contain $
     else:
-        figure.suptitle(next(iter(groups)), fontsize=10)
+        figure.suptitle(next(iter(groups)), fontsize=10, parse_math=False)
     path = Path(output or (Path(run_dirs[0]) / "curves.png" if len(runs) == 1 else "curves.png"))
     try:
         if path.parent in map(Path, run_dirs):

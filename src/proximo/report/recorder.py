@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from proximo.config.values import to_plain
-from proximo.errors import Exited, NotFinite, RunError, Stopped, UserError, describe_error, notify_user
+from proximo.errors import Exited, NotFinite, RunError, RunFolderLost, Stopped, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.report.plot import RETURN, plot
 from proximo.rollout.episodes import to_number
@@ -51,6 +51,7 @@ class Recorder:
                 )
 
             def save(path: Path) -> None:
+                folder.require_unchanged()
                 folder.sync()  # metrics first: a checkpoint never precedes them on disk
                 self.save(path)
 
@@ -104,7 +105,8 @@ class Recorder:
 
     def after_iteration(self, evaluated: float | None) -> None:
         """Save a checkpoint and record a video where they are due; `evaluated` is the mean return of an evaluation."""
-        if self.checkpoints:
+        if self.folder and self.checkpoints:
+            self.folder.require_unchanged()
             self.checkpoints.after_iteration(evaluated)
             interval = self.info.config.video_interval
             if interval and self.progress.iteration % interval == 0:
@@ -112,7 +114,7 @@ class Recorder:
 
     def rescue(self, error: BaseException) -> None:
         """Save what was learned before an error, and a debug bundle after a numerical one."""
-        if not self.checkpoints:
+        if not self.checkpoints or isinstance(error, RunFolderLost):
             return
         try:
             if not self.checkpoints.has_given_up:
@@ -201,6 +203,8 @@ def record_run(
     resumed, trackers = (progress if is_continued else None), list[Tracker]()
     with ExitStack() as stack:
         folder = None if run_dir is None else RunFolder(run_dir, info, resumed)
+        if folder and not is_continued:  # last, after the trackers are closed
+            stack.push(lambda kind, *_: folder.discard() if kind else None)
         for tracker in open_trackers(folder, info, show, resumed):
             stack.push(lambda kind, *_, tracker=tracker: close_tracker(tracker, failed=kind is not None))
             trackers.append(tracker)

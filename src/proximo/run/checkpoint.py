@@ -115,7 +115,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, changes: Mapping[str, Any]) -> Config:
-    """Return the checkpoint's settings, updated with `changes`; `run_dir` is not restored.
+    """Return the checkpoint's settings, updated with `changes`; `run_dir` and `wandb` are not
+    restored: a file of another person must not start uploads.
 
     Raise `UserError` if a custom network is required but not given, or a change would alter the trained network.
     """
@@ -136,7 +137,7 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
         )
     if "wrappers" not in changes:
         require_trusted(manifest["config"].get("wrappers") or (), str(path))
-    return from_mapping(override({**manifest["config"], "run_dir": None}, changes))
+    return from_mapping(override({**manifest["config"], "run_dir": None, "wandb": None}, changes))
 
 
 def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:

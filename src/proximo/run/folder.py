@@ -4,16 +4,17 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from proximo.config.files import to_yaml
-from proximo.errors import UserError, notify_user
+from proximo.errors import RunFolderLost, UserError, notify_user
 from proximo.files import open_regular, require_no_links, write_atomically
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import RunInfo
-from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, truncate_metrics
+from proximo.run.metrics import CONFIG, LOCK, METRICS, VERSIONS, WANDB_ID, truncate_metrics
 from proximo.run.progress import Progress
 from proximo.run.retention import require_latest
 from proximo.run.versions import collect_versions
@@ -41,7 +42,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, info: RunInfo, resumed: Progress | None) -> None:
-        self.path, self.rows = Path(path), 0
+        self.path, self.rows = Path(path).absolute(), 0  # an environment may change the current folder
         self._unwritten: list[bytes] = []  # lines that a full disk has delayed
         settings = to_yaml(info.env_id, info.preset, info.config)
         versions = {**collect_versions(), "resolved": info.resolved._asdict()}
@@ -60,6 +61,7 @@ class RunFolder:
                 write_atomically(self.path / CONFIG, settings)
                 write_atomically(self.path / VERSIONS, json.dumps(versions, indent=2))
                 self._metrics = files.enter_context(open_regular(self.path / METRICS, "ab"))
+                self._identity = self._identify()
                 self._files = files.pop_all()
         except FileExistsError as error:
             raise UserError(f"run folder {self.path} belongs to another run. Choose another `run_dir`.") from error
@@ -85,6 +87,33 @@ class RunFolder:
                     f"metrics cannot be written to {self.path / METRICS} ({error.strerror}); "
                     "they are kept in memory and written later"
                 )
+
+    def _identify(self) -> list[tuple[int, int]]:
+        return [(found.st_dev, found.st_ino) for found in map(os.lstat, (self.path / ".", self.path / METRICS))]
+
+    def require_unchanged(self) -> None:
+        """Raise `RunFolderLost` if the folder or its metrics were deleted, moved or replaced."""
+        try:
+            is_same = self._identify() == self._identity
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise RunFolderLost(
+                f"run folder {self.path} or its {METRICS} was deleted, moved or replaced during the run, so nothing "
+                "can be saved there. If it was moved, resume the run where it is now."
+            )
+
+    def discard(self) -> None:
+        """Delete the files of a new run that failed before its first checkpoint, so that the command works again."""
+        with suppress(OSError, RunFolderLost):
+            self.require_unchanged()
+            if (self.path / "checkpoints").exists():
+                return
+            for name in ("tensorboard", "wandb"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in (CONFIG, VERSIONS, METRICS, LOCK, WANDB_ID):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def sync(self) -> None:
         """Flush the metrics to disk, so that no checkpoint is newer than its metrics."""

@@ -14,6 +14,7 @@ from proximo.files import open_regular, read_bytes, replace_atomically
 from proximo.rollout.rollout import Metrics
 
 METRICS, CONFIG, VERSIONS, LOCK = "metrics.jsonl", "config.yaml", "versions.json", ".lock"
+WANDB_ID = ".wandb_run"  # file with the id of the folder's run
 TAIL_BYTES = 65_536  # read at first from the end of metrics.jsonl
 MAX_LINE_BYTES = 1 << 24
 MAX_VERSIONS_BYTES = 1 << 20

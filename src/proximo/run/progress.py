@@ -30,6 +30,7 @@ class Progress:
     skipped: int = 0  # consecutive updates that diverged
     best: float | None = None  # mean return of the best checkpoint
     best_step: int | None = None  # step of the best checkpoint
+    scored_by: str | None = None  # "training" or "evaluations", whose return `best` is
     env_state: EnvState | None = None  # None before the first reset
     resumed: list[dict[str, Any]] = field(default_factory=list)  # one record per resume
 
@@ -85,7 +86,7 @@ class Progress:
                 arrays |= state_arrays | {name: np.frombuffer(text, np.uint8)}
             except UserError as error:  # the snapshot holds an unsupported type, or is too large
                 name, why = None, str(error)
-        fields = ("global_step", "iteration", "skipped", "best", "best_step", "resumed")
+        fields = ("global_step", "iteration", "skipped", "best", "best_step", "scored_by", "resumed")
         document = {field: getattr(self, field) for field in fields}
         document["episode_info"] = [dict(episode.info) for episode in self.episodes] if self.info_means else []
         return {**document, "exact": not why, "why": why, "env_state": name}, arrays
@@ -109,6 +110,7 @@ class Progress:
             episodes=deque(episodes, maxlen=WINDOW),
             best=None if document["best"] is None else float(document["best"]),
             best_step=None if document["best_step"] is None else int(document["best_step"]),
+            scored_by=None if document.get("scored_by") is None else str(document["scored_by"]),
             env_state=None if text is None else EnvState.from_document(json.loads(text), arrays),
             resumed=list(document["resumed"]),
         )

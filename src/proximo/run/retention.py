@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from proximo.config.settings import Config
-from proximo.errors import RunError, UserError, notify_user
+from proximo.errors import RunError, RunFolderLost, UserError, notify_user
 from proximo.files import BEST, replace_atomically
 from proximo.run.checkpoint import open_checkpoint
 from proximo.run.checkpoint_files import MANIFEST, CorruptCheckpoint, list_checkpoints, step_folder
@@ -40,6 +40,11 @@ class CheckpointManager:
             suffixes = ("", *(f".{number}" for number in range(1, 100)))
             paths = (later.with_name(f"damaged-{later.name}{suffix}") for suffix in suffixes)
             later.rename(next(path for path in paths if not path.exists()))
+        scored_by = "evaluations" if self.config.evaluation_interval else "training"
+        if self.progress.best is not None and self.progress.scored_by not in (None, scored_by):
+            notify_user(f"the best checkpoint is chosen anew, because its return is that of {scored_by} now")
+            self.progress.best = self.progress.best_step = None
+        self.progress.scored_by = scored_by
         if self._find_best() is None:  # it is in another run folder, or was deleted
             self.progress.best = self.progress.best_step = None
         self._link_best()
@@ -75,6 +80,9 @@ class CheckpointManager:
             return
         try:
             self._save(path)
+        except RunFolderLost:
+            progress.best, progress.best_step = previous_best
+            raise
         except Exception as error:  # of any type: training itself is not affected
             progress.best, progress.best_step = previous_best
             self.failures += 1

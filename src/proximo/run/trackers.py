@@ -18,12 +18,13 @@ from proximo.files import open_regular, read_bytes, write_atomically
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import RunInfo
 from proximo.run.folder import RunFolder
+from proximo.run.metrics import WANDB_ID
 from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
 PLAIN_SECONDS = 5.0  # between lines if the output is not a terminal
 STATUS_SECONDS = (30.0, 0.5)  # between lines inside an iteration, without and with a terminal
-WANDB_ID, MAX_ID_BYTES = ".wandb_run", 1024  # file with the id of the folder's run
+MAX_ID_BYTES = 1024
 
 
 def histograms(diagnostics: Diagnostics | None) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
@@ -222,17 +223,11 @@ Tracker = RunFolder | TensorBoard | WandB | Console  # destinations of the metri
 def open_trackers(
     folder: RunFolder | None, info: RunInfo, console: bool, resumed: Progress | None
 ) -> Iterator[Tracker]:
-    """Open the trackers of a run one by one; delete a new run's folder if Weights & Biases does not start."""
+    """Open the trackers of a run one by one."""
     if folder:
         yield folder
         if info.config.wandb:
-            try:
-                wandb = WandB(info.config.wandb, folder.path, info)
-            except BaseException:
-                if not resumed:
-                    shutil.rmtree(folder.path, ignore_errors=True)
-                raise
-            yield wandb
+            yield WandB(info.config.wandb, folder.path, info)
         if info.config.tensorboard:
             yield TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None)
     if console:
