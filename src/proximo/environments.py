@@ -102,6 +102,11 @@ class TrainingEnvs:
                 collector = self._new_collector(config, spaces)
             collector.reset(environment_seeds(config.seed, config.num_envs, iteration=progress.iteration))
             progress.episodes.clear()
+        elif names := getattr(collector.envs.unwrapped, "generators", ""):
+            notify_user(
+                f"the environment has random generators of its own ({names}), which are not restored. Use np_random, "
+                "or add snapshot() and restore(), see proximo.rollout.env_state"
+            )
         return HostSource(collector, config), reason
 
     def _new_collector(self, config: Config, spaces: Spaces) -> Collector:

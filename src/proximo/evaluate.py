@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ from proximo.spaces.spaces import Spaces
 CHUNK = 32  # steps between counts of finished episodes
 RESAMPLES = 10_000
 RESAMPLED_AT_ONCE = 1_000_000  # numbers
+NUM_ENVS = 8  # stepped at the same time
 MAX_EPISODE_STEPS = 1_000_000
+LONG_EPISODE, LONG_S = 10_000, 5.0  # steps and seconds after which a missing time limit is reported
 
 Policy = Callable[[int], Actor]  # number of environments -> actor
 
@@ -97,7 +100,7 @@ def evaluate(
     episodes: int = 100,
     deterministic: bool = True,
     seed: int = 0,
-    num_envs: int = 8,
+    num_envs: int = NUM_ENVS,
     render: bool = False,
     warn: bool = False,
     on_progress: Callable[[str], object] = lambda text: None,
@@ -110,6 +113,7 @@ def evaluate(
     Args:
         spaces: of the policy.
         deterministic: reported in the result.
+        num_envs: environments at a time, at most one for each episode.
         render: show the episodes in a window, one after the other.
         warn: notify the user of running statistics in the environment.
         on_progress: called with a description of the progress, every few steps.
@@ -118,8 +122,9 @@ def evaluate(
         UserError: the environment cannot be made, or its spaces are not those of the policy.
         RunError: an episode does not end, or an observation or reward is not finite.
     """
-    if episodes < 1:
-        raise UserError(f"`episodes` is {episodes}; expected an integer ≥ 1.")
+    for name, value in (("episodes", episodes), ("num_envs", num_envs)):
+        if value < 1:
+            raise UserError(f"`{name}` is {value}; expected an integer ≥ 1.")
     count = 1 if render else min(num_envs, episodes)
     remaining = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
     rollout = Rollout(spaces, CHUNK, count)
@@ -139,7 +144,15 @@ def evaluate(
             _reset_in_window(collector, seeds)
         else:
             collector.reset(seeds)
+        began, is_reported = time.monotonic(), False
         while remaining.any():
+            steps = int(collector.episode_length.max())
+            if not is_reported and steps > LONG_EPISODE and time.monotonic() - began > LONG_S:
+                is_reported = True
+                notify_user(
+                    f"an episode of the evaluation has not ended after {steps:,} steps. A continuing task needs a time "
+                    "limit, with max_episode_steps or gymnasium.wrappers.TimeLimit"
+                )
             if collector.episode_length.max() > MAX_EPISODE_STEPS:
                 raise RunError(
                     f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give the environment a time limit, "

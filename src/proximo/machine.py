@@ -6,8 +6,9 @@ waiting threads spin on cores that environments could use.
 
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,24 @@ from proximo.errors import DeviceUnavailable
 MIN_PARALLEL_WORK = 8_000_000  # multiplications per minibatch pass from which two threads are much faster than one
 HANGUP = getattr(signal, "SIGHUP", None)  # sent when the terminal closes; not available on every system
 STOP_SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Delay SIGINT, SIGTERM and SIGHUP within the block, so that they cannot interrupt it; only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not None]
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in received[:1]:
+        signal.raise_signal(number)
 
 
 def cores() -> int:

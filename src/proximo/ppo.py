@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from proximo.apply import evaluate_and_record, initial_state, predict
 from proximo.config import presets
 from proximo.config.names import convert_settings, from_mapping, override
 from proximo.config.resolved import Resolved
@@ -19,7 +20,7 @@ from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
 from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
 from proximo.errors import UserError, notify_user, refuse_pickling
-from proximo.evaluate import Evaluation, PeriodicEvaluation, evaluate, random_policy, trained_policy
+from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, random_policy, trained_policy
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
 from proximo.report.recorder import Callback, call_back, record_run
@@ -30,7 +31,7 @@ from proximo.rollout.rollout import Metrics
 from proximo.run import checkpoint, checkpoint_files
 from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
 from proximo.run.progress import Progress
-from proximo.run.trackers import import_wandb, status_line
+from proximo.run.trackers import import_wandb
 from proximo.source import Source
 from proximo.spaces.spaces import Spaces
 from proximo.train import iterations, plan_call
@@ -180,8 +181,8 @@ class PPO:
         """Environment actions for one observation, or for a batch of N along the first axis.
 
         Args:
-            state: [H] or [N, H], the state of a policy with memory: that of `initial_state` where an episode begins,
-                then that of the previous call. Without it each observation is taken as the first of an episode.
+            state: [H] or [N, H] of a policy with memory: from `initial_state` where an episode begins, then from the
+                previous call. Without it each observation is taken as the first of an episode.
 
         Returns:
             The actions; with a `state`, a tuple of the actions and the next state.
@@ -189,21 +190,11 @@ class PPO:
         Raises:
             UserError: an observation or a state of the wrong shape, or one that is not finite.
         """
-        obs, is_single = self.spaces.read_batch(observation)
-        rows = len(next(iter(obs.values())))
-        noise = None if deterministic else self.spaces.action.noise(self._prediction_rng, (rows,))
-        if state is None:
-            raw, carry = self.learner.actor(None if noise is None else [noise])(obs, np.ones(rows, bool)), None
-        else:
-            raw, carry = self.learner.act(obs, read_state(state, self.initial_state(rows), is_single), noise)
-        action = self.spaces.action.to_env(raw, self.config)
-        found = (action, carry) if not is_single else (action[0], None if carry is None else carry[0])
-        return found[0] if state is None else found
+        return predict(self.learner, self.spaces, self.config, self._prediction_rng, observation, deterministic, state)
 
     def initial_state(self, num_envs: int | None = None) -> np.ndarray:
         """State of the policy where an episode begins, for `predict`: zeros [H], or [N, H]; H is 0 without memory."""
-        size = self.learner.spec.network.carry_size
-        return np.zeros(size if num_envs is None else (num_envs, size), np.float32)
+        return initial_state(self.learner, num_envs)
 
     def evaluate(
         self,
@@ -212,6 +203,7 @@ class PPO:
         deterministic: bool = True,
         seed: int = 0,
         env: EnvLike | None = None,
+        num_envs: int = NUM_ENVS,
         render: bool = False,
         record: str | Path | None = None,
         max_frames: int = MAX_FRAMES,
@@ -221,8 +213,9 @@ class PPO:
 
         Args:
             env: the environment; by default the one trained on.
+            num_envs: environments at a time; where only one can exist, such as a robot, use 1 and `close` first.
             render: show the episodes in a window.
-            record: also record an episode to this file, as `record` does, of at most `max_frames` frames.
+            record: also record an episode of at most `max_frames` frames to this file.
             progress: show progress on standard error.
 
         Raises:
@@ -230,16 +223,9 @@ class PPO:
         """
         env = self.envs.env_for("an evaluation", env, self.config.wrappers)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
+        given = (policy, self.config, self.spaces, env, episodes, deterministic, seed, num_envs)
         warn = not self.envs.is_open  # otherwise the user was warned when they were made
-        common = (self.config, self.spaces, env)
-        with status_line(progress) as show:
-            result = evaluate(
-                policy, *common, episodes, deterministic, seed, render=render, warn=warn, on_progress=show
-            )
-            if record is not None:
-                actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
-                record_video(actor, *common, record, seed=seed, max_frames=max_frames, on_progress=show)
-        return result
+        return evaluate_and_record(*given, render, record, max_frames, progress, warn)
 
     def record(
         self,
@@ -312,6 +298,7 @@ def evaluate_random(
     *,
     seed: int = 0,
     env_kwargs: Mapping[str, Any] | None = None,
+    num_envs: int = NUM_ENVS,
     render: bool = False,
     record: str | Path | None = None,
     max_frames: int = MAX_FRAMES,
@@ -328,12 +315,8 @@ def evaluate_random(
         )
     config = Config(env_kwargs=dict(env_kwargs or {}))
     spaces = read_spaces(env, config.env_kwargs)
-    policy = random_policy(spaces, seed)
-    with status_line(progress) as show:
-        result = evaluate(policy, config, spaces, env, episodes, False, seed, render=render, on_progress=show)
-        if record is not None:
-            record_video(policy(1), config, spaces, env, record, seed=seed, max_frames=max_frames, on_progress=show)
-    return result
+    given = (random_policy(spaces, seed), config, spaces, env, episodes, False, seed, num_envs)
+    return evaluate_and_record(*given, render, record, max_frames, progress)
 
 
 def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None) -> None:
@@ -346,17 +329,6 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
         require_video(envs.env_for("a video", wrappers=config.wrappers), config.env_kwargs)
     if config.evaluation_interval:
         envs.env_for("an evaluation")
-
-
-def read_state(state: Any, initial: np.ndarray, is_single: bool) -> np.ndarray:
-    """A state given to `predict`, [N, H]; UserError unless it is finite and has the shape of the initial one."""
-    array, expected = np.asarray(state), initial[0] if is_single else initial
-    if array.shape != expected.shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise UserError(
-            f"`state` has shape {array.shape} and type {array.dtype}; expected finite numbers of shape "
-            f"{expected.shape}. Pass the result of initial_state() or of the previous predict()."
-        )
-    return array.astype(initial.dtype).reshape(initial.shape)
 
 
 def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:

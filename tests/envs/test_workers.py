@@ -731,8 +731,9 @@ def test_workers_that_begin_leave_signals_to_the_trainer(number, monkeypatch):
     begun = []
 
     def signal_worker(peer, kill, arguments, exitpriority):
-        begun.append(arguments[0].pid)
-        os.kill(begun[-1], number)
+        if arguments[0].args[0] == sys.executable:  # a worker, not the process that watches them
+            begun.append(arguments[0].pid)
+            os.kill(begun[-1], number)
 
     monkeypatch.setattr("proximo.envs.workers.Finalize", signal_worker)
     with closing(WorkerVectorEnv(Everything, 2, workers=2)) as envs:
@@ -812,3 +813,95 @@ def test_bad_arguments_are_refused():
                 call()
         envs.reset(seed=0)
         envs.step(np.zeros(1, int))
+
+
+ORPHANS = """
+import ctypes, os, signal, sys, time
+import gymnasium as gym
+import numpy as np
+from proximo.envs.workers import WorkerVectorEnv
+
+class Stuck(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+    def step(self, action):
+        if sys.argv[1] == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ctypes.PyDLL(None).sleep(100)  # which keeps the interpreter lock
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+envs = WorkerVectorEnv(Stuck, 1, isolate=True)
+envs.reset(seed=0)
+print(*[worker.process.pid for worker in envs._workers], flush=True)
+envs.step(np.zeros(1, int))
+"""
+
+
+@pytest.mark.parametrize("how", ["stopped", "in C code"])
+def test_workers_that_cannot_react_do_not_outlive_a_killed_trainer(how):
+    """Others close their environments first; a stopped one, or one that holds the interpreter lock, is killed."""
+    trainer = subprocess.Popen([sys.executable, "-c", ORPHANS, how], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout
+    pid = int(trainer.stdout.readline())
+    time.sleep(1.0)
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    deadline = time.monotonic() + 15.0
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Forking(Everything):
+    """Starts a process that inherits the connection, then dies."""
+
+    def step(self, action):
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux reports the end of a process to a poll")
+def test_the_death_of_a_worker_is_noticed_although_its_child_keeps_the_connection():
+    with closing(WorkerVectorEnv(Forking, 2, workers=1, isolate=True, timeout_s=30)) as envs:
+        envs.reset(seed=0)
+        began = time.monotonic()
+        with pytest.raises(RunError, match=r"worker 0 (.*) was killed by SIGKILL while stepping environment 0"):
+            envs.step(envs.action_space.sample() * 0)
+        assert time.monotonic() - began < SOON
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("timeout_s", [None, np.inf, 1e9, 1e300])
+def test_no_limit_and_large_limits(isolate, timeout_s):
+    """A step of 0.3 s under a limit that no wait can express."""
+    with closing(WorkerVectorEnv(partial(Slow, 0.3), 2, workers=2, isolate=isolate, timeout_s=timeout_s)) as envs:
+        envs.reset(seed=0)
+        envs.step(np.zeros(2, int))
+    with closing(LocalVectorEnv(partial(Slow, 0.1), 1, timeout_s=timeout_s)) as local:
+        local.reset(seed=0)
+        local.step(np.zeros(1, int))
+    with pytest.raises(RunError, match="this vector environment is closed"):
+        local.step(np.zeros(1, int))
+
+
+def test_a_constructor_that_never_returns_is_timed_out(monkeypatch):
+    monkeypatch.setattr("proximo.envs.shared_vector_env.START_TIMEOUT_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"environment 0 did not return within 0.5 s while making, in (.*)constructor"):
+        LocalVectorEnv(lambda: time.sleep(60), 1)
+    assert time.monotonic() - began < 10
+    with pytest.raises(RunError, match=r"environment 0 did not return within 0.5 s while making(.*)constructor"):
+        WorkerVectorEnv(lambda: time.sleep(60), 1, isolate=True, start_timeout_s=0.5)

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(f"proximo: run failed: {error}")
         return 1
     except KeyboardInterrupt as error:
+        print_error("proximo: interrupted")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:  # the reader has ended, as in `| head`
         discard_output()

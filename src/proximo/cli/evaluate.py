@@ -24,6 +24,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--run", dest="run_path", help=argparse.SUPPRESS)
     parser.add_argument("--episodes", type=non_negative_int, default=100, help="number of complete episodes [100]")
+    parser.add_argument(
+        "--num-envs", type=non_negative_int, default=8, help="environments at a time; 1 where only one can exist [8]"
+    )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the environments [0]")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(agent.envs.missing_message() if agent else "no environment is given. Add --env ENV_ID.")
 
     record = choose_video_file(options, path, env)
-    common = {"seed": options.seed, "render": options.render, "record": record}
+    common = {"seed": options.seed, "num_envs": options.num_envs, "render": options.render, "record": record}
     common |= {"max_frames": options.max_frames, "progress": not options.json}
     if agent is not None and options.policy == "trained":
         result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
@@ -116,7 +119,8 @@ def evaluate_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
         given = {name: x for name in names if (x := getattr(options, name)) is not None}
         agent = PPO.load(folder, options.env, **given)
         result = agent.evaluate(
-            options.episodes, deterministic=options.deterministic, seed=options.seed, render=options.render,
+            options.episodes, deterministic=options.deterministic, seed=options.seed, num_envs=options.num_envs,
+            render=options.render,
             progress=not options.json,
         )  # fmt: skip
         values = result.to_dict()

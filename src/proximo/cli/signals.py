@@ -44,13 +44,14 @@ class StopSignals:
     """Signal handlers for training.
 
     The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current step or update. A
-    second SIGINT or SIGTERM raises KeyboardInterrupt; if C code keeps Python from handling it, the process exits
-    after `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored. In another thread than the main
-    one nothing is handled.
+    second SIGINT or SIGTERM raises KeyboardInterrupt, and later ones do nothing, so that they cannot interrupt the last
+    save. If C code keeps Python from handling the second, the process exits after `GRACE_S` seconds. An ignored SIGHUP
+    (as under nohup) stays ignored. In another thread than the main one nothing is handled.
     """
 
     def __init__(self, verbose: bool = True) -> None:
         self.received: int | None = None
+        self._has_raised = False
         self._verbose = verbose
 
     def __enter__(self) -> Self:
@@ -80,7 +81,10 @@ class StopSignals:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if not is_stop_signal(number, self.received is not None):
             return
+        if self._has_raised:
+            return
         if self.received is not None:
+            self._has_raised = True
             raise KeyboardInterrupt(number)
         self.received = number
         if self._verbose:

@@ -67,9 +67,9 @@ class Config:
         False, "run all environments in worker processes (engine workers): slower, but a crash or hang ends the run "
         "with an error message; videos still use an environment in the main process"
     )
-    env_timeout: float = run(
-        60.0, "seconds after which a step or reset counts as stuck and stops the run (engines workers and sync)",
-        above=0
+    env_timeout: float | None = run(
+        60.0, "seconds after which a step or reset counts as stuck and stops the run (engines workers and sync); none, "
+        "inf or 0 disable it", low=0
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = run(
         "auto", "device of the learner (mps: PyTorch on a Mac); auto selects cuda for convolutions if available, "
@@ -231,6 +231,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.convert(getattr(self, name)))
+        if self.env_timeout == 0:
+            object.__setattr__(self, "env_timeout", None)
         self._check_consistency()
 
     def _check_consistency(self) -> None:

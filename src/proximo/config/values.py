@@ -92,6 +92,9 @@ class Setting:
             if self.optional:
                 return None
             raise UserError(f"`{self.name}` is none; expected {self.expected}.")
+        with contextlib.suppress(TypeError, ValueError):
+            if self.optional and self.kind is float and float(value) == math.inf:
+                return None  # no limit
         if value is False and "off" in self.choices:
             value = "off"  # YAML 1.1 reads a bare off as false
         with contextlib.suppress(TypeError, ValueError, OverflowError):

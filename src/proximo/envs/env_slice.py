@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import signal
 import sys
 import threading
@@ -26,6 +27,9 @@ ACTIVITIES = {STEP: "stepping", RESET: "resetting", REPLAY: "replaying"}  # for 
 # Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
 GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
 HAS_SIGNAL = hasattr(signal, "SIGURG") and hasattr(signal, "pthread_kill")
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+LONGEST_S = 1e7  # a longer limit, of some months, is none
+START_TIMEOUT_S = 300.0  # for a constructor, unless there is no limit
 CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
 
 
@@ -38,6 +42,25 @@ class Declaration(NamedTuple):
     reports_episodes: bool
     origin_bytes: int  # space for the origin of each episode
     statistics: str  # name of a wrapper with running statistics, or ""
+    generators: str  # names of attributes with random generators that are not restored, or ""
+
+
+def find_generators(env: Any) -> str:
+    """Names of attributes with random generators besides `np_random`, which exact resume does not restore."""
+    found = []
+    while env is not None:
+        attributes = getattr(env, "__dict__", {})
+        for name, value in attributes.items():
+            is_generator = isinstance(value, GENERATORS) or type(value).__name__ == "Generator"
+            if is_generator and name != "_np_random":
+                found.append(f"{type(env).__name__}.{name}")
+        env = attributes.get("env")
+    return ", ".join(found)
+
+
+def limit_or_inf(timeout_s: float | None) -> float:
+    """A limit in seconds; infinite for None and for more than `LONGEST_S`."""
+    return math.inf if timeout_s is None or timeout_s > LONGEST_S else timeout_s
 
 
 def reports_episodes(env: gym.Env) -> bool:
@@ -65,6 +88,7 @@ class EnvSlice:
         self.thread: int | None = None  # identifier of the thread that runs the environments
         self.overdue_call: tuple[int, int] | None = None  # a `current_call` that takes longer than `timeout_s`
         self.timeout_s = math.inf
+        self.current: Any = [NO_ENVIRONMENT, 0]  # until `attach`
 
     def current_call(self) -> tuple[int, int]:
         """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the number of the call."""
@@ -73,13 +97,15 @@ class EnvSlice:
     def make(self, factory: EnvFactory, on_made: Callable[[], None] = lambda: None) -> None:
         """Make the environments, calling `on_made` after each; raise UserError if a constructor calls `sys.exit`."""
         for n in self.indices:
-            self.last_index = n
+            self.last_index, self.current[0] = n, n
+            self.current[1] += 1
+            self.thread = threading.get_ident()
             try:
                 self.envs.append(factory())
             except SystemExit as error:
                 raise UserError(f"environment {n} called sys.exit({error.code!r}) in its constructor") from error
             on_made()
-        self.last_index = None
+        self.last_index, self.current[0] = None, NO_ENVIRONMENT
 
     def declare(self) -> Declaration:
         """Return the properties of the environments."""
@@ -89,7 +115,7 @@ class EnvSlice:
         origin_bytes = SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES
         return Declaration(
             [spaces[0], *differing[:1]], dict(first.metadata or {}), first.render_mode, reports_episodes(first),
-            origin_bytes, find_statistics(first),
+            origin_bytes, find_statistics(first), find_generators(first),
         )  # fmt: skip
 
     def attach(self, arrays: SharedArrays, process: int, info_names: Sequence[str] = ()) -> None:
@@ -190,19 +216,23 @@ class EnvSlice:
 
     _methods: ClassVar = {STEP: _step, RESET: _reset, REPLAY: _replay}
 
-    def start_timeout(self, timeout_s: float) -> None:
-        """Raise RunError inside any later reset or step of one environment that takes longer than this many seconds.
+    def start_timeout(self, timeout_s: float | None) -> None:
+        """Raise RunError inside any later call of one environment that takes longer than this many seconds.
+
+        The limit is replaced by that of the next call of this method; None, and more than `LONGEST_S`, mean no limit.
 
         Only Python code in the main thread can be interrupted, including `time.sleep`. Elsewhere (C code, other
         threads, code under a debugger, a program that handles SIGURG itself) a note is printed instead.
         """
-        self.timeout_s = timeout_s
+        self.timeout_s = limit_or_inf(timeout_s)
+        if math.isinf(self.timeout_s):
+            return
         # Only sockets with urgent data use this signal, and it is ignored by default. A program's handler is kept.
         is_main_thread = threading.current_thread() is threading.main_thread()
         if HAS_SIGNAL and is_main_thread and signal.getsignal(signal.SIGURG) in (signal.SIG_DFL, signal.SIG_IGN):
             signal.signal(signal.SIGURG, _raise_if_overdue)
         _slices_with_timeout.add(self)
-        threading.Thread(target=_check_repeatedly, args=(weakref.ref(self), timeout_s), daemon=True).start()
+        threading.Thread(target=_check_repeatedly, args=(weakref.ref(self), self.timeout_s), daemon=True).start()
 
     def close(self) -> None:
         """Close the environments, ignoring errors."""
@@ -221,9 +251,10 @@ def _raise_if_overdue(number: int, frame: types.FrameType | None) -> None:
         if env_slice.overdue_call == env_slice.current_call() and sys.gettrace() is None:
             env_slice.overdue_call = None
             location = f", in {frame.f_code.co_filename}, line {frame.f_lineno}" if frame else ""
+            fix = "Fix its constructor" if env_slice.activity == "making" else "Fix it, or increase `env_timeout`"
             raise RunError(
                 f"environment {env_slice.current[0]} did not return within {env_slice.timeout_s:g} s while "
-                f"{env_slice.activity}{location}. Fix the environment, or increase `env_timeout`."
+                f"{env_slice.activity}{location}. {fix}."
             )
 
 
@@ -236,7 +267,7 @@ def _check_repeatedly(reference: weakref.ref[EnvSlice], timeout_s: float) -> Non
     while True:
         time.sleep(timeout_s / CHECKS_PER_TIMEOUT)
         env_slice = reference()
-        if env_slice is None or env_slice.closed:
+        if env_slice is None or env_slice.closed or env_slice.timeout_s != timeout_s:
             return
         previous, call = call, env_slice.current_call()
         unchanged = unchanged + 1 if call == previous and call[0] != NO_ENVIRONMENT else 0

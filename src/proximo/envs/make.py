@@ -39,7 +39,7 @@ def make_envs(
     engine: str = "auto",
     env_kwargs: Mapping[str, Any] | None = None,
     isolate: bool = False,
-    timeout_s: float = 60.0,
+    timeout_s: float | None = 60.0,
     log_info: Sequence[str] = (),
 ) -> VectorEnv:
     """Make a vector environment of N copies of an environment.

@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from proximo.envs.env_slice import REPLAY, RESET, STEP, Declaration, EnvFactory, EnvSlice
+from proximo.envs.env_slice import REPLAY, RESET, START_TIMEOUT_S, STEP, Declaration, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import Layout, SharedArrays
-from proximo.envs.worker_process import ErrorReport
+from proximo.envs.worker_process import ErrorReport, is_raised_by_environment
 from proximo.errors import Exited, RunError, UserError
 from proximo.rollout.collector import select_env
 from proximo.rollout.episodes import ALWAYS_LOGGED
@@ -53,7 +53,7 @@ class SharedVectorEnv(VectorEnv):
         self.observation_space, self.action_space = (batch_space(space, self.num_envs) for space in spaces)
         self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode, self.reports_episodes = first.render_mode, first.reports_episodes
-        self.statistics = first.statistics
+        self.statistics, self.generators = first.statistics, first.generators
         origin_bytes = max(declaration.origin_bytes for declaration in declarations)
         return Layout(*spaces, self.num_envs, workers, first.reports_episodes, origin_bytes, self.info_names)
 
@@ -142,7 +142,7 @@ class LocalVectorEnv(SharedVectorEnv):
 
     Args:
         factory: makes one environment; called N times.
-        timeout_s: limit in seconds for one step or reset of one environment (`EnvSlice.start_timeout`).
+        timeout_s: limit in seconds for one step or reset of one environment (`EnvSlice.start_timeout`); None for none.
 
     Raises:
         UserError: the spaces differ, or Proximo does not support them.
@@ -150,11 +150,12 @@ class LocalVectorEnv(SharedVectorEnv):
     """
 
     def __init__(
-        self, factory: EnvFactory, num_envs: int, timeout_s: float = 60.0, info_names: Sequence[str] = ()
+        self, factory: EnvFactory, num_envs: int, timeout_s: float | None = 60.0, info_names: Sequence[str] = ()
     ) -> None:
         super().__init__(num_envs, info_names)
         self._slice = EnvSlice(range(num_envs))
         try:
+            self._slice.start_timeout(None if timeout_s is None else START_TIMEOUT_S)
             self._slice.make(factory)
             layout = self._set_spaces([self._slice.declare()], workers=1)
             self._arrays = layout.allocate(mmap.mmap(-1, layout.size()))
@@ -175,7 +176,9 @@ class LocalVectorEnv(SharedVectorEnv):
             raise Exited(
                 f"environment {self._slice.last_index} called sys.exit({error.code!r}) while {self._slice.activity}"
             ) from error
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and not is_raised_by_environment(error):
+                raise
             raise ErrorReport.of(self._slice, error).to_error("this process") from error
 
     def close_extras(self, **kwargs: Any) -> None:

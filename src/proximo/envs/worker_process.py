@@ -76,13 +76,18 @@ class ErrorReport(NamedTuple):
         return error
 
 
+def is_raised_by_environment(error: KeyboardInterrupt) -> bool:
+    """Whether an environment raised it, not a signal. Python's own handler, if it is installed, leaves that open."""
+    return not error.args and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+
 def main(connection: int, memory: int) -> None:
     """Serve the trainer until it closes the connection.
 
     The descriptors are those of this end of the connection and of the shared memory. Standard input has the pickled
-    factory, the worker's index and the indices of its environments.
+    factory, the worker's index, the indices of its environments, and the trainer's process.
     """
-    factory, index, environments = pickle.load(sys.stdin.buffer)
+    factory, index, environments, parent = pickle.load(sys.stdin.buffer)
     # A signal may go to the whole process group. Only the trainer reacts to it, and then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -91,7 +96,7 @@ def main(connection: int, memory: int) -> None:
             signal.signal(number, partial(_ignore_in_worker, os.getpid()))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     multiprocessing.current_process().name = f"proximo-worker-{index}"
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     _serve(Connection(connection), memory, index, EnvSlice(environments), factory)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -35,13 +36,23 @@ import cloudpickle
 import numpy as np
 
 from proximo.envs import worker_process
-from proximo.envs.env_slice import ACTIVITIES, CHECKS_PER_TIMEOUT, STEP, Declaration, EnvFactory, EnvSlice
+from proximo.envs.env_slice import (
+    ACTIVITIES,
+    CHECKS_PER_TIMEOUT,
+    START_TIMEOUT_S,
+    STEP,
+    Declaration,
+    EnvFactory,
+    EnvSlice,
+    limit_or_inf,
+)
 from proximo.envs.shared_memory import NO_ENVIRONMENT
 from proximo.envs.shared_vector_env import SharedVectorEnv
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS, cores, pin_to_core
 
 FAULT_GRACE_S = 0.5  # like CLOSE_GRACE_S after a fault, which should be reported soon
+ORPHAN_S = 5  # for workers to close their environments after the trainer was killed
 KILL_WAIT_S = 1.0  # for a killed process to end
 
 
@@ -57,7 +68,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         isolate: run all W slices in worker processes. Environments that crash or never return, in C code as well,
             are then reported; in this process they would end or block the training.
         timeout_s: limit in seconds for one step or reset of one environment. Environments in this process can only be
-            interrupted in Python code (`EnvSlice.start_timeout`).
+            interrupted in Python code (`EnvSlice.start_timeout`). None for none.
         start_timeout_s: limit in seconds for a constructor, and for starting a process.
 
     Raises:
@@ -71,15 +82,18 @@ class WorkerVectorEnv(SharedVectorEnv):
         num_envs: int,
         workers: int | None = None,
         isolate: bool = False,
-        timeout_s: float = 60.0,
-        start_timeout_s: float = 300.0,
+        timeout_s: float | None = 60.0,
+        start_timeout_s: float | None = START_TIMEOUT_S,
         info_names: Sequence[str] = (),
     ) -> None:
         super().__init__(num_envs, info_names)
         self._slice: EnvSlice | None = None  # the environments in this process
         self._workers: list[_Worker] = []
+        self._by_descriptor: dict[int, _Worker] = {}
+        self._guardian = _Guardian()
         self._activity, self._steps = "making", 0
-        self._timeout = start_timeout_s, "start_timeout_s"  # and the setting for it
+        start_limit = None if timeout_s is None else start_timeout_s
+        self._timeout = limit_or_inf(start_limit), "Fix its constructor"  # and the fix
         self._poller = select.poll()
         workers = min(workers or cores(), num_envs)
         # The environment indices of each process; sizes differ by at most one.
@@ -90,7 +104,7 @@ class WorkerVectorEnv(SharedVectorEnv):
             with open(os.memfd_create("proximo"), "w+b") if has_memfd else tempfile.TemporaryFile() as memory:
                 self._start(factory, slices, isolate, memory.fileno())
                 self._wait()
-                self._timeout = timeout_s, "env_timeout"
+                self._timeout = limit_or_inf(timeout_s), "Fix the environment, or increase `env_timeout`"
                 self._attach(workers, memory.fileno())
             if self._slice:
                 self._slice.start_timeout(timeout_s)
@@ -104,6 +118,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         for index, environments in enumerate(slices):
             if index == 0 and not isolate:
                 self._slice = EnvSlice(environments)
+                self._slice.start_timeout(self._timeout[0])
                 continue
             # The process inherits the blocked signals, and unblocks them when it has installed its handlers.
             previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -112,10 +127,12 @@ class WorkerVectorEnv(SharedVectorEnv):
                 self._workers.append(worker)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            self._guardian.watch(worker.process.pid)
             if len(slices) == cores():
                 pin_to_core(worker.process.pid, index)
-            self._poller.register(worker.connection.fileno(), select.POLLIN)
-        self._by_descriptor = {worker.connection.fileno(): worker for worker in self._workers}
+            for descriptor in worker.descriptors():
+                self._by_descriptor[descriptor] = worker
+                self._poller.register(descriptor, select.POLLIN)
         self._run_here(lambda env_slice: env_slice.make(factory))
 
     def _attach(self, workers: int, memory: int) -> None:
@@ -144,7 +161,8 @@ class WorkerVectorEnv(SharedVectorEnv):
                 worker.process.kill()
             for worker in self._workers:
                 worker.join(KILL_WAIT_S)
-                worker.connection.close()
+                worker.close()
+            self._guardian.close()
             own, self._workers, self._slice, self._arrays = self._slice, [], None, None
             if own:
                 own.close()
@@ -172,7 +190,9 @@ class WorkerVectorEnv(SharedVectorEnv):
             function(self._slice)
         except RunError as error:  # the timeout
             self._fail(error)
-        except (Exception, SystemExit) as error:  # not KeyboardInterrupt
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and not worker_process.is_raised_by_environment(error):
+                raise
             fault = worker_process.ErrorReport.of(self._slice, error).to_error("the trainer's process", self._when())
             fault.__cause__ = error
             self._fail(fault)
@@ -180,10 +200,14 @@ class WorkerVectorEnv(SharedVectorEnv):
     def _wait(self) -> None:
         """Wait until all workers have answered; if one fails, dies or is stuck, end all and raise the error."""
         while any(worker.is_pending for worker in self._workers):
-            interval_ms = 1000 * self._timeout[0] / CHECKS_PER_TIMEOUT
+            interval_ms = None if math.isinf(self._timeout[0]) else 1000 * self._timeout[0] / CHECKS_PER_TIMEOUT
             ready = worker_process.poll_briefly(self._poller) or self._poller.poll(interval_ms)
             for descriptor, _ in ready:
-                self._receive(self._by_descriptor[descriptor])
+                worker = self._by_descriptor[descriptor]
+                if descriptor == worker.ended and not worker.connection.poll():
+                    # A process that the environment started may keep the connection of the dead worker open.
+                    self._fail_dead(worker)
+                self._receive(worker)
             for worker in self._workers:
                 if worker.is_pending and not ready:
                     self._check_progress(worker)
@@ -206,11 +230,15 @@ class WorkerVectorEnv(SharedVectorEnv):
             report = worker_process.ErrorReport(*json.loads(message))
             self._fail(report.to_error(str(worker), self._when()))
         else:
-            worker.join(KILL_WAIT_S)
-            n, exitcode = self._position(worker)[0], worker.process.poll()
-            where = "between calls" if n == NO_ENVIRONMENT else f"while {self._activity} environment {n}"
-            hint = ". The kernel does this when memory runs out." if exitcode == -signal.SIGKILL else ""
-            self._fail(RunError(f"{worker} {_describe_exit(exitcode)} {where}, {self._when()}{hint}"))
+            self._fail_dead(worker)
+
+    def _fail_dead(self, worker: _Worker) -> NoReturn:
+        """Raise the error for a worker that has ended."""
+        worker.join(KILL_WAIT_S)
+        n, exitcode = self._position(worker)[0], worker.process.poll()
+        where = "between calls" if n == NO_ENVIRONMENT else f"while {self._activity} environment {n}"
+        hint = ". The kernel does this when memory runs out." if exitcode == -signal.SIGKILL else ""
+        self._fail(RunError(f"{worker} {_describe_exit(exitcode)} {where}, {self._when()}{hint}"))
 
     def _position(self, worker: _Worker) -> tuple[int, int]:
         """Return the index of the environment that runs now, or NO_ENVIRONMENT, and the number of the call."""
@@ -231,12 +259,12 @@ class WorkerVectorEnv(SharedVectorEnv):
         if worker.unchanged_checks < CHECKS_PER_TIMEOUT:
             return
         worker.process.kill()
-        timeout_s, setting = self._timeout
+        timeout_s, fix = self._timeout
         limit, when = f"within {timeout_s:g} s", self._when()
         text = f"environment {position[0]} did not return {limit} while {self._activity}, {when}; {worker} was killed"
         if position[0] == NO_ENVIRONMENT:
             text = f"{worker} did not answer {limit} between calls, {when}, and was killed"
-        self._fail(RunError(f"{text}. Fix the environment, or increase `{setting}`."))
+        self._fail(RunError(f"{text}. {fix}."))
 
     def _when(self) -> str:
         return f"at step {self._steps}" if self._steps else "before the first step"
@@ -266,9 +294,11 @@ class _Worker:
         path = [entry for entry in sys.path if isinstance(entry, str)]
         program = f"import sys; sys.path[:] = {path!r}; import proximo.envs.worker_process as w; w.main(*{descriptors})"
         with connection, tempfile.TemporaryFile() as task:
-            task.write(pickle.dumps((factory, index, environments)))
+            task.write(pickle.dumps((factory, index, environments, os.getpid())))
             task.seek(0)
             self.process = subprocess.Popen([sys.executable, "-c", program], stdin=task, pass_fds=descriptors)
+        # Readable when the process has ended; only Linux has it.
+        self.ended = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
         # At the end of a program that does not close the vector environment.
         Finalize(self, _kill, (self.process,), exitpriority=0)
 
@@ -276,6 +306,17 @@ class _Worker:
         first, last = self.environments[0], self.environments[-1]
         which = f"environment {first}" if first == last else f"environments {first} to {last}"
         return f"worker {self.index} (process {self.process.pid}, {which})"
+
+    def descriptors(self) -> list[int]:
+        """Descriptors that become readable when the worker answers or ends."""
+        return [self.connection.fileno(), *([] if self.ended is None else [self.ended])]
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        self.connection.close()
+        if self.ended is not None:
+            os.close(self.ended)
+            self.ended = None
 
     def send(self, code: bytes, message: bytes | None = None) -> None:
         """Send a command and its pickled arguments."""
@@ -286,6 +327,37 @@ class _Worker:
         """Wait until the process has ended, at most this long."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
+
+
+class _Guardian:
+    """A process that kills workers which outlive a killed trainer: stopped ones, and those inside C code.
+
+    Workers that can react close their environments first. It ends with this object, or `ORPHAN_S` seconds after the
+    trainer.
+    """
+
+    PROGRAM = f'while read -r process; do all="$all $process"; done; sleep {ORPHAN_S}; kill -9 $all'
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe = -1  # written to; its end shows the death of the trainer
+
+    def watch(self, process: int) -> None:
+        """Kill this process too when the trainer is gone."""
+        if self._process is None:
+            reader, self._pipe = os.pipe()
+            command = ["/bin/sh", "-c", self.PROGRAM]
+            self._process = subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL, start_new_session=True)
+            os.close(reader)
+            Finalize(self, _kill, (self._process,), exitpriority=0)
+        os.write(self._pipe, b"%d\n" % process)
+
+    def close(self) -> None:
+        """End the process, since the workers have ended."""
+        if self._process:
+            _kill(self._process)
+            os.close(self._pipe)
+            self._process = None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,6 @@
 """The learner in JAX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,16 @@ def is_finite(state: State) -> Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]))
 
 
+def jit(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jit a function under a name, which its compiled program gets.
+
+    The user's switch `jax_numpy_rank_promotion`, read while tracing, must not refuse our broadcasts.
+    """
+    allowed = jax.numpy_rank_promotion("allow")(function)
+    allowed.__name__ = name
+    return jax.jit(allowed)
+
+
 class Learner(learner.Learner):
     """The learner in JAX; see `proximo.learner.learner.Learner`."""
 
@@ -43,9 +53,7 @@ class Learner(learner.Learner):
         self._device = jax.local_devices(backend="cpu" if self.device.name == "cpu" else "gpu")[0]
         functions = bind(self.spec, forward, prepare)
         functions |= {name.__name__: partial(name, self.spec) for name in (carries, skip, update)}
-        # `jax_numpy_rank_promotion` of the user, read while tracing, must not refuse our broadcasts.
-        allow = jax.numpy_rank_promotion("allow")
-        self._functions = {name: jax.jit(allow(function)) for name, function in functions.items()}
+        self._functions = {name: jit(name, function) for name, function in functions.items()}
 
     def _to_device(self, tree: Any) -> Any:
         return jax.device_put(tree, self._device)

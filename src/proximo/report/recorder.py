@@ -12,6 +12,7 @@ import numpy as np
 from proximo.config.values import to_plain
 from proximo.errors import Exited, NotFinite, RunError, RunFolderLost, Stopped, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
+from proximo.machine import hold_signals
 from proximo.report.plot import RETURN, plot
 from proximo.rollout.episodes import to_number
 from proximo.rollout.rollout import Diagnostics, Metrics
@@ -116,14 +117,15 @@ class Recorder:
         """Save what was learned before an error, and a debug bundle after a numerical one."""
         if not self.checkpoints or isinstance(error, RunFolderLost):
             return
-        try:
-            if not self.checkpoints.has_given_up:
-                self.checkpoints.save()
-            if isinstance(error, NotFinite):
-                path = debug_bundle.save(self.checkpoints.run_dir, error, self.learner, self.info, self.progress)
-                notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
-        except Exception as another:
-            notify_user(f"the last checkpoint or the debug bundle could not be saved: {another}")
+        with hold_signals():
+            try:
+                if not self.checkpoints.has_given_up:
+                    self.checkpoints.save()
+                if isinstance(error, NotFinite):
+                    path = debug_bundle.save(self.checkpoints.run_dir, error, self.learner, self.info, self.progress)
+                    notify_user(f"debug bundle saved. Inspect it with: proximo inspect {path}")
+            except Exception as another:
+                notify_user(f"the last checkpoint or the debug bundle could not be saved: {another}")
 
     def conclude(self) -> None:
         """Record a last video and plot the curves."""

@@ -6,8 +6,11 @@ import os
 import re
 import shutil
 import time
+import weakref
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from proximo.config.files import to_yaml
 from proximo.errors import RunFolderLost, UserError, notify_user
@@ -126,6 +129,11 @@ class RunFolder:
         self._files.close()
 
 
+def _close_if_open(reference: weakref.ref[IO[bytes]]) -> None:
+    if file := reference():
+        file.close()
+
+
 def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
     """Lock a run folder until `files` is closed; raise `UserError` if another process did.
 
@@ -136,6 +144,8 @@ def lock_run_dir(run_dir: Path, files: ExitStack) -> None:
     file = files.enter_context(open_regular(run_dir / LOCK, "ab"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A process that an environment forks would hold the lock after this one has ended.
+        os.register_at_fork(after_in_child=partial(_close_if_open, weakref.ref(file)))
     except BlockingIOError as error:
         raise UserError(
             f"run folder {run_dir} is in use by another process. Wait until it ends, or choose another `run_dir`."
