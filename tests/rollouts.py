@@ -31,7 +31,8 @@ def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...
         shape = (*leading, *leaf.shape)
         if leaf.kind == "mask":
             value = rng.random(shape) < 0.5
-            value[..., 0] |= ~value.any(axis=-1)
+            for _, part in spaces.action.mask_slices():
+                value[..., part.start] |= ~value[..., part].any(axis=-1)
         elif leaf.kind == "discrete":
             value = leaf.start + rng.integers(leaf.n, size=shape)
         elif leaf.kind == "image":

@@ -67,7 +67,7 @@ OBSERVATIONS = {
     "vector": VECTOR,
     "discrete": CODE,
     "dict": gym.spaces.Dict({"x": VECTOR, "code": CODE, "scalar": gym.spaces.Box(-1.0, 1.0, ())}),
-    "masked": gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(3)}),
+    "masked": VECTOR,  # with a mask for the actions
     "picture": gym.spaces.Box(0, 255, (36, 40, 3), np.uint8),
     "planes": gym.spaces.Dict({"seen": gym.spaces.Box(0, 255, (2, 9, 12), np.uint8), "x": VECTOR}),
 }
@@ -95,15 +95,36 @@ PICTURES: list[dict[str, Any]] = [
         {"action": "box", "observation": "planes", "architecture": "mlp", "hidden_sizes": (5,)},
     )
 ]
-ACTIONS = {"box": gym.spaces.Box(-1.0, 1.0, (2,)), "discrete": gym.spaces.Discrete(3)}
+ACTIONS = {
+    "box": gym.spaces.Box(-1.0, 1.0, (2,)),
+    "discrete": gym.spaces.Discrete(3),
+    "multi-discrete": gym.spaces.MultiDiscrete([2, 3, 2]),
+    "multi-binary": gym.spaces.MultiBinary(3),
+}
+# Switches that meet the other kinds of actions.
+OTHERS: dict[str, list[Any]] = {
+    name: SWITCHES[name] for name in ("memory", "shared_trunk", "sequence_length", "resets")
+}
+OTHERS |= {
+    "ent_coef": [0.01],
+    "max_grad_norm": [0.5],
+    "normalize_observation": [False, True],
+    "target_kl": [None, "midway"],
+}
+MASKS = {"discrete": 3, "multi-discrete": 7}  # entries of the mask
 Case = dict[str, Any]
 
 
 def cases() -> list[Case]:
-    """For either kind of action, settings that cover every pair of values; then images."""
+    """For each kind of action, settings that cover every pair of values; then images."""
     return [
         {"action": kind, **pairs._asdict()}
-        for kind, switches in (("box", BOX), ("discrete", DISCRETE))
+        for kind, switches in (
+            ("box", BOX),
+            ("discrete", DISCRETE),
+            ("multi-discrete", {**OTHERS, "observation": ["vector", "masked"]}),
+            ("multi-binary", {**OTHERS, "observation": ["vector", "dict"]}),
+        )
         for pairs in AllPairs(OrderedDict(switches))
     ] + PICTURES
 
@@ -128,7 +149,10 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
         learning_rate=3e-3, desired_kl=3e-3, init_std=0.6, clip_observation=1.5, clip_reward=2.0, vf_coef=0.7,
         clip_coef=0.1, min_std=MIN_STD, memory_size=3, total_timesteps=1000,
     )  # fmt: skip
-    return config, Spaces.of(OBSERVATIONS[observation], ACTIONS[action])
+    space = OBSERVATIONS[observation]
+    if observation == "masked":
+        space = gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(MASKS[action])})
+    return config, Spaces.of(space, ACTIONS[action])
 
 
 def perturbed(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -141,18 +141,17 @@ def test_acting_in_numpy_is_acting_in_either_backend(seed, case, dtype, toleranc
             jax_raw, *_ = act(jax_forward, pair.jax.spec, pair.jax._state, rows, start, carry, noise)
             tensors = [tree_map(to_tensor, x) for x in (rows, start, np.asarray(carry), noise)]
             torch_raw, *_ = act(torch_forward, pair.torch.spec, pair.torch._state, *tensors)
-            jax_raw, torch_raw = jax_raw[""], torch_raw[""]
-            largest = max(1.0, np.abs(jax_raw).max())
-            if dtype == "float64":
-                np.testing.assert_allclose(torch_raw, jax_raw, rtol=0, atol=tolerance * largest)
             for learner, raw in ((pair.jax, jax_raw), (pair.torch, torch_raw)):
                 actor = learner.actor([noise, noise] if noise.any() else None)
                 actor(rows, first)
-                acted = actor(rows, start)[""]
-                assert acted.dtype == (dtype if spaces.action.std_size else np.int32)
-                np.testing.assert_allclose(
-                    acted, np.asarray(raw), rtol=0, atol=tolerance * max(1.0, np.abs(acted).max())
-                )
+                acted = actor(rows, start)
+                assert acted.keys() == raw.keys() == jax_raw.keys()
+                for path, x in acted.items():
+                    largest = max(1.0, np.abs(x).max())
+                    assert x.dtype == (dtype if spaces.action.std_size else pair.rollout.action[path].dtype)
+                    np.testing.assert_allclose(x, np.asarray(raw[path]), rtol=0, atol=tolerance * largest)
+                    if dtype == "float64":
+                        np.testing.assert_allclose(raw[path], jax_raw[path], rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("backend", LEARNERS)

@@ -51,6 +51,33 @@ class Categorical(NamedTuple):
         return {"probability": jax.nn.softmax(self.logits)}
 
 
+class Bernoulli(NamedTuple):
+    """Independent bits."""
+
+    logits: Array  # [..., D] of the ones
+
+    def sample(self, noise: Array) -> Array:
+        """Standard logistic noise [..., D] -> bits [..., D]."""
+        return (self.logits + noise > 0.0).astype(jnp.int8)
+
+    def log_prob(self, action: Array) -> Array:
+        """log π of bits [..., D], summed over them: [...]."""
+        bits = action.astype(self.logits.dtype)
+        return jnp.sum(bits * self.logits - jax.nn.softplus(self.logits), axis=-1)
+
+    def entropy(self) -> Array:
+        """Σ −p log p − (1 − p) log(1 − p): [...]."""
+        return jnp.sum(jax.nn.softplus(self.logits) - self.logits * jax.nn.sigmoid(self.logits), axis=-1)
+
+    def stds(self) -> Array:
+        """Standard deviations: none, [..., 0]."""
+        return self.logits[..., :0]
+
+    def describe(self) -> dict[str, Array]:
+        """`probability` of a one, for each bit: [..., D]."""
+        return {"probability": jax.nn.sigmoid(self.logits)}
+
+
 class Gaussian(NamedTuple):
     """Independent normals."""
 
@@ -135,7 +162,12 @@ def gaussian(config: Config, head: Head, output: Array, log_std: Array | None, m
     return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)
 
 
-BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
+def bernoulli(config: Config, head: Head, logits: Array, log_std: Array | None, masks: Sequence[Array]) -> Bernoulli:
+    """The distribution of a Bernoulli head from its logits [..., D]."""
+    return Bernoulli(logits)
+
+
+BUILDERS = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}  # by kind of head
 
 
 # (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`

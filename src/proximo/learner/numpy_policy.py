@@ -79,7 +79,9 @@ def mlp_actor(
         output = x @ weight + bias
         drawn = zero if calls is None else next(calls)
         return {
-            head.path: head.sample(config, output[..., outputs], std, drawn[..., noises], [obs[path] for path in masks])
+            head.path: head.sample(
+                config, output[..., outputs], std, drawn[..., noises], [obs[path][..., part] for path, part in masks]
+            )
             for head, outputs, noises, std, masks in heads
         }
 

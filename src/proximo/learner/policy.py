@@ -55,7 +55,7 @@ def policy_from_output(
     """
     heads, parts = spaces.action.heads, {}
     for head, outputs, _, stds in spaces.action.slices(config):
-        masks = [obs[path] for path in spaces.masks(head)]
+        masks = spaces.masks_of(head, obs)
         columns, learned = output, log_std
         if len(heads) > 1:  # slicing, with its gradient, takes 5 % of a small network's step in PyTorch
             columns, learned = output[..., outputs], None if log_std is None else log_std[stds]

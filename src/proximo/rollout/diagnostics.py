@@ -4,7 +4,7 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.rollout.rollout import Diagnostics, Metrics, Rollout
-from proximo.spaces.heads import Head
+from proximo.spaces.heads import Head, frequency
 
 MAX_LOG_RATIO = 10.0  # histograms need finite ratios
 FAR = 1e3  # times the usual size
@@ -41,7 +41,7 @@ def action_metrics(rollout: Rollout, config: Config, before: Diagnostics) -> Met
         path = f"{head.path}/" if head.path else ""
         if f"{path}probability" in before:
             raw = rollout.action[head.path][rollout.valid]
-            columns[f"{action}/frequency"] = np.bincount(raw, minlength=head.noise_size) / len(raw)
+            columns[f"{action}/frequency"] = frequency(head, raw)
             columns[f"{policy}/probability"] = before[f"{path}probability"].mean(axis=0)
         else:
             taken = env_actions(rollout, config, head)

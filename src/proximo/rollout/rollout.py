@@ -122,12 +122,12 @@ class Rollout:
                 message = leaf.outside_message(self.obs[leaf.path])
                 raise RunError(f"environment {n}: {message} (step {t} of the rollout).")
         self._require_finite("reward", np.isfinite(self.reward) | ~self.valid)
-        for path in [leaf.path for leaf in self.spaces.observation if leaf.kind == "mask"]:
-            empty = ~(self.obs[path][:-1] > 0).any(axis=-1) & self.valid
+        for leaf in [leaf for leaf in self.spaces.observation if leaf.kind == "mask"]:
+            empty = self.spaces.allows_nothing(self.obs, leaf)[:-1] & self.valid
             if empty.any():
                 t, n = np.argwhere(empty)[0]
                 raise RunError(
-                    f"environment {n}: {path!r} allows no action at step {t} of the rollout. Allow at least one."
+                    f"environment {n}: {leaf.path!r} allows no action at step {t} of the rollout. Allow at least one."
                 )
         final_obs = self.final_obs
         for path, array in self.obs.items():

@@ -55,11 +55,7 @@ class CategoricalHead:
 
     def check(self, config: Config) -> None:
         """Raise UserError for a setting that needs a continuous action."""
-        for name in ("squash", "rescale_actions", "tanh_mean"):
-            if getattr(config, name):
-                raise UserError(
-                    f"`{name}` needs a Box action space, but the actions are Discrete({self.n}). Turn it off."
-                )
+        require_continuous(config, f"Discrete({self.n})")
 
     def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
         """Standard Gumbel noise [*leading, n]: argmax(logits + noise) is a sample, argmax(logits) the mode."""
@@ -216,7 +212,86 @@ class GaussianHead:
         return values
 
 
-Head = CategoricalHead | GaussianHead
+@dataclass(frozen=True)
+class BernoulliHead:
+    """Independent bits of any shape. The raw sample is flat, [..., size], of 0 and 1."""
+
+    shape: tuple[int, ...]
+    path: str = ""
+
+    kind: ClassVar[str] = "bernoulli"
+    has_mask: ClassVar[bool] = False
+    raw_dtype: ClassVar[str] = "int8"
+    std_size: ClassVar[int] = 0  # standard deviations
+
+    @property
+    def size(self) -> int:
+        """D, the number of bits."""
+        return math.prod(self.shape)
+
+    noise_size = size  # noise values per sample
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
+        return (self.size,)
+
+    def output_size(self, config: Config) -> int:
+        """Outputs of the network: one logit per bit."""
+        return self.size
+
+    def check(self, config: Config) -> None:
+        """Raise UserError for a setting that needs a continuous action."""
+        require_continuous(config, f"MultiBinary({self.shape})")
+
+    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
+        """Standard logistic noise [*leading, size]: logit + noise > 0 is a sample, logit > 0 the mode."""
+        return rng.logistic(size=(*leading, self.size)).astype(np.float32)
+
+    def sample(
+        self, config: Config, logits: np.ndarray, std: Any, noise: Any, masks: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Raw samples [N, D] from logits [N, D] and noise [N, D]."""
+        return (logits + noise > 0.0).astype(np.int8)
+
+    def random(self, rng: np.random.Generator, count: int, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """Uniform raw samples [count, D]."""
+        return rng.integers(2, size=(count, self.size), dtype=np.int8)
+
+    def is_out_of_reach(self, config: Config) -> bool:
+        """Whether some action can hardly be sampled at first: no."""
+        return False
+
+    def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
+        """Raw samples [N, D] -> environment actions [N, *shape]."""
+        return raw.reshape(-1, *self.shape)
+
+    def describe(self) -> str:
+        """Describe the actions in a message."""
+        return f"bits of shape {self.shape}"
+
+    def describe_outputs(self, config: Config) -> str:
+        """Describe the network's outputs in a message."""
+        return "one logit for each bit"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+def frequency(head: Head, raw: np.ndarray) -> np.ndarray:
+    """Share of each action among raw samples [B] of a categorical head: [n]; else the mean of samples [B, D]: [D]."""
+    return np.bincount(raw, minlength=head.n) / len(raw) if isinstance(head, CategoricalHead) else raw.mean(axis=0)
+
+
+def require_continuous(config: Config, space: str) -> None:
+    """Raise UserError for a setting that needs a continuous action."""
+    for name in ("squash", "rescale_actions", "tanh_mean"):
+        if getattr(config, name):
+            raise UserError(f"`{name}` needs a Box action space, but the actions are {space}. Turn it off.")
+
+
+Head = CategoricalHead | GaussianHead | BernoulliHead
 
 
 @dataclass(frozen=True)
@@ -225,11 +300,15 @@ class Actions:
 
     Raw actions are dictionaries `path -> array`, like observations. The path of a plain (not nested) space is "".
 
+    Args:
+        shape: of a MultiDiscrete action, whose entries are the heads; None for any other space.
+
     Raises:
         ValueError: the heads are not sorted by path, the order in which JAX visits dictionaries.
     """
 
     heads: tuple[Head, ...]
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         paths = [head.path for head in self.heads]
@@ -275,7 +354,22 @@ class Actions:
     def to_env(self, raw: Mapping[str, np.ndarray], config: Config) -> Any:
         """Map raw actions [N, ...] to environment actions [N, ...]; several heads give a dictionary by path."""
         actions = {head.path: head.to_env(raw[head.path], config) for head in self.heads}
+        if self.shape is not None:
+            return np.stack([actions[head.path] for head in self.heads], axis=-1).reshape(-1, *self.shape)
         return actions.get("", actions)
+
+    @property
+    def mask_size(self) -> int:
+        """Entries of a mask: one for each action of every categorical head."""
+        return sum(head.n for head in self.heads if isinstance(head, CategoricalHead))
+
+    def mask_slices(self) -> Iterator[tuple[Head, slice]]:
+        """Yield (categorical head, its entries of a mask)."""
+        start = 0
+        for head in self.heads:
+            if isinstance(head, CategoricalHead):
+                yield head, slice(start, start + head.n)
+                start += head.n
 
     def describe(self) -> str:
         """Describe the actions in a message."""
@@ -297,9 +391,17 @@ class Actions:
         if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and 0 not in space.shape:
             low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (space.low, space.high))
             return Actions((GaussianHead(tuple(space.shape), low, high, str(space.dtype)),))
+        if isinstance(space, gym.spaces.MultiBinary):
+            return Actions((BernoulliHead(tuple(space.shape)),))
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            sizes, starts = (np.ravel(x).tolist() for x in (space.nvec, space.start))
+            digits = len(str(len(sizes) - 1))  # so that the paths are sorted
+            pairs = enumerate(zip(sizes, starts, strict=True))
+            heads = tuple(CategoricalHead(n, start, f"{index:0{digits}}") for index, (n, start) in pairs)
+            return Actions(heads, tuple(space.shape))
         raise UserError(
-            f"action space {space} is not supported: expected Discrete, or Box of floating-point numbers. Wrap the "
-            "environment so that its actions are one of these."
+            f"action space {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, or Box of "
+            "floating-point numbers. Wrap the environment so that its actions are one of these."
         )
 
 
@@ -309,6 +411,8 @@ def head_from_dict(values: Mapping[str, Any]) -> Head:
     kind = values.pop("kind")
     if kind == "categorical":
         return CategoricalHead(**values)
+    if kind == "bernoulli":
+        return BernoulliHead(**{**values, "shape": tuple(values["shape"])})
     if kind != "gaussian":
         raise ValueError(f"unknown kind of action head: {kind!r}")
     np.dtype(values["dtype"])  # TypeError for an unknown type

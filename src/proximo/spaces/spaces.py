@@ -21,15 +21,23 @@ class Spaces:
     observation: tuple[Leaf, ...]
     action: Actions
 
-    def masks(self, head: Head) -> list[str]:
-        """Paths of the observation leaves that mask a head's actions."""
-        return [leaf.path for leaf in self.observation if leaf.kind == "mask" and head.has_mask]
+    def masks(self, head: Head) -> list[tuple[str, slice]]:
+        """Paths of the observation leaves that mask a head's actions, and the entries that belong to the head."""
+        paths = [leaf.path for leaf in self.observation if leaf.kind == "mask"]
+        return [(path, part) for masked, part in self.action.mask_slices() if masked == head for path in paths]
+
+    def masks_of(self, head: Head, obs: Mapping[str, Any]) -> list[Any]:
+        """The masks [..., n] of a head in observations."""
+        return [obs[path][..., part] for path, part in self.masks(head)]
+
+    def allows_nothing(self, obs: Mapping[str, np.ndarray], leaf: Leaf) -> np.ndarray:
+        """Whether a mask [..., size] forbids every action of some head: [...]."""
+        parts = [obs[leaf.path][..., part] for _, part in self.action.mask_slices()]
+        return np.any([~(part > 0).any(axis=-1) for part in parts], axis=0)
 
     def random_action(self, rng: np.random.Generator, obs: Obs, count: int) -> RawAction:
         """Random raw actions [count, ...] that the masks of the observations [count, ...] allow."""
-        return {
-            head.path: head.random(rng, count, [obs[path] for path in self.masks(head)]) for head in self.action.heads
-        }
+        return {head.path: head.random(rng, count, self.masks_of(head, obs)) for head in self.action.heads}
 
     def check_values(self, obs: Obs, name: str = "the observation") -> None:
         """Raise UserError for observations [B, ...] with values outside a discrete space, or masks that allow nothing.
@@ -40,13 +48,14 @@ class Spaces:
             values = obs[leaf.path]
             if leaf.is_outside(values).any():
                 raise UserError(f"{leaf.outside_message(values)}.")
-            if leaf.kind == "mask" and not (values > 0).any(axis=-1).all():
+            if leaf.kind == "mask" and self.allows_nothing(obs, leaf).any():
                 raise UserError(f"{leaf.path!r} of {name} allows no action. Allow at least one.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        heads = [head.to_dict() for head in self.action.heads]
-        return {"observation": [asdict(leaf) for leaf in self.observation], "action": heads}
+        heads, shape = [head.to_dict() for head in self.action.heads], self.action.shape
+        leaves = [asdict(leaf) for leaf in self.observation]
+        return {"observation": leaves, "action": heads, "action_shape": None if shape is None else list(shape)}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Spaces:
@@ -54,7 +63,9 @@ class Spaces:
         leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in values["observation"])
         for leaf in leaves:
             np.dtype(leaf.dtype)  # TypeError for an unknown type
-        return Spaces(leaves, Actions(tuple(head_from_dict(head) for head in values["action"])))
+        shape = values.get("action_shape")
+        heads = tuple(head_from_dict(head) for head in values["action"])
+        return Spaces(leaves, Actions(heads, None if shape is None else tuple(shape)))
 
     @staticmethod
     def of(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
@@ -64,13 +75,13 @@ class Spaces:
             UserError: a space that Proximo cannot train on.
         """
         spaces = Spaces(tuple(read_leaves(observation_space)), Actions.of(action_space))
-        sizes = {(head.noise_size,) for head in spaces.action.heads if head.has_mask}
+        size = spaces.action.mask_size
         for leaf in spaces.observation:
-            if leaf.kind == "mask" and leaf.shape not in sizes:
+            if leaf.kind == "mask" and (not size or leaf.shape != (size,)):
                 raise UserError(
                     f"observation {leaf.path!r} has shape {leaf.shape}, but a mask needs one entry for each action "
-                    f"of a Discrete action space, and the action space is {action_space}. Give it that shape, or "
-                    "rename the key."
+                    f"of a Discrete action space, or of every entry of a MultiDiscrete one, and the action space is "
+                    f"{action_space}. Give it that shape, or rename the key."
                 )
         if not any(leaf.num_features for leaf in spaces.observation):
             raise UserError(

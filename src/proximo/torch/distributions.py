@@ -51,6 +51,33 @@ class Categorical(NamedTuple):
         return {"probability": torch.softmax(self.logits, dim=-1)}
 
 
+class Bernoulli(NamedTuple):
+    """Independent bits."""
+
+    logits: Tensor  # [..., D] of the ones
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Standard logistic noise [..., D] -> bits [..., D]."""
+        return (self.logits + noise > 0.0).to(torch.int8)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """log π of bits [..., D], summed over them: [...]."""
+        bits = action.to(self.logits.dtype)
+        return torch.sum(bits * self.logits - softplus(self.logits), dim=-1)
+
+    def entropy(self) -> Tensor:
+        """Σ −p log p − (1 − p) log(1 − p): [...]."""
+        return torch.sum(softplus(self.logits) - self.logits * torch.sigmoid(self.logits), dim=-1)
+
+    def stds(self) -> Tensor:
+        """Standard deviations: none, [..., 0]."""
+        return self.logits[..., :0]
+
+    def describe(self) -> dict[str, Tensor]:
+        """`probability` of a one, for each bit: [..., D]."""
+        return {"probability": torch.sigmoid(self.logits)}
+
+
 class Gaussian(NamedTuple):
     """Independent normals."""
 
@@ -140,7 +167,12 @@ def gaussian(config: Config, head: Head, output: Tensor, log_std: Tensor | None,
     return SquashedGaussian(mean, log_std) if config.squash else Gaussian(mean, log_std)
 
 
-BUILDERS = {"categorical": categorical, "gaussian": gaussian}  # by kind of head
+def bernoulli(config: Config, head: Head, logits: Tensor, log_std: Tensor | None, masks: Sequence[Tensor]) -> Bernoulli:
+    """The distribution of a Bernoulli head from its logits [..., D]."""
+    return Bernoulli(logits)
+
+
+BUILDERS = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}  # by kind of head
 
 
 # (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`
