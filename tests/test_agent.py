@@ -280,7 +280,7 @@ def test_a_refused_observe_stores_nothing():
         ((0, 2), {}, "observation is 0; expected a space, an integer ≥ 1"),
         ((4, True), {}, "action is True; expected a space, or an integer ≥ 1"),
         (("4", 2), {}, "observation is '4'; expected a space, an integer ≥ 1"),
-        ((4, gym.spaces.MultiBinary(3)), {}, "is not supported"),
+        ((4, gym.spaces.Text(3)), {}, "is not supported"),
         ((4, 2), {"engine": "sync"}, "`engine` belongs to PPO's training loop"),
         ((4, 2), {"run_dir": "runs"}, "`run_dir` belongs to PPO's training loop"),
         ((4, 2), {"capture_video": True}, "`capture_video` belongs to PPO's training loop"),

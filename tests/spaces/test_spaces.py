@@ -108,8 +108,6 @@ def test_reading_single_and_batched_observations():
         (Dict({"a.b": VECTOR}), Discrete(2), "'a.b'"),
         (Dict({"action_mask": MultiBinary(2)}), Discrete(3), "one entry for each"),
         (Dict({"action_mask": MultiBinary(2), "x": VECTOR}), Box(-1.0, 1.0, (2,)), "mask"),
-        (VECTOR, MultiDiscrete([2, 3]), "action space"),
-        (VECTOR, MultiBinary(2), "action space"),
         (VECTOR, Tuple([Discrete(2)]), "action space"),
         (VECTOR, Dict({"a": Discrete(2)}), "action space"),
         (VECTOR, Box(0, 5, (2,), np.int32), "action space"),
