@@ -248,8 +248,8 @@ def test_heads_round_trip_through_dictionaries(head):
 
 def test_descriptions_of_unknown_heads_are_refused():
     """An unknown kind, an unknown dtype, and a description without a kind."""
-    with pytest.raises(ValueError, match="unknown kind of action head: 'bernoulli'"):
-        head_from_dict({"kind": "bernoulli", "n": 2})
+    with pytest.raises(ValueError, match="unknown kind of action head: 'poisson'"):
+        head_from_dict({"kind": "poisson", "n": 2})
     with pytest.raises(TypeError, match="float31"):
         head_from_dict(GaussianHead((1,), (-1.0,), (1.0,)).to_dict() | {"dtype": "float31"})
     with pytest.raises(KeyError, match="kind"):
