@@ -9,10 +9,12 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
+from backends import each_backend
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
+from proximo.ppo import PPO
 from proximo.spaces.heads import Actions, CategoricalHead, GaussianHead, head_from_dict
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
@@ -105,7 +107,6 @@ def test_reading_single_and_batched_observations():
         (MultiDiscrete([2, 3]), Discrete(2), "observation space"),
         (Box(0.0, 1.0, (0,)), Discrete(2), "empty"),
         (Box(0.0, 1.0, (3, 0)), Discrete(2), "empty"),
-        (Dict({"a.b": VECTOR}), Discrete(2), "'a.b'"),
         (Dict({"action_mask": MultiBinary(2)}), Discrete(3), "one entry for each"),
         (Dict({"action_mask": MultiBinary(2), "x": VECTOR}), Box(-1.0, 1.0, (2,)), "mask"),
         (VECTOR, Tuple([Discrete(2)]), "action space"),
@@ -308,3 +309,59 @@ def test_random_actions_keep_to_the_mask():
     mask = np.tile(np.array([1, 0, 1], np.float32), (10_000, 1))
     raw = spaces.random_action(np.random.default_rng(0), {"action_mask": mask}, 10_000)[""]
     np.testing.assert_allclose(np.bincount(raw, minlength=3) / 10_000, [0.5, 0.0, 0.5], atol=0.02)
+
+
+KEYS = Dict(
+    {
+        "a.b": VECTOR,
+        "a": Dict({"b": Discrete(3)}),
+        "walker/joints": VECTOR,
+        "100%": VECTOR,
+        "%2E": VECTOR,
+        "ü ñ": VECTOR,
+    }
+)
+
+
+class Keys(gym.Env):
+    observation_space, action_space = KEYS, Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 5
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.left -= 1
+        return self.observation_space.sample(), 1.0, self.left == 0, False, {}
+
+
+@each_backend
+def test_keys_may_be_any_text(backend, tmp_path):
+    """ "a.b" and "b" in "a" are two entries; keys survive training, metrics, checkpoints and predictions."""
+    paths = [leaf.path for leaf in Spaces.of(KEYS, Discrete(2)).observation]
+    assert len(set(paths)) == 6
+    assert not any("/" in path for path in paths)
+    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "normalize_observation": True}
+    with PPO(Keys, backend=backend.name, **settings) as agent:
+        agent.learn(64, run_dir=tmp_path / "run")
+        observation = KEYS.sample()
+        expected = agent.predict(observation)
+    with PPO.load(tmp_path / "run", Keys) as loaded:
+        assert loaded.predict(observation) == expected
+        loaded.learn(32)
+    with pytest.raises(UserError, match="observation 'walker/joints' is missing"):
+        agent.predict({key: value for key, value in observation.items() if key != "walker/joints"})
+
+
+def test_the_remedy_for_an_unsupported_entry_works():
+    """The message names the supported keys, for a wrapper that can be given as it stands."""
+
+    class Mission(Keys):
+        observation_space = Dict({"text": Text(5), "x": VECTOR, "code": Discrete(3)})
+
+    with pytest.raises(UserError, match=r"'text' Text.*FilterObservation,filter_keys=\[code, x\]'") as caught:
+        PPO(Mission)
+    wrapper = str(caught.value).split("'")[-2]
+    settings = {"num_envs": 2, "num_steps": 8, "minibatch_size": 8}
+    PPO(Mission, wrappers=[wrapper], **settings).learn(16).close()

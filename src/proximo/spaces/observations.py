@@ -5,8 +5,10 @@ An observation becomes a flat dictionary `path -> array`; the path of a plain (n
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +20,10 @@ Obs = dict[str, np.ndarray]  # path -> [..., *leaf shape]
 MASK = "action_mask"  # reserved key: which discrete actions are allowed
 MIN_GRAY_SIZE = 8  # pixels; the smallest image without a channel axis
 MIN_IMAGE_SIZE = 16  # pixels along two axes from which numbers look like an image
+
+
+class UnsupportedSpace(UserError):
+    """A space of a type that observations cannot have."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,12 @@ class Leaf:
     @property
     def name(self) -> str:
         """Name for messages."""
-        return f"observation {self.path!r}" if self.path else "the observation"
+        return f"observation {'.'.join(self.keys)!r}" if self.path else "the observation"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the nested dictionaries that lead to the array."""
+        return tuple(map(unquote, self.path.split("."))) if self.path else ()
 
     def is_outside(self, values: np.ndarray) -> np.ndarray:
         """Whether values [..., *shape] lie outside a discrete space: [...]."""
@@ -92,11 +103,11 @@ def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
     """
     if isinstance(space, gym.spaces.Dict):
         for key, child in space.spaces.items():
-            if not isinstance(key, str) or not key or "." in key or "/" in key:
-                raise UserError(
-                    f"observation key {key!r} is not supported: expected text without '.' and '/'. Rename it."
-                )
-            yield from read_leaves(child, f"{path}.{key}" if path else key)
+            if not isinstance(key, str) or not key:
+                raise UserError(f"observation key {key!r} is not supported: expected text. Rename it.")
+            # Dots separate keys in a path, and slashes separate names in files.
+            escaped = key.replace("%", "%25").replace(".", "%2E").replace("/", "%2F")
+            yield from read_leaves(child, f"{path}.{escaped}" if path else escaped)
         return
     name = f"observation space {path!r}" if path else "observation space"
     mask = path.rpartition(".")[2] == MASK
@@ -112,10 +123,24 @@ def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
         else:
             yield Leaf(path, "image", tuple(space.shape), "uint8", high=max(int(np.max(space.high)), 1))
     else:
-        raise UserError(
-            f"{name} {space} is not supported: expected Box, Discrete, MultiBinary, or a Dict of these. Convert it "
-            "with gymnasium.wrappers.FlattenObservation."
+        raise UnsupportedSpace(
+            f"{name} {space} is not supported: expected Box, Discrete, MultiBinary, or a Dict of these."
         )
+
+
+def remedy(space: gym.Space[Any]) -> str:
+    """How to get observations that are supported: leave out the entries of a Dict that are not, or convert them."""
+    if not isinstance(space, gym.spaces.Dict):
+        return "Convert it with a wrapper, such as gymnasium.wrappers.FlattenObservation."
+    supported = []
+    for key, child in space.spaces.items():
+        with suppress(UserError):
+            list(read_leaves(child, str(key)))
+            supported.append(key)
+    if not supported:
+        return "Convert it with a wrapper of your own, such as gymnasium.wrappers.TransformObservation."
+    keys = ", ".join(map(str, supported))
+    return f"Leave the entry out: --wrapper 'gymnasium.wrappers:FilterObservation,filter_keys=[{keys}]'."
 
 
 def _is_image(space: gym.spaces.Box, name: str) -> bool:

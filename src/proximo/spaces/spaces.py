@@ -11,7 +11,7 @@ import numpy as np
 
 from proximo.errors import UserError
 from proximo.spaces.heads import Actions, Head, RawAction, head_from_dict
-from proximo.spaces.observations import Leaf, Obs, read_leaves
+from proximo.spaces.observations import Leaf, Obs, UnsupportedSpace, read_leaves, remedy
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,11 @@ class Spaces:
         Raises:
             UserError: a space that Proximo cannot train on.
         """
-        spaces = Spaces(tuple(read_leaves(observation_space)), Actions.of(action_space))
+        try:
+            leaves = tuple(read_leaves(observation_space))
+        except UnsupportedSpace as error:
+            raise UserError(f"{error} {remedy(observation_space)}") from error
+        spaces = Spaces(leaves, Actions.of(action_space))
         size = spaces.action.mask_size
         for leaf in spaces.observation:
             if leaf.kind == "mask" and (not size or leaf.shape != (size,)):
@@ -97,9 +101,9 @@ class Spaces:
         """
         for leaf in self.observation:
             value = observation
-            for key in leaf.path.split(".") if leaf.path else ():
+            for key in leaf.keys:
                 if not isinstance(value, Mapping) or key not in value:
-                    raise UserError(f"observation has no entry {leaf.path!r}, which its space declares")
+                    raise UserError(f"{leaf.name} is missing, which its space declares.")
                 value = value[key]
             try:
                 array = np.asarray(value)
