@@ -621,8 +621,8 @@ def test_an_interrupted_run_prints_the_command_that_resumes(tmp_path):
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    """In the middle of an iteration that would take minutes."""
-    flags = ["--total-timesteps", "100_000_000", "--num-steps", "1_000_000", "--no-compile"]
+    """In the middle of an update that would take minutes."""
+    flags = ["--total-timesteps", "100_000_000", "--update-epochs", "1_000_000", "--no-compile", "--backend", "torch"]
     with popen(train(tmp_path / "run", *flags), env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
         for line in process.stdout:
             if "run folder" in line:
