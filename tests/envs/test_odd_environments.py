@@ -24,6 +24,8 @@ from proximo.agent import Agent
 from proximo.errors import RunError, UserError
 from proximo.ppo import PPO, evaluate_random
 
+# NumPy also warns about NaN and infinity, before the rollout is refused.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow encountered|invalid value):RuntimeWarning")
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
 SPACES = {
     "vector": VECTOR,

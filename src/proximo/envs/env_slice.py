@@ -19,7 +19,7 @@ from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation
 from proximo.errors import RunError, UserError, notify_user
 from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 from proximo.rollout.episodes import select_info
-from proximo.rollout.returned import reset, snapshot_method, unpack_step
+from proximo.rollout.returned import is_usual_step, reset, snapshot_method, unpack_step
 
 EnvFactory = Callable[[], gym.Env]
 STEP, RESET, REPLAY = b"s", b"r", b"p"  # commands of `EnvSlice.run`
@@ -202,13 +202,18 @@ class EnvSlice:
         self.steps_since_origin += 1
         for n, env, action in zip(self.indices, self.envs, actions, strict=True):
             self.last_index = current[0] = n
-            observation, reward[n], terminated[n], truncated[n], info = unpack_step(env.step(action))
+            result: Any = env.step(action)
+            if not is_usual_step(result):
+                result = unpack_step(result)
+            observation, reward[n], terminated[n], truncated[n], info = result
             if terminated[n] or truncated[n]:
                 if self.reports_episodes:
                     report = info.get("episode")
                     arrays.episode[n] = (report["r"], report["l"]) if report else np.nan
-                found = select_info(info, self.info_names)
-                arrays.info[n] = [found.get(name, np.nan) for name in self.info_names]
+                if info or arrays.has_info[n]:
+                    found = select_info(info, self.info_names)
+                    arrays.info[n] = [found.get(name, np.nan) for name in self.info_names]
+                    arrays.has_info[n] = bool(found)
                 store_observation(self.final, n, observation)
                 self._record_origin(n, env)
                 observation, _ = reset(env)

@@ -28,6 +28,7 @@ class SharedArrays(NamedTuple):
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
     episode: np.ndarray  # [N, 2] float64: reported return and length, or NaN; [0, 2] without `reports_episodes`
+    has_info: np.ndarray  # [N] bool: `info` has an entry
     info: np.ndarray  # [N, K] float64: logged entries of `info` in the last step of an episode, or NaN
     origin: np.ndarray  # [N, any] uint8: a pickled `proximo.rollout.env_state.Origin` of each episode
     origin_size: np.ndarray  # [N] int64: bytes used of `origin`; 0 if the origin is unknown or too large
@@ -72,6 +73,7 @@ class Layout(NamedTuple):
             terminated=array((n,), np.bool_),
             truncated=array((n,), np.bool_),
             episode=array((n * self.reports_episodes, 2), np.float64),
+            has_info=array((n,), np.bool_),
             info=array((n, len(self.info_names)), np.float64),
             origin=array((n, self.origin_bytes), np.uint8),
             origin_size=array((n,), np.int64),

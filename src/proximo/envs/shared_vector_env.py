@@ -112,9 +112,10 @@ class SharedVectorEnv(VectorEnv):
         for n in np.flatnonzero(ended).tolist():
             final[n] = deepcopy(select_env(arrays.final, n))
         info: dict[str, Any] = {"final_obs": final, "_final_obs": ended}
-        named = zip(self.info_names, arrays.info.T.copy(), strict=True)
-        given = [(name, column, mask) for name, column in named if (mask := ended & ~np.isnan(column)).any()]
-        if given:
+        has_info = arrays.has_info & ended
+        if has_info.any():
+            named = zip(self.info_names, arrays.info.T.copy(), strict=True)
+            given = [(name, column, mask) for name, column in named if (mask := has_info & ~np.isnan(column)).any()]
             info["final_info"] = {name: column for name, column, _ in given}
             info["final_info"] |= {f"_{name}": mask for name, _, mask in given}
         if self.reports_episodes:

@@ -186,8 +186,7 @@ class Collector:
         for t in range(rollout.num_steps):
             on_step(t)
             began = time.perf_counter()
-            with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are reported after the rollout
-                raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
+            raw = actor({path: array[t] for path, array in rollout.obs.items()}, self.start)
             action = self.spaces.action.to_env(raw, self.config)
             actions.append(action)
             acted = time.perf_counter()

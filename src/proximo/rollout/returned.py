@@ -31,6 +31,8 @@ def reset(env: gym.Env, seed: int | None = None, options: dict[str, Any] | None 
             f"reset() of the environment does not accept `{found[1]}`. Declare it as reset(self, *, seed=None, "
             "options=None)."
         ) from error
+    if type(result) is tuple and len(result) == 2 and type(result[1]) is dict:  # the usual case
+        return result
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
         raise UserError(
             f"reset() returned {describe(result)}; expected a tuple (observation, info), where info is a dictionary. "
@@ -39,17 +41,21 @@ def reset(env: gym.Env, seed: int | None = None, options: dict[str, Any] | None 
     return result[0], result[1]
 
 
+def is_usual_step(result: Any) -> bool:
+    """Whether `step` returned exact types, which need no conversion; takes a fraction of a microsecond."""
+    if type(result) is not tuple or len(result) != 5:
+        return False
+    _, reward, terminated, truncated, info = result
+    are_flags = type(terminated) is bool and type(truncated) is bool
+    return are_flags and type(reward) in NUMBERS and type(info) is dict
+
+
 def unpack_step(result: Any) -> tuple[Any, float, bool, bool, Any]:
     """Return the observation, reward, terminated, truncated and info that `step` returned.
 
     Raises:
         UserError: it is something else than a tuple of these five, with a number, two booleans and a dictionary.
     """
-    if type(result) is tuple and len(result) == 5:
-        _, reward, terminated, truncated, info = result
-        has_types = type(reward) in NUMBERS and type(terminated) is bool and type(truncated) is bool
-        if has_types and type(info) is dict:  # the usual case, checked in a fraction of a microsecond
-            return result
     if not isinstance(result, tuple) or len(result) != 5:
         raise UserError(
             f"step() returned {describe(result)}; expected a tuple of five: observation, reward, terminated, truncated "

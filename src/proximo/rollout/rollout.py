@@ -55,9 +55,8 @@ class Rollout:
 
     def store_obs(self, t: int, obs: Obs, start: np.ndarray) -> None:
         """Copy the observations of step t, and whether each is the first of an episode."""
-        with np.errstate(over="ignore"):
-            for path, value in obs.items():
-                self.obs[path][t] = value
+        for path, value in obs.items():
+            self.obs[path][t] = value
         self.start[t] = start
 
     def store_step(
@@ -66,9 +65,7 @@ class Rollout:
         """Copy the actions of step t and their results [N]; return [N] bool, whether a valid row ended an episode."""
         for path, value in raw.items():
             self.action[path][t] = value
-        with np.errstate(over="ignore"):  # infinity is reported after the rollout
-            self.reward[t] = reward
-        self.valid[t] = valid
+        self.reward[t], self.valid[t] = reward, valid
         self.terminated[t], self.truncated[t] = terminated, truncated
         # Read back as bool, because environments may return flags as bytes.
         return (self.terminated[t] | self.truncated[t]) & valid
