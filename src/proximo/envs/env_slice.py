@@ -206,7 +206,7 @@ class EnvSlice:
             if not is_usual_step(result):
                 result = unpack_step(result)
             observation, reward[n], terminated[n], truncated[n], info = result
-            if terminated[n] or truncated[n]:
+            if result[2] or result[3]:  # faster than reading the arrays
                 if self.reports_episodes:
                     report = info.get("episode")
                     arrays.episode[n] = (report["r"], report["l"]) if report else np.nan

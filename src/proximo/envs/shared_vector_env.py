@@ -167,7 +167,6 @@ class LocalVectorEnv(SharedVectorEnv):
             raise
 
     def _run(self, command: bytes, *columns: Sequence[Any]) -> None:
-        self._open_arrays()
         self._interrupted = True
         try:
             self._slice.run(command, *columns)

@@ -39,5 +39,5 @@ def standardize(x: Array, weight: Array, reduce: Reduce) -> Array:
     """(x − mean) / (population std + 1e-8) over weighted samples; equal samples become 0."""
     require_shape(x.shape, weight=weight)
     moments = weighted_moments(x, weight, reduce)
-    scaled = (x - moments.mean) / (jnp.sqrt(moments.variance) + STD_EPSILON)
-    return jnp.where(is_constant(moments), 0.0, scaled)
+    scale = jnp.where(is_constant(moments), 0.0, 1.0 / (jnp.sqrt(moments.variance) + STD_EPSILON))
+    return (x - moments.mean) * scale

@@ -46,8 +46,7 @@ def is_usual_step(result: Any) -> bool:
     if type(result) is not tuple or len(result) != 5:
         return False
     _, reward, terminated, truncated, info = result
-    are_flags = type(terminated) is bool and type(truncated) is bool
-    return are_flags and type(reward) in NUMBERS and type(info) is dict
+    return type(reward) in NUMBERS and type(terminated) is type(truncated) is bool and type(info) is dict
 
 
 def unpack_step(result: Any) -> tuple[Any, float, bool, bool, Any]:
