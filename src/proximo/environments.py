@@ -107,6 +107,7 @@ class TrainingEnvs:
                 f"the environment has random generators of its own ({names}), which are not restored. Use np_random, "
                 "or add snapshot() and restore(), see proximo.rollout.env_state"
             )
+            reason = f"random generators of the environment ({names}) are not restored"
         return HostSource(collector, config), reason
 
     def _new_collector(self, config: Config, spaces: Spaces) -> Collector:

@@ -22,6 +22,11 @@ HANGUP = getattr(signal, "SIGHUP", None)  # sent when the terminal closes; not a
 STOP_SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number)
 
 
+def is_raised_by_environment(error: KeyboardInterrupt) -> bool:
+    """Whether an environment raised it, not a signal. Python's own handler, if it is installed, leaves that open."""
+    return not error.args and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+
 @contextmanager
 def hold_signals() -> Iterator[None]:
     """Delay SIGINT, SIGTERM and SIGHUP within the block, so that they cannot interrupt it; only in the main thread."""
@@ -36,7 +41,7 @@ def hold_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for number in received[:1]:
+    for number in [number for number in received if previous[number] is not signal.SIG_IGN][:1]:
         signal.raise_signal(number)
 
 

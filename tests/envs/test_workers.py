@@ -223,11 +223,11 @@ class Closing(Reusing):
         self.closed.append(1)
 
 
-def test_an_environment_that_fails_here_raises_its_own_error_and_closes_the_others():
+def test_an_environment_that_cannot_be_made_here_is_reported_and_closes_the_others():
     """If the third cannot be made, two are closed; if spaces differ, both are closed."""
     Closing.closed.clear()
     made = iter([Closing, Closing, lambda: 1 / 0])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match="environment 2 raised ZeroDivisionError: division by zero\nwhile making"):
         LocalVectorEnv(lambda: next(made)(), 3)
     assert len(Closing.closed) == 2
     made = iter([Closing, lambda: gym.make("CartPole-v1")])
@@ -901,7 +901,7 @@ def test_a_constructor_that_never_returns_is_timed_out(monkeypatch):
     monkeypatch.setattr("proximo.envs.shared_vector_env.START_TIMEOUT_S", 0.5)
     began = time.monotonic()
     with pytest.raises(RunError, match=r"environment 0 did not return within 0.5 s while making, in (.*)constructor"):
-        LocalVectorEnv(lambda: time.sleep(60), 1)
+        LocalVectorEnv(lambda: time.sleep(60), 1, timeout_s=0.5)
     assert time.monotonic() - began < 10
     with pytest.raises(RunError, match=r"environment 0 did not return within 0.5 s while making(.*)constructor"):
-        WorkerVectorEnv(lambda: time.sleep(60), 1, isolate=True, start_timeout_s=0.5)
+        WorkerVectorEnv(lambda: time.sleep(60), 1, isolate=True, timeout_s=0.5, start_timeout_s=0.5)

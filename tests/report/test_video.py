@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from proximo.config.settings import Config
-from proximo.errors import UserError
+from proximo.errors import RunError, UserError
 from proximo.ppo import PPO
 from proximo.report.video import OPENGL_PACKAGES, record, require_video, without_display
 from proximo.spaces.spaces import Spaces
@@ -108,7 +108,7 @@ def test_a_failed_recording_leaves_existing_files_unchanged(tmp_path, fail_at):
     for before in (None, b"older"):
         if before:
             path.write_bytes(before)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RunError, match="the environment raised ZeroDivisionError"):
             paint(path, env=lambda render_mode: Painter(render_mode, fail_at))
         assert [file.name for file in tmp_path.iterdir()] == (["film.mp4"] if before else [])
     assert path.read_bytes() == b"older"

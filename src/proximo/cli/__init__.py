@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         replace_unencodable(stream)
+    is_default = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_default:  # tells a signal from a KeyboardInterrupt that an environment raises
+        signal.signal(signal.SIGINT, raise_interrupt)
     sys.path.append("")  # MODULE:ID may name a module in the current folder; it comes last
     try:
         try:
@@ -68,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         sys.path.remove("")
+        if is_default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def open_missing_streams() -> None:
@@ -89,6 +97,11 @@ def discard_output() -> str | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.strerror
     return None
+
+
+def raise_interrupt(number: int, frame: Any) -> None:
+    """Signal handler: raise KeyboardInterrupt with the number of the signal."""
+    raise KeyboardInterrupt(number)
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -45,8 +45,9 @@ class StopSignals:
 
     The first SIGINT, SIGTERM or SIGHUP sets `received`, so that the run stops after the current step or update. A
     second SIGINT or SIGTERM raises KeyboardInterrupt, and later ones do nothing, so that they cannot interrupt the last
-    save. If C code keeps Python from handling the second, the process exits after `GRACE_S` seconds. An ignored SIGHUP
-    (as under nohup) stays ignored. In another thread than the main one nothing is handled.
+    save. If C code keeps Python from handling the second, but releases the interpreter lock, the process exits after
+    `GRACE_S` seconds. An ignored SIGHUP (as under nohup) stays ignored. In another thread than the main one nothing is
+    handled.
     """
 
     def __init__(self, verbose: bool = True) -> None:

@@ -17,7 +17,7 @@ class Settings(TypedDict, total=False):
     backend: Literal["auto", "jax", "torch"]
     engine: Literal["auto", "sync", "workers", "envpool", "native"]
     isolate_envs: bool
-    env_timeout: float
+    env_timeout: float | None
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: int | None
     compile: bool | None

@@ -17,6 +17,7 @@ import numpy as np
 
 from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation_leaves, store_observation
 from proximo.errors import RunError, UserError, notify_user
+from proximo.machine import is_raised_by_environment
 from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 from proximo.rollout.episodes import select_info
 from proximo.rollout.returned import is_usual_step, reset, snapshot_method, unpack_step
@@ -243,8 +244,11 @@ class EnvSlice:
         """Close the environments, ignoring errors."""
         self.closed = True
         for env in self.envs:
-            with contextlib.suppress(Exception, SystemExit):
+            try:
                 env.close()
+            except (Exception, SystemExit, KeyboardInterrupt) as error:
+                if isinstance(error, KeyboardInterrupt) and not is_raised_by_environment(error):
+                    raise
 
 
 _slices_with_timeout: weakref.WeakSet[EnvSlice] = weakref.WeakSet()

@@ -79,8 +79,8 @@ def make_envs(
             return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, info_names=log_info)
         return LocalVectorEnv(factory, num_envs, timeout_s, log_info)
     except Exception as error:
-        # An exception in a constructor is the cause of the error of WorkerVectorEnv.
-        cause = error.__cause__ if engine == "workers" and isinstance(error, UserError) else error
+        # An exception in a constructor is the cause of the error.
+        cause = error.__cause__ if engine in ("sync", "workers") and isinstance(error, UserError) else error
         if isinstance(cause, (gym.error.Error, ImportError)):
             raise UserError(explain_make_error(str(env), cause)) from cause
         if isinstance(cause, TypeError) and env_kwargs and "argument" in str(cause):

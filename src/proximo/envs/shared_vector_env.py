@@ -1,7 +1,7 @@
 """Gymnasium's vector environment interface over `SharedArrays`, and engine `sync`, which runs it in one process."""
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,8 +12,9 @@ from gymnasium.vector.utils import batch_space
 
 from proximo.envs.env_slice import REPLAY, RESET, START_TIMEOUT_S, STEP, Declaration, EnvFactory, EnvSlice
 from proximo.envs.shared_memory import Layout, SharedArrays
-from proximo.envs.worker_process import ErrorReport, is_raised_by_environment
+from proximo.envs.worker_process import ErrorReport
 from proximo.errors import Exited, RunError, UserError
+from proximo.machine import is_raised_by_environment
 from proximo.rollout.collector import select_env
 from proximo.rollout.episodes import ALWAYS_LOGGED
 from proximo.spaces.spaces import Spaces
@@ -156,8 +157,8 @@ class LocalVectorEnv(SharedVectorEnv):
         super().__init__(num_envs, info_names)
         self._slice = EnvSlice(range(num_envs))
         try:
-            self._slice.start_timeout(None if timeout_s is None else START_TIMEOUT_S)
-            self._slice.make(factory)
+            self._slice.start_timeout(None if timeout_s is None else max(START_TIMEOUT_S, timeout_s))
+            self._report_errors(lambda: self._slice.make(factory))
             layout = self._set_spaces([self._slice.declare()], workers=1)
             self._arrays = layout.allocate(mmap.mmap(-1, layout.size()))
             self._slice.attach(self._arrays, 0, self.info_names)
@@ -168,9 +169,13 @@ class LocalVectorEnv(SharedVectorEnv):
 
     def _run(self, command: bytes, *columns: Sequence[Any]) -> None:
         self._interrupted = True
+        self._report_errors(lambda: self._slice.run(command, *columns))
+
+    def _report_errors(self, function: Callable[[], None]) -> None:
+        """Call a function of the slice, and report what its environments raise."""
         try:
-            self._slice.run(command, *columns)
-        except RunError:
+            function()
+        except (RunError, MemoryError):
             raise
         except SystemExit as error:
             raise Exited(

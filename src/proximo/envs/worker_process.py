@@ -76,11 +76,6 @@ class ErrorReport(NamedTuple):
         return error
 
 
-def is_raised_by_environment(error: KeyboardInterrupt) -> bool:
-    """Whether an environment raised it, not a signal. Python's own handler, if it is installed, leaves that open."""
-    return not error.args and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-
-
 def main(connection: int, memory: int) -> None:
     """Serve the trainer until it closes the connection.
 

@@ -28,7 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any, NoReturn
 
@@ -49,7 +51,7 @@ from proximo.envs.env_slice import (
 from proximo.envs.shared_memory import NO_ENVIRONMENT
 from proximo.envs.shared_vector_env import SharedVectorEnv
 from proximo.errors import RunError, UserError
-from proximo.machine import STOP_SIGNALS, cores, pin_to_core
+from proximo.machine import STOP_SIGNALS, cores, is_raised_by_environment, pin_to_core
 
 FAULT_GRACE_S = 0.5  # like CLOSE_GRACE_S after a fault, which should be reported soon
 ORPHAN_S = 5  # for workers to close their environments after the trainer was killed
@@ -92,7 +94,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         self._by_descriptor: dict[int, _Worker] = {}
         self._guardian = _Guardian()
         self._activity, self._steps = "making", 0
-        start_limit = None if timeout_s is None else start_timeout_s
+        start_limit = None if timeout_s is None or start_timeout_s is None else max(start_timeout_s, timeout_s)
         self._timeout = limit_or_inf(start_limit), "Fix its constructor"  # and the fix
         self._poller = select.poll()
         workers = min(workers or cores(), num_envs)
@@ -191,7 +193,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         except RunError as error:  # the timeout
             self._fail(error)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) and not worker_process.is_raised_by_environment(error):
+            if isinstance(error, KeyboardInterrupt) and not is_raised_by_environment(error):
                 raise
             fault = worker_process.ErrorReport.of(self._slice, error).to_error("the trainer's process", self._when())
             fault.__cause__ = error
@@ -350,14 +352,27 @@ class _Guardian:
             self._process = subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL, start_new_session=True)
             os.close(reader)
             Finalize(self, _kill, (self._process,), exitpriority=0)
+            # A process that an environment forks here would hide the death of the trainer.
+            os.register_at_fork(after_in_child=partial(_close_pipe, weakref.ref(self)))
         os.write(self._pipe, b"%d\n" % process)
 
     def close(self) -> None:
         """End the process, since the workers have ended."""
         if self._process:
             _kill(self._process)
-            os.close(self._pipe)
             self._process = None
+            self.close_pipe()
+
+    def close_pipe(self) -> None:
+        """Close the trainer's end of the pipe."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+
+def _close_pipe(reference: weakref.ref[_Guardian]) -> None:
+    if guardian := reference():
+        guardian.close_pipe()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -21,7 +21,7 @@ from gymnasium.vector import VectorEnv
 from proximo.config.settings import Config
 from proximo.envs.env_slice import reports_episodes
 from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
-from proximo.errors import Exited, UserError
+from proximo.errors import Exited, RunError, UserError
 from proximo.files import replace_atomically
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.returned import reset, unpack_step
@@ -92,15 +92,15 @@ def record(
         reports = reports_episodes(rendering_env)
         fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
         with open_encoder(path, Fraction(fps).limit_denominator(1001)) as write_frame:
-            observation, _ = reset(rendering_env, environment_seeds(seed, 1, Purpose.EVALUATION)[0])
-            write_frame(render_frame(rendering_env))
+            observation, _ = call(reset, rendering_env, environment_seeds(seed, 1, Purpose.EVALUATION)[0])
+            write_frame(call(render_frame, rendering_env))
             episode_return, length, ended = 0.0, 0, False
             while not ended and length + 1 < max_frames:
                 obs = {name: value.astype(dtypes[name])[None] for name, value in spaces.read(observation)}
                 action = spaces.action.to_env(actor(obs, np.array([length == 0])), config)[0]
                 on_progress(f"recording: frame {length + 2:,} of at most {max_frames:,}")
-                observation, reward, terminated, truncated, info = unpack_step(rendering_env.step(action))
-                write_frame(render_frame(rendering_env))
+                observation, reward, terminated, truncated, info = unpack_step(call(rendering_env.step, action))
+                write_frame(call(render_frame, rendering_env))
                 episode_return += reward
                 length += 1
                 ended = terminated or truncated
@@ -148,6 +148,17 @@ def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[
                     rendering_env.close()
         except SystemExit as error:
             raise Exited(f"the environment called sys.exit({error.code!r}) during a recording") from error
+
+
+def call(method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of an environment; raise RunError for what it raises."""
+    try:
+        return method(*arguments)
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        name = type(error).__name__
+        raise RunError(f"the environment raised {name} during a recording: {error}") from error
 
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
