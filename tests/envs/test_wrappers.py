@@ -82,6 +82,14 @@ def test_modules_named_in_a_file_are_not_imported(tmp_path, monkeypatch, capsys)
     PPO.load(tmp_path / "run", wrappers=given).close()
 
 
+def test_wrappers_that_write_files_are_not_applied_because_a_file_names_them(tmp_path):
+    file = tmp_path / "settings.yaml"
+    wrapper = f"gymnasium.wrappers:RecordVideo,video_folder={tmp_path / 'elsewhere'}"
+    file.write_text(yaml.safe_dump({"env": "CartPole-v1", "wrappers": [wrapper]}))
+    assert main(["train", "--config", str(file), *FLAGS]) == 2
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_arguments_are_yaml():
     text = "m:C,a=1,b=[1, 2],c=text,d=null,e={x: 1.5}"
     assert read_arguments(text) == {"a": 1, "b": [1, 2], "c": "text", "d": None, "e": {"x": 1.5}}

@@ -15,7 +15,16 @@ from proximo.files import read_bytes
 
 MAX_CHARACTERS, MAX_BYTES = 1 << 16, 1 << 18  # far more than any settings file needs
 INT_TAG, FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-TRUSTED = "gymnasium.wrappers"  # the only module that is imported because a file names it
+# The only wrappers that are applied because a file names them. Others, such as RecordVideo, write files or run code.
+TRUSTED = {
+    f"gymnasium.wrappers:{name}"
+    for name in (
+        "ClipReward", "DtypeObservation", "FilterObservation", "FlattenObservation", "FrameStackObservation",
+        "GrayscaleObservation", "MaxAndSkipObservation", "NormalizeObservation", "NormalizeReward", "RescaleAction",
+        "RescaleObservation", "ReshapeObservation", "ResizeObservation", "StickyAction", "TimeAwareObservation",
+        "TimeLimit",
+    )
+}  # fmt: skip
 ENV_KEYS = ("env", "env_id", "env_name")
 
 
@@ -117,10 +126,11 @@ def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collec
 
 
 def require_trusted(wrappers: Sequence[str], source: str) -> None:
-    """Raise UserError for a wrapper of another module than Gymnasium's, because `source`, a file, names it."""
+    """Raise UserError for a wrapper that is not in `TRUSTED`, because `source`, a file, names it."""
     for text in wrappers:
-        if text.partition(":")[0] != TRUSTED:
+        if text.partition(",")[0] not in TRUSTED:
             raise UserError(
-                f"{source} names the wrapper {text!r}, but modules named in a file are not imported. If you trust "
-                "it, give the wrappers again, with --wrapper or PPO.load(path, wrappers=[…])."
+                f"{source} names the wrapper {text!r}, but modules named in a file are not imported, nor wrappers "
+                "that may write files. If you trust it, give the wrappers again, with --wrapper or PPO.load(path, "
+                "wrappers=[…])."
             )
