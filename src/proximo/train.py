@@ -54,7 +54,8 @@ def iterations(
     require_changeable(learner.spec.config, first, [n for n in SETTINGS if SETTINGS[n].group in COMPILED or n in SIZES])
     progress.env_state = source.state()
     while progress.global_step < (config := settings()).total_timesteps and not is_solved(config, progress):
-        require_changeable(first, config, SETTINGS)
+        if config is not first:
+            require_changeable(first, config, SETTINGS)
         interval = config.histogram_interval
         is_due = inspect and interval > 0 and progress.iteration % interval == 0
         learner_before, progress_before = learner.snapshot(), progress.copy()

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import random
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import gymnasium as gym
 import numpy as np
 
+from proximo.envs.attributes import find_generators, find_statistics
 from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation_leaves, store_observation
 from proximo.errors import RunError, UserError, notify_user
 from proximo.machine import is_raised_by_environment
@@ -28,7 +28,6 @@ ACTIVITIES = {STEP: "stepping", RESET: "resetting", REPLAY: "replaying"}  # for 
 # Space for an origin, without and with a snapshot. Memory that is never written to takes no physical memory.
 GENERATOR_BYTES, SNAPSHOT_BYTES = 4096, 1 << 20
 HAS_SIGNAL = hasattr(signal, "SIGURG") and hasattr(signal, "pthread_kill")
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 LONGEST_S = 1e7  # a longer limit, of some months, is none
 START_TIMEOUT_S = 300.0  # for a constructor, unless there is no limit
 CHECKS_PER_TIMEOUT = 8  # an environment counts as stuck when this many checks in a row find it in the same call
@@ -46,19 +45,6 @@ class Declaration(NamedTuple):
     generators: str  # names of attributes with random generators that are not restored, or ""
 
 
-def find_generators(env: Any) -> str:
-    """Names of attributes with random generators besides `np_random`, which exact resume does not restore."""
-    found = []
-    while env is not None:
-        attributes = getattr(env, "__dict__", {})
-        for name, value in attributes.items():
-            is_generator = isinstance(value, GENERATORS) or type(value).__name__ == "Generator"
-            if is_generator and name != "_np_random":
-                found.append(f"{type(env).__name__}.{name}")
-        env = attributes.get("env")
-    return ", ".join(found)
-
-
 def limit_or_inf(timeout_s: float | None) -> float:
     """A limit in seconds; infinite for None and for more than `LONGEST_S`."""
     return math.inf if timeout_s is None or timeout_s > LONGEST_S else timeout_s
@@ -69,22 +55,13 @@ def reports_episodes(env: gym.Env) -> bool:
     return env.has_wrapper_attr("reports_episodes") and env.get_wrapper_attr("reports_episodes") is True
 
 
-def find_statistics(env: Any) -> str:
-    """Name of a wrapper that keeps running statistics, as Gymnasium's NormalizeObservation does; "" without any."""
-    while env is not None:
-        if any("rms" in name or name.startswith("running_") for name in getattr(env, "__dict__", {})):
-            return type(env).__name__
-        env = getattr(env, "__dict__", {}).get("env")
-    return ""
-
-
 class EnvSlice:
     """Environments of consecutive indices that read actions from and write results to `SharedArrays`."""
 
     def __init__(self, indices: range) -> None:
         self.indices = indices
         self.envs: list[gym.Env] = []
-        self.last_index: int | None = None  # of the environment that is or was last made, reset or stepped
+        self.last_index: int | None = None  # of the environment that the last command ended with
         self.activity, self.closed = "making", False
         self.thread: int | None = None  # identifier of the thread that runs the environments
         self.overdue_call: tuple[int, int] | None = None  # a `current_call` that takes longer than `timeout_s`
@@ -143,12 +120,13 @@ class EnvSlice:
         try:
             self._methods[command](self, *columns)
         finally:
-            self.current[0] = NO_ENVIRONMENT
+            n, self.current[0] = self.current[0], NO_ENVIRONMENT
+            self.last_index = None if n == NO_ENVIRONMENT else n
 
     def _reset(self, seeds: Sequence[int | None], mask: Sequence[bool], options: Sequence[dict | None]) -> None:
         for n, env, seed, selected, others in zip(self.indices, self.envs, seeds, mask, options, strict=True):
             if selected:
-                self.last_index = self.current[0] = n
+                self.current[0] = n
                 self._record_origin(n, env, seed, replayable=not others)
                 observation, _ = reset(env, seed, others)
                 store_observation(self.observation, n, observation)
@@ -175,7 +153,7 @@ class EnvSlice:
         """Repeat each environment's actions from its origin; `reward` becomes the return of the episode so far."""
         arrays, current = self.arrays, self.current
         for n, env, pickled, episode in zip(self.indices, self.envs, origins, actions, strict=True):
-            self.last_index = current[0] = n
+            current[0] = n
             origin = Origin.from_bytes(pickled)
             if origin.snapshot is not None:
                 env.get_wrapper_attr("restore")(origin.snapshot)
@@ -202,7 +180,7 @@ class EnvSlice:
         actions = arrays.action[self.indices.start : self.indices.stop].copy()
         self.steps_since_origin += 1
         for n, env, action in zip(self.indices, self.envs, actions, strict=True):
-            self.last_index = current[0] = n
+            current[0] = n
             result: Any = env.step(action)
             if not is_usual_step(result):
                 result = unpack_step(result)

@@ -16,8 +16,8 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from proximo.envs import atari
+from proximo.envs.attributes import find_statistics
 from proximo.envs.auto_engine import CARTPOLE, choose_engine
-from proximo.envs.env_slice import find_statistics
 from proximo.envs.envpool_engine import EnvPoolVectorEnv
 from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv

@@ -94,7 +94,8 @@ class SharedVectorEnv(VectorEnv):
                 "the previous call was interrupted after only some environments had executed it. Call reset() first."
             )
         actions, rows = np.asarray(actions), arrays.action
-        if actions.shape != rows.shape or not np.can_cast(actions.dtype, rows.dtype, "same_kind"):
+        is_castable = actions.dtype == rows.dtype or np.can_cast(actions.dtype, rows.dtype, "same_kind")
+        if actions.shape != rows.shape or not is_castable:
             raise UserError(
                 f"actions are {actions.dtype} of shape {actions.shape}, expected {rows.dtype} of shape {rows.shape}"
             )
@@ -107,14 +108,14 @@ class SharedVectorEnv(VectorEnv):
 
     def _final_info(self, arrays: SharedArrays, ended: np.ndarray) -> dict[str, Any]:
         """Return final observations and reported episodes, or nothing if no episode ended."""
-        if not ended.any():
+        if not np.count_nonzero(ended):  # faster than any()
             return {}
         final = np.full(len(ended), None, object)
         for n in np.flatnonzero(ended).tolist():
             final[n] = deepcopy(select_env(arrays.final, n))
         info: dict[str, Any] = {"final_obs": final, "_final_obs": ended}
         has_info = arrays.has_info & ended
-        if has_info.any():
+        if np.count_nonzero(has_info):
             named = zip(self.info_names, arrays.info.T.copy(), strict=True)
             given = [(name, column, mask) for name, column in named if (mask := has_info & ~np.isnan(column)).any()]
             info["final_info"] = {name: column for name, column, _ in given}
