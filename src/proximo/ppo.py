@@ -83,8 +83,7 @@ class PPO:
         self.close()
 
     def _bind(self, envs: TrainingEnvs, config: Config) -> None:
-        self.envs, self.config, self.preset = envs, config, None
-        self.progress = Progress()
+        self.envs, self.config, self.preset, self.progress = envs, config, None, Progress()
         self.run_dir: Path | None = None
         self._saved: Checkpoint | None = None  # the loaded checkpoint, until training continues
         self._prediction_rng = generator(config.seed, Purpose.EVALUATION, iteration=2)

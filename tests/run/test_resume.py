@@ -444,6 +444,13 @@ def test_changes_that_affect_learning_are_reported(tmp_path, capsys):
     assert gone_on(gamma=0.5) == {"global_step": ROWS, "exact": False, "why": "gamma changed from 0.99 to 0.5"}
     assert "it is not bit-identical, because gamma changed from 0.99 to 0.5" in capsys.readouterr().err
     assert not gone_on(lr_schedule="linear", total_timesteps=6 * ROWS)["exact"]
+    capsys.readouterr()
+    reset = gone_on(num_envs=settings["num_envs"] + 1, gamma=0.5)  # the environments are reset, and gamma differs
+    notes = capsys.readouterr().err
+    for part in ("there were", "gamma changed from 0.99 to 0.5", "num_envs changed"):
+        assert part in reset["why"] and part in notes
+    with pytest.raises(UserError, match="`precision` bfloat16 is for convolutions"):
+        PPO.load(tmp_path / "saved", precision="bfloat16")
 
 
 @pytest.mark.parametrize("method", ["learn", "iterate"])

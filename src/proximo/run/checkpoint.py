@@ -143,13 +143,14 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
 def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     """Return the observation and action spaces that the policy was trained for.
 
-    Raise `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory.
+    Raise `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory, and UserError if a setting
+    does not fit them.
     """
     try:
         spaces = Spaces.from_dict(saved.manifest["spaces"])
-        expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptCheckpoint(saved.path, f'"spaces" is not a valid space description ({error!r})') from error
+    expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     names = [name for name in saved.arrays if name.startswith("params/") and not name.endswith("log_std")]
     stored = sum(saved.arrays[name].size for name in names)
     if expected not in (None, stored):
