@@ -448,7 +448,8 @@ def test_changes_that_affect_learning_are_reported(tmp_path, capsys):
     reset = gone_on(num_envs=settings["num_envs"] + 1, gamma=0.5)  # the environments are reset, and gamma differs
     notes = capsys.readouterr().err
     for part in ("there were", "gamma changed from 0.99 to 0.5", "num_envs changed"):
-        assert part in reset["why"] and part in notes
+        assert part in reset["why"]
+        assert part in notes
     with pytest.raises(UserError, match="`precision` bfloat16 is for convolutions"):
         PPO.load(tmp_path / "saved", precision="bfloat16")
 
