@@ -31,16 +31,23 @@ def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...
         shape = (*leading, *leaf.shape)
         if leaf.kind == "mask":
             value = rng.random(shape) < 0.5
-            for _, part in spaces.action.mask_slices():
+            for _, part in spaces.masked_heads(leaf):
                 value[..., part.start] |= ~value[..., part].any(axis=-1)
         elif leaf.kind == "discrete":
-            value = leaf.start + rng.integers(leaf.n, size=shape)
+            sizes = np.reshape(leaf.sizes or leaf.n, leaf.shape)
+            value = np.reshape(leaf.starts or leaf.start, leaf.shape) + rng.integers(sizes, size=shape)
         elif leaf.kind == "image":
-            value = rng.integers(leaf.high + 1, size=shape)
+            value = rng.integers(256, size=shape) * (leaf.high / 255)
         else:
             value = 2.0 + 3.0 * rng.standard_normal(shape)
         obs[leaf.path] = value.astype(leaf.dtype)
     return obs
+
+
+def store_final(rollout: Rollout, t: int, n: int, obs: Obs) -> None:
+    """Add leaves as `Rollout.add_final_obs` does for an observation of an environment."""
+    rollout._final_index.append(t * rollout.num_envs + n)
+    rollout._final_obs.append({path: np.array(value, rollout.obs[path].dtype) for path, value in obs.items()})
 
 
 def act_rollout(
@@ -88,7 +95,7 @@ def act_rollout(
         rollout.start[t + 1] = over
         for n in np.flatnonzero(over):
             final = {path: x[0] for path, x in random_obs(spaces, rng, (1,)).items()}
-            rollout.add_final_obs(t, int(n), final.get("", final))
+            store_final(rollout, t, int(n), final)
     rollout.reward[~rollout.valid] = 0.0
     return rollout
 

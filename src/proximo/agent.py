@@ -22,7 +22,7 @@ from proximo.config.values import to_int
 from proximo.errors import UserError, refuse_pickling
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
-from proximo.rollout.collector import Collected, select_env
+from proximo.rollout.collector import Collected
 from proximo.rollout.episodes import count_episodes, select_info, with_info
 from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Episode, Metrics, Rollout
@@ -33,6 +33,7 @@ from proximo.source import update_from
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import select
 from proximo.train import report, require_changeable
 
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as the default 8 × 256
@@ -46,7 +47,7 @@ LOOP_SETTINGS = (
 class Step(NamedTuple):
     """An action with its log-probability and value: unbatched for one environment, [N, ...] for N of them."""
 
-    action: Any  # an integer, or an array of the action space's shape and type
+    action: Any  # an integer or an array, or a dictionary or tuple of them: as the action space declares
     log_prob: np.ndarray | np.floating[Any]  # log π of the raw sample behind the action
     value: np.ndarray | np.floating[Any]  # V of the observation
 
@@ -144,7 +145,8 @@ class Agent:
         action = self.spaces.action.to_env(raw, self.config)
         self._acted = time.perf_counter()
         self._act_seconds += self._acted - began
-        return Step(action, log_prob, value) if self.config.num_envs > 1 else Step(action[0], log_prob[0], value[0])
+        step = action, log_prob, value
+        return Step(*step) if self.config.num_envs > 1 else Step(*select(step, 0))
 
     def observe(
         self,
@@ -193,7 +195,7 @@ class Agent:
         rollout.store_obs(t + 1, following, self._start)
         ended = np.flatnonzero(over)
         for n in ended.tolist():
-            rollout.add_final_obs(t, n, select_env(next_obs, n) if count > 1 else next_obs)
+            rollout.add_final_obs(t, n, select(next_obs, n) if count > 1 else next_obs)
         episodes = count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
         if info and count == 1:
             episodes = [episode._replace(info=select_info(info, self.config.log_info)) for episode in episodes]

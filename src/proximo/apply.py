@@ -13,6 +13,7 @@ from proximo.learner.learner import Learner
 from proximo.report.video import record
 from proximo.run.trackers import status_line
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import select
 
 
 def predict(
@@ -34,8 +35,8 @@ def predict(
         raw, carry = learner.act(obs, read_state(state, initial_state(learner, rows), is_single), noise)
     action = spaces.action.to_env(raw, config)
     if carry is None:
-        return action[0] if is_single else action
-    return (action[0], carry[0]) if is_single else (action, carry)
+        return select(action, 0) if is_single else action
+    return select((action, carry), 0) if is_single else (action, carry)
 
 
 def initial_state(learner: Learner, num_envs: int | None = None) -> np.ndarray:

@@ -139,8 +139,9 @@ def update_from(
 
 def warn_of_outliers(learner: Learner, rollout: Rollout) -> None:
     """Notify the user of a huge observation, after which the normaliser maps all others to nearly one number."""
-    for path, array in rollout.obs.items():
-        if array.dtype.kind == "f" and np.abs(array).max() >= HUGE:
+    vectors = [leaf.path for leaf in rollout.spaces.observation if leaf.kind == "vector"]
+    for path, array in ((path, rollout.obs[path]) for path in vectors):
+        if np.abs(array).max() >= HUGE:
             state, name = learner.state(), f"obs_moments/{path}"
             outlier = find_outlier(array[:-1][rollout.valid], state[f"{name}/count"], state[f"{name}/variance"])
             if outlier:

@@ -141,9 +141,96 @@ def test_masks_of_the_wrong_shape_or_that_forbid_an_entry_are_refused():
             agent.predict(Empty().reset(seed=0)[0])
 
 
+class Arm(gym.Env):
+    """A nested action; the observation is nested too, and contains what the action was. Episodes take 20 steps."""
+
+    action_space = gym.spaces.Dict(
+        {
+            "go": gym.spaces.Discrete(3),
+            "arm": gym.spaces.Tuple([gym.spaces.Box(-1.0, 1.0, (2,)), gym.spaces.MultiDiscrete([2, 2])]),
+        }
+    )
+    observation_space = gym.spaces.Dict(
+        {
+            "clock": gym.spaces.Tuple([gym.spaces.Discrete(21), gym.spaces.MultiDiscrete([2, 2])]),
+            "place": gym.spaces.Box(-10, 10, (2,)),
+        }
+    )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.place, self.bits = 0, self.np_random.normal(size=2).astype(np.float32), np.zeros(2, np.int64)
+        return self.seen(), {}
+
+    def seen(self):
+        return {"clock": (self.time, self.bits), "place": self.place}
+
+    def step(self, action):
+        assert action in self.action_space, action
+        position, self.bits = action["arm"]
+        self.time += 1
+        self.place = np.clip(self.place + 0.1 * position + 0.01 * self.np_random.normal(size=2), -10, 10)
+        self.place = self.place.astype(np.float32)
+        reward = float(self.bits.sum() + (action["go"] == 1) - np.abs(self.place).sum())
+        return self.seen(), reward, False, self.time == 20, {}
+
+
+@each_backend
+@pytest.mark.parametrize("engine", ["sync", "workers"])
+def test_nested_actions_are_repeated_when_a_run_resumes_inside_episodes(backend, engine, tmp_path):
+    """16 steps an iteration, so that every episode of 20 steps is cut by a save."""
+    settings = {**LEARN, "num_steps": 16, "minibatch_size": 64, "total_timesteps": 8 * 16 * 4, "engine": engine}
+    with PPO(Arm, backend=backend.name, memory="gru", **settings) as whole:
+        whole.learn()
+    with PPO(Arm, backend=backend.name, memory="gru", **settings) as first:
+        first.learn(run_dir=tmp_path / "run", callback=lambda metrics: metrics["iteration"] < 2)
+    with PPO.load(tmp_path / "run", Arm) as second:
+        second.learn()
+    assert second.progress.resumed[-1]["exact"], second.progress.resumed
+    for name, value in whole.learner.state().items():
+        np.testing.assert_array_equal(second.learner.state()[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", list(gym.vector.AutoresetMode))
+def test_vector_environments_of_gymnasium_take_nested_actions(mode):
+    """In every autoreset mode, with nested observations."""
+    with PPO(
+        gym.vector.SyncVectorEnv([Arm] * 2, autoreset_mode=mode),
+        num_envs=2,
+        num_steps=32,
+        minibatch_size=32,
+        update_epochs=1,
+    ) as agent:
+        agent.learn(2 * 32 * 2)
+        assert len(agent.progress.episodes) >= 4
+
+
+def test_a_loop_of_ones_own_takes_nested_actions():
+    """For one environment, and for two; what a vector environment would refuse is refused with the name of the part."""
+    env = Arm()
+    agent = Agent(env.observation_space, env.action_space, num_steps=8, minibatch_size=8)
+    obs, _ = env.reset(seed=0)
+    for _ in range(8):
+        step = agent.act(obs)
+        obs, reward, terminated, truncated, _ = env.step(step.action)
+        agent.observe(reward, terminated, truncated, obs)
+    assert agent.update()["global_step"] == 8
+    with PPO(Arm, num_envs=2, num_steps=8, minibatch_size=16) as trained:
+        seen = [Arm().reset(seed=n)[0] for n in range(2)]
+        batch = gym.vector.utils.concatenate(
+            Arm.observation_space, seen, gym.vector.utils.create_empty_array(Arm.observation_space, 2)
+        )
+        assert trained.predict(batch)["arm"][1].shape == (2, 2)
+        assert trained.predict(seen[0]) in Arm.action_space
+        envs = trained.envs.open(trained.config)
+        envs.reset(seed=0)
+        with pytest.raises(UserError, match=r"action 'arm\[0\]' is missing; expected float32 of shape \(2, 2\)"):
+            envs.step({"go": np.zeros(2, np.int64)})
+
+
 def test_continuous_settings_are_refused():
     for space in (ACTIONS["multi-discrete"], ACTIONS["multi-binary"]):
-        with pytest.raises(UserError, match="`squash` needs a Box action space"):
+        with pytest.raises(UserError, match="`squash` needs a Box action, but there is none"):
             Agent(3, space, squash=True)
 
 

@@ -16,7 +16,8 @@ from proximo.learner.schedules import hyper_at
 from proximo.rollout.diagnostics import action_metrics, histograms_of
 from proximo.rollout.minibatches import minibatch_order
 from proximo.rollout.rollout import Rollout
-from proximo.spaces.heads import Actions, CategoricalHead, GaussianHead, RawAction
+from proximo.spaces.actions import Actions
+from proximo.spaces.heads import CategoricalHead, GaussianHead, RawAction
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 

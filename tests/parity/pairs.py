@@ -63,12 +63,16 @@ BOX = SWITCHES | {
 DISCRETE = SWITCHES | {"observation": ["vector", "discrete", "dict", "masked"]}
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,))
 CODE = gym.spaces.Discrete(4, start=-1)
+CODES = gym.spaces.MultiDiscrete([[3, 2], [2, 4]], start=[[0, 1], [5, -1]])
 OBSERVATIONS = {
     "vector": VECTOR,
     "discrete": CODE,
     "dict": gym.spaces.Dict({"x": VECTOR, "code": CODE, "scalar": gym.spaces.Box(-1.0, 1.0, ())}),
     "masked": VECTOR,  # with a mask for the actions
+    "codes": CODES,
+    "nested": gym.spaces.Tuple([VECTOR, gym.spaces.Dict({"a.b": CODES, "c": gym.spaces.Tuple([CODE])})]),
     "picture": gym.spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    "stack": gym.spaces.Dict({"seen": gym.spaces.Box(-0.5, 0.5, (2, 16, 17, 2)), "codes": CODES}),
     "planes": gym.spaces.Dict({"seen": gym.spaces.Box(0, 255, (2, 9, 12), np.uint8), "x": VECTOR}),
 }
 NEUTRAL: dict[str, Any] = {"target_kl": None, "resets": "same_step", "max_grad_norm": 0.5}
@@ -93,6 +97,7 @@ PICTURES: list[dict[str, Any]] = [
             "sequence_length": 4,
         },
         {"action": "box", "observation": "planes", "architecture": "mlp", "hidden_sizes": (5,)},
+        {"action": "hybrid", "observation": "stack", "hidden_sizes": (5,), "embedding_size": 3, "memory": "lstm"},
     )
 ]
 ACTIONS = {
@@ -100,6 +105,13 @@ ACTIONS = {
     "discrete": gym.spaces.Discrete(3),
     "multi-discrete": gym.spaces.MultiDiscrete([2, 3, 2]),
     "multi-binary": gym.spaces.MultiBinary(3),
+    "hybrid": gym.spaces.Dict(
+        {
+            "go": gym.spaces.Discrete(2),
+            "arm": gym.spaces.Tuple([gym.spaces.Box(-1.0, 1.0, (2,)), gym.spaces.MultiDiscrete([2, 3])]),
+            "lights": gym.spaces.MultiBinary(2),
+        }
+    ),
 }
 # Switches that meet the other kinds of actions.
 OTHERS: dict[str, list[Any]] = {
@@ -110,8 +122,10 @@ OTHERS |= {
     "max_grad_norm": [0.5],
     "normalize_observation": [False, True],
     "target_kl": [None, "midway"],
+    "embedding_size": [0, 3],
 }
-MASKS = {"discrete": 3, "multi-discrete": 7}  # entries of the mask
+BITS = gym.spaces.MultiBinary
+MASKS = {"discrete": BITS(3), "multi-discrete": BITS(7), "hybrid": gym.spaces.Dict({"arm": BITS(5), "go": BITS(2)})}
 Case = dict[str, Any]
 
 
@@ -122,8 +136,9 @@ def cases() -> list[Case]:
         for kind, switches in (
             ("box", BOX),
             ("discrete", DISCRETE),
-            ("multi-discrete", {**OTHERS, "observation": ["vector", "masked"]}),
-            ("multi-binary", {**OTHERS, "observation": ["vector", "dict"]}),
+            ("multi-discrete", {**OTHERS, "observation": ["vector", "masked", "codes"]}),
+            ("multi-binary", {**OTHERS, "observation": ["vector", "dict", "nested"]}),
+            ("hybrid", {**OTHERS, "std": BOX["std"], "observation": ["nested", "masked", "codes"]}),
         )
         for pairs in AllPairs(OrderedDict(switches))
     ] + PICTURES
@@ -151,7 +166,7 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     )  # fmt: skip
     space = OBSERVATIONS[observation]
     if observation == "masked":
-        space = gym.spaces.Dict({"x": VECTOR, "action_mask": gym.spaces.MultiBinary(MASKS[action])})
+        space = gym.spaces.Dict({"x": VECTOR, "action_mask": MASKS[action]})
     return config, Spaces.of(space, ACTIONS[action])
 
 

@@ -23,7 +23,8 @@ from proximo.config.settings import Config
 from proximo.jax.networks import matmul
 from proximo.learner.architecture import is_critic
 from proximo.learner.schedules import Hyper, hyper_at
-from proximo.spaces.heads import Actions, GaussianHead
+from proximo.spaces.actions import Actions
+from proximo.spaces.heads import GaussianHead
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 from proximo.torch.tensors import compile_function, flatten

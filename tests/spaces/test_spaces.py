@@ -10,14 +10,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from backends import each_backend
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.ppo import PPO
-from proximo.spaces.heads import Actions, CategoricalHead, GaussianHead, head_from_dict
+from proximo.spaces.actions import Actions
+from proximo.spaces.heads import CategoricalHead, GaussianHead, head_from_dict
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import select
 
 VECTOR = Box(-1.0, 1.0, (3,))
 NESTED = Dict(
@@ -70,15 +72,111 @@ def test_image_shapes_and_channel_axes():
         assert (leaf.kind, leaf.dtype) == ("vector", "float32")
 
 
-@pytest.mark.parametrize(
-    "space", [Box(0, 1, (84, 84, 3)), Box(0, 255, (4, 84, 84, 3), np.uint8), Box(0, 255, (3, 96, 96), np.float64)]
-)
-def test_arrays_that_only_look_like_images_are_refused(space):
-    """A large array that is no valid image is refused; flattened, it is accepted as a vector."""
-    with pytest.raises(UserError, match=r"looks like an image, but images are uint8 or bool .*FlattenObservation"):
+def test_images_of_real_numbers_and_stacks_of_images():
+    """Real numbers are stored as float32 and divided by the largest bound. In a stack, the largest pair of neighbouring
+    axes is height and width, and the channels of all images follow each other."""
+    for space, shape, high in (
+        (Box(0, 1, (84, 84, 3)), (84, 84, 3), 1.0),
+        (Box(0, 255, (3, 96, 96), np.float64), (3, 96, 96), 255.0),
+        (Box(-0.5, 0.5, (16, 20, 2)), (16, 20, 2), 0.5),
+        (Box(-np.inf, np.inf, (16, 16, 1)), (16, 16, 1), 1),
+    ):
+        (leaf,) = Spaces.of(space, Discrete(2)).observation
+        assert (leaf.kind, leaf.shape, leaf.dtype, leaf.high) == ("image", shape, "float32", high)
+    rng = np.random.default_rng(0)
+    for order in ((0, 1, 2, 3), (2, 0, 1, 3), (2, 3, 0, 1)):  # of height, width, frames and channels
+        frames = rng.integers(256, size=(18, 20, 4, 3), dtype=np.uint8)
+        stack = frames.transpose(order)
+        spaces = Spaces.of(Box(0, 255, stack.shape, np.uint8), Discrete(2))
+        assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict()))) == spaces
+        (leaf,) = spaces.observation
+        assert (leaf.kind, leaf.shape, leaf.env_shape, leaf.dtype) == ("image", (18, 20, 12), stack.shape, "uint8")
+        expected = frames.reshape(18, 20, 12)
+        for observation, merged in ((stack, expected), (np.stack([stack] * 2), np.stack([expected] * 2))):
+            np.testing.assert_array_equal(dict(spaces.read(observation))[""], merged)
+
+
+def test_arrays_of_images_with_more_axes_are_refused():
+    """Two stacks of stacks; flattened, they are accepted as a vector."""
+    space = Box(0, 255, (2, 4, 84, 84, 3), np.uint8)
+    with pytest.raises(UserError, match=r"looks like images, but .*ReshapeObservation, .*FlattenObservation"):
         Spaces.of(space, Discrete(2))
     (leaf,) = Spaces.of(gym.spaces.flatten_space(space), Discrete(2)).observation
     assert leaf.kind == "vector"
+
+
+MIXED = Tuple([VECTOR, Dict({"codes": MultiDiscrete([[2, 3], [4, 2]], start=[[0, 5], [-1, 0]]), "b": MultiBinary(2)})])
+
+
+def test_tuples_and_several_discrete_values():
+    """The one-hot codes of all entries follow each other; entries [[1, 5], [2, 0]] lie at 1, 2 + 0, 5 + 3 and 9 + 0."""
+    spaces = Spaces.of(MIXED, Discrete(2))
+    assert [(leaf.path, leaf.kind, leaf.num_features) for leaf in spaces.observation] == [
+        ("[0]", "vector", 3), ("[1].b", "vector", 2), ("[1].codes", "discrete", 11),
+    ]  # fmt: skip
+    assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict()))) == spaces
+    codes = np.array([[1, 5], [2, 0]])
+    observation = (np.zeros(3), {"codes": codes, "b": np.ones(2)})
+    np.testing.assert_array_equal(dict(spaces.read(observation))["[1].codes"], codes)
+    leaf = spaces.observation[2]
+    assert (codes.ravel() + leaf.code_shifts).tolist() == [1, 2, 8, 9]
+    assert leaf.is_outside(np.array([codes, np.array([[1, 5], [3, 2]])])).tolist() == [False, True]
+    with pytest.raises(UserError, match=r"'\[1\]\.codes' is \[\[1, 5\], \[3, 0\]\]; expected 0 to 1, 5 to 7, -1"):
+        spaces.read_batch((np.zeros(3), {"codes": np.array([[1, 5], [3, 0]]), "b": np.ones(2)}))
+    with pytest.raises(UserError, match=r"'\[1\]\.b' is missing"):
+        dict(spaces.read((np.zeros(3), {"codes": codes})))
+
+
+HYBRID = Dict(
+    {
+        "move": Discrete(3, start=1),
+        "arm": Tuple([Box(-1.0, 1.0, (2,)), MultiDiscrete([2, 3])]),
+        "lights": MultiBinary(2),
+    }
+)
+
+
+def test_nested_actions_are_built_as_their_space_declares():
+    """Each head maps its part, and MultiDiscrete entries are merged; JSON preserves all of it."""
+    actions = Spaces.of(VECTOR, HYBRID).action
+    assert [head.path for head in actions.heads] == ["arm.[0]", "arm.[1].[0]", "arm.[1].[1]", "lights", "move"]
+    raw = {
+        "arm.[0]": np.float32([[0.5, 2.0], [0.0, 0.0]]), "arm.[1].[0]": np.int32([1, 0]),
+        "arm.[1].[1]": np.int32([2, 1]), "lights": np.int8([[0, 1], [1, 1]]), "move": np.int32([0, 2]),
+    }  # fmt: skip
+    batch = actions.to_env(raw, Config())
+    first = select(batch, 0)
+    assert first in HYBRID
+    assert (first["move"], first["arm"][1].tolist(), first["arm"][0].tolist()) == (1, [1, 2], [0.5, 1.0])
+    assert select(batch, 1) in HYBRID
+    spaces = Spaces.of(VECTOR, HYBRID)
+    assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict(), allow_nan=False))) == spaces
+
+
+def test_masks_are_flat_or_nested_like_the_action():
+    """A flat mask has the entries of all categorical heads in the order of their paths: arm 2 + 3, then move 3."""
+    nested = Dict({"move": MultiBinary(3), "arm": Tuple([MultiBinary(2), MultiBinary(5)])})
+    part = Dict({"arm": Tuple([Box(0, 1, (0,)), MultiBinary(5)])})
+    flat = Spaces.of(Dict({"x": VECTOR, "action_mask": MultiBinary(8)}), HYBRID)
+    for wrong in (nested, part):  # a mask for the Box, and an empty one
+        with pytest.raises(UserError, match=r"a mask needs one entry for each action|is empty"):
+            Spaces.of(Dict({"x": VECTOR, "action_mask": wrong}), HYBRID)
+    right = Dict({"move": MultiBinary(3), "arm": Dict({})})
+    with pytest.raises(UserError, match="is empty"):
+        Spaces.of(Dict({"x": VECTOR, "action_mask": right}), HYBRID)
+    plain = Dict({"go": Discrete(2), "turn": MultiDiscrete([2, 2])})
+    spaces = Spaces.of(Dict({"x": VECTOR, "action_mask": Dict({"go": MultiBinary(2), "turn": MultiBinary(4)})}), plain)
+    assert [spaces.masks(head) for head in spaces.action.heads] == [
+        [("action_mask.go", slice(0, 2))], [("action_mask.turn", slice(0, 2))], [("action_mask.turn", slice(2, 4))],
+    ]  # fmt: skip
+    heads = {head.path: head for head in flat.action.heads}
+    assert flat.masks(heads["move"]) == [("action_mask", slice(5, 8))]
+    assert flat.masks(heads["arm.[1].[1]"]) == [("action_mask", slice(2, 5))]
+    assert not flat.masks(heads["lights"])
+    with pytest.raises(UserError, match=r"has shape \(3,\), but a mask needs one entry .* \(2 here\)"):
+        Spaces.of(Dict({"x": VECTOR, "action_mask": Dict({"go": MultiBinary(3)})}), plain)
+    with pytest.raises(UserError, match="is no mask: expected MultiBinary"):
+        Spaces.of(Dict({"x": VECTOR, "action_mask": Dict({"go": Discrete(2)})}), plain)
 
 
 def test_reading_single_and_batched_observations():
@@ -101,16 +199,20 @@ def test_reading_single_and_batched_observations():
 @pytest.mark.parametrize(
     ("observation", "action", "words"),
     [
-        (Tuple([VECTOR, VECTOR]), Discrete(2), "observation space"),
-        (Dict({"a": Tuple([VECTOR])}), Discrete(2), "observation space 'a'"),
+        (Tuple([VECTOR, Text(5)]), Discrete(2), r"observation space '\[1\]'"),
+        (Dict({"a": Tuple([Text(5)])}), Discrete(2), r"observation space 'a\[0\]'"),
         (Text(5), Discrete(2), "observation space"),
-        (MultiDiscrete([2, 3]), Discrete(2), "observation space"),
+        (Sequence(VECTOR), Discrete(2), "observation space"),
+        (Dict({"a": Dict({})}), Discrete(2), "observation space 'a' .*empty"),
+        (Tuple([]), Discrete(2), "empty"),
         (Box(0.0, 1.0, (0,)), Discrete(2), "empty"),
         (Box(0.0, 1.0, (3, 0)), Discrete(2), "empty"),
         (Dict({"action_mask": MultiBinary(2)}), Discrete(3), "one entry for each"),
         (Dict({"action_mask": MultiBinary(2), "x": VECTOR}), Box(-1.0, 1.0, (2,)), "mask"),
-        (VECTOR, Tuple([Discrete(2)]), "action space"),
-        (VECTOR, Dict({"a": Discrete(2)}), "action space"),
+        (VECTOR, Tuple([Discrete(2), Text(3)]), r"action space '\[1\]'"),
+        (VECTOR, Dict({"a": Dict({"b": Box(0, 5, (2,), np.int32)})}), r"action space 'a\.b'"),
+        (VECTOR, Dict({}), "action space .*empty"),
+        (VECTOR, Dict({"a": Discrete(2), "b": Tuple([])}), "action space 'b' .*empty"),
         (VECTOR, Box(0, 5, (2,), np.int32), "action space"),
         (VECTOR, Box(-1.0, 1.0, (0,)), "action space"),
     ],
@@ -124,7 +226,7 @@ def test_unsupported_spaces_are_refused(observation, action, words):
 @pytest.mark.parametrize(
     ("space", "settings", "words"),
     [
-        (Discrete(3), {"squash": True}, r"`squash` needs a Box .* Discrete\(3\)"),
+        (Discrete(3), {"squash": True}, "`squash` needs a Box action, but there is none: one of 3 actions"),
         (Discrete(3), {"rescale_actions": True}, "`rescale_actions` needs a Box"),
         (Discrete(3), {"tanh_mean": True}, "`tanh_mean` needs a Box"),
         (Box(-np.inf, np.inf, (2,)), {"rescale_actions": True}, "finite action bounds"),

@@ -197,6 +197,10 @@ class Config:
         source="Cho et al. 2014, arXiv:1406.1078 (gru); Hochreiter and Schmidhuber 1997 (lstm)"
     )
     memory_size: int = network(64, "numbers in the output of the recurrent layer", low=1, high=65_536)
+    embedding_size: int = network(
+        0, "numbers in the embedding of each discrete observation, instead of its one-hot code; 0 turns it off",
+        low=0, high=65_536
+    )
     orthogonal_init: bool = network(
         True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
         "default, uniform in ±1/sqrt(inputs)", source=DETAILS

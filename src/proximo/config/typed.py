@@ -69,6 +69,7 @@ class Settings(TypedDict, total=False):
     precision: Literal["float32", "bfloat16"]
     memory: Literal["gru", "lstm"] | None
     memory_size: int
+    embedding_size: int
     orthogonal_init: bool
     std: Literal["learned", "predicted", "fixed"]
     init_std: float

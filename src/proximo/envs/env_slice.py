@@ -15,12 +15,20 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.envs.attributes import find_generators, find_statistics
-from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, observation_leaves, store_observation
+from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, shared_leaves, store_observation
 from proximo.errors import RunError, UserError, notify_user
 from proximo.machine import is_raised_by_environment
-from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
+from proximo.rollout.env_state import (
+    ActionLog,
+    Origin,
+    count_steps,
+    generator_from_state,
+    get_generator_state,
+    has_hidden_state,
+)
 from proximo.rollout.episodes import select_info
 from proximo.rollout.returned import is_usual_step, reset, snapshot_method, unpack_step
+from proximo.spaces.trees import build, leaves, select, transform
 
 EnvFactory = Callable[[], gym.Env]
 STEP, RESET, REPLAY = b"s", b"r", b"p"  # commands of `EnvSlice.run`
@@ -106,8 +114,8 @@ class EnvSlice:
         self.info_names = info_names
         self.arrays, self.current = arrays, memoryview(arrays.current[process])
         self.current[0] = NO_ENVIRONMENT
-        self.observation = list(observation_leaves(arrays.observation))
-        self.final = list(observation_leaves(arrays.final))
+        self.observation = shared_leaves("observation", arrays.observation)
+        self.final = shared_leaves("observation", arrays.final)
         self.reports_episodes = len(arrays.episode) > 0
         self.steps_since_origin = arrays.steps_since_origin[self.indices.start : self.indices.stop]
         self.snapshot_methods = [snapshot_method(env) for env in self.envs]
@@ -149,9 +157,10 @@ class EnvSlice:
         arrays.origin[n, :size] = np.frombuffer(pickled[:size], np.uint8)
         arrays.origin_size[n], arrays.steps_since_origin[n] = size, 0
 
-    def _replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> None:
+    def _replay(self, origins: Sequence[bytes], actions: Sequence[ActionLog]) -> None:
         """Repeat each environment's actions from its origin; `reward` becomes the return of the episode so far."""
         arrays, current = self.arrays, self.current
+        dtypes = {path: rows.dtype for path, rows in leaves(arrays.action)}
         for n, env, pickled, episode in zip(self.indices, self.envs, origins, actions, strict=True):
             current[0] = n
             origin = Origin.from_bytes(pickled)
@@ -162,22 +171,23 @@ class EnvSlice:
             arrays.steps_since_origin[n] = arrays.reward[n] = 0
             self._record_origin(n, env, origin.seed)
             observation, _ = reset(env, origin.seed)
-            for action in episode.astype(arrays.action.dtype):
+            steps = build({path: x.astype(dtypes[path]) for path, x in episode.items()}) if episode else ()
+            for t in range(count_steps(episode)):
                 current[1] += 1  # the timeout is for one step, not for the whole replay
-                observation, reward, terminated, truncated, _ = unpack_step(env.step(action))
+                observation, reward, terminated, truncated, _ = unpack_step(env.step(select(steps, t)))
                 arrays.reward[n] += reward
                 if terminated or truncated:
                     observation, _ = reset(env)
                     arrays.reward[n] = 0
             store_observation(self.observation, n, observation)
-            arrays.steps_since_origin[n] = len(episode)
+            arrays.steps_since_origin[n] = count_steps(episode)
 
     def _step(self) -> None:
         """Apply the actions in the arrays; reset environments whose episode ends."""
         arrays, current = self.arrays, self.current
         reward, terminated, truncated = arrays.reward, arrays.terminated, arrays.truncated
         # A copy, since an environment may keep a reference to its action.
-        actions = arrays.action[self.indices.start : self.indices.stop].copy()
+        actions = self._copy_actions()
         self.steps_since_origin += 1
         for n, env, action in zip(self.indices, self.envs, actions, strict=True):
             current[0] = n
@@ -197,6 +207,14 @@ class EnvSlice:
                 self._record_origin(n, env)
                 observation, _ = reset(env)
             store_observation(self.observation, n, observation)
+
+    def _copy_actions(self) -> Any:
+        """A copy of the action of each environment."""
+        first, last, rows = self.indices.start, self.indices.stop, self.arrays.action
+        if isinstance(rows, np.ndarray):
+            return rows[first:last].copy()
+        copies = transform(lambda array: array[first:last].copy(), rows)
+        return [select(copies, k) for k in range(last - first)]
 
     _methods: ClassVar = {STEP: _step, RESET: _reset, REPLAY: _replay}
 

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -11,6 +11,7 @@ from gymnasium.vector.utils import create_empty_array
 
 from proximo.errors import UserError
 from proximo.rollout.returned import to_array
+from proximo.spaces.trees import Key, describe_path, find, keys_of, leaves
 
 CACHE_LINE = 64  # bytes
 NO_ENVIRONMENT = -1  # value of `SharedArrays.current` between calls
@@ -21,9 +22,9 @@ class SharedArrays(NamedTuple):
 
     # [W, 8] int64, a cache line for each process: the environment that runs now, and the number of the call
     current: np.ndarray
-    observation: Any  # [N, ...], or a dict of such arrays
+    observation: Any  # [N, ...], or nested dictionaries and tuples of such arrays
     final: Any  # like `observation`: the last observation of each episode that ended
-    action: Any  # [N, ...]
+    action: Any  # [N, ...], or nested
     reward: np.ndarray  # [N] float64
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
@@ -82,38 +83,38 @@ class Layout(NamedTuple):
         return arrays, size
 
 
-class ObservationLeaf(NamedTuple):
-    """One array of a possibly nested observation."""
+class SharedLeaf(NamedTuple):
+    """One array of a possibly nested observation or action."""
 
-    path: tuple[str, ...]
+    name: str  # for messages
+    keys: tuple[Key, ...]
     rows: np.ndarray  # [N, *shape]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     def error(self, problem: str) -> UserError:
         """Return the error for an observation that does not match its space."""
-        name = f"observation {'.'.join(self.path)!r}" if self.path else "the observation"
-        return UserError(f"{name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares")
+        return UserError(f"{self.name} {problem}, expected {self.dtype} of shape {self.shape}, as its space declares")
 
 
-def observation_leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[ObservationLeaf]:
-    """Yield the arrays of a batched observation with their paths."""
-    if isinstance(tree, dict):
-        for key, child in tree.items():
-            yield from observation_leaves(child, (*path, key))
-    else:
-        yield ObservationLeaf(path, tree, tree.shape[1:], tree.dtype)
+def shared_leaves(kind: str, tree: Any) -> list[SharedLeaf]:
+    """The arrays [N, ...] of batched observations or actions; `kind` names them in messages."""
+    return [
+        SharedLeaf(f"{kind} {describe_path(path)!r}" if path else f"the {kind}", keys_of(path), x, x.shape[1:], x.dtype)
+        for path, x in leaves(tree)
+    ]
 
 
-def store_observation(leaves: Sequence[ObservationLeaf], n: int, observation: Any) -> None:
+def store_observation(parts: Sequence[SharedLeaf], n: int, observation: Any) -> None:
     """Copy the observation of environment n into the arrays; raise UserError if it does not match its space."""
-    for leaf in leaves:
-        path, rows, shape, dtype = leaf
+    for leaf in parts:
+        _, keys, rows, shape, dtype = leaf
         value = observation
-        for key in path:
-            if not isinstance(value, Mapping) or key not in value:
-                raise leaf.error("is missing")
-            value = value[key]
+        if keys:
+            try:
+                value = find(observation, keys)
+            except LookupError as error:
+                raise leaf.error("is missing") from error
         array = value if type(value) is np.ndarray else to_array(value)
         if array is None:
             raise leaf.error("is no array")
@@ -126,3 +127,18 @@ def store_observation(leaves: Sequence[ObservationLeaf], n: int, observation: An
             raise leaf.error(f"is {array.dtype}")
         with np.errstate(over="ignore"):  # infinity is reported after the rollout
             rows[n] = array
+
+
+def store_actions(parts: Sequence[SharedLeaf], actions: Any) -> None:
+    """Copy the actions of all environments into the arrays; raise UserError if they do not match their space."""
+    for leaf in parts:
+        try:
+            value, rows = np.asarray(find(actions, leaf.keys)), leaf.rows
+        except LookupError as error:
+            raise UserError(f"{leaf.name} is missing; expected {leaf.dtype} of shape {leaf.rows.shape}") from error
+        is_castable = value.dtype == leaf.dtype or np.can_cast(value.dtype, leaf.dtype, "same_kind")
+        if value.shape != rows.shape or not is_castable:
+            raise UserError(
+                f"{leaf.name} is {value.dtype} of shape {value.shape}; expected {rows.dtype} of shape {rows.shape}"
+            )
+        rows[...] = value

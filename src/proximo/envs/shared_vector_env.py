@@ -11,13 +11,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from proximo.envs.env_slice import REPLAY, RESET, START_TIMEOUT_S, STEP, Declaration, EnvFactory, EnvSlice
-from proximo.envs.shared_memory import Layout, SharedArrays
+from proximo.envs.shared_memory import Layout, SharedArrays, shared_leaves, store_actions
 from proximo.envs.worker_process import ErrorReport
 from proximo.errors import Exited, RunError, UserError
 from proximo.machine import is_raised_by_environment
-from proximo.rollout.collector import select_env
+from proximo.rollout.env_state import ActionLog
 from proximo.rollout.episodes import ALWAYS_LOGGED
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import select
 
 Seeds = int | Sequence[int | None] | None
 
@@ -58,6 +59,11 @@ class SharedVectorEnv(VectorEnv):
         origin_bytes = max(declaration.origin_bytes for declaration in declarations)
         return Layout(*spaces, self.num_envs, workers, first.reports_episodes, origin_bytes, self.info_names)
 
+    def _allocate(self, layout: Layout, memory: mmap.mmap) -> SharedArrays:
+        self._arrays = arrays = layout.allocate(memory)
+        self._action_leaves = shared_leaves("action", arrays.action)
+        return arrays
+
     def _open_arrays(self) -> SharedArrays:
         if self._arrays is None or self.closed:
             raise RunError("this vector environment is closed. Make a new one.")
@@ -81,7 +87,7 @@ class SharedVectorEnv(VectorEnv):
         self._interrupted = still_interrupted
         return arrays.observation, {}
 
-    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Return observations [N, ...], rewards [N] float64, terminated [N], truncated [N], and info.
 
         Raises:
@@ -93,13 +99,7 @@ class SharedVectorEnv(VectorEnv):
             raise RunError(
                 "the previous call was interrupted after only some environments had executed it. Call reset() first."
             )
-        actions, rows = np.asarray(actions), arrays.action
-        is_castable = actions.dtype == rows.dtype or np.can_cast(actions.dtype, rows.dtype, "same_kind")
-        if actions.shape != rows.shape or not is_castable:
-            raise UserError(
-                f"actions are {actions.dtype} of shape {actions.shape}, expected {rows.dtype} of shape {rows.shape}"
-            )
-        rows[...] = actions
+        store_actions(self._action_leaves, actions)
         self._run(STEP)
         self._interrupted = False
         terminated, truncated = arrays.terminated.copy(), arrays.truncated.copy()
@@ -112,7 +112,7 @@ class SharedVectorEnv(VectorEnv):
             return {}
         final = np.full(len(ended), None, object)
         for n in np.flatnonzero(ended).tolist():
-            final[n] = deepcopy(select_env(arrays.final, n))
+            final[n] = deepcopy(select(arrays.final, n))
         info: dict[str, Any] = {"final_obs": final, "_final_obs": ended}
         has_info = arrays.has_info & ended
         if np.count_nonzero(has_info):
@@ -132,8 +132,8 @@ class SharedVectorEnv(VectorEnv):
         rows = zip(arrays.origin, arrays.origin_size, strict=True)
         return [row[:size].tobytes() for row, size in rows], arrays.steps_since_origin.copy()
 
-    def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
-        """Apply `actions[n]` [any number, ...] from `origins[n]`; return observations and returns so far [N]."""
+    def replay(self, origins: Sequence[bytes], actions: Sequence[ActionLog]) -> tuple[Any, np.ndarray]:
+        """Apply `actions[n]` from `origins[n]`; return the observations and the returns of the episodes so far [N]."""
         arrays = self._open_arrays()
         self._run(REPLAY, origins, actions)
         self._interrupted = False
@@ -161,8 +161,7 @@ class LocalVectorEnv(SharedVectorEnv):
             self._slice.start_timeout(None if timeout_s is None else max(START_TIMEOUT_S, timeout_s))
             self._report_errors(lambda: self._slice.make(factory))
             layout = self._set_spaces([self._slice.declare()], workers=1)
-            self._arrays = layout.allocate(mmap.mmap(-1, layout.size()))
-            self._slice.attach(self._arrays, 0, self.info_names)
+            self._slice.attach(self._allocate(layout, mmap.mmap(-1, layout.size())), 0, self.info_names)
             self._slice.start_timeout(timeout_s)
         except BaseException:
             self.close()

@@ -147,7 +147,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         for worker in self._workers:
             worker.send(worker_process.ATTACH, message)
         self._wait()
-        arrays = self._arrays = layout.allocate(mmap.mmap(memory, layout.size()))
+        arrays = self._allocate(layout, mmap.mmap(memory, layout.size()))
         self._run_here(lambda env_slice: env_slice.attach(arrays, 0, self.info_names))
 
     def close_extras(self, grace_s: float = worker_process.CLOSE_GRACE_S, **kwargs: Any) -> None:

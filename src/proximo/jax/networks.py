@@ -12,7 +12,14 @@ from jax import Array, lax
 from proximo.config.settings import Config
 from proximo.jax.distributions import Policy, policy_from_output
 from proximo.jax.memory import remember
-from proximo.learner.architecture import NATURE, Architecture, architecture, convolutions, initial_parameters
+from proximo.learner.architecture import (
+    NATURE,
+    Architecture,
+    architecture,
+    convolutions,
+    embedding_name,
+    initial_parameters,
+)
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 
@@ -67,7 +74,8 @@ def built_in(config: Config, spaces: Spaces) -> Network:
 
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Array:
     """The output [..., H] of a part's last hidden layer."""
-    x = encode(spaces, obs, dtype_of(params), partial(convolve_image, arch, params, part))
+    given = (arch, params, part)
+    x = encode(spaces, obs, dtype_of(params), partial(convolve_image, *given), partial(embed_code, *given))
     for index in range(len(arch.sizes(part))):
         x = ACTIVATIONS[arch.activation](linear(params, f"{part}.{index}", x))
     return x
@@ -79,12 +87,17 @@ def dtype_of(params: Params) -> jnp.dtype:
 
 
 def encode(
-    spaces: Spaces, obs: Obs, dtype: jnp.dtype, encode_image: Callable[[Leaf, Array], Array] | None = None
+    spaces: Spaces,
+    obs: Obs,
+    dtype: jnp.dtype,
+    encode_image: Callable[[Leaf, Array], Array] | None = None,
+    embed: Callable[[Leaf, Array], Array] = lambda leaf, code: code,
 ) -> Array:
-    """Concatenate all leaves but masks to features [..., F]: vectors and images flat, discrete one-hot.
+    """Concatenate all leaves but masks to features [..., F]: vectors and images flat, discrete values one-hot.
 
     Args:
         encode_image: applied to images [B, height, width, channels]; without it images are left out.
+        embed: applied to one-hot codes [..., n].
     """
     parts = []
     for leaf in spaces.observation:
@@ -94,10 +107,21 @@ def encode(
             features = encode_image(leaf, value.reshape(-1, *leaf.image_shape))
             parts.append(features.reshape(*value.shape[:-3], -1))
         elif leaf.kind == "discrete":
-            parts.append(jax.nn.one_hot(value - leaf.start, leaf.n, dtype=dtype))
+            parts.append(embed(leaf, one_hot(leaf, value, dtype)))
         elif leaf.kind == "vector":
             parts.append(value.reshape(*value.shape[: value.ndim - len(leaf.shape)], -1).astype(dtype))
     return jnp.concatenate(parts, axis=-1)
+
+
+def one_hot(leaf: Leaf, value: Array, dtype: jnp.dtype) -> Array:
+    """The one-hot codes of all entries of a discrete leaf, side by side: [..., *leaf shape] -> [..., n]."""
+    entries = value.reshape(*value.shape[: value.ndim - len(leaf.shape)], -1) + jnp.asarray(leaf.code_shifts)
+    return jax.nn.one_hot(entries, leaf.n, dtype=dtype).sum(axis=-2)
+
+
+def embed_code(arch: Architecture, params: Params, part: str, leaf: Leaf, code: Array) -> Array:
+    """The embedding [..., E] of a one-hot code [..., n], or the code where embeddings are off."""
+    return linear(params, f"{part}.{embedding_name(leaf)}", code) if arch.embedding_size else code
 
 
 def channels_last(leaf: Leaf, value: Array) -> Array:

@@ -2,9 +2,9 @@
 
 A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias` [outputs], where part is
 `actor`, `critic` or `trunk`, and layer a number or `head`. A convolution is `<part>.conv.<layer>`, with a weight
-[height, width, inputs, outputs]. A recurrent layer has `<part>.memory.input` and `<part>.memory.hidden`, whose outputs
-are its gates, in the order of PyTorch's GRU and LSTM. `actor.log_std` [D] is the learned log standard deviation of all
-Gaussian heads.
+[height, width, inputs, outputs]. The embedding of a discrete leaf is `<part>.embedding`, followed by the path of the
+leaf. A recurrent layer has `<part>.memory.input` and `<part>.memory.hidden`, whose outputs are its gates, in the order
+of PyTorch's GRU and LSTM. `actor.log_std` [D] is the learned log standard deviation of all Gaussian heads.
 Parameters whose names begin with `critic` use the critic's learning rate.
 """
 
@@ -33,7 +33,7 @@ NATURE_SMALLEST = 36  # pixels
 IMPALA = (16, 32, 32)  # outputs of each section: convolution, pooling by 2, two residual blocks
 GATES = {"none": 0, "gru": 3, "lstm": 4}  # of a recurrent layer
 CARRIED = {"none": 0, "gru": 1, "lstm": 2}  # vectors in its state
-HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN, MEMORY_GAIN = math.sqrt(2.0), 0.01, 1.0, 1.0
+HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN, MEMORY_GAIN, EMBEDDING_GAIN = math.sqrt(2.0), 0.01, 1.0, 1.0, 1.0
 
 
 def is_critic(name: str) -> bool:
@@ -56,6 +56,7 @@ class Architecture(NamedTuple):
     memory: str = "none"  # none, gru or lstm
     memory_size: int = 0  # 0 without memory
     critic_hidden_sizes: tuple[int, ...] = ()  # hidden_sizes, unless they were set
+    embedding_size: int = 0  # of each discrete leaf; 0 for one-hot codes
 
     def sizes(self, part: str) -> tuple[int, ...]:
         """Widths of the hidden layers of a part."""
@@ -110,7 +111,13 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
         config.memory or "none",
         config.memory_size if config.memory else 0,
         sizes if config.critic_hidden_sizes is None else config.critic_hidden_sizes,
+        config.embedding_size if any(leaf.kind == "discrete" for leaf in spaces.observation) else 0,
     )
+
+
+def embedding_name(leaf: Leaf) -> str:
+    """Name of the embedding of a discrete leaf within a part."""
+    return f"embedding.{leaf.path}" if leaf.path else "embedding"
 
 
 def convolutions(network: str, leaf: Leaf) -> dict[str, tuple[int, int, int, int]]:
@@ -197,18 +204,22 @@ def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ..
     arch = architecture(config, spaces)
     network, size, last = arch.architecture, arch.memory_size, {}
     images = [leaf for leaf in spaces.observation if leaf.kind == "image" and network != "mlp"]
-    inputs = sum(flat_size(network, leaf) if leaf in images else leaf.num_features for leaf in spaces.observation)
+    discrete = [leaf for leaf in spaces.observation if leaf.kind == "discrete" and arch.embedding_size]
+    widths = dict.fromkeys(discrete, arch.embedding_size) | {leaf: flat_size(network, leaf) for leaf in images}
+    inputs = sum(widths.get(leaf, leaf.num_features) for leaf in spaces.observation)
     for body in arch.parts:
-        widths = [inputs, *arch.sizes(body)]
+        sizes = [inputs, *arch.sizes(body)]
         for leaf in images:
             for name, shape in convolutions(network, leaf).items():
                 yield f"{body}.{name}", shape, HIDDEN_GAIN
-        for index, (rows, columns) in enumerate(itertools.pairwise(widths)):
+        for leaf in discrete:
+            yield f"{body}.{embedding_name(leaf)}", (leaf.n, arch.embedding_size), EMBEDDING_GAIN
+        for index, (rows, columns) in enumerate(itertools.pairwise(sizes)):
             yield f"{body}.{index}", (rows, columns), HIDDEN_GAIN
         if size:
-            yield f"{body}.memory.input", (widths[-1], GATES[arch.memory] * size), MEMORY_GAIN
+            yield f"{body}.memory.input", (sizes[-1], GATES[arch.memory] * size), MEMORY_GAIN
             yield f"{body}.memory.hidden", (size, GATES[arch.memory] * size), MEMORY_GAIN
-        last[body] = size or widths[-1]
+        last[body] = size or sizes[-1]
     yield "actor.head", (last[arch.parts[0]], spaces.action.output_size(config)), POLICY_GAIN
     yield "critic.head", (last[arch.parts[-1]], 1), VALUE_GAIN
 

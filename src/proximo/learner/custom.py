@@ -93,8 +93,11 @@ def sample_rows(spaces: Spaces) -> Obs:
     rows: Obs = {}
     for leaf in spaces.observation:
         shape = (NUM_ROWS, *leaf.shape)
-        if leaf.kind in ("discrete", "image"):
-            value = leaf.start + rng.integers(leaf.n or leaf.high + 1, size=shape)
+        if leaf.kind == "discrete":
+            sizes = leaf.sizes or (leaf.n,)
+            value = (rng.integers(sizes, size=(NUM_ROWS, len(sizes))) + (leaf.starts or leaf.start)).reshape(shape)
+        elif leaf.kind == "image":
+            value = leaf.high * rng.random(shape)
         else:
             value = np.ones(shape) if leaf.kind == "mask" else rng.standard_normal(shape)
         rows[leaf.path] = value.astype(leaf.dtype)

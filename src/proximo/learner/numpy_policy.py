@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.learner.architecture import CARRIED, VARIANCE_EPSILON, Architecture, Parameters, architecture
+from proximo.learner.architecture import (
+    CARRIED,
+    VARIANCE_EPSILON,
+    Architecture,
+    Parameters,
+    architecture,
+    embedding_name,
+)
 from proximo.learner.state import Moments
 from proximo.rollout.rollout import Actor
 from proximo.spaces.heads import RawAction
@@ -53,6 +60,9 @@ def mlp_actor(
     part = arch.parts[0]
     names = [f"{part}.{index}" for index in range(len(arch.hidden_sizes))]
     hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
+    embedded = [leaf for leaf in spaces.observation if leaf.kind == "discrete" and arch.embedding_size]
+    named = ((leaf.path, f"{part}.{embedding_name(leaf)}") for leaf in embedded)
+    embeddings = {path: (params[f"{name}.weight"], params[f"{name}.bias"]) for path, name in named}
     remember = recurrent_layer(arch, params, carry) if arch.carry_size else None
     weight, bias = params["actor.head.weight"], params["actor.head.bias"]
     scales = {
@@ -71,7 +81,7 @@ def mlp_actor(
     calls = None if noise is None else iter(noise)
 
     def actor(obs: Obs, start: np.ndarray) -> RawAction:
-        x = encode(spaces, obs, scales, config.clip_observation, weight.dtype)
+        x = encode(spaces, obs, scales, embeddings, config.clip_observation, weight.dtype)
         for layer_weight, layer_bias in hidden:
             x = activation(x @ layer_weight + layer_bias)
         if remember:
@@ -134,14 +144,27 @@ CELLS = {"gru": gru, "lstm": lstm}
 
 
 def encode(
-    spaces: Spaces, obs: Obs, scales: Mapping[str, tuple[np.ndarray, np.ndarray]], clip: float, dtype: np.dtype
+    spaces: Spaces,
+    obs: Obs,
+    scales: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    embeddings: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    clip: float,
+    dtype: np.dtype,
 ) -> np.ndarray:
-    """All leaves [N, ...] as features [N, F]: vectors normalised, discrete values one-hot, images in [0, 1]."""
+    """All leaves [N, ...] as features [N, F]: vectors normalised, discrete values one-hot, images in [0, 1].
+
+    Args:
+        scales: path -> mean and inverse standard deviation of a normalised vector.
+        embeddings: path -> weight [n, E] and bias [E] of an embedded discrete leaf.
+    """
     parts = []
     for leaf in spaces.observation:
         value = obs[leaf.path]
         if leaf.kind == "discrete":
-            parts.append((value[:, None] - leaf.start == np.arange(leaf.n)).astype(dtype))
+            entries = value.reshape(len(value), -1, 1) + np.reshape(leaf.code_shifts, (-1, 1))
+            code = (entries == np.arange(leaf.n)).any(axis=1).astype(dtype)
+            weight, bias = embeddings.get(leaf.path, (None, None))
+            parts.append(code if weight is None else code @ weight + bias)
         elif leaf.kind == "vector":
             value = value.astype(dtype, copy=False)
             if leaf.path in scales:

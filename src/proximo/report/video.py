@@ -27,6 +27,7 @@ from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.returned import reset, unpack_step
 from proximo.rollout.rollout import Actor
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import select
 
 MAX_FRAMES = 10_000  # over five minutes at 30 frames per second
 DEFAULT_FPS = 30
@@ -97,7 +98,7 @@ def record(
             episode_return, length, ended = 0.0, 0, False
             while not ended and length + 1 < max_frames:
                 obs = {name: value.astype(dtypes[name])[None] for name, value in spaces.read(observation)}
-                action = spaces.action.to_env(actor(obs, np.array([length == 0])), config)[0]
+                action = select(spaces.action.to_env(actor(obs, np.array([length == 0])), config), 0)
                 on_progress(f"recording: frame {length + 2:,} of at most {max_frames:,}")
                 observation, reward, terminated, truncated, info = unpack_step(call(rendering_env.step, action))
                 write_frame(call(render_frame, rendering_env))

@@ -11,12 +11,22 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.rollout.env_state import EnvState, SupportsReplay, SupportsSnapshot, snapshots_equal
+from proximo.rollout.env_state import (
+    ActionLog,
+    EnvState,
+    SupportsReplay,
+    SupportsSnapshot,
+    count_bytes,
+    count_steps,
+    join_logs,
+    snapshots_equal,
+)
 from proximo.rollout.episodes import count_episodes, reported_episodes, with_info
 from proximo.rollout.returned import accepts, require_vector_step
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import leaves, select
 
 MAX_LOG_BYTES = 1 << 28  # of the actions of unfinished episodes
 MAX_LOG_PIECES = 256
@@ -92,7 +102,7 @@ class Collector:
         self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
         self.episode_return = np.zeros(count, np.float64)
         self.episode_length = np.zeros(count, np.int64)
-        self._log: list[np.ndarray] = []  # actions [any number, N, ...] of unfinished episodes
+        self._log: list[ActionLog] = []  # actions of unfinished episodes
 
     def capture_state(self) -> EnvState:
         """The state of the environments, from which `collect` continues, and `restore_state` in another process."""
@@ -108,12 +118,13 @@ class Collector:
 
     def _with_origins(self, state: EnvState, origins: Sequence[bytes], since: np.ndarray) -> EnvState:
         """Add what repeats the unfinished episodes; drop actions of finished ones."""
-        steps, size = sum(map(len, self._log)), sum(piece.nbytes for piece in self._log)
-        while self._log and (steps - len(self._log[0]) >= since.max() or size > MAX_LOG_BYTES):
-            oldest = self._log.pop(0)
-            steps, size = steps - len(oldest), size - oldest.nbytes
+        counts, sizes = [count_steps(piece) for piece in self._log], [count_bytes(piece) for piece in self._log]
+        first = 0
+        while first < len(counts) and (sum(counts[first + 1 :]) >= since.max() or sum(sizes[first:]) > MAX_LOG_BYTES):
+            first += 1
+        self._log, steps = self._log[first:], sum(counts[first:])
         if len(self._log) > MAX_LOG_PIECES:
-            self._log = [np.concatenate(self._log)]
+            self._log = [join_logs(self._log)]
         is_known = (since <= steps) & [bool(origin) for origin in origins]
         if not is_known.all():
             n = int(np.argmin(is_known))
@@ -181,7 +192,7 @@ class Collector:
         env_seconds = act_seconds = 0.0
         rollout.clear_final_obs()
         self.captured = None
-        actions: list[np.ndarray] = []
+        actions: list[Any] = []
         rollout.store_obs(0, self.obs, self.start)
         for t in range(rollout.num_steps):
             on_step(t)
@@ -207,7 +218,8 @@ class Collector:
             rollout.store_obs(t + 1, dict(self.spaces.read(observation)), self.start)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
-            self._log.append(np.stack(actions))
+            steps = [dict(leaves(action)) for action in actions]
+            self._log.append({path: np.stack([step[path] for step in steps]) for path in steps[0]})
         rollout.check_finite()
         return Collected(episodes, env_seconds, act_seconds)
 
@@ -229,14 +241,7 @@ class Collector:
             )
         source = info["final_obs"] if is_same_step else observation
         for n in ended:
-            rollout.add_final_obs(t, int(n), select_env(source, int(n)))
+            rollout.add_final_obs(t, int(n), select(source, int(n)))
         if not is_same_step:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation
-
-
-def select_env(batch: Any, n: int) -> Any:
-    """Environment n's part of a batched observation."""
-    if isinstance(batch, dict):
-        return {key: select_env(value, n) for key, value in batch.items()}
-    return batch[n]

@@ -38,6 +38,9 @@ ARRAY, BYTES, MAPPING = "array", "bytes", "of"  # tags in a document
 FILE_KEYS = {"steps_since_origin": "since", "action_log": "log", "reset_reason": "why"}  # of fields, if renamed
 
 
+ActionLog = dict[str, np.ndarray]  # path -> [any number, N, ...]; see `proximo.spaces.trees`
+
+
 @runtime_checkable
 class SupportsSnapshot(Protocol):
     """An environment or vector environment that exposes the state it carries on; see the module docstring."""
@@ -58,8 +61,11 @@ class SupportsReplay(Protocol):
         """Return N pickled origins, empty where unknown, and the steps since them [N]."""
         ...
 
-    def replay(self, origins: Sequence[bytes], actions: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
-        """Repeat N episodes; return the observations [N, ...] and the returns of the episodes so far [N]."""
+    def replay(self, origins: Sequence[bytes], actions: Sequence[ActionLog]) -> tuple[Any, np.ndarray]:
+        """Repeat N episodes from their actions, path -> [any number, ...].
+
+        Return the observations [N, ...] and the returns of the episodes so far [N].
+        """
         ...
 
 
@@ -95,27 +101,29 @@ class EnvState:
     episode_length: np.ndarray  # [N] int64
     origins: Sequence[bytes] = ()  # N, each from `Origin.to_bytes`
     steps_since_origin: np.ndarray | None = None  # [N] int64, with origins
-    action_log: Sequence[np.ndarray] = ()  # pieces [any number, N, ...] in the order of steps
+    action_log: Sequence[ActionLog] = ()  # pieces in the order of steps
     snapshot: Any = None
     reset_reason: str = ""  # why resuming has to reset the environments; empty if it is exact
 
-    def actions(self) -> list[np.ndarray]:
-        """Return the actions of each environment since its origin: N arrays [steps_since_origin, ...]."""
+    def actions(self) -> list[ActionLog]:
+        """Return the actions of each environment since its origin: N of path -> [steps_since_origin, ...]."""
         log, counts = self._needed_actions(), self.steps_since_origin
-        return [] if counts is None else [log[len(log) - count :, n] for n, count in enumerate(counts)]
+        if counts is None:
+            return []
+        return [{path: x[len(x) - count :, n] for path, x in log.items()} for n, count in enumerate(counts)]
 
-    def _needed_actions(self) -> np.ndarray:
-        """Return the end of the log [any number, N, ...] that covers every episode."""
+    def _needed_actions(self) -> ActionLog:
+        """Return the end of the log that covers every episode."""
         if self.steps_since_origin is None or not self.action_log:
-            return np.zeros((0, len(self.start)))
-        log = np.concatenate(self.action_log)
-        return log[max(len(log) - self.steps_since_origin.max(), 0) :]
+            return {}
+        longest = self.steps_since_origin.max()
+        return {path: x[max(len(x) - longest, 0) :] for path, x in join_logs(self.action_log).items()}
 
     def to_document(self, name: str) -> tuple[Any, dict[str, np.ndarray]]:
         """Return a JSON document, and arrays whose names begin with `name`; see `encode_tree`."""
         tree = {FILE_KEYS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
         tree["origins"] = [Origin.from_bytes(pickled) for pickled in self.origins]
-        tree["log"] = [self._needed_actions()]
+        tree["log"] = [self._needed_actions()] if self.action_log else []
         return encode_tree(tree, name)
 
     @classmethod
@@ -123,6 +131,7 @@ class EnvState:
         """Invert `to_document`; raise KeyError, TypeError or ValueError if the document is invalid."""
         tree = decode_tree(document, arrays)
         tree["origins"] = [Origin(*origin).to_bytes() for origin in tree["origins"]]
+        tree["log"] = [piece if isinstance(piece, Mapping) else {"": piece} for piece in tree["log"]]  # as before 0.2
         names = {key: name for name, key in FILE_KEYS.items()}
         state = cls(**{str(names.get(key, key)): value for key, value in tree.items()})
         state._check()
@@ -138,13 +147,29 @@ class EnvState:
             array = getattr(self, name)
             if array.shape != (n,) or array.dtype != dtype:
                 raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape}, not {dtype} and ({n},)")
-        for name, arrays, axis in (("observations", self.obs.values(), 0), ("actions", self.action_log, 1)):
+        actions = [array for piece in self.action_log for array in piece.values()]
+        for name, arrays, axis in (("observations", self.obs.values(), 0), ("actions", actions, 1)):
             if any(array.shape[axis : axis + 1] != (n,) for array in arrays):
                 raise ValueError(f"the number of environments in {name} is not {n}")
         if not isinstance(self.reset_reason, str) or bool(self.origins) != (steps is not None):
             raise ValueError("origins, the steps since them, or the reason why there are none are missing")
         if steps is not None and (len(self.origins) != n or steps.min() < 0):
             raise ValueError(f"expected {n} origins, and no negative count of steps since them")
+
+
+def count_steps(log: ActionLog) -> int:
+    """Steps of a log, which may be empty."""
+    return len(next(iter(log.values()), ()))
+
+
+def count_bytes(log: ActionLog) -> int:
+    """Bytes of a log."""
+    return sum(array.nbytes for array in log.values())
+
+
+def join_logs(logs: Sequence[ActionLog]) -> ActionLog:
+    """One log of all steps, in order."""
+    return {path: np.concatenate([log[path] for log in logs]) for path in logs[0]}
 
 
 def get_generator_state(env: Any) -> dict[str, Any] | None:

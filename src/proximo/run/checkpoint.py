@@ -31,8 +31,8 @@ REQUIRED_FIELDS = {
 }  # fmt: skip
 # Settings that define the network, so trained parameters are valid only with the same values.
 NETWORK_SETTINGS = {
-    "architecture", "hidden_sizes", "critic_hidden_sizes", "activation", "shared_trunk", "memory", "memory_size", "std",
-    "tanh_mean", "squash",
+    "architecture", "hidden_sizes", "critic_hidden_sizes", "activation", "shared_trunk", "memory", "memory_size",
+    "embedding_size", "std", "tanh_mean", "squash",
 }  # fmt: skip
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {

@@ -1,6 +1,6 @@
 """Action heads: the parts of a policy, one for each simple action space.
 
-An action space is a sequence of heads. A head defines how many outputs of the network it reads, its noise, the *raw
+A head defines how many outputs of the network it reads, its noise, the *raw
 sample* that is stored and scored, and the mapping from raw samples to the actions that an environment takes. Noise
 always comes from outside, and zero noise gives the mode.
 """
@@ -8,12 +8,11 @@ always comes from outside, and zero noise gives the mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-import gymnasium as gym
 import numpy as np
 
 from proximo.config.settings import Config
@@ -39,7 +38,6 @@ class CategoricalHead:
     path: str = ""
 
     kind: ClassVar[str] = "categorical"
-    has_mask: ClassVar[bool] = True
     raw_shape: ClassVar[tuple[int, ...]] = ()
     raw_dtype: ClassVar[str] = "int32"
     std_size: ClassVar[int] = 0  # standard deviations
@@ -54,8 +52,7 @@ class CategoricalHead:
         return self.n
 
     def check(self, config: Config) -> None:
-        """Raise UserError for a setting that needs a continuous action."""
-        require_continuous(config, f"Discrete({self.n})")
+        """Raise UserError for a setting that this head cannot serve: none."""
 
     def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
         """Standard Gumbel noise [*leading, n]: argmax(logits + noise) is a sample, argmax(logits) the mode."""
@@ -108,7 +105,6 @@ class GaussianHead:
     path: str = ""
 
     kind: ClassVar[str] = "gaussian"
-    has_mask: ClassVar[bool] = False
     raw_dtype: ClassVar[str] = "float32"
 
     @property
@@ -220,7 +216,6 @@ class BernoulliHead:
     path: str = ""
 
     kind: ClassVar[str] = "bernoulli"
-    has_mask: ClassVar[bool] = False
     raw_dtype: ClassVar[str] = "int8"
     std_size: ClassVar[int] = 0  # standard deviations
 
@@ -241,8 +236,7 @@ class BernoulliHead:
         return self.size
 
     def check(self, config: Config) -> None:
-        """Raise UserError for a setting that needs a continuous action."""
-        require_continuous(config, f"MultiBinary({self.shape})")
+        """Raise UserError for a setting that this head cannot serve: none."""
 
     def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
         """Standard logistic noise [*leading, size]: logit + noise > 0 is a sample, logit > 0 the mode."""
@@ -284,125 +278,7 @@ def frequency(head: Head, raw: np.ndarray) -> np.ndarray:
     return np.bincount(raw, minlength=head.n) / len(raw) if isinstance(head, CategoricalHead) else raw.mean(axis=0)
 
 
-def require_continuous(config: Config, space: str) -> None:
-    """Raise UserError for a setting that needs a continuous action."""
-    for name in ("squash", "rescale_actions", "tanh_mean"):
-        if getattr(config, name):
-            raise UserError(f"`{name}` needs a Box action space, but the actions are {space}. Turn it off.")
-
-
 Head = CategoricalHead | GaussianHead | BernoulliHead
-
-
-@dataclass(frozen=True)
-class Actions:
-    """The heads of an action space, in the order of the network's outputs.
-
-    Raw actions are dictionaries `path -> array`, like observations. The path of a plain (not nested) space is "".
-
-    Args:
-        shape: of a MultiDiscrete action, whose entries are the heads; None for any other space.
-
-    Raises:
-        ValueError: the heads are not sorted by path, the order in which JAX visits dictionaries.
-    """
-
-    heads: tuple[Head, ...]
-    shape: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        paths = [head.path for head in self.heads]
-        if paths != sorted(set(paths)):
-            raise ValueError(f"heads must be sorted by unique paths, got {paths}")
-
-    @property
-    def noise_size(self) -> int:
-        """Noise values per step of one environment."""
-        return sum(head.noise_size for head in self.heads)
-
-    @property
-    def std_size(self) -> int:
-        """Standard deviations of all Gaussian heads together."""
-        return sum(head.std_size for head in self.heads)
-
-    def output_size(self, config: Config) -> int:
-        """K, the outputs of the policy head."""
-        return sum(head.output_size(config) for head in self.heads)
-
-    def slices(self, config: Config) -> Iterator[tuple[Head, slice, slice, slice]]:
-        """Yield (head, its outputs, its noise, its standard deviations) as slices of the last axis."""
-        output = noise = std = 0
-        for head in self.heads:
-            ends = output + head.output_size(config), noise + head.noise_size, std + head.std_size
-            yield head, slice(output, ends[0]), slice(noise, ends[1]), slice(std, ends[2])
-            output, noise, std = ends
-
-    def check(self, config: Config) -> None:
-        """Raise UserError for settings that a head cannot serve."""
-        for head in self.heads:
-            head.check(config)
-
-    def zeros(self, leading: tuple[int, ...]) -> RawAction:
-        """Raw actions [*leading, *raw_shape] of zeros."""
-        return {head.path: np.zeros((*leading, *head.raw_shape), head.raw_dtype) for head in self.heads}
-
-    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
-        """Noise [*leading, noise_size] of all heads."""
-        drawn = [head.noise(rng, leading) for head in self.heads]
-        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
-
-    def to_env(self, raw: Mapping[str, np.ndarray], config: Config) -> Any:
-        """Map raw actions [N, ...] to environment actions [N, ...]; several heads give a dictionary by path."""
-        actions = {head.path: head.to_env(raw[head.path], config) for head in self.heads}
-        if self.shape is not None:
-            return np.stack([actions[head.path] for head in self.heads], axis=-1).reshape(-1, *self.shape)
-        return actions.get("", actions)
-
-    @property
-    def mask_size(self) -> int:
-        """Entries of a mask: one for each action of every categorical head."""
-        return sum(head.n for head in self.heads if isinstance(head, CategoricalHead))
-
-    def mask_slices(self) -> Iterator[tuple[Head, slice]]:
-        """Yield (categorical head, its entries of a mask)."""
-        start = 0
-        for head in self.heads:
-            if isinstance(head, CategoricalHead):
-                yield head, slice(start, start + head.n)
-                start += head.n
-
-    def describe(self) -> str:
-        """Describe the actions in a message."""
-        return " and ".join(head.describe() for head in self.heads)
-
-    def describe_outputs(self, config: Config) -> str:
-        """Describe the network's outputs in a message."""
-        return ", ".join(head.describe_outputs(config) for head in self.heads)
-
-    @staticmethod
-    def of(space: gym.Space[Any]) -> Actions:
-        """Read a Gymnasium action space.
-
-        Raises:
-            UserError: the space is not supported.
-        """
-        if isinstance(space, gym.spaces.Discrete):
-            return Actions((CategoricalHead(int(space.n), int(space.start)),))
-        if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and 0 not in space.shape:
-            low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (space.low, space.high))
-            return Actions((GaussianHead(tuple(space.shape), low, high, str(space.dtype)),))
-        if isinstance(space, gym.spaces.MultiBinary):
-            return Actions((BernoulliHead(tuple(space.shape)),))
-        if isinstance(space, gym.spaces.MultiDiscrete):
-            sizes, starts = (np.ravel(x).tolist() for x in (space.nvec, space.start))
-            digits = len(str(len(sizes) - 1))  # so that the paths are sorted
-            pairs = enumerate(zip(sizes, starts, strict=True))
-            heads = tuple(CategoricalHead(n, start, f"{index:0{digits}}") for index, (n, start) in pairs)
-            return Actions(heads, tuple(space.shape))
-        raise UserError(
-            f"action space {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, or Box of "
-            "floating-point numbers. Wrap the environment so that its actions are one of these."
-        )
 
 
 def head_from_dict(values: Mapping[str, Any]) -> Head:

@@ -1,19 +1,21 @@
 """Observation leaves: the arrays of an observation, as a network reads them.
 
-An observation becomes a flat dictionary `path -> array`; the path of a plain (not nested) space is "".
+An observation becomes a flat dictionary `path -> array`; see `proximo.spaces.trees` for paths.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
-from urllib.parse import unquote
 
 import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
+from proximo.spaces.trees import Key, describe_path, join, keys_of
 
 Obs = dict[str, np.ndarray]  # path -> [..., *leaf shape]
 
@@ -30,45 +32,74 @@ class UnsupportedSpace(UserError):
 class Leaf:
     """One array of an observation.
 
-    `kind` decides how a network reads it: "vector" as numbers, normalised if configured; "image" as numbers in [0, 1],
-    through convolutions; "discrete" as the one-hot code of `value - start`; "mask" not at all.
+    `kind` decides how a network reads it: "vector" as numbers, normalised if configured; "image" as numbers divided by
+    `high`, through convolutions; "discrete" as the one-hot code of each entry; "mask" not at all.
 
-    Images are stored as uint8, 0 to `high`, with shape [height, width, channels], [channels, height, width] or, for one
-    gray channel, [height, width].
+    Images have shape [height, width, channels], [channels, height, width] or, for one gray channel, [height, width].
+    The channels of a stack of images, with an axis more, are merged into one axis.
     """
 
     path: str
     kind: Literal["vector", "image", "discrete", "mask"]
     shape: tuple[int, ...]
     dtype: str
-    n: int = 0
-    start: int = 0
-    high: int = 255
+    n: int = 0  # width of the one-hot code of all entries
+    start: int = 0  # smallest value of a Discrete space
+    high: float = 255
     is_binary: bool = field(default=False, compare=False)  # only 0 and 1; older checkpoints do not tell
+    sizes: tuple[int, ...] = ()  # numbers of values of the entries of a MultiDiscrete space
+    starts: tuple[int, ...] = ()  # their smallest values
+    stack: tuple[int, ...] = ()  # shape of a stack of images in the environment, which is merged into `shape`
 
     @property
     def name(self) -> str:
         """Name for messages."""
-        return f"observation {'.'.join(self.keys)!r}" if self.path else "the observation"
+        return f"observation {describe_path(self.path)!r}" if self.path else "the observation"
+
+    @cached_property
+    def keys(self) -> tuple[Key, ...]:
+        """Keys of dictionaries and positions in tuples that lead to the array."""
+        return keys_of(self.path)
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the nested dictionaries that lead to the array."""
-        return tuple(map(unquote, self.path.split("."))) if self.path else ()
+    def env_shape(self) -> tuple[int, ...]:
+        """Shape of the array in the environment."""
+        return self.stack or self.shape
+
+    @cached_property
+    def code_shifts(self) -> tuple[int, ...]:
+        """What to add to each entry for its index in the one-hot code of all entries."""
+        sizes, starts = self.sizes or (self.n,), self.starts or (self.start,)
+        return tuple((np.cumsum([0, *sizes[:-1]]) - starts).tolist())
 
     def is_outside(self, values: np.ndarray) -> np.ndarray:
         """Whether values [..., *shape] lie outside a discrete space: [...]."""
+        axes = tuple(range(values.ndim - len(self.shape), values.ndim))
         if self.kind == "discrete":
-            return (values < self.start) | (values >= self.start + self.n)
+            starts = np.reshape(self.starts or self.start, self.shape)
+            sizes = np.reshape(self.sizes or self.n, self.shape)
+            return np.any((values < starts) | (values >= starts + sizes), axis=axes)
         if not self.is_binary:
             return np.zeros(values.shape[: values.ndim - len(self.shape)], bool)
-        return ((values != 0) & (values != 1)).any(axis=tuple(range(values.ndim - len(self.shape), values.ndim)))
+        return np.any((values != 0) & (values != 1), axis=axes)
 
     def outside_message(self, values: np.ndarray) -> str:
         """The error for values [B, *shape] of which some are outside."""
         value = values[self.is_outside(values)][0]
-        allowed = "0 and 1" if self.is_binary else f"{self.start} to {self.start + self.n - 1}"
+        if self.sizes:
+            ranges = zip(self.starts, self.sizes, strict=True)
+            allowed = ", ".join(f"{start} to {start + size - 1}" for start, size in ranges)
+        else:
+            allowed = "0 and 1" if self.is_binary else f"{self.start} to {self.start + self.n - 1}"
         return f"{self.name} is {value.tolist()}; expected {allowed}, as its space declares. Fix the environment"
+
+    def merge_stack(self, images: np.ndarray) -> np.ndarray:
+        """Stacks of images [..., *stack] as images [..., height, width, channels]."""
+        leading = images.ndim - len(self.stack)
+        row = spatial_axis(self.stack)
+        others = [axis for axis in range(len(self.stack)) if axis not in (row, row + 1)]
+        order = [*range(leading), *(leading + axis for axis in (row, row + 1, *others))]
+        return images.transpose(order).reshape(*images.shape[:leading], *self.shape)
 
     @property
     def is_channels_first(self) -> bool:
@@ -95,43 +126,65 @@ class Leaf:
         return self.n if self.kind == "discrete" else math.prod(self.shape)
 
 
+def spatial_axis(stack: tuple[int, ...]) -> int:
+    """The first of the two neighbouring axes that are height and width in a stack of images: the largest pair."""
+    return int(np.argmax([first * second for first, second in itertools.pairwise(stack)]))
+
+
 def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
     """Yield the leaves of a Gymnasium observation space.
 
     Raises:
         UserError: the space, or part of it, is not supported.
     """
+    name = f"observation space {describe_path(path)!r}" if path else "observation space"
+    children = list(named_children(space, name))
+    if children:
+        for key, child in children:
+            yield from read_leaves(child, join(path, key, len(children)))
+        return
+    is_mask, shape = MASK in keys_of(path), tuple(space.shape or ())
+    if is_mask and not isinstance(space, (gym.spaces.MultiBinary, gym.spaces.Box)):
+        raise UserError(f"{name} {space} is no mask: expected MultiBinary. Change it, or rename the key {MASK!r}.")
+    if isinstance(space, gym.spaces.Discrete):
+        yield Leaf(path, "discrete", (), "int32", int(space.n), int(space.start))
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+        sizes, starts = (tuple(np.ravel(x).tolist()) for x in (space.nvec, space.start))
+        yield Leaf(path, "discrete", shape, "int32", sum(sizes), sizes=sizes, starts=starts)
+    elif isinstance(space, gym.spaces.MultiBinary):
+        yield Leaf(path, "mask" if is_mask else "vector", shape, "float32", is_binary=True)
+    elif isinstance(space, gym.spaces.Box):
+        if 0 in shape:
+            raise UserError(f"{name} {space} is empty: expected at least one number. Remove it.")
+        yield Leaf(path, "mask", shape, "float32") if is_mask else numeric_leaf(path, space, name)
+    else:
+        raise UnsupportedSpace(
+            f"{name} {space} is not supported: expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple "
+            "of these."
+        )
+
+
+def named_children(space: gym.Space[Any], name: str) -> Iterator[tuple[Key, gym.Space[Any]]]:
+    """Yield (key or position, space) of the entries of a Dict or Tuple; UserError if it has none.
+
+    Raises:
+        UserError: a key is no text, or there is no entry.
+    """
     if isinstance(space, gym.spaces.Dict):
         for key, child in space.spaces.items():
             if not isinstance(key, str) or not key:
-                raise UserError(f"observation key {key!r} is not supported: expected text. Rename it.")
-            # Dots separate keys in a path, and slashes separate names in files.
-            escaped = key.replace("%", "%25").replace(".", "%2E").replace("/", "%2F")
-            yield from read_leaves(child, f"{path}.{escaped}" if path else escaped)
-        return
-    name = f"observation space {path!r}" if path else "observation space"
-    mask = path.rpartition(".")[2] == MASK
-    if isinstance(space, gym.spaces.Discrete):
-        yield Leaf(path, "discrete", (), "int32", int(space.n), int(space.start))
-    elif isinstance(space, gym.spaces.MultiBinary):
-        yield Leaf(path, "mask" if mask else "vector", tuple(space.shape), "float32", is_binary=True)
-    elif isinstance(space, gym.spaces.Box):
-        if 0 in space.shape:
-            raise UserError(f"{name} {space} is empty: expected at least one number. Remove it.")
-        if mask or not _is_image(space, name):
-            yield Leaf(path, "mask" if mask else "vector", tuple(space.shape), "float32")
-        else:
-            yield Leaf(path, "image", tuple(space.shape), "uint8", high=max(int(np.max(space.high)), 1))
-    else:
-        raise UnsupportedSpace(
-            f"{name} {space} is not supported: expected Box, Discrete, MultiBinary, or a Dict of these."
-        )
+                raise UserError(f"{name.partition(' ')[0]} key {key!r} is not supported: expected text. Rename it.")
+            yield key, child
+    elif isinstance(space, gym.spaces.Tuple):
+        yield from enumerate(space.spaces)
+    if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)) and not space.spaces:
+        raise UserError(f"{name} {space} is empty: expected at least one entry. Remove it.")
 
 
 def remedy(space: gym.Space[Any]) -> str:
     """How to get observations that are supported: leave out the entries of a Dict that are not, or convert them."""
     if not isinstance(space, gym.spaces.Dict):
-        return "Convert it with a wrapper, such as gymnasium.wrappers.FlattenObservation."
+        return "Convert it to numbers with a wrapper of your own, such as gymnasium.wrappers.TransformObservation."
     supported = []
     for key, child in space.spaces.items():
         with suppress(UserError):
@@ -143,20 +196,30 @@ def remedy(space: gym.Space[Any]) -> str:
     return f"Leave the entry out: --wrapper 'gymnasium.wrappers:FilterObservation,filter_keys=[{keys}]'."
 
 
-def _is_image(space: gym.spaces.Box, name: str) -> bool:
-    """Whether a space holds images.
+def numeric_leaf(path: str, space: gym.spaces.Box, name: str) -> Leaf:
+    """The leaf of a Box: an image where it has the shape of one, otherwise numbers.
+
+    An image has three axes. Unless its values are bytes or bits, two of its axes have at least `MIN_IMAGE_SIZE`
+    elements, and it is stored as float32. Gray images of bytes have two axes, stacks of images four.
 
     Raises:
-        UserError: it has the size of an image, but another type or number of axes.
+        UserError: it looks like an image, but has too many axes.
     """
-    num_axes, is_pixels = len(space.shape), space.dtype in (np.uint8, np.bool_)
-    num_large = sum(size >= MIN_IMAGE_SIZE for size in space.shape)
-    if is_pixels and (num_axes == 3 or (num_axes == 2 and min(space.shape) >= MIN_GRAY_SIZE)):
-        return True
-    if num_large >= 2 and (num_axes > 2 or (is_pixels and num_axes == 2)):
+    shape, is_pixels = tuple(space.shape), space.dtype in (np.uint8, np.bool_)
+    is_large = sum(size >= MIN_IMAGE_SIZE for size in shape) >= 2
+    is_gray = len(shape) == 2 and is_pixels and min(shape) >= MIN_GRAY_SIZE
+    if is_large and len(shape) > 4:
         raise UserError(
-            f"{name} {space.dtype} {space.shape} looks like an image, but images are uint8 or bool with shape [height, "
-            "width], [height, width, channels] or [channels, height, width]. Convert it (stack gray frames along the "
-            "channel axis), or read it as numbers with gymnasium.wrappers.FlattenObservation."
+            f"{name} {space.dtype} {shape} looks like images, but images have the shape [height, width], [height, "
+            "width, channels] or [channels, height, width], and a stack of them one axis more. Merge axes with "
+            "gymnasium.wrappers.ReshapeObservation, or read it as numbers with gymnasium.wrappers.FlattenObservation."
         )
-    return False
+    if not (is_gray or (len(shape) == 3 and (is_pixels or is_large)) or (len(shape) == 4 and is_large)):
+        return Leaf(path, "vector", shape, "float32")
+    size = np.abs([np.min(space.low), np.max(space.high)]).max()
+    high = 1 if not np.isfinite(size) else max(int(size), 1) if is_pixels else float(size) or 1.0
+    dtype, stack = "uint8" if is_pixels else "float32", shape if len(shape) == 4 else ()
+    if stack:
+        row = spatial_axis(stack)
+        shape = (stack[row], stack[row + 1], math.prod(stack) // (stack[row] * stack[row + 1]))
+    return Leaf(path, "image", shape, dtype, high=high, stack=stack)

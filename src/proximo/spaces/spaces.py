@@ -10,8 +10,10 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.spaces.heads import Actions, Head, RawAction, head_from_dict
-from proximo.spaces.observations import Leaf, Obs, UnsupportedSpace, read_leaves, remedy
+from proximo.spaces.actions import Actions
+from proximo.spaces.heads import Head, RawAction, head_from_dict
+from proximo.spaces.observations import MASK, Leaf, Obs, UnsupportedSpace, read_leaves, remedy
+from proximo.spaces.trees import find
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,15 @@ class Spaces:
     observation: tuple[Leaf, ...]
     action: Actions
 
+    def masked_heads(self, leaf: Leaf) -> list[tuple[Head, slice]]:
+        """The heads whose actions a mask restricts, and their entries of the mask."""
+        parts = leaf.path.split(".")
+        return list(self.action.masked_heads(".".join(parts[parts.index(MASK) + 1 :])))
+
     def masks(self, head: Head) -> list[tuple[str, slice]]:
         """Paths of the observation leaves that mask a head's actions, and the entries that belong to the head."""
-        paths = [leaf.path for leaf in self.observation if leaf.kind == "mask"]
-        return [(path, part) for masked, part in self.action.mask_slices() if masked == head for path in paths]
+        leaves = [leaf for leaf in self.observation if leaf.kind == "mask"]
+        return [(leaf.path, part) for leaf in leaves for masked, part in self.masked_heads(leaf) if masked == head]
 
     def masks_of(self, head: Head, obs: Mapping[str, Any]) -> list[Any]:
         """The masks [..., n] of a head in observations."""
@@ -32,7 +39,7 @@ class Spaces:
 
     def allows_nothing(self, obs: Mapping[str, np.ndarray], leaf: Leaf) -> np.ndarray:
         """Whether a mask [..., size] forbids every action of some head: [...]."""
-        parts = [obs[leaf.path][..., part] for _, part in self.action.mask_slices()]
+        parts = [obs[leaf.path][..., part] for _, part in self.masked_heads(leaf)]
         return np.any([~(part > 0).any(axis=-1) for part in parts], axis=0)
 
     def random_action(self, rng: np.random.Generator, obs: Obs, count: int) -> RawAction:
@@ -53,19 +60,25 @@ class Spaces:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        heads, shape = [head.to_dict() for head in self.action.heads], self.action.shape
-        leaves = [asdict(leaf) for leaf in self.observation]
-        return {"observation": leaves, "action": heads, "action_shape": None if shape is None else list(shape)}
+        return {
+            "observation": [asdict(leaf) for leaf in self.observation],
+            "action": [head.to_dict() for head in self.action.heads],
+            "action_grids": [[path, list(shape)] for path, shape in self.action.grids],
+        }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Spaces:
         """The inverse of `to_dict`."""
-        leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in values["observation"])
+        lists = ("shape", "sizes", "starts", "stack")
+        leaves = tuple(
+            Leaf(**{**leaf, **{name: tuple(leaf[name]) for name in lists if name in leaf}})
+            for leaf in values["observation"]
+        )
         for leaf in leaves:
             np.dtype(leaf.dtype)  # TypeError for an unknown type
-        shape = values.get("action_shape")
         heads = tuple(head_from_dict(head) for head in values["action"])
-        return Spaces(leaves, Actions(heads, None if shape is None else tuple(shape)))
+        grids = tuple((path, tuple(shape)) for path, shape in values.get("action_grids", ()))
+        return Spaces(leaves, Actions(heads, grids))
 
     @staticmethod
     def of(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
@@ -79,13 +92,13 @@ class Spaces:
         except UnsupportedSpace as error:
             raise UserError(f"{error} {remedy(observation_space)}") from error
         spaces = Spaces(leaves, Actions.of(action_space))
-        size = spaces.action.mask_size
-        for leaf in spaces.observation:
-            if leaf.kind == "mask" and (not size or leaf.shape != (size,)):
+        for leaf in [leaf for leaf in spaces.observation if leaf.kind == "mask"]:
+            size = sum(part.stop - part.start for _, part in spaces.masked_heads(leaf))
+            if not size or leaf.shape != (size,):
                 raise UserError(
-                    f"observation {leaf.path!r} has shape {leaf.shape}, but a mask needs one entry for each action "
-                    f"of a Discrete action space, or of every entry of a MultiDiscrete one, and the action space is "
-                    f"{action_space}. Give it that shape, or rename the key."
+                    f"{leaf.name} has shape {leaf.shape}, but a mask needs one entry for each action of a Discrete "
+                    f"action space, or of every entry of a MultiDiscrete one ({size or 'none'} here), and the action "
+                    f"space is {action_space}. Give it that shape, or rename the key."
                 )
         if not any(leaf.num_features for leaf in spaces.observation):
             raise UserError(
@@ -100,18 +113,18 @@ class Spaces:
             UserError: a missing key or a wrong shape.
         """
         for leaf in self.observation:
-            value = observation
-            for key in leaf.keys:
-                if not isinstance(value, Mapping) or key not in value:
-                    raise UserError(f"{leaf.name} is missing, which its space declares.")
-                value = value[key]
+            try:
+                value = find(observation, leaf.keys)
+            except LookupError as error:
+                raise UserError(f"{leaf.name} is missing, which its space declares.") from error
             try:
                 array = np.asarray(value)
             except ValueError as error:  # a list of lists of different lengths
-                raise UserError(f"{leaf.name} is no array: {error}. Its space has shape {leaf.shape}.") from error
-            if array.shape[array.ndim - len(leaf.shape) :] != leaf.shape or array.dtype == object:
-                raise UserError(f"{leaf.name} has shape {array.shape}; expected {leaf.shape}, or a batch of them.")
-            yield leaf.path, array
+                raise UserError(f"{leaf.name} is no array: {error}. Its space has shape {leaf.env_shape}.") from error
+            shape = leaf.env_shape
+            if array.shape[array.ndim - len(shape) :] != shape or array.dtype == object:
+                raise UserError(f"{leaf.name} has shape {array.shape}; expected {shape}, or a batch of them.")
+            yield leaf.path, leaf.merge_stack(array) if leaf.stack else array
 
     def read_batch(self, observation: Any) -> tuple[Obs, bool]:
         """Read one observation, or a batch of them along the first axis.

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from proximo.config.settings import Config
-from proximo.learner.architecture import NATURE, Architecture, architecture, convolutions, initial_parameters
+from proximo.learner.architecture import (
+    NATURE,
+    Architecture,
+    architecture,
+    convolutions,
+    embedding_name,
+    initial_parameters,
+)
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 from proximo.torch.distributions import Policy, policy_from_output
@@ -83,7 +90,8 @@ def is_exact(name: str) -> bool:
 
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:
     """The output [..., H] of a part's last hidden layer."""
-    x = encode(spaces, obs, dtype_of(params), partial(convolve_image, arch, params, part))
+    given = (arch, params, part)
+    x = encode(spaces, obs, dtype_of(params), partial(convolve_image, *given), partial(embed_code, *given))
     for index in range(len(arch.sizes(part))):
         x = ACTIVATIONS[arch.activation](linear(params, f"{part}.{index}", x))
     return x
@@ -95,12 +103,17 @@ def dtype_of(params: Params) -> torch.dtype:
 
 
 def encode(
-    spaces: Spaces, obs: Obs, dtype: torch.dtype, encode_image: Callable[[Leaf, Tensor], Tensor] | None = None
+    spaces: Spaces,
+    obs: Obs,
+    dtype: torch.dtype,
+    encode_image: Callable[[Leaf, Tensor], Tensor] | None = None,
+    embed: Callable[[Leaf, Tensor], Tensor] = lambda leaf, code: code,
 ) -> Tensor:
     """Concatenate all leaves but masks to features [..., F]: vectors and images flat, discrete values one-hot.
 
     Args:
         encode_image: applied to images [B, height, width, channels]; without it images are left out.
+        embed: applied to one-hot codes [..., n].
     """
     parts = []
     for leaf in spaces.observation:
@@ -110,11 +123,23 @@ def encode(
             features = encode_image(leaf, value.reshape(-1, *leaf.image_shape))
             parts.append(features.reshape(*value.shape[:-3], -1))
         elif leaf.kind == "discrete":
-            parts.append((value[..., None] - leaf.start == torch.arange(leaf.n)).to(dtype))
+            parts.append(embed(leaf, one_hot(leaf, value, dtype)))
         elif leaf.kind == "vector":
             leading = value.shape[: value.ndim - len(leaf.shape)]
             parts.append(value.reshape(*leading, leaf.num_features).to(dtype))
     return torch.cat(parts, dim=-1)
+
+
+def one_hot(leaf: Leaf, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The one-hot codes of all entries of a discrete leaf, side by side: [..., *leaf shape] -> [..., n]."""
+    shifts, codes = (torch.tensor(x, device=value.device) for x in (leaf.code_shifts, range(leaf.n)))
+    entries = value.reshape(*value.shape[: value.ndim - len(leaf.shape)], len(shifts)) + shifts
+    return (entries[..., None] == codes).to(dtype).sum(dim=-2)
+
+
+def embed_code(arch: Architecture, params: Params, part: str, leaf: Leaf, code: Tensor) -> Tensor:
+    """The embedding [..., E] of a one-hot code [..., n], or the code where embeddings are off."""
+    return linear(params, f"{part}.{embedding_name(leaf)}", code) if arch.embedding_size else code
 
 
 def channels_last(leaf: Leaf, value: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""The action space of one environment: a sequence of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from proximo.config.settings import Config
+from proximo.errors import UserError
+from proximo.spaces.heads import BernoulliHead, CategoricalHead, GaussianHead, Head, RawAction
+from proximo.spaces.observations import named_children
+from proximo.spaces.trees import build, describe_path, is_inside, join
+
+
+@dataclass(frozen=True)
+class Actions:
+    """The heads of an action space, in the order of the network's outputs.
+
+    Raw actions are dictionaries `path -> array`, like observations, with the paths of `proximo.spaces.trees`. A
+    MultiDiscrete action is like a tuple of Discrete ones, merged into one array.
+
+    Args:
+        grids: (path, shape) of each MultiDiscrete action.
+
+    Raises:
+        ValueError: the heads are not sorted by path, the order in which JAX visits dictionaries.
+    """
+
+    heads: tuple[Head, ...]
+    grids: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        paths = [head.path for head in self.heads]
+        if paths != sorted(set(paths)):
+            raise ValueError(f"heads must be sorted by unique paths, got {paths}")
+
+    @property
+    def noise_size(self) -> int:
+        """Noise values per step of one environment."""
+        return sum(head.noise_size for head in self.heads)
+
+    @property
+    def std_size(self) -> int:
+        """Standard deviations of all Gaussian heads together."""
+        return sum(head.std_size for head in self.heads)
+
+    def output_size(self, config: Config) -> int:
+        """K, the outputs of the policy head."""
+        return sum(head.output_size(config) for head in self.heads)
+
+    def slices(self, config: Config) -> Iterator[tuple[Head, slice, slice, slice]]:
+        """Yield (head, its outputs, its noise, its standard deviations) as slices of the last axis."""
+        output = noise = std = 0
+        for head in self.heads:
+            ends = output + head.output_size(config), noise + head.noise_size, std + head.std_size
+            yield head, slice(output, ends[0]), slice(noise, ends[1]), slice(std, ends[2])
+            output, noise, std = ends
+
+    def check(self, config: Config) -> None:
+        """Raise UserError for settings that no head or some head cannot serve."""
+        for name in ("squash", "rescale_actions", "tanh_mean"):
+            if getattr(config, name) and not self.std_size:
+                raise UserError(f"`{name}` needs a Box action, but there is none: {self.describe()}. Turn it off.")
+        for head in self.heads:
+            head.check(config)
+
+    def zeros(self, leading: tuple[int, ...]) -> RawAction:
+        """Raw actions [*leading, *raw_shape] of zeros."""
+        return {head.path: np.zeros((*leading, *head.raw_shape), head.raw_dtype) for head in self.heads}
+
+    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
+        """Noise [*leading, noise_size] of all heads."""
+        drawn = [head.noise(rng, leading) for head in self.heads]
+        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
+
+    def to_env(self, raw: Mapping[str, np.ndarray], config: Config) -> Any:
+        """Map raw actions [N, ...] to environment actions: arrays [N, ...], nested like the action space."""
+        actions = {head.path: head.to_env(raw[head.path], config) for head in self.heads}
+        for path, shape in self.grids:
+            entries = [actions.pop(head.path) for head in self.heads if is_inside(head.path, path)]
+            actions[path] = np.stack(entries, axis=-1).reshape(-1, *shape)
+        return build(actions)
+
+    def masked_heads(self, path: str) -> Iterator[tuple[Head, slice]]:
+        """Yield (head, its entries of the mask) of the categorical heads of a nested action; "" is the whole action."""
+        start = 0
+        for head in self.heads:
+            if isinstance(head, CategoricalHead) and is_inside(head.path, path):
+                yield head, slice(start, start + head.n)
+                start += head.n
+
+    def describe(self) -> str:
+        """Describe the actions in a message."""
+        return " and ".join(head.describe() for head in self.heads)
+
+    def describe_outputs(self, config: Config) -> str:
+        """Describe the network's outputs in a message."""
+        return ", ".join(head.describe_outputs(config) for head in self.heads)
+
+    @staticmethod
+    def of(space: gym.Space[Any]) -> Actions:
+        """Read a Gymnasium action space.
+
+        Raises:
+            UserError: the space is not supported.
+        """
+        parts = list(read_actions(space))
+        heads = sorted((head for heads, _ in parts for head in heads), key=lambda head: head.path)
+        return Actions(tuple(heads), tuple(grid for _, grid in parts if grid))
+
+
+def read_actions(
+    space: gym.Space[Any], path: str = ""
+) -> Iterator[tuple[list[Head], tuple[str, tuple[int, ...]] | None]]:
+    """Yield (heads, path and shape of a MultiDiscrete action or None) for each simple space of an action space.
+
+    Raises:
+        UserError: the space, or part of it, is not supported.
+    """
+    name = f"action space {describe_path(path)!r}" if path else "action space"
+    if children := list(named_children(space, name)):
+        for key, child in children:
+            yield from read_actions(child, join(path, key, len(children)))
+    elif isinstance(space, gym.spaces.Discrete):
+        yield [CategoricalHead(int(space.n), int(space.start), path)], None
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+        pairs = list(zip(np.ravel(space.nvec).tolist(), np.ravel(space.start).tolist(), strict=True))
+        heads = [CategoricalHead(n, start, join(path, k, len(pairs))) for k, (n, start) in enumerate(pairs)]
+        yield [*heads], (path, tuple(space.shape))
+    elif isinstance(space, gym.spaces.MultiBinary):
+        yield [BernoulliHead(tuple(space.shape), path)], None
+    elif isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and 0 not in space.shape:
+        low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (space.low, space.high))
+        yield [GaussianHead(tuple(space.shape), low, high, str(space.dtype), path)], None
+    else:
+        raise UserError(
+            f"{name} {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, Box of floating-point "
+            "numbers, or a Dict or Tuple of these. Wrap the environment so that its actions are one of these."
+        )
