@@ -143,7 +143,7 @@ def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
         for key, child in children:
             yield from read_leaves(child, join(path, key, len(children)))
         return
-    is_mask, shape = MASK in keys_of(path), tuple(space.shape or ())
+    is_mask, shape = MASK in keys_of(path), tuple(getattr(space, "shape", None) or ())
     if is_mask and not isinstance(space, (gym.spaces.MultiBinary, gym.spaces.Box)):
         raise UserError(f"{name} {space} is no mask: expected MultiBinary. Change it, or rename the key {MASK!r}.")
     if isinstance(space, gym.spaces.Discrete):
