@@ -74,6 +74,12 @@ CASES: dict[str, dict[str, Any]] = {
         "flags": f"--num-envs 8 --num-steps 128 --minibatch-size 256 {CARTPOLE}",
         "iterations": 80, "warmup": 4, "ours": ["jax"], "peers": ["sb3"], "floors": {"jax": {"sb3": 4.5}},
     },
+    "memory-8x128": {
+        "kind": "pairs", "env": "tasks:PartialCartPole-v1",
+        "flags": f"--num-envs 8 --num-steps 128 --minibatch-size 256 {CARTPOLE} --memory lstm --memory-size 64",
+        "iterations": 20, "warmup": 4, "ours": ["jax", "torch-compile", "torch"], "peers": ["sb3_contrib"],
+        "floors": {"jax": {"sb3_contrib": 5.0}},
+    },
     "cartpole-64x128": {
         "kind": "pairs", "env": "CartPole-v1",
         "flags": f"--num-envs 64 --num-steps 128 --minibatch-size 2048 {CARTPOLE}",
@@ -155,6 +161,11 @@ PEERS: dict[str, dict[str, Any]] = {
     "sbx": {
         "name": "sbx", "vec": ["dummy", "subproc"],
         "note": "actor and critic have an optimizer each, and their gradients are clipped apart",
+    },
+    "sb3_contrib": {
+        "name": "sb3-contrib",
+        "vec": ["dummy"],
+        "note": "its LSTM comes before the hidden layers, ours after them",
     },
     "cleanrl": {
         "name": "CleanRL", "vec": ["dummy"],

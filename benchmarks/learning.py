@@ -2,7 +2,8 @@
 
     python benchmarks/learning.py HalfCheetah-v5 --seeds 5 [--backends jax torch] [--jobs 2] [--work DIR]
 
-Each run is the `proximo train` command that its record states, on one thread. A result is the mean return of
+Each run is the `proximo train` command that its record states, in this folder and on one thread; the tasks of tasks.py
+are `tasks:ID`, and unknown flags go to the command. A result is the mean return of
 the last 100 training episodes at the end of the run, and a deterministic evaluation of the final policy. Runs
 that are finished in DIR are not repeated, so that an interrupted benchmark goes on where it was. Where one backend is
 measured again, the runs of the other stay, with the commit that they were made at.
@@ -26,7 +27,8 @@ from proximo.evaluate import bootstrap_interval
 from proximo.run.metrics import read_metrics
 from proximo.run.versions import collect_versions
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 RETURN = "rollout/episode_return_mean"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run per core
 
@@ -39,10 +41,10 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
     module = [sys.executable, "-m", *command, "--quiet", "--run-dir", str(run_dir), "--checkpoint-interval", "0"]
     if not done.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
-        subprocess.run(module, check=True, env=ONE_THREAD)
+        subprocess.run(module, check=True, env=ONE_THREAD, cwd=HERE)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
     evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--env", env, "--episodes", "20", "--json"]
-    said = subprocess.run(evaluate, check=True, capture_output=True, text=True, env=ONE_THREAD).stdout
+    said = subprocess.run(evaluate, check=True, capture_output=True, text=True, env=ONE_THREAD, cwd=HERE).stdout
     best = max(rows, key=lambda row: row[RETURN])
     print(f"{backend} seed {seed}: {rows[-1][RETURN]:.1f}", flush=True)
     return {
@@ -78,7 +80,7 @@ def main() -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        work = Path(options.work or folder)
+        work = Path(options.work or folder).resolve()
         jobs = [
             pool.submit(run, options.env, backend, seed, work, flags)
             for seed in range(options.seeds)
@@ -86,7 +88,7 @@ def main() -> None:
         ]
         runs = [job.result() for job in jobs]
 
-    path = RESULTS / f"{options.name or options.env}.json"
+    path = RESULTS / f"{options.name or options.env.rpartition(':')[2]}.json"
     command = ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}"]
     result = document(
         options.env,

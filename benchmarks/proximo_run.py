@@ -34,7 +34,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     same = (
         "num_envs num_steps minibatch_size update_epochs total_timesteps learning_rate gamma gae_lambda clip_coef "
         "clip_schedule ent_coef vf_coef max_grad_norm hidden_sizes seed stop_at_return backend compile precision "
-        "engine env_kwargs"
+        "engine env_kwargs memory memory_size"
     )
     return {
         **{name: getattr(options, name) for name in same.split()},

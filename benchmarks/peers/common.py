@@ -40,6 +40,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--vf-coef", type=float, default=0.5, help="weight of half the mean squared error")
     parser.add_argument("--max-grad-norm", type=float, default=0.5)
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[64, 64])
+    parser.add_argument("--memory", choices=("lstm",), help="a recurrent layer for actor and critic each")
+    parser.add_argument("--memory-size", type=int, default=64)
     parser.add_argument("--normalize", action="store_true", help="observations and rewards")
     parser.add_argument("--stop-at-return", type=float)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's PPO; `run` serves sbx as well, whose PPO has the same face.
+"""Stable-Baselines3's PPO; `run` serves sbx and sb3-contrib as well, whose classes have the same interface.
 
 Its value loss is the whole mean squared error, so that its weight is half of ours.
 """
@@ -24,6 +24,8 @@ def make_envs(options: argparse.Namespace) -> Any:
     if is_game(options.env):
         envs = make_atari_env(partial(game, options.env), options.num_envs, vec_env_cls=kind)
         return VecFrameStack(envs, 4)
+    if ":" in options.env:
+        importlib.import_module(options.env.partition(":")[0])
     envs = kind([partial(gym.make, options.env, **options.env_kwargs)] * options.num_envs)
     if options.envs_only:
         return envs
@@ -82,8 +84,11 @@ def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: li
     envs = make_envs(options)
     sizes, game = list(options.hidden_sizes), is_game(options.env)
     linear = options.clip_schedule == "linear"
+    networks: dict[str, Any] = {"net_arch": {"pi": sizes, "vf": sizes}}
+    if options.memory:
+        networks["lstm_hidden_size"] = options.memory_size
     model = algorithm(
-        "CnnPolicy" if game else "MlpPolicy",
+        "CnnPolicy" if game else "MlpLstmPolicy" if options.memory else "MlpPolicy",
         envs,
         learning_rate=lambda remaining: remaining * options.learning_rate,
         n_steps=options.num_steps,
@@ -95,7 +100,7 @@ def run(options: argparse.Namespace, algorithm: Callable[..., Any], packages: li
         ent_coef=options.ent_coef,
         vf_coef=options.vf_coef / 2,
         max_grad_norm=options.max_grad_norm,
-        policy_kwargs=None if game else {"net_arch": {"pi": sizes, "vf": sizes}},  # its convolutions end in 512
+        policy_kwargs=None if game else networks,  # its convolutions end in 512
         seed=options.seed,
         device="cpu",
     )

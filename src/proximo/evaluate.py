@@ -13,7 +13,7 @@ import numpy as np
 from proximo.config.settings import Config
 from proximo.envs.make import (
     EnvLike,
-    is_vectorized_atari,
+    evaluation_engine,
     make_envs,
     require_matching_spaces,
     spaces_of,
@@ -131,7 +131,7 @@ def evaluate(
     actor = policy(count)
     finished: list[Episode] = []
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
-    engine = "native" if is_vectorized_atari(env, env_kwargs) else "sync"
+    engine = evaluation_engine(env, env_kwargs)
     with closing(
         make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout, log_info=config.log_info)
     ) as envs:

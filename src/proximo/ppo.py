@@ -18,7 +18,7 @@ from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
-from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
+from proximo.envs.make import EnvLike, make_envs, names_module, spaces_of, with_version
 from proximo.errors import UserError, notify_user, refuse_pickling
 from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, random_policy, trained_policy
 from proximo.learner.learner import Learner
@@ -273,7 +273,7 @@ class PPO:
         saved = load(path)
         given = settings_for(env, {**changes})
         known: str | None = saved.manifest.get("env")
-        unimported = known if env is None and isinstance(known, str) and ":" in known else None
+        unimported = known if env is None and isinstance(known, str) and names_module(known) else None
         env = known if env is None and not unimported else env
         env = with_version(env) if isinstance(env, str) else env
         if env not in (None, known) or given.get("isolate_envs"):

@@ -19,7 +19,7 @@ from proximo.rollout.rollout import Rollout
 
 pytest.importorskip("envpool", reason="EnvPool is not installed: pip install 'proximo[envpool]'")
 
-from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, EnvPoolVectorEnv, supports
+from proximo.envs.envpool_engine import _KEYWORDS, VERIFIED, EnvPoolVectorEnv, like_gymnasium, supports
 
 CLASSIC = ["Acrobot-v1", "CartPole-v0", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 MUJOCO = sorted(VERIFIED - set(CLASSIC))
@@ -89,7 +89,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 
 def pool_of(env_id: str, num_envs: int, **env_kwargs: Any) -> EnvPoolVectorEnv:
     example = make_one(env_id, **env_kwargs)
-    pool = EnvPoolVectorEnv(example, num_envs, env_kwargs)
+    pool = EnvPoolVectorEnv(like_gymnasium(example, env_kwargs or {}), num_envs)
     example.close()
     return pool
 

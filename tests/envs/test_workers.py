@@ -236,7 +236,7 @@ def test_an_environment_that_cannot_be_made_here_is_reported_and_closes_the_othe
     assert len(Closing.closed) == 3
     with closing(LocalVectorEnv(Reusing, 2)) as envs:
         envs.reset()
-        with pytest.raises(UserError, match=r"actions are .* of shape \(3,\)"):
+        with pytest.raises(UserError, match=r"action is .* of shape \(3,\)"):
             envs.step(np.zeros(3, int))
 
 
@@ -806,8 +806,8 @@ def test_bad_arguments_are_refused():
         for call, message in [
             (lambda: envs.reset(seed=[1, 2]), "got 2 seeds for 1 environments"),
             (lambda: envs.reset(options={"reset_mask": np.ones(1)}), "reset_mask is float64"),
-            (lambda: envs.step(np.zeros(2, int)), r"actions are int64 of shape \(2,\), expected int64"),
-            (lambda: envs.step(np.zeros(1)), "actions are float64"),
+            (lambda: envs.step(np.zeros(2, int)), r"action is int64 of shape \(2,\), expected int64"),
+            (lambda: envs.step(np.zeros(1)), "action is float64"),
         ]:
             with pytest.raises(UserError, match=message):
                 call()

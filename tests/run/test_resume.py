@@ -367,7 +367,7 @@ def test_the_log_of_a_long_episode_is_dropped_and_reported(monkeypatch, tmp_path
 
     with PPO(Endless, engine="sync", total_timesteps=20 * ROWS, **QUICK) as agent:
         agent.learn()
-        assert sum(piece.nbytes for piece in agent.envs._collector._log) <= 4000
+        assert sum(x.nbytes for piece in agent.envs._collector._log for x in piece.values()) <= 4000
         assert "environment 0: its episode is too long to be repeated" in agent.progress.env_state.reset_reason
 
 
@@ -534,7 +534,7 @@ def test_a_snapshot_of_unsupported_types_is_refused(bad):
 
 def test_actions_since_an_origin_span_rollouts():
     """Two logs of 3 steps; environment 0 has taken 4 steps since its origin, environment 1 one."""
-    log = [np.arange(6).reshape(3, 2), np.arange(6, 12).reshape(3, 2)]
+    log = [{"": np.arange(6).reshape(3, 2)}, {"": np.arange(6, 12).reshape(3, 2)}]
     nothing = np.zeros(2)
     state = EnvState({}, nothing, nothing, nothing, nothing, [b"", b""], np.array([4, 1]), log)
     first, second = state.actions()

@@ -19,6 +19,7 @@ from proximo.config import presets
 from proximo.config.files import read_file, require_trusted
 from proximo.config.names import override
 from proximo.config.settings import SETTINGS
+from proximo.envs.make import names_module
 from proximo.errors import RunError, UserError, escape, format_number, notify_user
 from proximo.machine import cache_dir
 
@@ -162,7 +163,7 @@ def notify_of_surprises(agent: PPO) -> None:
 
 def run_arguments(agent: PPO, run_dir: Path) -> str:
     """Arguments that name a run in a command, with its environment if that must be given explicitly."""
-    env = f" --env {agent.env_id}" if ":" in str(agent.env_id) else ""
+    env = f" --env {agent.env_id}" if names_module(str(agent.env_id)) else ""
     return shlex.quote(str(run_dir)) + env
 
 
@@ -171,7 +172,7 @@ def merge_settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any
     if options.env_id and options.env:
         raise UserError(f"two environments are given: {options.env_id} and --env {options.env}. Use one of them.")
     env_id, preset, settings = read_file(options.config) if options.config else (None, "auto", {})
-    if env_id and ":" in env_id and not (options.env_id or options.env):
+    if env_id and names_module(env_id) and not (options.env_id or options.env):
         raise UserError(
             f"{options.config} names {env_id}, but a module named in a file is not imported. If you trust "
             f"{env_id.partition(':')[0]}, run: proximo train {env_id} --config {options.config}"

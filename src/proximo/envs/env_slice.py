@@ -18,14 +18,7 @@ from proximo.envs.attributes import find_generators, find_statistics
 from proximo.envs.shared_memory import NO_ENVIRONMENT, SharedArrays, shared_leaves, store_observation
 from proximo.errors import RunError, UserError, notify_user
 from proximo.machine import is_raised_by_environment
-from proximo.rollout.env_state import (
-    ActionLog,
-    Origin,
-    count_steps,
-    generator_from_state,
-    get_generator_state,
-    has_hidden_state,
-)
+from proximo.rollout.env_state import Origin, generator_from_state, get_generator_state, has_hidden_state
 from proximo.rollout.episodes import select_info
 from proximo.rollout.returned import is_usual_step, reset, snapshot_method, unpack_step
 from proximo.spaces.trees import build, leaves, select, transform
@@ -157,7 +150,7 @@ class EnvSlice:
         arrays.origin[n, :size] = np.frombuffer(pickled[:size], np.uint8)
         arrays.origin_size[n], arrays.steps_since_origin[n] = size, 0
 
-    def _replay(self, origins: Sequence[bytes], actions: Sequence[ActionLog]) -> None:
+    def _replay(self, origins: Sequence[bytes], actions: Sequence[Any]) -> None:
         """Repeat each environment's actions from its origin; `reward` becomes the return of the episode so far."""
         arrays, current = self.arrays, self.current
         dtypes = {path: rows.dtype for path, rows in leaves(arrays.action)}
@@ -171,8 +164,10 @@ class EnvSlice:
             arrays.steps_since_origin[n] = arrays.reward[n] = 0
             self._record_origin(n, env, origin.seed)
             observation, _ = reset(env, origin.seed)
-            steps = build({path: x.astype(dtypes[path]) for path, x in episode.items()}) if episode else ()
-            for t in range(count_steps(episode)):
+            taken = dict(leaves(episode))
+            count = len(next(iter(taken.values())))
+            steps = build({path: x.astype(dtypes[path]) for path, x in taken.items()}) if count else episode
+            for t in range(count):
                 current[1] += 1  # the timeout is for one step, not for the whole replay
                 observation, reward, terminated, truncated, _ = unpack_step(env.step(select(steps, t)))
                 arrays.reward[n] += reward
@@ -180,7 +175,7 @@ class EnvSlice:
                     observation, _ = reset(env)
                     arrays.reward[n] = 0
             store_observation(self.observation, n, observation)
-            arrays.steps_since_origin[n] = count_steps(episode)
+            arrays.steps_since_origin[n] = count
 
     def _step(self) -> None:
         """Apply the actions in the arrays; reset environments whose episode ends."""

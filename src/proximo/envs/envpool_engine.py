@@ -2,7 +2,8 @@
 
 EnvPool has its own implementations of Gymnasium's environments. Tests step those in `VERIFIED` side by side with
 Gymnasium's, from the same states with the same actions: observations of MuJoCo are bit-identical, those of classic
-control agree to float32. Rewards are float32. EnvPool's other environments run too if `engine` is envpool.
+control agree to float32. Rewards are float32. EnvPool's other versions of Gymnasium's environments run too if `engine`
+is envpool. An id `envpool:ID` means any environment of EnvPool, as EnvPool defines it.
 """
 
 import importlib.util
@@ -10,17 +11,20 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array
 
 from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
-from proximo.errors import RunError, UserError
+from proximo.errors import RunError, UserError, suggest
 from proximo.machine import cores
+from proximo.spaces.trees import leaves, transform
 
+PREFIX = "envpool:"  # of an id of EnvPool's own environments
 FIX = "Use engine workers or sync."
 NO_TIME_LIMIT = 2**31 - 1  # steps
 
@@ -76,15 +80,20 @@ def supports(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> bool:
     return env_id in VERIFIED and _is_from_gymnasium(env_id) and importlib.util.find_spec("envpool") is not None
 
 
-class EnvPoolVectorEnv(VectorEnv):
-    """N environments stepped by EnvPool.
+class Blueprint(NamedTuple):
+    """An environment that EnvPool makes, and how it appears."""
 
-    They do not reset automatically (AutoresetMode.DISABLED): `reset(options={"reset_mask": …})` resets those that
-    ended. EnvPool's own autoreset would spend the next step on the reset, and would report an episode that terminates
-    in the last step of its time limit as truncated only. So EnvPool gets a time limit one step longer, and the time
-    limit is applied here.
+    env_id: str  # in EnvPool
+    settings: dict[str, Any]  # for EnvPool, without the time limit
+    limit: float  # steps of an episode; infinite without a time limit
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    metadata: dict[str, Any]
+    spec: EnvSpec | None = None
 
-    Spaces and observation dtypes are Gymnasium's; rewards are float64. EnvPool's `info` is dropped.
+
+def like_gymnasium(example: gym.Env, env_kwargs: Mapping[str, Any]) -> Blueprint:
+    """EnvPool's implementation of an environment of Gymnasium.
 
     Args:
         example: an environment made by Gymnasium, for its id, spaces and time limit.
@@ -93,32 +102,80 @@ class EnvPoolVectorEnv(VectorEnv):
     Raises:
         UserError: EnvPool is not installed, or does not have this environment or support a keyword.
     """
+    spec = example.spec
+    if spec is None:
+        raise UserError(f"engine envpool needs an environment made with gymnasium.make(id). {FIX}")
+    limit, settings = spec.max_episode_steps, _to_envpool_settings(spec.id, env_kwargs)
+    _require_same_env(spec.id, example, settings)
+    return Blueprint(
+        spec.id,
+        settings,
+        limit if limit is not None and limit > 0 else math.inf,
+        example.observation_space,
+        example.action_space,
+        dict(example.metadata or {}),
+        spec,
+    )
+
+
+def of_envpool(env_id: str, env_kwargs: Mapping[str, Any]) -> Blueprint:
+    """An environment as EnvPool defines it; `env_id` may begin with `envpool:`.
+
+    Args:
+        env_kwargs: EnvPool's own settings of the environment, and `max_episode_steps`.
+
+    Raises:
+        UserError: EnvPool is not installed, has no such environment or setting, or lacks a library of the system.
+    """
+    name = env_id.removeprefix(PREFIX)
+    known = import_envpool().list_all_envs()
+    if name not in known:
+        raise UserError(f"EnvPool has no environment {name!r}{suggest(name, known)}")
+    given = dict(env_kwargs)
+    if given.pop("render_mode", None):
+        raise UserError(f"{env_id} cannot be rendered: Proximo uses EnvPool for training and evaluation only.")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            spec = import_envpool().make_spec(name, **given)
+            spaces = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    except ImportError as error:  # a library of the system
+        raise UserError(f"{env_id}: {error}") from error
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{env_id} does not accept `env_kwargs` {given}: {error}") from error
+    limit = given.pop("max_episode_steps", spec.config.max_episode_steps)
+    return Blueprint(name, given, limit if 0 < limit < NO_TIME_LIMIT else math.inf, *spaces, {})
+
+
+class EnvPoolVectorEnv(VectorEnv):
+    """N environments stepped by EnvPool.
+
+    They do not reset automatically (AutoresetMode.DISABLED): `reset(options={"reset_mask": …})` resets those that
+    ended. EnvPool's own autoreset would spend the next step on the reset, and would report an episode that terminates
+    in the last step of its time limit as truncated only. So EnvPool gets a time limit one step longer, and the time
+    limit is applied here.
+
+    Spaces and observation dtypes are those of the blueprint; rewards are float64. EnvPool's `info` is dropped.
+    """
 
     takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
-    def __init__(self, example: gym.Env, num_envs: int, env_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, blueprint: Blueprint, num_envs: int) -> None:
         super().__init__()
-        spec = example.spec
-        if spec is None:
-            raise UserError(f"engine envpool needs an environment made with gymnasium.make(id). {FIX}")
-        self.spec, self.num_envs = spec, num_envs
-        self.single_observation_space, self.single_action_space = example.observation_space, example.action_space
-        self.observation_space = batch_space(example.observation_space, num_envs)
-        self.action_space = batch_space(example.action_space, num_envs)
-        self.metadata = {**(example.metadata or {}), "autoreset_mode": AutoresetMode.DISABLED}
-
-        limit = spec.max_episode_steps
-        self._limit = limit if limit is not None and limit > 0 else math.inf
+        self.spec, self.num_envs = blueprint.spec, num_envs
+        self.single_observation_space, self.single_action_space = blueprint.observation_space, blueprint.action_space
+        self.observation_space = batch_space(blueprint.observation_space, num_envs)
+        self.action_space = batch_space(blueprint.action_space, num_envs)
+        self.metadata = {**blueprint.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+        self._limit, self._name = blueprint.limit, blueprint.env_id
         settings = {
             "num_envs": num_envs,
             "num_threads": min(cores(), num_envs),
-            "max_episode_steps": min(self._limit + 1, NO_TIME_LIMIT),
-            **_to_envpool_settings(spec.id, env_kwargs or {}),
+            "max_episode_steps": int(min(self._limit + 1, NO_TIME_LIMIT)),
+            **blueprint.settings,
         }
-        _require_same_env(spec.id, example, settings)
-        self._make_pool = partial(_make_pool, spec.id, settings)
+        self._make_pool = partial(_make_pool, blueprint.env_id, settings)
         self._pool: Any = None  # made by `reset`, since EnvPool takes seeds only in its constructor
-        self._observation: Any = create_empty_array(example.observation_space, num_envs)
+        self._observation: Any = create_empty_array(blueprint.observation_space, num_envs)
         self._needs_reset = np.ones(num_envs, bool)
 
     def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -143,8 +200,12 @@ class EnvPoolVectorEnv(VectorEnv):
         selected = np.flatnonzero(mask).astype(np.int32)
         if len(selected):
             observation, info = self._call(self._pool.reset, selected)
-            self._observation = self._observation.copy()
-            self._observation[info["env_id"]] = self._convert(observation)
+            if len(info["env_id"]) != len(selected) or len(info.get("players", info)["env_id"]) != len(selected):
+                raise UserError(f"EnvPool's {self._name} has several players, and Proximo trains one. Use another.")
+            self._observation = transform(np.copy, self._observation)
+            fresh = dict(leaves(convert(self.single_observation_space, observation)))
+            for path, rows in leaves(self._observation):
+                rows[info["env_id"]] = fresh[path]
             self._needs_reset = self._needs_reset & ~mask
         return self._observation, {}
 
@@ -169,7 +230,7 @@ class EnvPoolVectorEnv(VectorEnv):
         observation, reward, terminated, truncated, info = self._call(self._pool.step, actions)
         truncated = truncated | (info["elapsed_step"] >= self._limit)
         self._needs_reset = terminated | truncated
-        self._observation = self._convert(observation)
+        self._observation = convert(self.single_observation_space, observation)
         return self._observation, reward.astype(np.float64), terminated, truncated, {}
 
     def _call(self, method: Callable[[np.ndarray], Any], argument: np.ndarray) -> Any:
@@ -184,21 +245,29 @@ class EnvPoolVectorEnv(VectorEnv):
         """End EnvPool's threads."""
         self._pool = None
 
-    def _convert(self, observation: np.ndarray) -> np.ndarray:
-        """Return the observations with the shape and dtype of Gymnasium's space."""
-        space = self.single_observation_space
-        return observation.reshape(-1, *(space.shape or ())).astype(space.dtype, copy=False)
+
+def convert(space: gym.Space[Any], observation: Any) -> Any:
+    """Observations [N, ...], nested as their space is, with its shapes and dtypes."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: convert(child, observation[key]) for key, child in space.spaces.items()}
+    return np.asarray(observation).reshape(-1, *(space.shape or ())).astype(space.dtype, copy=False)
 
 
-def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]) -> None:
-    """Raise UserError unless EnvPool has an environment of this name with the same spaces."""
+def import_envpool() -> Any:
+    """The module EnvPool; UserError with a hint if it is not installed."""
     try:
         import envpool
     except ImportError as error:
         raise UserError(
-            "engine envpool needs a package that is not installed. Run: pip install 'proximo[envpool]', or use engine "
-            "auto."
+            "engine envpool needs a package that is not installed. Run: pip install 'proximo[envpool]', or use another "
+            "engine and environment."
         ) from error
+    return envpool
+
+
+def _require_same_env(env_id: str, example: gym.Env, settings: Mapping[str, Any]) -> None:
+    """Raise UserError unless EnvPool has an environment of this name with the same spaces."""
+    envpool = import_envpool()
     if not _is_from_gymnasium(env_id) or env_id not in envpool.list_all_envs():
         raise UserError(f"engine envpool: EnvPool has no {env_id}. {FIX}")
     with warnings.catch_warnings(action="ignore"):

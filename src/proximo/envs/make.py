@@ -18,7 +18,7 @@ from gymnasium.vector import VectorEnv
 from proximo.envs import atari
 from proximo.envs.attributes import find_statistics
 from proximo.envs.auto_engine import CARTPOLE, choose_engine
-from proximo.envs.envpool_engine import EnvPoolVectorEnv
+from proximo.envs.envpool_engine import PREFIX, EnvPoolVectorEnv, like_gymnasium, of_envpool
 from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, notify_user, suggest
@@ -63,6 +63,10 @@ def make_envs(
             'environment: "CartPole-v1", or lambda: gymnasium.make(…).'
         )
     env_kwargs = dict(env_kwargs or {})
+    if is_of_envpool(env):
+        if engine not in ("auto", "envpool") or isolate:
+            raise UserError(f"{env} runs with engine envpool only. Use engine auto, and leave `isolate_envs` off.")
+        return EnvPoolVectorEnv(of_envpool(str(env), env_kwargs), num_envs)
     engine = resolve_engine(env, num_envs, engine, env_kwargs, isolate=isolate)
     if engine in ("native", "envpool") and not isinstance(env, str):
         raise UserError(f"engine {engine} needs an environment id, got a function. Use engine workers or sync.")
@@ -74,7 +78,7 @@ def make_envs(
             return _make_native(spec or gym.spec(with_version(str(env))), num_envs, env_kwargs)
         if engine == "envpool":
             with contextlib.closing(factory()) as example:
-                return EnvPoolVectorEnv(example, num_envs, env_kwargs)
+                return EnvPoolVectorEnv(like_gymnasium(example, env_kwargs), num_envs)
         if engine == "workers":
             return WorkerVectorEnv(factory, num_envs, isolate=isolate, timeout_s=timeout_s, info_names=log_info)
         return LocalVectorEnv(factory, num_envs, timeout_s, log_info)
@@ -82,9 +86,9 @@ def make_envs(
         # An exception in a constructor is the cause of the error.
         cause = error.__cause__ if engine in ("sync", "workers") and isinstance(error, UserError) else error
         if isinstance(cause, (gym.error.Error, ImportError)):
-            raise UserError(explain_make_error(str(env), cause)) from cause
+            raise UserError(explain_make_error(name_of(env), cause)) from cause
         if isinstance(cause, TypeError) and env_kwargs and "argument" in str(cause):
-            raise UserError(f"{env} does not accept `env_kwargs` {env_kwargs}: {cause}") from cause
+            raise UserError(f"{name_of(env)} does not accept `env_kwargs` {env_kwargs}: {cause}") from cause
         raise
 
 
@@ -110,6 +114,8 @@ def resolve_engine(
         return engine
     if isolate:
         return "workers"
+    if is_of_envpool(env):
+        return "envpool"
     spec = _find_spec(env) if isinstance(env, str) else None
     if spec is None:
         return "sync"
@@ -119,9 +125,28 @@ def resolve_engine(
     return choose_engine(spec, partial(make_one, spec, **kwargs), num_envs, total_timesteps, kwargs, exact)
 
 
-def is_vectorized_atari(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
-    """Whether ALE's vector environment supports this environment."""
-    return isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
+def name_of(env: EnvLike) -> str:
+    """An id, also of an environment with `wrappers`, or the text of anything else."""
+    arguments = env.args if isinstance(env, partial) else ()
+    return next((argument for argument in arguments if isinstance(argument, str)), str(env))
+
+
+def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any]) -> str:
+    """The engine of an evaluation: ALE's or EnvPool's vector environment for ids of theirs, otherwise sync."""
+    if is_of_envpool(env):
+        return "envpool"
+    is_atari = isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
+    return "native" if is_atari else "sync"
+
+
+def is_of_envpool(env: Any) -> bool:
+    """Whether this is an id of an environment of EnvPool's own."""
+    return isinstance(env, str) and env.startswith(PREFIX)
+
+
+def names_module(env_id: str) -> bool:
+    """Whether an id has the form MODULE:ID."""
+    return ":" in env_id and not is_of_envpool(env_id)
 
 
 def _find_spec(env_id: str) -> EnvSpec | None:
@@ -157,6 +182,8 @@ def make_one(env: str | EnvSpec | Callable[..., gym.Env], /, **env_kwargs: Any) 
 
     Atari games get the preprocessing of `proximo.envs.atari`.
     """
+    if is_of_envpool(env):
+        raise UserError(f"{env} exists in a vector environment only, without rendering or `wrappers`.")
     if not isinstance(env, (str, EnvSpec)):
         made = env(**env_kwargs)
         if not isinstance(made, gym.Env):

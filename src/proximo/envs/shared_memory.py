@@ -135,10 +135,10 @@ def store_actions(parts: Sequence[SharedLeaf], actions: Any) -> None:
         try:
             value, rows = np.asarray(find(actions, leaf.keys)), leaf.rows
         except LookupError as error:
-            raise UserError(f"{leaf.name} is missing; expected {leaf.dtype} of shape {leaf.rows.shape}") from error
+            raise UserError(f"{leaf.name} is missing, expected {leaf.dtype} of shape {leaf.rows.shape}") from error
         is_castable = value.dtype == leaf.dtype or np.can_cast(value.dtype, leaf.dtype, "same_kind")
         if value.shape != rows.shape or not is_castable:
             raise UserError(
-                f"{leaf.name} is {value.dtype} of shape {value.shape}; expected {rows.dtype} of shape {rows.shape}"
+                f"{leaf.name} is {value.dtype} of shape {value.shape}, expected {rows.dtype} of shape {rows.shape}"
             )
         rows[...] = value

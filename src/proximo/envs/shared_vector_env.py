@@ -15,7 +15,6 @@ from proximo.envs.shared_memory import Layout, SharedArrays, shared_leaves, stor
 from proximo.envs.worker_process import ErrorReport
 from proximo.errors import Exited, RunError, UserError
 from proximo.machine import is_raised_by_environment
-from proximo.rollout.env_state import ActionLog
 from proximo.rollout.episodes import ALWAYS_LOGGED
 from proximo.spaces.spaces import Spaces
 from proximo.spaces.trees import select
@@ -132,7 +131,7 @@ class SharedVectorEnv(VectorEnv):
         rows = zip(arrays.origin, arrays.origin_size, strict=True)
         return [row[:size].tobytes() for row, size in rows], arrays.steps_since_origin.copy()
 
-    def replay(self, origins: Sequence[bytes], actions: Sequence[ActionLog]) -> tuple[Any, np.ndarray]:
+    def replay(self, origins: Sequence[bytes], actions: Sequence[Any]) -> tuple[Any, np.ndarray]:
         """Apply `actions[n]` from `origins[n]`; return the observations and the returns of the episodes so far [N]."""
         arrays = self._open_arrays()
         self._run(REPLAY, origins, actions)

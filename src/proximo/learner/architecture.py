@@ -205,8 +205,9 @@ def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ..
     network, size, last = arch.architecture, arch.memory_size, {}
     images = [leaf for leaf in spaces.observation if leaf.kind == "image" and network != "mlp"]
     discrete = [leaf for leaf in spaces.observation if leaf.kind == "discrete" and arch.embedding_size]
-    widths = dict.fromkeys(discrete, arch.embedding_size) | {leaf: flat_size(network, leaf) for leaf in images}
-    inputs = sum(widths.get(leaf, leaf.num_features) for leaf in spaces.observation)
+    widths = {leaf.path: arch.embedding_size for leaf in discrete}
+    widths |= {leaf.path: flat_size(network, leaf) for leaf in images}
+    inputs = sum(widths.get(leaf.path, leaf.num_features) for leaf in spaces.observation)
     for body in arch.parts:
         sizes = [inputs, *arch.sizes(body)]
         for leaf in images:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from proximo.errors import UserError
+from proximo.spaces.trees import build
 
 # Environments that carry the hidden state of their physics engine from one episode into the next.
 HIDDEN_STATE_MODULES = ("gymnasium.envs.box2d.bipedal_walker", "gymnasium.envs.box2d.car_racing")
@@ -61,8 +62,8 @@ class SupportsReplay(Protocol):
         """Return N pickled origins, empty where unknown, and the steps since them [N]."""
         ...
 
-    def replay(self, origins: Sequence[bytes], actions: Sequence[ActionLog]) -> tuple[Any, np.ndarray]:
-        """Repeat N episodes from their actions, path -> [any number, ...].
+    def replay(self, origins: Sequence[bytes], actions: Sequence[Any]) -> tuple[Any, np.ndarray]:
+        """Repeat N episodes from their actions [any number, ...], nested where the action space is.
 
         Return the observations [N, ...] and the returns of the episodes so far [N].
         """
@@ -105,17 +106,17 @@ class EnvState:
     snapshot: Any = None
     reset_reason: str = ""  # why resuming has to reset the environments; empty if it is exact
 
-    def actions(self) -> list[ActionLog]:
-        """Return the actions of each environment since its origin: N of path -> [steps_since_origin, ...]."""
+    def actions(self) -> list[Any]:
+        """Return the actions of each environment since its origin: N times [steps_since_origin, ...], or nested."""
         log, counts = self._needed_actions(), self.steps_since_origin
         if counts is None:
             return []
-        return [{path: x[len(x) - count :, n] for path, x in log.items()} for n, count in enumerate(counts)]
+        return [build({path: x[len(x) - count :, n] for path, x in log.items()}) for n, count in enumerate(counts)]
 
     def _needed_actions(self) -> ActionLog:
         """Return the end of the log that covers every episode."""
         if self.steps_since_origin is None or not self.action_log:
-            return {}
+            return {"": np.zeros((0, len(self.start)))}
         longest = self.steps_since_origin.max()
         return {path: x[max(len(x) - longest, 0) :] for path, x in join_logs(self.action_log).items()}
 
@@ -158,8 +159,8 @@ class EnvState:
 
 
 def count_steps(log: ActionLog) -> int:
-    """Steps of a log, which may be empty."""
-    return len(next(iter(log.values()), ()))
+    """Steps of a log."""
+    return len(next(iter(log.values())))
 
 
 def count_bytes(log: ActionLog) -> int:

@@ -146,11 +146,14 @@ def restore_spaces(saved: Checkpoint, config: Config) -> Spaces:
     Raise `CorruptCheckpoint` if arrays do not fit them, before a learner allocates memory, and UserError if a setting
     does not fit them.
     """
+    spaces: Spaces | None = None
     try:
         spaces = Spaces.from_dict(saved.manifest["spaces"])
+        expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if spaces and isinstance(error, UserError):  # about the settings
+            raise
         raise CorruptCheckpoint(saved.path, f'"spaces" is not a valid space description ({error!r})') from error
-    expected = num_parameters(config, spaces) if saved.manifest["network"] == "built-in" else None
     names = [name for name in saved.arrays if name.startswith("params/") and not name.endswith("log_std")]
     stored = sum(saved.arrays[name].size for name in names)
     if expected not in (None, stored):
