@@ -26,7 +26,7 @@ from proximo.rollout.returned import accepts, require_vector_step
 from proximo.rollout.rollout import Actor, Episode, Rollout
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
-from proximo.spaces.trees import leaves, select
+from proximo.spaces.trees import find, keys_of, leaves, select
 
 MAX_LOG_BYTES = 1 << 28  # of the actions of unfinished episodes
 MAX_LOG_PIECES = 256
@@ -218,8 +218,8 @@ class Collector:
             rollout.store_obs(t + 1, dict(self.spaces.read(observation)), self.start)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
-            steps = [dict(leaves(action)) for action in actions]
-            self._log.append({path: np.stack([step[path] for step in steps]) for path in steps[0]})
+            paths = [(path, keys_of(path)) for path, _ in leaves(actions[0])]
+            self._log.append({path: np.stack([find(action, keys) for action in actions]) for path, keys in paths})
         rollout.check_finite()
         return Collected(episodes, env_seconds, act_seconds)
 

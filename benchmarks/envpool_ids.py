@@ -1,0 +1,88 @@
+"""Run every environment of EnvPool for some steps and keep which of them Proximo can train on.
+
+    python benchmarks/envpool_ids.py [--jobs 2] [--match TEXT]
+
+Each runs in a process of its own, since a fault in C++ would end this one: two environments take random actions for
+`STEPS` steps through `proximo.rollout.collector.Collector`, which checks observations, rewards and flags. The result is
+benchmarks/results/envpool.json; ids that are already there are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RESULT = Path(__file__).resolve().parent / "results" / "envpool.json"
+STEPS, TIMEOUT_S = 200, 120
+PROGRAM = """
+import json, sys
+import numpy as np
+from proximo.config.settings import Config
+from proximo.envs.make import make_envs, spaces_of
+from proximo.rollout.collector import Collector
+from proximo.rollout.rollout import Rollout
+
+envs = make_envs(sys.argv[1], 2)
+spaces, config = spaces_of(envs), Config(num_envs=2, num_steps=int(sys.argv[2]))
+collector, rollout, rng = Collector(envs, spaces, config), Rollout(spaces, config.num_steps, 2), np.random.default_rng(0)
+collector.reset([0, 1])
+episodes = collector.collect(lambda obs, start: spaces.random_action(rng, obs, 2), rollout).episodes
+ends = {"terminated": int(rollout.terminated.sum()), "truncated": int(rollout.truncated.sum())}
+print(json.dumps({"observation": [leaf.kind for leaf in spaces.observation], **ends, "episodes": len(episodes)}))
+envs.close()
+"""
+
+
+def names() -> dict[str, str]:
+    """Id -> family of every environment, without second names in a namespace."""
+    import envpool
+    from envpool.registration import registry
+
+    known = set(envpool.list_all_envs())
+    return {
+        name: registry.specs[name][0].removeprefix("envpool.")
+        for name in sorted(known)
+        if name.rpartition("/")[2] == name or name.rpartition("/")[2] not in known
+    }
+
+
+def try_one(name: str) -> dict:
+    """What a run of one environment reported, or its error."""
+    command = [sys.executable, "-c", PROGRAM, f"envpool:{name}", str(STEPS)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {TIMEOUT_S} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return {"error": said[-1][:300] if said else f"exit status {done.returncode}"}
+
+
+def main() -> None:
+    """Run what is missing in the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--match", default="", help="only ids and families that contain this text")
+    options = parser.parse_args()
+    result = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
+    due = {name: family for name, family in names().items() if name not in result}
+    due = {name: family for name, family in due.items() if options.match in f"{family}/{name}"}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for (name, family), found in zip(due.items(), pool.map(try_one, due), strict=True):
+            result[name] = {"family": family, **found}
+            print(name, found.get("error", "runs"), flush=True)
+            RESULT.write_text(json.dumps(dict(sorted(result.items())), indent=0) + "\n", "utf-8")
+    families = sorted({entry["family"] for entry in result.values()})
+    for family in families:
+        entries = [entry for entry in result.values() if entry["family"] == family]
+        print(f"{family}: {sum('error' not in entry for entry in entries)} of {len(entries)} run")
+
+
+if __name__ == "__main__":
+    main()
