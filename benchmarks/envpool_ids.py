@@ -28,7 +28,8 @@ from proximo.rollout.rollout import Rollout
 
 envs = make_envs(sys.argv[1], 2)
 spaces, config = spaces_of(envs), Config(num_envs=2, num_steps=int(sys.argv[2]))
-collector, rollout, rng = Collector(envs, spaces, config), Rollout(spaces, config.num_steps, 2), np.random.default_rng(0)
+collector, rollout = Collector(envs, spaces, config), Rollout(spaces, config.num_steps, 2)
+rng = np.random.default_rng(0)
 collector.reset([0, 1])
 episodes = collector.collect(lambda obs, start: spaces.random_action(rng, obs, 2), rollout).episodes
 ends = {"terminated": int(rollout.terminated.sum()), "truncated": int(rollout.truncated.sum())}

@@ -26,6 +26,7 @@ class ConnectFour(gym.Env):
     action_space = gym.spaces.Discrete(7)
 
     def reset(self, *, seed=None, options=None):
+        """Begin a game; the other player moves first if it begins."""
         super().reset(seed=seed)
         self.game = connect_four_v3.env()
         self.game.reset()
@@ -34,6 +35,7 @@ class ConnectFour(gym.Env):
         return self._observe(), {}
 
     def step(self, action):
+        """Make a move, and let the other player answer."""
         self.game.step(int(action))
         self._let_the_other_play()
         over = any(self.game.terminations.values())

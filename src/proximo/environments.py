@@ -156,7 +156,7 @@ def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: 
         count, difference = (info.config.num_envs, f"; it is not bit-identical, because {changes}" if changes else "")
         notify_user(f"training resumes from the exact simulator state of {count} environments{difference}")
     elif changes:
-        notify_user(f"besides, {changes}")
+        notify_user(f"also changed: {changes}")
     why = "; ".join(part for part in (reason, changes) if part)
     how = {"global_step": progress.global_step, "exact": not why, "why": why}
     progress.resumed.append(how)

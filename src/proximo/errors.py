@@ -4,7 +4,9 @@ import codecs
 import contextlib
 import difflib
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import Any, TextIO
 
@@ -78,10 +80,26 @@ def notify_user(text: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print to standard error, if there is one. Failures are ignored: a closed terminal must not stop a run."""
+    """Print to standard error, if there is one; a terminal gets lines that end between words.
+
+    Failures are ignored: a closed terminal must not stop a run.
+    """
     if sys.stderr is not None:  # otherwise print would use standard output
         with contextlib.suppress(OSError, ValueError):
-            print(escape(text), file=sys.stderr)
+            lines = escape(text).splitlines()
+            if sys.stderr.isatty():
+                width = max(shutil.get_terminal_size().columns, 20)
+                lines = [part for line in lines for part in wrap_line(line, width)]
+            print("\n".join(lines), file=sys.stderr)
+
+
+def wrap_line(line: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, or of one longer word; all but the first are indented."""
+    indent = "  " + line[: len(line) - len(line.lstrip())]
+    wrapped = textwrap.wrap(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return wrapped or [line]
 
 
 def format_number(value: float) -> str:

@@ -13,12 +13,12 @@ from gymnasium.vector import VectorEnv
 
 from proximo.apply import evaluate_and_record, initial_state, predict
 from proximo.config import presets
-from proximo.config.names import convert_settings, from_mapping, override
+from proximo.config.names import convert_settings, from_mapping, names_module, override
 from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
-from proximo.envs.make import EnvLike, make_envs, names_module, spaces_of, with_version
+from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
 from proximo.errors import UserError, notify_user, refuse_pickling
 from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, random_policy, trained_policy
 from proximo.learner.learner import Learner

@@ -80,7 +80,7 @@ def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
         ("train CartPole-v1 --minibatch-size 100", "`minibatch_size` 100 does not divide the rollout"),
         ("train CartPole-v1 --num-minibatches 7", "`num_minibatches` 7 does not divide the rollout"),
         ("train CartPole-v1 --minibatch-size 64 --num-minibatches 4", "both given"),
-        ("train CartPole-v1 --squash", "`squash` needs a Box action, but there is none"),
+        ("train CartPole-v1 --squash", "`squash` needs a Box action, and there is none"),
         ("train Blackjack-v1 --wrapper gymnasium.wrappers:FlattenObservation,x=1", "could not be applied"),
         ("train CartPole-v1 --env-kwargs 3", "'3' is not a mapping; expected names with values"),
         ("train CartPole-v1 --env-kwargs {nothing:\\ 1}", "nothing"),
@@ -347,8 +347,13 @@ def test_commands_take_the_folder_of_several_seeds(tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(folder), "--episodes=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["seed-0", "seed-1", "mean over 2 seeds"]
-    assert [len((folder / f"seed-{n}" / "metrics.jsonl").read_text().splitlines()) for n in (0, 1)] == [3, 3]
+    assert [line.split(":")[0] for line in lines] == ["CartPole-v1", "seed-0", "seed-1", "mean over 2 seeds"]
+    (folder / "seed-2").mkdir()  # as when a run is interrupted while a seed waits for a core
+    begun = (folder / "learning_curve.png").stat().st_mtime_ns
+    assert main(["resume", str(folder), "--total-timesteps=96"]) == 0
+    assert (folder / "learning_curve.png").stat().st_mtime_ns > begun
+    assert [len((folder / f"seed-{n}" / "metrics.jsonl").read_text().splitlines()) for n in (0, 1, 2)] == [3, 3, 3]
+    assert "seed: 2" in (folder / "seed-2" / "config.yaml").read_text()
 
 
 def test_an_evaluation_shows_progress_and_limits_the_video(tmp_path, capsys):

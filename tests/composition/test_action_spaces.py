@@ -230,7 +230,7 @@ def test_a_loop_of_ones_own_takes_nested_actions():
 
 def test_continuous_settings_are_refused():
     for space in (ACTIONS["multi-discrete"], ACTIONS["multi-binary"]):
-        with pytest.raises(UserError, match="`squash` needs a Box action, but there is none"):
+        with pytest.raises(UserError, match="`squash` needs a Box action, and there is none"):
             Agent(3, space, squash=True)
 
 

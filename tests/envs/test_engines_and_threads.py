@@ -348,7 +348,7 @@ def test_runs_of_seeds_end_with_the_command(number, tmp_path):
         ("--seeds a", "0-3 or 0,2,7"),
         ("--seeds 0-1 --seed 2", "--seed and --seeds are both given"),
         ("--seeds 0-1 --num-envs 3 --minibatch-size 64", "does not divide"),
-        ("--seeds 0-1 --squash", "`squash` needs a Box action, but there is none"),
+        ("--seeds 0-1 --squash", "`squash` needs a Box action, and there is none"),
     ],
 )
 def test_bad_seeds(arguments, message, tmp_path, capsys):

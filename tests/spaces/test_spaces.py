@@ -226,7 +226,7 @@ def test_unsupported_spaces_are_refused(observation, action, words):
 @pytest.mark.parametrize(
     ("space", "settings", "words"),
     [
-        (Discrete(3), {"squash": True}, "`squash` needs a Box action, but there is none: one of 3 actions"),
+        (Discrete(3), {"squash": True}, "`squash` needs a Box action, and there is none: one of 3 actions"),
         (Discrete(3), {"rescale_actions": True}, "`rescale_actions` needs a Box"),
         (Discrete(3), {"tanh_mean": True}, "`tanh_mean` needs a Box"),
         (Box(-np.inf, np.inf, (2,)), {"rescale_actions": True}, "finite action bounds"),

@@ -18,14 +18,18 @@ def add_to(commands: Any) -> None:
         "evaluate",
         help="evaluate a trained or a random policy",
         usage="proximo evaluate RUN [options]\n       proximo evaluate --policy random --env ENV_ID [options]",
+        description="Run complete episodes and print the mean return with its confidence interval.",
     )
     parser.add_argument(
-        "path", metavar="RUN", nargs="?", help="run folder (its latest checkpoint), or checkpoint folder"
+        "path",
+        metavar="RUN",
+        nargs="?",
+        help="run folder (its latest checkpoint), checkpoint folder, or folder of several seeds",
     )
     parser.add_argument("--run", dest="run_path", help=argparse.SUPPRESS)
     parser.add_argument("--episodes", type=non_negative_int, default=100, help="number of complete episodes [100]")
     parser.add_argument(
-        "--num-envs", type=non_negative_int, default=8, help="environments at a time; 1 where only one can exist [8]"
+        "--num-envs", type=non_negative_int, default=8, help="environments at a time; 1 if only one can exist [8]"
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the environments [0]")
     mode = parser.add_mutually_exclusive_group()
@@ -41,11 +45,15 @@ def add_to(commands: Any) -> None:
         "--policy", choices=("trained", "random"), default="trained",
         help="trained, or random: uniform samples from the action space, as a baseline [trained]",
     )  # fmt: skip
-    parser.add_argument("--env", help="environment id [the one trained on]")
+    parser.add_argument("--env", help="environment id [training environment]")
     parser.add_argument(
         "--env-kwargs", type=yaml_mapping, metavar="YAML", help="keyword arguments of the environment [as trained]"
     )
-    parser.add_argument("--backend", help="jax or torch [the one trained with]")
+    parser.add_argument(
+        "--wrapper", action="append", dest="wrappers", metavar="WRAPPER",
+        help="wrapper of the environment, as for train [as trained]",
+    )  # fmt: skip
+    parser.add_argument("--backend", help="auto, jax or torch [training backend]")
     parser.add_argument("--render", action="store_true", help="show the episodes in a window")
     parser.add_argument(
         "--record", nargs="?", const="", metavar="FILE",
@@ -63,14 +71,15 @@ def run(options: argparse.Namespace) -> int:
 
     path, agent = options.path or options.run_path, None
     if options.record and not options.record.lower().endswith(".mp4"):
-        raise UserError(f"--record FILE must end in .mp4, got {options.record!r}. Put RUN before --record.")
+        raise UserError(
+            f"--record FILE must end in .mp4, got {options.record!r}. Name another file, or put RUN before --record."
+        )
     if path is None and options.policy == "trained":
         raise UserError("no run is given. Use proximo evaluate RUN with a run folder or a checkpoint folder.")
     if path is not None and (folders := seed_folders(path)):
         return evaluate_seeds(options, folders)
     if path is not None:
-        names = ("backend", "env_kwargs")
-        agent = PPO.load(path, **{name: x for name in names if (x := getattr(options, name)) is not None})
+        agent = PPO.load(path, **given_changes(options))
     env = options.env or (agent.env_id if agent else None)
     if env is None:
         raise UserError(agent.envs.missing_message() if agent else "no environment is given. Add --env ENV_ID.")
@@ -91,8 +100,8 @@ def run(options: argparse.Namespace) -> int:
     mode = "random" if options.policy == "random" else "deterministic" if result.deterministic else "stochastic"
     print(f"{escape(env)}: {values['episodes']} episode{'s' * (values['episodes'] > 1)}, {mode} policy")
     print(
-        f"return {format_number(values['return_mean'])} ± {format_number(values['return_std'])} (standard deviation), "
-        f"95 % confidence interval of the mean [{format_number(low)}, {format_number(high)}]"
+        f"return {format_number(values['return_mean'])} ± {format_number(values['return_std'])} (standard deviation)\n"
+        f"95 % confidence interval of the mean return [{format_number(low)}, {format_number(high)}]"
     )
     for name, value in values["info"].items():
         print(f"{escape(name)} {value:.4g}")
@@ -115,9 +124,10 @@ def evaluate_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
         raise UserError(f"{folders[0].parent} holds several seeds. Give the folder of one, such as {folders[0]}.")
     means = {}
     for folder in folders:
-        names = ("backend", "env_kwargs")
-        given = {name: x for name in names if (x := getattr(options, name)) is not None}
-        agent = PPO.load(folder, options.env, **given)
+        agent = PPO.load(folder, options.env, **given_changes(options))
+        if not means and not options.json:
+            mode = "deterministic" if options.deterministic else "stochastic"
+            print(f"{escape(str(agent.env_id))}: {options.episodes} episodes of each seed, {mode} policy")
         result = agent.evaluate(
             options.episodes, deterministic=options.deterministic, seed=options.seed, num_envs=options.num_envs,
             render=options.render,
@@ -134,6 +144,12 @@ def evaluate_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
     else:
         print(f"mean over {len(means)} seeds: {format_number(mean)} ± {format_number(spread)} over seeds")
     return 0
+
+
+def given_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings that flags change."""
+    names = ("backend", "env_kwargs", "wrappers")
+    return {name: x for name in names if (x := getattr(options, name)) is not None}
 
 
 def choose_video_file(options: argparse.Namespace, path: str | None, env: str) -> Path | None:

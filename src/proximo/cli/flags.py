@@ -105,13 +105,18 @@ def parse_seeds(text: str) -> list[int]:
     return found
 
 
-def seed_folders(path: str | Path) -> list[Path]:
-    """Run folders inside the folder of `train --seeds`, by seed; none if the path is something else."""
+def seed_folders(path: str | Path, with_empty: bool = False) -> list[Path]:
+    """Run folders inside the folder of `train --seeds`, by seed; none if the path is something else.
+
+    Args:
+        with_empty: also those of seeds that have not begun.
+    """
     folder = Path(path)
     if (folder / "checkpoints").exists() or not folder.is_dir():
         return []
     found = [run for run in folder.iterdir() if re.fullmatch(r"seed-\d+", run.name) and run.is_dir()]
-    return sorted(found, key=lambda run: int(run.name[5:]))
+    begun = found if with_empty else [run for run in found if any(run.iterdir())]
+    return sorted(begun, key=lambda run: int(run.name[5:]))
 
 
 def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:

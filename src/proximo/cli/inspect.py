@@ -37,6 +37,7 @@ def run(options: Namespace) -> int:
 
 def describe_path(path: Path) -> Iterator[str]:
     """Yield a description of a checkpoint or a debug bundle, line by line."""
+    from proximo.config.names import names_module
     from proximo.run.checkpoint import CUSTOM_NETWORK, load
     from proximo.run.checkpoint_files import DEBUG_BUNDLE, MANIFEST, read_manifest
     from proximo.run.debug_bundle import describe_bundle
@@ -63,7 +64,11 @@ def describe_path(path: Path) -> Iterator[str]:
         how = "exactly" if one["exact"] else f"not exactly ({one['why']})"
         yield f"resumed at step {one['global_step']:,}, {how}"
     versions = (manifest.get("versions") or {}).items()
-    yield f"versions: {', '.join(f'{name} {version}' for name, version in versions if version) or 'unknown'}"
+    yield "versions:"
+    yield from (f"  {name} {version}" for name, version in versions if version)
     parameters = sum(array.size for name, array in saved.arrays.items() if name.startswith("params/"))
     yield f"{parameters:,} parameters"
-    yield f"evaluate with: proximo evaluate {path}"
+    env = str(manifest.get("env"))
+    yield f"evaluate with: proximo evaluate {path}" + (f" --env {env}" if names_module(env) else "")
+    if bundles := sorted(str(bundle) for bundle in path.glob("faults/*") if bundle.is_dir()):
+        yield f"debug bundles: {', '.join(bundles)}"

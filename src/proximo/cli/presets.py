@@ -1,4 +1,4 @@
-"""`proximo presets`: list the presets with their sources and measured returns, or print one."""
+"""`proximo presets`: list the presets with their measured returns, or print one with its source."""
 
 import argparse
 from typing import Any
@@ -27,14 +27,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"# {options.name}\n# source: {preset['source']}\n# measured: {format_measured(preset)}")
         print(yaml.safe_dump({"env": options.name, **preset["settings"]}, sort_keys=False), end="")
         return 0
-    rows = [("preset", "steps", "measured return (mean ± std over seeds)", "source")]
+    rows = [("preset", "steps", "measured return (mean ± std over seeds)")]
     for name in presets.list_names():
         preset = presets.load(name)
         steps = preset["settings"].get("total_timesteps", SETTINGS["total_timesteps"].default)
-        rows.append((name, f"{int(steps):,}", format_measured(preset), preset["source"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for name, steps, measured, source in rows:
-        print(f"{name:<{widths[0]}}  {steps:>{widths[1]}}  {measured:<{widths[2]}}  {source}")
+        rows.append((name, f"{int(steps):,}", format_measured(preset)))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for name, steps, measured in rows:
+        print(f"{name:<{widths[0]}}  {steps:>{widths[1]}}  {measured}")
+    print("proximo presets NAME prints the settings of a preset and their source.")
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from proximo.cli.flags import QUIET, add_settings, given_settings, seed_folders
 from proximo.cli.train import learn, prepare_process
+from proximo.cli.train import run as train
 from proximo.errors import UserError, notify_user
 
 
@@ -20,8 +21,9 @@ def add_to(commands: Any) -> None:
         help="continue a run",
         usage="proximo resume RUN [options]",
         description="Continue a run from its latest checkpoint, in its folder. If the simulator state can be restored, "
-        "the result is bit-identical to an uninterrupted run. Flags change settings; what is not exact then is "
-        "printed. An older checkpoint continues in a new folder.",
+        "the result is bit-identical to an uninterrupted run. Without a flag, a setting keeps the value of the run, "
+        "whatever default is shown; each change that prevents an exact resume is printed. An older checkpoint "
+        "continues in a new folder.",
     )
     parser.add_argument("path", metavar="RUN", help="run folder, checkpoint folder, or folder of several seeds")
     parser.add_argument(
@@ -35,7 +37,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Continue training and print a summary; return the exit status."""
-    if folders := seed_folders(options.path):
+    if folders := seed_folders(options.path, with_empty=True):
         return resume_seeds(options, folders)
     with prepare_process(options) as (signals, log):
         from proximo.ppo import PPO
@@ -67,13 +69,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
-    """Continue the seeds of a folder of `train --seeds` one after the other; stop at the first that does not finish."""
+    """Continue or begin the seeds of a folder of `train --seeds` one after the other.
+
+    The first that does not finish is the last.
+    """
+    from proximo.report.plot import RETURN, plot
+    from proximo.run.metrics import CONFIG
+
     if options.run_dir:
         raise UserError(f"{options.path} holds several seeds, which continue in their folders. Leave out --run-dir.")
     complete = []
     for folder in folders:
+        changes: dict[str, Any] = {"path": str(folder)}
+        if is_new := not any(folder.iterdir()):
+            config, seed = str(folder.parent / CONFIG), int(folder.name.removeprefix("seed-"))
+            changes = {"env_id": None, "config": config, "preset": None, "seeds": None, "seed": seed}
+            changes |= {"run_dir": str(folder)}
         try:
-            status = run(argparse.Namespace(**{**vars(options), "path": str(folder)}))
+            status = (train if is_new else run)(argparse.Namespace(**{**vars(options), **changes}))
         except AlreadyComplete as error:
             complete.append(error)
             continue
@@ -81,4 +94,5 @@ def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
             return status
     if len(complete) == len(folders):
         raise complete[0]
+    plot(folders, folders[0].parent / "learning_curve.png", [RETURN])
     return 0

@@ -1,6 +1,7 @@
 """`proximo train --seeds`: train several seeds in parallel, one process and one core per seed."""
 
 import argparse
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
+from proximo.config.names import names_module
 from proximo.environments import TrainingEnvs
 from proximo.envs.make import with_version
 from proximo.errors import RunError, UserError, format_number
@@ -59,7 +61,8 @@ def train_seeds(
     log(f"run folders: {folder}/seed-…")
     require_empty(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for run_dir in run_dirs.values():  # which name the seeds that wait for a core
+            run_dir.mkdir(parents=True)
         (folder / CONFIG).write_text(to_yaml(env_id, name, config, omit=("run_dir", "seed")), "utf-8")
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
@@ -74,9 +77,9 @@ def train_seeds(
     finally:
         if console:
             console.close()
-        if not any(run_dir.exists() for run_dir in run_dirs.values()):
+        if not any(any(run_dir.iterdir()) for run_dir in run_dirs.values()):
             shutil.rmtree(folder, ignore_errors=True)
-    for line in _summarize(run_dirs, folder, signals.received is not None):
+    for line in _summarize(run_dirs, env_id, folder, signals.received is not None):
         log(line)
     return 128 + signals.received if signals.received else 0
 
@@ -110,7 +113,7 @@ def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, sig
                     _require_success(seed, run_dirs[seed], process.returncode, is_stopping)
             steps, count, returns = _read_progress(run_dirs)
             if console and not count:
-                console.show_status(f"first iteration of seeds {', '.join(map(str, running))}")
+                console.show_status(f"seeds {', '.join(map(str, running))}: in the first iteration")
             elif console:
                 mean = float(np.mean(list(returns.values()))) if returns else None
                 console.write({"global_step": steps, RETURN: mean})
@@ -146,7 +149,7 @@ def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
     return steps, len(rows), {seed: value for seed, row in rows.items() if (value := row.get(RETURN)) is not None}
 
 
-def _summarize(run_dirs: RunDirs, folder: Path, interrupted: bool) -> Iterator[str]:
+def _summarize(run_dirs: RunDirs, env_id: str, folder: Path, interrupted: bool) -> Iterator[str]:
     steps, count, returns = _read_progress(run_dirs)
     yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seed{'s' * (count != 1)}"
     if not returns:
@@ -156,7 +159,11 @@ def _summarize(run_dirs: RunDirs, folder: Path, interrupted: bool) -> Iterator[s
     yield f"mean return over the last 100 episodes: {format_number(values.mean())}{spread}"
     yield "  " + ", ".join(f"seed {seed}: {format_number(value)}" for seed, value in returns.items())
     folders = [run_dirs[seed] for seed in returns]
+    run = shlex.quote(str(folder)) + (f" --env {env_id}" if names_module(env_id) else "")
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
-    yield f"evaluate a seed with: proximo evaluate {folders[0]}"
+    yield f"evaluate with: proximo evaluate {run}"
     if interrupted:
-        yield f"resume each seed with: proximo resume {folders[0]}"
+        waiting = [str(seed) for seed, run_dir in run_dirs.items() if not any(run_dir.glob("checkpoints/*"))]
+        if waiting:
+            yield f"not started: seed{'s' * (len(waiting) > 1)} {', '.join(waiting)}"
+        yield f"resume with: proximo resume {run}"

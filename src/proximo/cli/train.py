@@ -17,9 +17,8 @@ from proximo.cli.flags import QUIET, add_settings, given_settings, parse_seeds
 from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file, require_trusted
-from proximo.config.names import override
+from proximo.config.names import names_module, override
 from proximo.config.settings import SETTINGS
-from proximo.envs.make import names_module
 from proximo.errors import RunError, UserError, escape, format_number, notify_user
 from proximo.machine import cache_dir
 

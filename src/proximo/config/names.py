@@ -1,4 +1,4 @@
-"""Names of settings, including the names that other libraries use."""
+"""Names of settings, including the names that other libraries use, and forms of environment ids."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +57,14 @@ AMBIGUOUS = {
     "kl_threshold": "`kl_threshold` is not a setting. Use `desired_kl` with `lr_schedule` adaptive, or `target_kl`.",
     "hidden_dim": "`hidden_dim` is a single width. Use `hidden_sizes` with the width of each layer, such as 64 64.",
 }
+
+
+ENVPOOL = "envpool:"  # begins the ids of environments as EnvPool defines them
+
+
+def names_module(env_id: str) -> bool:
+    """Whether an id has the form MODULE:ID, so that a module has to be imported."""
+    return ":" in env_id and not env_id.startswith(ENVPOOL)
 
 
 def canonical_name(name: str) -> str:

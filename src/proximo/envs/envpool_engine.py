@@ -19,12 +19,12 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array
 
+from proximo.config.names import ENVPOOL
 from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import RunError, UserError, suggest
 from proximo.machine import cores
 from proximo.spaces.trees import leaves, transform
 
-PREFIX = "envpool:"  # of an id of EnvPool's own environments
 FIX = "Use engine workers or sync."
 NO_TIME_LIMIT = 2**31 - 1  # steps
 
@@ -127,7 +127,7 @@ def of_envpool(env_id: str, env_kwargs: Mapping[str, Any]) -> Blueprint:
     Raises:
         UserError: EnvPool is not installed, has no such environment or setting, or lacks a library of the system.
     """
-    name = env_id.removeprefix(PREFIX)
+    name = env_id.removeprefix(ENVPOOL)
     known = import_envpool().list_all_envs()
     if name not in known:
         raise UserError(f"EnvPool has no environment {name!r}{suggest(name, known)}")

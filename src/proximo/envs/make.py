@@ -15,10 +15,11 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
+from proximo.config.names import ENVPOOL
 from proximo.envs import atari
 from proximo.envs.attributes import find_statistics
 from proximo.envs.auto_engine import CARTPOLE, choose_engine
-from proximo.envs.envpool_engine import PREFIX, EnvPoolVectorEnv, like_gymnasium, of_envpool
+from proximo.envs.envpool_engine import EnvPoolVectorEnv, like_gymnasium, of_envpool
 from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, notify_user, suggest
@@ -141,12 +142,7 @@ def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any]) -> str:
 
 def is_of_envpool(env: Any) -> bool:
     """Whether this is an id of an environment of EnvPool's own."""
-    return isinstance(env, str) and env.startswith(PREFIX)
-
-
-def names_module(env_id: str) -> bool:
-    """Whether an id has the form MODULE:ID."""
-    return ":" in env_id and not is_of_envpool(env_id)
+    return isinstance(env, str) and env.startswith(ENVPOOL)
 
 
 def _find_spec(env_id: str) -> EnvSpec | None:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from proximo.errors import UserError
+from proximo.errors import UserError, suggest
 from proximo.files import require_no_link
 from proximo.rollout.rollout import Metrics
-from proximo.run.metrics import read_config, read_metrics
+from proximo.run.metrics import METRICS, read_config, read_metrics
 
 RETURN, LENGTH = "rollout/episode_return_mean", "rollout/episode_length_mean"
 LABELS = {
@@ -67,13 +67,19 @@ def plot(
         raise UserError(f"output {output} has an unsupported format. Use a .png, .svg or .pdf file.")
     if isinstance(run_dirs, (str, Path)):
         run_dirs = [run_dirs]
+    for path in map(Path, run_dirs):
+        if not (path / METRICS).is_file():
+            problem = "is no run folder: it has no metrics" if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}. Give a run folder, or a folder of several seeds.")
     runs = [Run(path.name, read_config(path), read_metrics(path)) for path in map(Path, run_dirs)]
     names = [name for name in metrics or LABELS if any(len(run.curve(name)[0]) for run in runs)]
     folders = ", ".join(map(str, run_dirs))
     if missing := set(metrics or ()) - set(names):
         known = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
+        hints = "".join(suggest(name, known) for name in sorted(missing))
         raise UserError(
-            f"there are no values of {', '.join(sorted(missing))} in {folders}. Available: {', '.join(sorted(known))}"
+            f"there are no values of {', '.join(sorted(missing))} in {folders}{hints}\n"
+            f"  Available: {', '.join(sorted(known))}"
         )
     if not names:
         raise UserError(f"{folders} has no complete iteration yet. Plot it after the first iteration.")
@@ -109,7 +115,8 @@ def plot(
             require_no_link(path)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {reason}. Choose another file with --output.") from error
     return path
 
 

@@ -165,8 +165,8 @@ def require_empty(run_dir: Path) -> None:
     if is_file:
         raise UserError(f"run folder {run_dir} is not a folder. Choose another `run_dir`.")
     if is_used:
-        resume = f", or resume its run: proximo resume {run_dir}" if can_resume else "."
-        raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`, delete the folder{resume}")
+        resume = f", delete the folder, or resume its run: proximo resume {run_dir}" if can_resume else " or delete it."
+        raise UserError(f"run folder {run_dir} is not empty. Choose another `run_dir`{resume}")
 
 
 def default_run_dir(env_id: str, backend: str, seed: int | str) -> Path:

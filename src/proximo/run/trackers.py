@@ -136,11 +136,11 @@ class Console:
         self._status_due, self._has_status = seconds + STATUS_SECONDS[self._is_terminal], False
         mean = metrics["rollout/episode_return_mean"]
         parts = [
-            f"{step:>{len(f'{self._total:,}')},} / {self._total:,} steps",
-            f"{min(100 * step / self._total, 100):5.1f} %",
-            f"{f'{speed:,.0f}' if speed else '?':>7} steps/s",
-            f"{remaining:>7} left",
-            f"mean return {'-' if mean is None else format_number(mean)}",
+            f"{step:>{len(f'{self._total:,}')},} / {self._total:,}",
+            f"{min(100 * step / self._total, 100):3.0f} %",
+            f"{f'{speed:,.0f}' if speed else '?':>6} steps/s",
+            f"{remaining:>5} left",
+            f"mean return {'?' if mean is None else format_number(mean)}",
         ]
         self._line = "  ".join(parts)
         if self._is_terminal:
@@ -162,7 +162,7 @@ class Console:
             self.show_status(f"collecting step {done + 1:,} of {self._num_steps:,}")
         elif self._has_status:
             self._status_due = 0.0
-            self.show_status("updating" + (", and compiling before it" if self._first is None else ""))
+            self.show_status("updating" if self._first else "compiling and updating")
 
     def show_status(self, text: str) -> None:
         """Show what is going on between two metrics, if enough time has passed since the last line."""
@@ -195,8 +195,10 @@ class Console:
 def status_line(show: bool) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows what is going on, on standard error; without effect unless `show`."""
     console = Console()
-    yield console.show_status if show else lambda text: None
-    console.close()
+    try:
+        yield console.show_status if show else lambda text: None
+    finally:
+        console.close()
 
 
 def _clock(seconds: float) -> str:

@@ -64,7 +64,7 @@ class Actions:
         """Raise UserError for settings that no head or some head cannot serve."""
         for name in ("squash", "rescale_actions", "tanh_mean"):
             if getattr(config, name) and not self.std_size:
-                raise UserError(f"`{name}` needs a Box action, but there is none: {self.describe()}. Turn it off.")
+                raise UserError(f"`{name}` needs a Box action, and there is none: {self.describe()}. Turn it off.")
         for head in self.heads:
             head.check(config)
 
