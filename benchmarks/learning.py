@@ -88,7 +88,8 @@ def main() -> None:
         ]
         runs = [job.result() for job in jobs]
 
-    path = RESULTS / f"{options.name or options.env.rpartition(':')[2]}.json"
+    module, _, env_id = options.env.rpartition(":")
+    path = (RESULTS / "tasks" if module else RESULTS) / f"{options.name or env_id}.json"
     command = ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}"]
     result = document(
         options.env,
@@ -96,7 +97,7 @@ def main() -> None:
         commit.stdout.strip(),
         runs + kept(path, options.backends),
     )
-    RESULTS.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["summary"], indent=2))
     print(f"written: {path}")

@@ -3,8 +3,8 @@
     python benchmarks/report.py          # list the files that would change; exit status 1 if there are any
     python benchmarks/report.py --write
 
-README.md and docs/explanation/results.md hold the table between two comments; a preset holds its means under
-`measured`.
+README.md and docs/explanation/results.md hold the table of presets between two comments, and the latter also that of
+the tasks in results/tasks; a preset holds its means under `measured`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = ROOT / "src" / "proximo" / "config" / "presets"
 # Pages with the table, and whether it lists the return of every seed.
 PAGES = {ROOT / "README.md": False, ROOT / "docs" / "explanation" / "results.md": True}
+TASKS = RESULTS / "tasks"
+BEGIN_TASKS = "<!-- results of tasks: benchmarks/report.py -->"
 BEGIN, END = "<!-- results: benchmarks/report.py -->", "<!-- end of results -->"
 NAMES = {"jax": "JAX", "torch": "PyTorch"}
 
 
-def results() -> dict[str, dict[str, Any]]:
-    """Return the results of each preset, by environment."""
-    found = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Return the results in a folder by name: those of presets, by environment, or of tasks."""
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
     return {name: result for name, result in found.items() if "summary" in result}
 
 
@@ -35,11 +37,11 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def table(every_seed: bool) -> str:
+def table(every_seed: bool, folder: Path = RESULTS) -> str:
     """Environment, steps, backend, mean ± standard deviation over seeds, each seed, deterministic evaluation."""
     rows = [["environment", "steps", "backend", "return", "every seed", "evaluated"]]
     rows.append(["---", "---:", "---", "---:", "---", "---:"])
-    for name, result in results().items():
+    for name, result in results(folder).items():
         for backend in NAMES:
             runs = [run for run in result["runs"] if run["backend"] == backend]
             if not runs:
@@ -56,16 +58,22 @@ def table(every_seed: bool) -> str:
 
 
 def page(text: str, every_seed: bool) -> str:
-    """Return a page with the current table.
+    """Return a page with the current tables; that of the tasks only where every seed is listed.
 
     Raises:
-        ValueError: the page lacks the two comments around the table.
+        ValueError: the page lacks the two comments around a table.
     """
-    before, begin, rest = text.partition(BEGIN)
+    text = replace(text, BEGIN, table(every_seed))
+    return replace(text, BEGIN_TASKS, table(every_seed, TASKS)) if every_seed else text
+
+
+def replace(text: str, opening: str, content: str) -> str:
+    """Replace what follows an opening comment, up to the closing one."""
+    before, begin, rest = text.partition(opening)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"a page must hold {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{table(every_seed)}\n\n{END}{after}"
+        raise ValueError(f"a page must hold {opening!r} and {END!r}")
+    return f"{before}{opening}\n\n{content}\n\n{END}{after}"
 
 
 def preset(text: str, summary: dict[str, Any]) -> str:

@@ -3,15 +3,16 @@
 import argparse
 import math
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from proximo.config.files import load_plain_yaml
-from proximo.config.names import ALIASES, AMBIGUOUS
+from proximo.config.files import is_trusted, load_plain_yaml
+from proximo.config.names import ALIASES, AMBIGUOUS, names_module
 from proximo.config.settings import SETTINGS
 from proximo.config.values import INTEGERS, to_int
 from proximo.errors import UserError, notify_user
@@ -103,6 +104,16 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"a seed is given twice in {text!r}")
     return found
+
+
+def run_arguments(path: str | Path, env_id: str | None, wrappers: Sequence[str]) -> str:
+    """Arguments of a command that name a run, with its environment and wrappers if they must be given explicitly."""
+    words = [str(path)]
+    if names_module(str(env_id)):
+        words += ["--env", str(env_id)]
+    if not all(map(is_trusted, wrappers)):
+        words += [word for wrapper in wrappers for word in ("--wrapper", wrapper)]
+    return shlex.join(words)
 
 
 def seed_folders(path: str | Path, with_empty: bool = False) -> list[Path]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from proximo.cli.flags import run_arguments
 from proximo.errors import UserError, escape, format_number
 
 
@@ -37,7 +38,6 @@ def run(options: Namespace) -> int:
 
 def describe_path(path: Path) -> Iterator[str]:
     """Yield a description of a checkpoint or a debug bundle, line by line."""
-    from proximo.config.names import names_module
     from proximo.run.checkpoint import CUSTOM_NETWORK, load
     from proximo.run.checkpoint_files import DEBUG_BUNDLE, MANIFEST, read_manifest
     from proximo.run.debug_bundle import describe_bundle
@@ -68,7 +68,7 @@ def describe_path(path: Path) -> Iterator[str]:
     yield from (f"  {name} {version}" for name, version in versions if version)
     parameters = sum(array.size for name, array in saved.arrays.items() if name.startswith("params/"))
     yield f"{parameters:,} parameters"
-    env = str(manifest.get("env"))
-    yield f"evaluate with: proximo evaluate {path}" + (f" --env {env}" if names_module(env) else "")
+    named = run_arguments(path, manifest.get("env"), config.get("wrappers") or ())
+    yield f"evaluate with: proximo evaluate {named}"
     if bundles := sorted(str(bundle) for bundle in path.glob("faults/*") if bundle.is_dir()):
         yield f"debug bundles: {', '.join(bundles)}"

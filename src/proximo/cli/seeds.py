@@ -1,7 +1,6 @@
 """`proximo train --seeds`: train several seeds in parallel, one process and one core per seed."""
 
 import argparse
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from proximo.cli.flags import run_arguments
 from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
-from proximo.config.names import names_module
 from proximo.environments import TrainingEnvs
 from proximo.envs.make import with_version
 from proximo.errors import RunError, UserError, format_number
@@ -79,7 +78,8 @@ def train_seeds(
             console.close()
         if not any(any(run_dir.iterdir()) for run_dir in run_dirs.values()):
             shutil.rmtree(folder, ignore_errors=True)
-    for line in _summarize(run_dirs, env_id, folder, signals.received is not None):
+    named = run_arguments(folder, env_id, config.wrappers)
+    for line in _summarize(run_dirs, named, folder, signals.received is not None):
         log(line)
     return 128 + signals.received if signals.received else 0
 
@@ -149,7 +149,7 @@ def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
     return steps, len(rows), {seed: value for seed, row in rows.items() if (value := row.get(RETURN)) is not None}
 
 
-def _summarize(run_dirs: RunDirs, env_id: str, folder: Path, interrupted: bool) -> Iterator[str]:
+def _summarize(run_dirs: RunDirs, named: str, folder: Path, interrupted: bool) -> Iterator[str]:
     steps, count, returns = _read_progress(run_dirs)
     yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seed{'s' * (count != 1)}"
     if not returns:
@@ -159,11 +159,10 @@ def _summarize(run_dirs: RunDirs, env_id: str, folder: Path, interrupted: bool) 
     yield f"mean return over the last 100 episodes: {format_number(values.mean())}{spread}"
     yield "  " + ", ".join(f"seed {seed}: {format_number(value)}" for seed, value in returns.items())
     folders = [run_dirs[seed] for seed in returns]
-    run = shlex.quote(str(folder)) + (f" --env {env_id}" if names_module(env_id) else "")
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
-    yield f"evaluate with: proximo evaluate {run}"
+    yield f"evaluate with: proximo evaluate {named}"
     if interrupted:
         waiting = [str(seed) for seed, run_dir in run_dirs.items() if not any(run_dir.glob("checkpoints/*"))]
         if waiting:
             yield f"not started: seed{'s' * (len(waiting) > 1)} {', '.join(waiting)}"
-        yield f"resume with: proximo resume {run}"
+        yield f"resume with: proximo resume {named}"

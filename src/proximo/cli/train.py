@@ -6,14 +6,13 @@ import argparse
 import contextlib
 import faulthandler
 import os
-import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proximo.cli.flags import QUIET, add_settings, given_settings, parse_seeds
+from proximo.cli.flags import QUIET, add_settings, given_settings, parse_seeds, run_arguments
 from proximo.cli.signals import StopSignals, stop_when_input_ends
 from proximo.config import presets
 from proximo.config.files import read_file, require_trusted
@@ -127,9 +126,8 @@ def learn(agent: PPO, run_dir: Path, signals: StopSignals, log: Callable[[str], 
         is_saved = (step_folder(run_dir, agent.progress.global_step) / MANIFEST).is_file()
         what = "all completed iterations are saved" if is_saved else "earlier checkpoints are"
         kind = UserError if isinstance(error, UserError) else RunError
-        raise kind(
-            f"{error}\n  {what} in {run_dir}; resume with: proximo resume {run_arguments(agent, run_dir)}"
-        ) from error
+        named = run_arguments(run_dir, agent.env_id, agent.config.wrappers)
+        raise kind(f"{error}\n  {what} in {run_dir}; resume with: proximo resume {named}") from error
     finally:
         agent.close()
     for line in summarize(agent, run_dir, signals.received is not None):
@@ -158,12 +156,6 @@ def notify_of_surprises(agent: PPO) -> None:
             f"engine {agent.resolved.engine} does not support exact resume: every environment is reset when the run is "
             "resumed. Use --exact-resume to choose an engine that does"
         )
-
-
-def run_arguments(agent: PPO, run_dir: Path) -> str:
-    """Arguments that name a run in a command, with its environment if that must be given explicitly."""
-    env = f" --env {agent.env_id}" if names_module(str(agent.env_id)) else ""
-    return shlex.quote(str(run_dir)) + env
 
 
 def merge_settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
@@ -196,13 +188,14 @@ def summarize(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
         result = f"mean return over the last {f'{count} episodes' if count > 1 else 'episode'} {format_number(mean)}"
     names = ("learning_curve.png", "curves.png", "videos")
     files = [str(run_dir / name) for name in names if (run_dir / name).exists()]
+    named = run_arguments(run_dir, agent.env_id, agent.config.wrappers)
     lines = [
         f"{'interrupted' if interrupted else 'finished'} after {progress.global_step:,} steps: {result}",
         f"plots and videos: {', '.join(files) or 'none'}",
-        f"evaluate with: proximo evaluate {run_arguments(agent, run_dir)}",
+        f"evaluate with: proximo evaluate {named}",
     ]
     if interrupted:
-        lines.append(f"resume with: proximo resume {run_arguments(agent, run_dir)}")
+        lines.append(f"resume with: proximo resume {named}")
     elif goal is not None and (mean is None or mean < goal):
         lines.append(f"stop_at_return {goal:g} was not reached")
     return lines

@@ -125,10 +125,15 @@ def to_yaml(env_id: str | None, preset: str | None, config: Config, omit: Collec
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def is_trusted(wrapper: str) -> bool:
+    """Whether a wrapper that a file names is applied."""
+    return wrapper.partition(",")[0] in TRUSTED
+
+
 def require_trusted(wrappers: Sequence[str], source: str) -> None:
     """Raise UserError for a wrapper that is not in `TRUSTED`, because `source`, a file, names it."""
     for text in wrappers:
-        if text.partition(",")[0] not in TRUSTED:
+        if not is_trusted(text):
             raise UserError(
                 f"{source} names the wrapper {text!r}, but modules named in a file are not imported, nor wrappers "
                 "that may write files. If you trust it, give the wrappers again, with --wrapper or PPO.load(path, "

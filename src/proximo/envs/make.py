@@ -31,7 +31,11 @@ EnvLike = str | Callable[[], gym.Env] | VectorEnv
 # For environments that need other packages: Proximo's extra, by a word in Gymnasium's error ...
 _EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "opencv": "atari"}
 # ... or the package, and its module that registers the environments, by namespace.
-_NAMESPACES = {"BabyAI": ("minigrid", "minigrid"), "MinAtar": ("minatar", "minatar.gym")}
+_NAMESPACES = {
+    "BabyAI": ("minigrid", "minigrid"),
+    "MinAtar": ("minatar", "minatar.gym"),
+    "dm_control": ("'shimmy[dm-control]'", "shimmy"),
+}
 
 
 def make_envs(
