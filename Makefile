@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format docs results bench soak fuzz clean
+.PHONY: demo test lint format docs results results-tasks bench soak fuzz clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -36,6 +36,11 @@ results: $(VENV)/dev
 	$(BIN)/python benchmarks/learning.py HalfCheetah-v4 --seeds 5 --backends jax
 	for env in Acrobot-v1 LunarLander-v3 Pendulum-v1 InvertedPendulum-v5 Reacher-v5 Hopper-v5 Walker2d-v5; do \
 		$(BIN)/python benchmarks/learning.py $$env --seeds 3 --backends jax || exit 1; done
+	$(BIN)/python benchmarks/report.py --write
+
+# The same for tasks that need memory, hybrid actions, nested observations or masks. About an hour on two cores.
+results-tasks: $(VENV)/dev
+	$(BIN)/python benchmarks/learning_tasks.py
 	$(BIN)/python benchmarks/report.py --write
 
 # Speed, memory and time to solve beside other libraries, into benchmarks/RESULTS.md. Each of them is installed into

@@ -598,3 +598,65 @@ def test_an_interrupted_step_is_not_answered_late(monkeypatch):
 
 def test_a_version_is_found():
     assert spaces_of(make_envs("HalfCheetah", 2, "envpool")) == spaces_of(make_envs("HalfCheetah-v5", 2))
+
+
+# EnvPool's own environments
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kinds", "limit"),
+    [
+        ("envpool:CheetahRun-v1", {"position": "vector", "velocity": "vector"}, 1000),
+        ("envpool:MiniGrid-Empty-5x5-v0", {"direction": "discrete", "image": "image", "mission": "vector"}, 100),
+    ],
+)
+def test_environments_of_envpool_are_cut_off_at_their_time_limit(env_id, kinds, limit):
+    """An episode without success has the length of EnvPool's time limit and is truncated; its final observation
+    precedes the reset."""
+    envs = make_envs(env_id, 2)
+    spaces = spaces_of(envs)
+    assert {leaf.path: leaf.kind for leaf in spaces.observation} == kinds
+    collector = Collector(envs, spaces, Config(num_envs=2, num_steps=limit + 1, num_minibatches=1))
+    rollout = Rollout(spaces, limit + 1, 2)
+    collector.reset([0, 1])
+    still = spaces.action.zeros((2,))  # no force, or turning around for ever
+    collected = collector.collect(lambda obs, start: still, rollout)
+    assert [(episode.length, episode.env_index) for episode in collected.episodes] == [(limit, 0), (limit, 1)]
+    assert rollout.truncated[limit - 1].all()
+    assert not rollout.terminated.any()
+    assert rollout.final_index.tolist() == [2 * limit - 2, 2 * limit - 1]
+    envs.close()
+
+
+def test_an_environment_of_envpool_trains_evaluates_and_resumes(tmp_path):
+    """Its prefix is no module, so that a checkpoint can name it."""
+    settings = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 1}
+    with PPO("envpool:CartpoleBalance-v1", **settings, env_kwargs={"max_episode_steps": 20}) as agent:
+        assert agent.envs.engine == "envpool"
+        agent.learn(128)
+        agent.save(tmp_path / "saved")
+        assert agent.evaluate(3).lengths == (20, 20, 20)
+    with PPO.load(tmp_path / "saved") as again:
+        again.learn(64)
+        assert again.progress.global_step == 192
+
+
+def test_ids_of_envpool_never_fall_back_to_gymnasium(tmp_path):
+    """CartPole-v1 exists in both; what EnvPool lacks, or cannot do, is an error."""
+    assert type(make_envs("envpool:CartPole-v1", 1)).__name__ == "EnvPoolVectorEnv"
+    for env_id, settings, words in (
+        ("envpool:CartPole-v9", {}, "EnvPool has no environment 'CartPole-v9'; did you mean"),
+        ("envpool:LunarLander-v4", {}, "EnvPool has no environment 'LunarLander-v4'"),
+        ("envpool:CartPole-v1", {"engine": "workers"}, "runs with engine envpool only"),
+        ("envpool:CartPole-v1", {"isolate_envs": True}, "runs with engine envpool only"),
+        ("envpool:CartPole-v1", {"env_kwargs": {"gravity": 1}}, "does not accept `env_kwargs`"),
+        ("envpool:CartPole-v1", {"wrappers": ["gymnasium.wrappers:ClipReward"]}, "exists in a vector environment only"),
+        ("envpool:CartPole-v1", {"exact_resume": True}, "`exact_resume` is on, but engine envpool cannot restore"),
+    ):
+        with pytest.raises(UserError, match=words):
+            PPO(env_id, **settings)
+    with (
+        PPO("envpool:CartPole-v1", num_envs=1, num_steps=8, minibatch_size=8) as agent,
+        pytest.raises(UserError, match=r"cannot be rendered|vector environment only"),
+    ):
+        agent.record(tmp_path / "video.mp4")
