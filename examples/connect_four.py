@@ -1,13 +1,13 @@
 """Connect Four of PettingZoo against a random player, with masks of the full columns.
 
-    pip install pettingzoo pygame && python examples/connect_four.py
+    pip install 'pettingzoo>=1.27' pygame-ce && python examples/connect_four.py
 
 A game for two becomes an environment for one agent: the other player belongs to the environment.
 """
 
 import gymnasium as gym
 import numpy as np
-from pettingzoo.classic import connect_four_v3
+import pettingzoo
 
 from proximo import PPO, evaluate_random
 
@@ -28,7 +28,7 @@ class ConnectFour(gym.Env):
     def reset(self, *, seed=None, options=None):
         """Begin a game; the other player moves first if it begins."""
         super().reset(seed=seed)
-        self.game = connect_four_v3.env()
+        self.game = pettingzoo.make("aec", "classic/connect_four_v3")
         self.game.reset()
         self.agent = str(self.np_random.choice(self.game.possible_agents))
         self._let_the_other_play()
