@@ -36,6 +36,10 @@ TASKS: dict[str, tuple[str, str]] = {  # name of the result -> environment and f
     "PartialCartPole-v1-no-memory": ("tasks:PartialCartPole-v1", f"{JAX} {POLE}"),
     "PartialPendulum-v1": ("tasks:PartialPendulum-v1", f"{JAX} {PENDULUM} {GRU}"),
     "PartialPendulum-v1-no-memory": ("tasks:PartialPendulum-v1", f"{JAX} {PENDULUM}"),
+    "MemoryChain-20x3": (
+        "tasks:MemoryChain-v0",
+        f"{JAX} --env-kwargs {{length:20,bits:3}} {MAZE} --memory gru --memory-size 128 --total-timesteps 600000",
+    ),
     "Rover-v0": (
         "tasks:Rover-v0",
         f"{OTHERS} --update-epochs 10 --hidden-sizes 64 64 --normalize-observation --total-timesteps 300000",

@@ -57,6 +57,45 @@ class TMaze(gym.Env):
         return np.array([0.0, at_junction], np.float32), float(over and action == self.side), over, False, {}
 
 
+class MemoryChain(gym.Env):
+    """The memory experiments of bsuite (Osband et al. 2020, arXiv:1908.03568).
+
+    The first step shows `bits` random bits, the last one of `length` steps asks for one of them. The right answer pays
+    1 and the wrong one −1, so that the best policy without memory expects 0.
+
+    Observation: [share of the time left; which bit is asked, as a one-hot code in the last step; the bits (−1 or 1) in
+    the first step, otherwise 0].
+    """
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, length: int = 20, bits: int = 3) -> None:
+        self.length, self.bits = length, bits
+        self.observation_space = gym.spaces.Box(-1.0, 1.0, (1 + 2 * bits,))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> Reset:
+        """Draw the bits and the question."""
+        super().reset(seed=seed)
+        self.context, self.asked = self.np_random.integers(2, size=self.bits), int(self.np_random.integers(self.bits))
+        self.time = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Step:
+        """Wait; in the last step, answer."""
+        self.time += 1
+        over = self.time == self.length
+        reward = 2.0 * (action == self.context[self.asked]) - 1.0 if over else 0.0
+        return self._observe(), float(reward), over, False, {}
+
+    def _observe(self) -> np.ndarray:
+        question, context = np.zeros(self.bits), np.zeros(self.bits)
+        if self.time == self.length - 1:
+            question[self.asked] = 1.0
+        if self.time == 0:
+            context = 2.0 * self.context - 1.0
+        return np.array([1.0 - self.time / self.length, *question, *context], np.float32)
+
+
 class Rover(gym.Env):
     """Drive to a target with hybrid actions: accelerate by a given power, turn by a given angle, or brake.
 
@@ -171,6 +210,7 @@ for name, entry_point in {
     "PartialCartPole-v1": partial_cart_pole,
     "PartialPendulum-v1": partial_pendulum,
     "TMaze-v0": TMaze,
+    "MemoryChain-v0": MemoryChain,
     "Rover-v0": Rover,
     "WindyCatch-v0": WindyCatch,
     "MaskedTaxi-v0": MaskedTaxi,

@@ -83,6 +83,8 @@ def test_images_of_real_numbers_and_stacks_of_images():
     ):
         (leaf,) = Spaces.of(space, Discrete(2)).observation
         assert (leaf.kind, leaf.shape, leaf.dtype, leaf.high) == ("image", shape, "float32", high)
+    (leaf,) = Spaces.of(Box(0, 255, (9, 16, 24, 3), np.uint8), Discrete(2)).observation
+    assert leaf.image_shape == (16, 24, 27)  # not 16 channels, although there are fewer rows than channels
     rng = np.random.default_rng(0)
     for order in ((0, 1, 2, 3), (2, 0, 1, 3), (2, 3, 0, 1)):  # of height, width, frames and channels
         frames = rng.integers(256, size=(18, 20, 4, 3), dtype=np.uint8)

@@ -108,7 +108,7 @@ class Leaf:
         Of two equal neighbouring axes, both are spatial; otherwise the shorter of the first and last axis is the
         channel axis.
         """
-        if len(self.shape) == 2 or self.shape[0] == self.shape[1]:
+        if self.stack or len(self.shape) == 2 or self.shape[0] == self.shape[1]:
             return False
         return self.shape[1] == self.shape[2] or self.shape[0] < self.shape[2]
 
