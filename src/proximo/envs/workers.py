@@ -28,9 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any, NoReturn
 
@@ -48,13 +46,13 @@ from proximo.envs.env_slice import (
     EnvSlice,
     limit_or_inf,
 )
+from proximo.envs.guardian import Guardian, kill
 from proximo.envs.shared_memory import NO_ENVIRONMENT
 from proximo.envs.shared_vector_env import SharedVectorEnv
 from proximo.errors import RunError, UserError
 from proximo.machine import STOP_SIGNALS, cores, is_raised_by_environment, pin_to_core
 
 FAULT_GRACE_S = 0.5  # like CLOSE_GRACE_S after a fault, which should be reported soon
-ORPHAN_S = 5  # for workers to close their environments after the trainer was killed
 KILL_WAIT_S = 1.0  # for a killed process to end
 
 
@@ -92,7 +90,7 @@ class WorkerVectorEnv(SharedVectorEnv):
         self._slice: EnvSlice | None = None  # the environments in this process
         self._workers: list[_Worker] = []
         self._by_descriptor: dict[int, _Worker] = {}
-        self._guardian = _Guardian()
+        self._guardian = Guardian()
         self._activity, self._steps = "making", 0
         start_limit = None if timeout_s is None or start_timeout_s is None else max(start_timeout_s, timeout_s)
         self._timeout = limit_or_inf(start_limit), "Fix its constructor"  # and the fix
@@ -302,7 +300,7 @@ class _Worker:
         # Readable when the process has ended; only Linux has it.
         self.ended = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
         # At the end of a program that does not close the vector environment.
-        Finalize(self, _kill, (self.process,), exitpriority=0)
+        Finalize(self, kill, (self.process,), exitpriority=0)
 
     def __str__(self) -> str:
         first, last = self.environments[0], self.environments[-1]
@@ -329,55 +327,6 @@ class _Worker:
         """Wait until the process has ended, at most this long."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-
-
-class _Guardian:
-    """A process that kills workers which outlive a killed trainer: stopped ones, and those inside C code.
-
-    Workers that can react close their environments first. It ends with this object, or `ORPHAN_S` seconds after the
-    trainer.
-    """
-
-    PROGRAM = f'while read -r process; do all="$all $process"; done; sleep {ORPHAN_S}; kill -9 $all'
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe = -1  # written to; its end shows the death of the trainer
-
-    def watch(self, process: int) -> None:
-        """Kill this process too when the trainer is gone."""
-        if self._process is None:
-            reader, self._pipe = os.pipe()
-            command = ["/bin/sh", "-c", self.PROGRAM]
-            self._process = subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL, start_new_session=True)
-            os.close(reader)
-            Finalize(self, _kill, (self._process,), exitpriority=0)
-            # A process that an environment forks here would hide the death of the trainer.
-            os.register_at_fork(after_in_child=partial(_close_pipe, weakref.ref(self)))
-        os.write(self._pipe, b"%d\n" % process)
-
-    def close(self) -> None:
-        """End the process, since the workers have ended."""
-        if self._process:
-            _kill(self._process)
-            self._process = None
-            self.close_pipe()
-
-    def close_pipe(self) -> None:
-        """Close the trainer's end of the pipe."""
-        if self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-
-
-def _close_pipe(reference: weakref.ref[_Guardian]) -> None:
-    if guardian := reference():
-        guardian.close_pipe()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
 
 
 def _describe_exit(exitcode: int | None) -> str:
