@@ -28,7 +28,7 @@ MAZE = (
 OTHERS = f"{COMMON} --num-envs 16 --num-steps 128 --minibatch-size 256 --normalize-reward"
 GRU = "--memory gru --memory-size 64"
 JAX, TORCH = "--backends jax", "--backends torch"
-STEPS = {5: 100_000, 10: 100_000, 20: 200_000, 40: 400_000}  # of a maze of this length
+STEPS = {5: 100_000, 10: 100_000, 20: 200_000, 40: 800_000}  # of a maze of this length
 
 TASKS: dict[str, tuple[str, str]] = {  # name of the result -> environment and flags
     "PartialCartPole-v1": ("tasks:PartialCartPole-v1", f"{POLE} {GRU}"),
