@@ -4,7 +4,7 @@
 
 Each runs in a process of its own, since a fault in C++ would end this one: two environments take random actions for
 `STEPS` steps through `proximo.rollout.collector.Collector`, which checks observations, rewards and flags. The result is
-benchmarks/results/envpool.json; ids that are already there are skipped.
+benchmarks/results/envpool.json; ids that are already there are skipped. The page on environments quotes it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RESULT = Path(__file__).resolve().parent / "results" / "envpool.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "envpool.json"
+PAGE = ROOT / "docs" / "how-to" / "environments.md"  # with the table between these comments
+BEGIN, END = "<!-- envpool: benchmarks/envpool_ids.py -->", "<!-- end of envpool -->"
 STEPS, TIMEOUT_S = 200, 120
 PROGRAM = """
 import json, sys
@@ -79,10 +83,20 @@ def main() -> None:
             result[name] = {"family": family, **found}
             print(name, found.get("error", "runs"), flush=True)
             RESULT.write_text(json.dumps(dict(sorted(result.items())), indent=0) + "\n", "utf-8")
-    families = sorted({entry["family"] for entry in result.values()})
-    for family in families:
+    before, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    PAGE.write_text(f"{before}{begin}\n\n{table(result)}\n\n{end}{after}", "utf-8")
+
+
+def table(result: dict[str, dict]) -> str:
+    """How many ids of each family were tried and run, and the most frequent error of the others."""
+    rows = ["| family | tried | run | most frequent error |", "|---|---:|---:|---|"]
+    for family in sorted({entry["family"] for entry in result.values()}):
         entries = [entry for entry in result.values() if entry["family"] == family]
-        print(f"{family}: {sum('error' not in entry for entry in entries)} of {len(entries)} run")
+        errors = Counter(entry["error"].partition(": ")[2][:90] for entry in entries if "error" in entry)
+        reason = errors.most_common(1)[0][0].replace("|", "/") if errors else ""
+        rows.append(f"| {family} | {len(entries)} | {len(entries) - errors.total()} | {reason} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
