@@ -224,7 +224,7 @@ def test_a_loop_of_ones_own_takes_nested_actions():
         assert trained.predict(seen[0]) in Arm.action_space
         envs = trained.envs.open(trained.config)
         envs.reset(seed=0)
-        with pytest.raises(UserError, match=r"action 'arm\[0\]' is missing; expected float32 of shape \(2, 2\)"):
+        with pytest.raises(UserError, match=r"action 'arm\[0\]' is missing, expected float32 of shape \(2, 2\)"):
             envs.step({"go": np.zeros(2, np.int64)})
 
 

@@ -68,7 +68,7 @@ def plot(
     if isinstance(run_dirs, (str, Path)):
         run_dirs = [run_dirs]
     for path in map(Path, run_dirs):
-        if not (path / METRICS).is_file():
+        if not (path / METRICS).exists():
             problem = "is no run folder: it has no metrics" if path.exists() else "does not exist"
             raise UserError(f"{path} {problem}. Give a run folder, or a folder of several seeds.")
     runs = [Run(path.name, read_config(path), read_metrics(path)) for path in map(Path, run_dirs)]
