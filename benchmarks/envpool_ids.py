@@ -31,7 +31,7 @@ from proximo.rollout.collector import Collector
 from proximo.rollout.rollout import Rollout
 
 envs = make_envs(sys.argv[1], 2)
-spaces, config = spaces_of(envs), Config(num_envs=2, num_steps=int(sys.argv[2]))
+spaces, config = spaces_of(envs), Config(num_envs=2, num_steps=int(sys.argv[2]), num_minibatches=1)
 collector, rollout = Collector(envs, spaces, config), Rollout(spaces, config.num_steps, 2)
 rng = np.random.default_rng(0)
 collector.reset([0, 1])
