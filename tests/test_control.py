@@ -12,6 +12,7 @@ from backends import each_backend
 
 from proximo.agent import Agent
 from proximo.cli import main
+from proximo.envs.attributes import find_generators, find_statistics
 from proximo.errors import UserError
 from proximo.learner.schedules import hyper_at
 from proximo.ppo import PPO
@@ -21,6 +22,19 @@ SMALL = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 
 
 def rows_of(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_attributes_that_lead_back_to_an_environment_end_the_search():
+    """Neither a simulator with a reference to its environment, nor arms of a bandit, are running statistics."""
+
+    class Bandit(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
+
+        def __init__(self):
+            self.env, self.arms = self, 2
+
+    assert find_statistics(Bandit()) == ""
+    assert find_generators(Bandit()) == ""
 
 
 def test_a_callback_adds_metrics_and_stops(tmp_path):
@@ -189,3 +203,17 @@ def test_running_statistics_in_the_environment_are_reported(engine, tmp_path, ca
     with PPO.load(tmp_path / "saved", make) as loaded:
         loaded.evaluate(2)
     assert capsys.readouterr().err.count(note) == 1
+
+
+@each_backend
+def test_the_adaptive_factor_ends_with_its_schedule(backend, tmp_path):
+    """A run with a target of 0.5 raises its rate; continued with a constant rate of 0.001, the rate is 0.001."""
+    small = {"num_envs": 2, "num_steps": 8, "minibatch_size": 16, "preset": None, "backend": backend.name}
+    with PPO("CartPole-v1", lr_schedule="adaptive", learning_rate=1e-4, desired_kl=0.5, **small) as agent:
+        agent.learn(160)
+        assert agent.learner.state()["rate_scale"] > 2
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", lr_schedule="constant", learning_rate=1e-3) as again:
+        assert next(again.iterate(16))["update/learning_rate"] == pytest.approx(1e-3)
+    with PPO.load(tmp_path / "saved") as same:
+        assert same.learner.state()["rate_scale"] > 2

@@ -2,17 +2,22 @@
 
 import inspect
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def wrapped(env: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield an environment and those inside it, each with its attributes."""
-    while env is not None:
+    visited: list[Any] = []
+    while isinstance(env, (gym.Env, VectorEnv)) and not any(env is one for one in visited):
+        visited.append(env)
         attributes = own_attributes(env)
         yield env, attributes
         env = attributes.get("env")
@@ -48,6 +53,6 @@ def find_generators(env: Any) -> str:
 def find_statistics(env: Any) -> str:
     """Name of a wrapper that keeps running statistics, as Gymnasium's NormalizeObservation does; "" without any."""
     for one, attributes in wrapped(env):
-        if any("rms" in name or name.startswith("running_") for name in attributes):
+        if any(re.search(r"(^|_)rms($|_)", name) or name.startswith("running_") for name in attributes):
             return type(one).__name__
     return ""

@@ -94,7 +94,7 @@ class EnvSlice:
         origin_bytes = SNAPSHOT_BYTES if snapshot_method(first) else GENERATOR_BYTES
         return Declaration(
             [spaces[0], *differing[:1]], dict(first.metadata or {}), first.render_mode, reports_episodes(first),
-            origin_bytes, find_statistics(first), find_generators(first),
+            origin_bytes, find_statistics(first), "" if snapshot_method(first) else find_generators(first),
         )  # fmt: skip
 
     def attach(self, arrays: SharedArrays, process: int, info_names: Sequence[str] = ()) -> None:

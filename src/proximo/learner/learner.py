@@ -242,7 +242,10 @@ class Learner:
         Raises:
             UserError: the state belongs to other settings or spaces.
         """
-        self._set_named_state(unflatten(self._named_state(), state))
+        named = unflatten(self._named_state(), state)
+        if self.spec.config.lr_schedule != "adaptive":  # the factor belongs to the schedule of an earlier run
+            named = named._replace(rate_scale=np.ones_like(named.rate_scale))
+        self._set_named_state(named)
 
     def _named_state(self) -> State:
         named = {name: self._to_named(getattr(self._state, name)) for name in PER_PARAMETER}
