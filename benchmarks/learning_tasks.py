@@ -7,6 +7,7 @@ Each is a call of learning.py, whose results lie in benchmarks/results/tasks.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ TASKS: dict[str, tuple[str, str]] = {  # name of the result -> environment and f
     "PartialPendulum-v1-no-memory": ("tasks:PartialPendulum-v1", f"{JAX} {PENDULUM}"),
     "MemoryChain-20x3": (
         "tasks:MemoryChain-v0",
-        f"{JAX} --env-kwargs {{length:20,bits:3}} {MAZE} --memory gru --memory-size 128 --total-timesteps 600000",
+        f"{JAX} --env-kwargs '{{length: 20, bits: 3}}' {MAZE} --memory gru --memory-size 128 --total-timesteps 600000",
     ),
     "Rover-v0": (
         "tasks:Rover-v0",
@@ -55,7 +56,7 @@ TASKS: dict[str, tuple[str, str]] = {  # name of the result -> environment and f
     **{
         f"TMaze-{length}{'' if memory else '-no-memory'}": (
             "tasks:TMaze-v0",
-            f"{JAX} --env-kwargs {{length:{length}}} {MAZE} {memory} --total-timesteps {steps}",
+            f"{JAX} --env-kwargs '{{length: {length}}}' {MAZE} {memory} --total-timesteps {steps}",
         )
         for length, steps in STEPS.items()
         for memory in (GRU, "")
@@ -67,8 +68,7 @@ def main() -> None:
     """Run the named tasks, or all."""
     for name in sys.argv[1:] or TASKS:
         env, flags = TASKS[name]
-        words = [word.replace(":", ": ") if word.startswith("{") else word for word in flags.split()]
-        command = [sys.executable, str(HERE / "learning.py"), env, "--name", name, "--seeds", "5", *words]
+        command = [sys.executable, str(HERE / "learning.py"), env, "--name", name, "--seeds", "5", *shlex.split(flags)]
         subprocess.run(command, check=True)
 
 

@@ -96,9 +96,7 @@ def print_error(text: str) -> None:
 def wrap_line(line: str, width: int) -> list[str]:
     """Lines of at most `width` characters, or of one longer word; all but the first are indented."""
     indent = "  " + line[: len(line) - len(line.lstrip())]
-    wrapped = textwrap.wrap(
-        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )
+    wrapped = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return wrapped or [line]
 
 

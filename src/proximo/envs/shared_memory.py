@@ -11,7 +11,7 @@ from gymnasium.vector.utils import create_empty_array
 
 from proximo.errors import UserError
 from proximo.rollout.returned import to_array
-from proximo.spaces.trees import Key, describe_path, find, keys_of, leaves
+from proximo.spaces.trees import Key, find, keys_of, label, leaves
 
 CACHE_LINE = 64  # bytes
 NO_ENVIRONMENT = -1  # value of `SharedArrays.current` between calls
@@ -99,10 +99,7 @@ class SharedLeaf(NamedTuple):
 
 def shared_leaves(kind: str, tree: Any) -> list[SharedLeaf]:
     """The arrays [N, ...] of batched observations or actions; `kind` names them in messages."""
-    return [
-        SharedLeaf(f"{kind} {describe_path(path)!r}" if path else f"the {kind}", keys_of(path), x, x.shape[1:], x.dtype)
-        for path, x in leaves(tree)
-    ]
+    return [SharedLeaf(label(kind, path), keys_of(path), x, x.shape[1:], x.dtype) for path, x in leaves(tree)]
 
 
 def store_observation(parts: Sequence[SharedLeaf], n: int, observation: Any) -> None:
@@ -132,10 +129,11 @@ def store_observation(parts: Sequence[SharedLeaf], n: int, observation: Any) -> 
 def store_actions(parts: Sequence[SharedLeaf], actions: Any) -> None:
     """Copy the actions of all environments into the arrays; raise UserError if they do not match their space."""
     for leaf in parts:
+        rows = leaf.rows
         try:
-            value, rows = np.asarray(find(actions, leaf.keys)), leaf.rows
+            value = np.asarray(find(actions, leaf.keys))
         except LookupError as error:
-            raise UserError(f"{leaf.name} is missing, expected {leaf.dtype} of shape {leaf.rows.shape}") from error
+            raise UserError(f"{leaf.name} is missing, expected {rows.dtype} of shape {rows.shape}") from error
         is_castable = value.dtype == leaf.dtype or np.can_cast(value.dtype, leaf.dtype, "same_kind")
         if value.shape != rows.shape or not is_castable:
             raise UserError(

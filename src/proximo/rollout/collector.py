@@ -80,7 +80,7 @@ class Collector:
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
         self._kind = type(inner).__name__
-        self._is_checked = type(inner).__module__.split(".")[0] in ("gymnasium", "proximo")
+        self._is_trusted = type(inner).__module__.split(".")[0] in ("gymnasium", "proximo")
         self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
         self.captured: EnvState | None = None  # the result of `capture_state`, until the next step
         self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
@@ -202,7 +202,7 @@ class Collector:
             actions.append(action)
             acted = time.perf_counter()
             observation, reward, terminated, truncated, info = self.envs.step(action)
-            if not self._is_checked:
+            if not self._is_trusted:
                 require_vector_step(rollout.num_envs, reward, terminated, truncated)
             env_seconds += time.perf_counter() - acted
             act_seconds += acted - began

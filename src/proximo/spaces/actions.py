@@ -61,11 +61,12 @@ class Actions:
             output, noise, std = ends
 
     def check(self, config: Config) -> None:
-        """Raise UserError for settings that no head or some head cannot serve."""
+        """Raise UserError for settings of continuous actions that these cannot serve."""
+        continuous = [head for head in self.heads if isinstance(head, GaussianHead)]
         for name in ("squash", "rescale_actions", "tanh_mean"):
-            if getattr(config, name) and not self.std_size:
+            if getattr(config, name) and not continuous:
                 raise UserError(f"`{name}` needs a Box action, and there is none: {self.describe()}. Turn it off.")
-        for head in self.heads:
+        for head in continuous:
             head.check(config)
 
     def zeros(self, leading: tuple[int, ...]) -> RawAction:

@@ -51,9 +51,6 @@ class CategoricalHead:
         """Outputs of the network: one logit per action."""
         return self.n
 
-    def check(self, config: Config) -> None:
-        """Raise UserError for a setting that this head cannot serve: none."""
-
     def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
         """Standard Gumbel noise [*leading, n]: argmax(logits + noise) is a sample, argmax(logits) the mode."""
         return rng.gumbel(size=(*leading, self.n)).astype(np.float32)
@@ -234,9 +231,6 @@ class BernoulliHead:
     def output_size(self, config: Config) -> int:
         """Outputs of the network: one logit per bit."""
         return self.size
-
-    def check(self, config: Config) -> None:
-        """Raise UserError for a setting that this head cannot serve: none."""
 
     def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
         """Standard logistic noise [*leading, size]: logit + noise > 0 is a sample, logit > 0 the mode."""

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.spaces.trees import Key, describe_path, join, keys_of
+from proximo.spaces.trees import Key, describe_path, join, keys_of, label
 
 Obs = dict[str, np.ndarray]  # path -> [..., *leaf shape]
 
@@ -54,7 +54,7 @@ class Leaf:
     @property
     def name(self) -> str:
         """Name for messages."""
-        return f"observation {describe_path(self.path)!r}" if self.path else "the observation"
+        return label("observation", self.path)
 
     @cached_property
     def keys(self) -> tuple[Key, ...]:
@@ -188,7 +188,7 @@ def remedy(space: gym.Space[Any]) -> str:
     supported = []
     for key, child in space.spaces.items():
         with suppress(UserError):
-            list(read_leaves(child, str(key)))
+            list(read_leaves(child, join("", key)))
             supported.append(key)
     if not supported:
         return "Convert it with a wrapper of your own, such as gymnasium.wrappers.TransformObservation."

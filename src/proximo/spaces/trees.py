@@ -36,6 +36,11 @@ def describe_path(path: str) -> str:
     return "".join(parts).lstrip(".")
 
 
+def label(kind: str, path: str) -> str:
+    """Name of an array in messages: `action 'arm[0]'`, or `the action` where nothing is nested."""
+    return f"{kind} {describe_path(path)!r}" if path else f"the {kind}"
+
+
 def is_inside(path: str, parent: str) -> bool:
     """Whether a path is `parent` or leads on from it."""
     return not parent or path == parent or path.startswith(f"{parent}.")
