@@ -44,12 +44,6 @@ def random_obs(spaces: Spaces, rng: np.random.Generator, leading: tuple[int, ...
     return obs
 
 
-def store_final(rollout: Rollout, t: int, n: int, obs: Obs) -> None:
-    """Add leaves as `Rollout.add_final_obs` does for an observation of an environment."""
-    rollout._final_index.append(t * rollout.num_envs + n)
-    rollout._final_obs.append({path: np.array(value, rollout.obs[path].dtype) for path, value in obs.items()})
-
-
 def act_rollout(
     learner: Any,
     seed: int,
@@ -95,7 +89,7 @@ def act_rollout(
         rollout.start[t + 1] = over
         for n in np.flatnonzero(over):
             final = {path: x[0] for path, x in random_obs(spaces, rng, (1,)).items()}
-            store_final(rollout, t, int(n), final)
+            rollout.add_final_obs(t, int(n), final)
     rollout.reward[~rollout.valid] = 0.0
     return rollout
 

@@ -217,3 +217,39 @@ def test_the_adaptive_factor_ends_with_its_schedule(backend, tmp_path):
         assert next(again.iterate(16))["update/learning_rate"] == pytest.approx(1e-3)
     with PPO.load(tmp_path / "saved") as same:
         assert same.learner.state()["rate_scale"] > 2
+
+
+def test_a_wrong_metric_is_reported_and_the_row_is_kept(tmp_path):
+    """Also where the loop is left in the same iteration."""
+    with PPO("CartPole-v1", **SMALL) as agent:
+        training = agent.iterate(640, run_dir=tmp_path / "run")
+        row = next(training)
+        row |= {"good": 1.0, "bad": "text"}
+        with pytest.raises(UserError, match="the metric 'bad' is 'text'"):
+            training.close()
+    (row,) = rows_of(tmp_path / "run")
+    assert row["good"] == 1.0
+    assert "bad" not in row
+
+
+def test_a_wrong_function_is_reported_before_a_rollout():
+    """No environment is stepped with a value that is out of range."""
+    steps = []
+
+    class Counted(gym.Wrapper):
+        def step(self, action):
+            steps.append(action)
+            return super().step(action)
+
+    agent = PPO(lambda: Counted(gym.make("CartPole-v1")), ent_coef=lambda progress: -1.0, **SMALL)
+    with agent, pytest.raises(UserError, match="`ent_coef` is -1"):
+        agent.learn(64)
+    assert not steps
+
+
+def test_settings_of_the_trained_network_may_be_repeated(tmp_path):
+    with PPO("CartPole-v1", **SMALL) as agent:
+        agent.save(tmp_path / "saved")
+    PPO.load(tmp_path / "saved", memory_size=64, embedding_size=0, hidden_sizes=(64, 64)).close()
+    with pytest.raises(UserError, match="`hidden_sizes` is"):
+        PPO.load(tmp_path / "saved", hidden_sizes=(32,))

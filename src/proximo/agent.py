@@ -22,6 +22,7 @@ from proximo.config.values import to_int
 from proximo.errors import UserError, refuse_pickling
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
+from proximo.learner.schedules import hyper_at
 from proximo.rollout.collector import Collected
 from proximo.rollout.episodes import count_episodes, select_info, with_info
 from proximo.rollout.randomness import Purpose, generator
@@ -39,7 +40,7 @@ from proximo.train import report, require_changeable
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as the default 8 × 256
 # Settings of PPO's training loop, besides those of group "records".
 LOOP_SETTINGS = (
-    "engine", "env_kwargs", "isolate_envs", "env_timeout", "stop_at_return", "run_dir", "exact_resume",
+    "engine", "env_kwargs", "wrappers", "isolate_envs", "env_timeout", "stop_at_return", "run_dir", "exact_resume",
     "checkpoint_interval", "checkpoint_minutes", "keep_checkpoints", "evaluation_interval", "evaluation_episodes",
 )  # fmt: skip
 
@@ -195,7 +196,7 @@ class Agent:
         rollout.store_obs(t + 1, following, self._start)
         ended = np.flatnonzero(over)
         for n in ended.tolist():
-            rollout.add_final_obs(t, n, select(next_obs, n) if count > 1 else next_obs)
+            rollout.add_final_obs(t, n, {path: array[n] for path, array in following.items()})
         episodes = count_episodes(self._episode_return, self._episode_length, rewards, valids, ended)
         if info and count == 1:
             episodes = [episode._replace(info=select_info(info, self.config.log_info)) for episode in episodes]
@@ -238,9 +239,8 @@ class Agent:
         rollout.valid[self._filled :] = False
         rollout.start[self._filled : -1] = False  # belongs to the next rollout
         collected = Collected(self._episodes, self._env_seconds, self._act_seconds)
-        done = update_from(
-            self.learner, rollout, config, progress.iteration, progress.global_step, collected, self._began
-        )
+        hyper = hyper_at(config, progress.global_step)
+        done = update_from(self.learner, rollout, config, progress.iteration, hyper, collected, self._began)
         if done.fault:
             raise done.fault
         if self.full:
@@ -270,7 +270,7 @@ class Agent:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
         saved = load(path)
-        given = agent_settings(changes)
+        given = {**agent_settings(changes), "wrappers": ()}  # those of the caller's environment
         config, spaces, learner = restore(path, saved, network, given)
         agent = cls.__new__(cls)
         progress = Progress(saved.progress.global_step, saved.progress.iteration)

@@ -1,6 +1,6 @@
 """The environments that an agent trains in: made when needed, reused, restored, or reset."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from gymnasium.vector import VectorEnv
 
@@ -51,7 +51,7 @@ class TrainingEnvs:
         """Whether the engine can restore its environments exactly, in another process too."""
         return any(state_adapters(self.open(config, spaces)))
 
-    def env_for(self, purpose: str, env: EnvLike | None = None, wrappers: Sequence[str] = ()) -> EnvLike:
+    def env_for(self, purpose: str, env: EnvLike | None = None) -> EnvLike:
         """The id or function that makes another environment; UserError if it is unknown or a vector environment."""
         env = self.env if env is None else env
         if env is None or isinstance(env, VectorEnv):
@@ -59,7 +59,7 @@ class TrainingEnvs:
                 f"{purpose} needs an environment that can be made again. Give an id or a function that makes one, to "
                 "PPO or as env=…, or turn it off."
             )
-        return with_wrappers(env, wrappers)
+        return env
 
     def open(self, config: Config, spaces: Spaces | None = None) -> VectorEnv:
         """The vector environment, made if it does not exist.
@@ -75,8 +75,7 @@ class TrainingEnvs:
         if self._envs is None:
             if self.env is None:
                 raise UserError(self.missing_message())
-            env = with_wrappers(self.env, config.wrappers)
-            self._envs, self.engine = make_or_wrap_envs(env, config, spaces)
+            self._envs, self.engine = make_or_wrap_envs(self.env, config, spaces)
             warn_of_statistics(self._envs)
         return self._envs
 
@@ -123,9 +122,12 @@ class TrainingEnvs:
 
 def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tuple[VectorEnv, str]:
     """The vector environment of a run, and the engine that steps it; UserError if it does not have these `spaces`."""
+    env = with_wrappers(env, config.wrappers)
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
     engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout, config.log_info)
+    if config.log_info and engine in ("native", "envpool"):
+        notify_user(f"`log_info` has no effect with engine {engine}, which returns no info. Use engine workers or sync")
     try:
         if config.exact_resume and not any(state_adapters(envs)):
             raise UserError(

@@ -19,6 +19,7 @@ from proximo.envs.make import (
     spaces_of,
     warn_of_statistics,
 )
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import Exited, RunError, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.machine import single_blas_thread
@@ -111,6 +112,7 @@ def evaluate(
     favour short episodes.
 
     Args:
+        config: its `env_kwargs`, `wrappers`, `env_timeout` and `log_info` apply to the environments.
         spaces: of the policy.
         deterministic: reported in the result.
         num_envs: environments at a time, at most one for each episode.
@@ -130,7 +132,9 @@ def evaluate(
     rollout = Rollout(spaces, CHUNK, count)
     actor = policy(count)
     finished: list[Episode] = []
+    env = with_wrappers(env, config.wrappers)
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
+    waited = np.zeros(count, np.int64)  # steps since the last finished episode
     engine = evaluation_engine(env, env_kwargs)
     with closing(
         make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout, log_info=config.log_info)
@@ -146,21 +150,23 @@ def evaluate(
             collector.reset(seeds)
         began, is_reported = time.monotonic(), False
         while remaining.any():
-            steps = int(collector.episode_length.max())
+            steps = int(waited.max())
             if not is_reported and steps > LONG_EPISODE and time.monotonic() - began > LONG_S:
                 is_reported = True
                 notify_user(
                     f"an episode of the evaluation has not ended after {steps:,} steps. A continuing task needs a time "
                     "limit, with max_episode_steps or gymnasium.wrappers.TimeLimit"
                 )
-            if collector.episode_length.max() > MAX_EPISODE_STEPS:
+            if steps > MAX_EPISODE_STEPS:
                 raise RunError(
                     f"an episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give the environment a time limit, "
                     "with max_episode_steps or gymnasium.wrappers.TimeLimit."
                 )
             with single_blas_thread():
                 collected = collector.collect(actor, rollout)
+            waited += CHUNK
             for episode in collected.episodes:
+                waited[episode.env_index] = 0
                 if remaining[episode.env_index]:
                     remaining[episode.env_index] -= 1
                     finished.append(episode)

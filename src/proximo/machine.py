@@ -23,8 +23,14 @@ STOP_SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP
 
 
 def is_raised_by_environment(error: KeyboardInterrupt) -> bool:
-    """Whether an environment raised it, not a signal. Python's own handler, if it is installed, leaves that open."""
-    return not error.args and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    """Whether an environment raised it, not a signal.
+
+    Only a handler of Proximo's tells: it passes the number of the signal. Others, such as Python's own or asyncio's,
+    leave it open.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    is_known = handler is signal.SIG_IGN or str(getattr(handler, "__module__", "")).startswith("proximo.")
+    return not error.args and is_known
 
 
 @contextmanager

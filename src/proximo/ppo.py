@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
-from proximo.envs.make import EnvLike, make_envs, spaces_of, with_version
+from proximo.envs.make import EnvLike, evaluation_engine, make_envs, spaces_of, with_version
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError, notify_user, refuse_pickling
 from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, random_policy, trained_policy
 from proximo.learner.learner import Learner
@@ -164,7 +165,6 @@ class PPO:
             source, evaluate_if_due = self._start()
             recorder.start()
             self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
-            self.config = config.replace(run_dir=None)
             inspect = recorder.folder is not None
             trained = iterations(lambda: self.config, source, self.learner, self.progress, inspect, recorder.on_step)
             yield from recorder.record(trained, evaluate_if_due)
@@ -220,7 +220,7 @@ class PPO:
         Raises:
             UserError: the environment is unknown (give `env`), has other spaces, or cannot be shown.
         """
-        env = self.envs.env_for("an evaluation", env, self.config.wrappers)
+        env = self.envs.env_for("an evaluation", env)
         policy = trained_policy(self.learner, self.spaces, deterministic, seed)
         given = (policy, self.config, self.spaces, env, episodes, deterministic, seed, num_envs)
         warn = not self.envs.is_open  # otherwise the user was warned when they were made
@@ -240,7 +240,7 @@ class PPO:
         Raises:
             UserError: a package is missing, or the environment cannot be rendered; the message says what to do.
         """
-        env = self.envs.env_for("a video", env, self.config.wrappers)
+        env = self.envs.env_for("a video", env)
         actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
         return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)
 
@@ -297,6 +297,9 @@ def evaluate_random(
     *,
     seed: int = 0,
     env_kwargs: Mapping[str, Any] | None = None,
+    wrappers: Sequence[str] = (),
+    env_timeout: float | None = 60.0,
+    log_info: Sequence[str] = (),
     num_envs: int = NUM_ENVS,
     render: bool = False,
     record: str | Path | None = None,
@@ -305,6 +308,11 @@ def evaluate_random(
 ) -> Evaluation:
     """Run complete episodes with random actions: a baseline.
 
+    Args:
+        env_kwargs, wrappers, env_timeout, log_info: the settings of `proximo.Config` with these names.
+
+    The other arguments are those of `PPO.evaluate`.
+
     Raises:
         UserError: as `PPO.evaluate`.
     """
@@ -312,8 +320,9 @@ def evaluate_random(
         raise UserError(
             "evaluate_random cannot use a vector environment. Give an id or a function that makes one environment."
         )
-    config = Config(env_kwargs=dict(env_kwargs or {}))
-    spaces = read_spaces(env, config.env_kwargs)
+    names = {"env_kwargs": env_kwargs or {}, "wrappers": wrappers, "env_timeout": env_timeout, "log_info": log_info}
+    config = from_mapping(names)
+    spaces = read_spaces(env, config)
     given = (random_policy(spaces, seed), config, spaces, env, episodes, False, seed, num_envs)
     return evaluate_and_record(*given, render, record, max_frames, progress)
 
@@ -325,14 +334,15 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
     if config.wandb:
         import_wandb()
     if config.capture_video:
-        require_video(envs.env_for("a video", wrappers=config.wrappers), config.env_kwargs)
+        require_video(envs.env_for("a video"), config)
     if config.evaluation_interval:
         envs.env_for("an evaluation")
 
 
-def read_spaces(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Spaces:
+def read_spaces(env: EnvLike, config: Config) -> Spaces:
     """Make one environment and return its spaces."""
-    with closing(make_envs(env, 1, "sync", env_kwargs)) as envs:
+    env, kwargs = with_wrappers(env, config.wrappers), config.env_kwargs
+    with closing(make_envs(env, 1, evaluation_engine(env, kwargs), kwargs, timeout_s=config.env_timeout)) as envs:
         return spaces_of(envs)
 
 

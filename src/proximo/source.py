@@ -13,7 +13,7 @@ import numpy as np
 from proximo.config.settings import Config
 from proximo.errors import NotFinite, notify_user
 from proximo.learner.learner import Learner
-from proximo.learner.schedules import hyper_at
+from proximo.learner.schedules import Hyper, hyper_at
 from proximo.machine import single_blas_thread
 from proximo.rollout.collector import Collected, Collector
 from proximo.rollout.diagnostics import action_metrics, find_outlier, histograms_of
@@ -83,7 +83,7 @@ class HostSource:
     ) -> Iteration:
         """Collect a rollout and update the learner; see `Source.iterate`."""
         rollout = self._rollout
-        began = time.perf_counter()
+        began, hyper = time.perf_counter(), hyper_at(config, global_step)
         noise_rng = generator(config.seed, Purpose.NOISE, iteration)
         noise = rollout.spaces.action.noise(noise_rng, (config.num_steps, config.num_envs))
         actor = learner.actor(noise, keep_outputs=True)
@@ -95,7 +95,7 @@ class HostSource:
             raise
 
         on_step(config.num_steps)
-        return update_from(learner, rollout, config, iteration, global_step, collected, began, actor, inspect)
+        return update_from(learner, rollout, config, iteration, hyper, collected, began, actor, inspect)
 
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
@@ -107,7 +107,7 @@ def update_from(
     rollout: Rollout,
     config: Config,
     iteration: int,
-    global_step: int,
+    hyper: Hyper,
     collected: Collected,
     began: float,
     actor: Actor | None = None,
@@ -117,7 +117,6 @@ def update_from(
     update_began = time.perf_counter()
     if config.normalize_observation:
         warn_of_outliers(learner, rollout)
-    hyper = hyper_at(config, global_step)
     rng = generator(config.seed, Purpose.ORDER, iteration)
     order = minibatch_order(rollout.valid, config.update_epochs, config.minibatch_count, rng, config.steps_per_sequence)
     steps = int(rollout.valid.sum())
@@ -143,7 +142,8 @@ def warn_of_outliers(learner: Learner, rollout: Rollout) -> None:
     for path, array in ((path, rollout.obs[path]) for path in vectors):
         if np.abs(array).max() >= HUGE:
             state, name = learner.state(), f"obs_moments/{path}"
-            outlier = find_outlier(array[:-1][rollout.valid], state[f"{name}/count"], state[f"{name}/variance"])
+            samples = array[:-1][rollout.valid]
+            outlier = len(samples) and find_outlier(samples, state[f"{name}/count"], state[f"{name}/variance"])
             if outlier:
                 where = f"observation {path!r}" if path else "observation"
                 notify_user(

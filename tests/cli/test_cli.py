@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,10 +257,11 @@ def test_ctrl_c_in_a_collection_drops_it_and_saves_the_rest(tmp_path):
 def test_numbers_are_values_of_the_preceding_flag(tmp_path, capsys):
     """A negative number with an exponent is not a flag, and an environment id is not a layer width."""
     run = tmp_path / "run"
-    arguments = ["train", *SMALL, "--hidden-sizes", "8", "4", "Acrobot-v1", "--stop-at-return", "-1e2"]
+    arguments = ["train", *SMALL, "--hidden-sizes", "8", "4", "--critic-hidden-sizes", "6", "5", "Acrobot-v1"]
+    arguments += ["--stop-at-return", "-1e2"]
     assert main([*arguments, "--total-timesteps", "32", "--run-dir", str(run)]) == 0
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["hidden_sizes"] == [8, 4]
+    assert (config["hidden_sizes"], config["critic_hidden_sizes"]) == ([8, 4], [6, 5])
     assert config["stop_at_return"] == -100.0
     assert "stop_at_return -100 was not reached" in capsys.readouterr().out
 
@@ -354,6 +356,11 @@ def test_commands_take_the_folder_of_several_seeds(tmp_path, capsys):
     assert (folder / "learning_curve.png").stat().st_mtime_ns > begun
     assert [len((folder / f"seed-{n}" / "metrics.jsonl").read_text().splitlines()) for n in (0, 1, 2)] == [3, 3, 3]
     assert "seed: 2" in (folder / "seed-2" / "config.yaml").read_text()
+    shutil.rmtree(folder / "seed-1" / "checkpoints")  # as when a run is killed before its first checkpoint
+    assert main(["resume", str(folder), "--total-timesteps=96"]) == 0
+    assert "seed-1 ended before its first checkpoint and begins again" in capsys.readouterr().err
+    assert (folder / "seed-1-unfinished" / "metrics.jsonl").is_file()
+    assert (folder / "seed-1" / "checkpoints").is_dir()
 
 
 def test_an_evaluation_shows_progress_and_limits_the_video(tmp_path, capsys):

@@ -9,11 +9,14 @@ import torch
 from rollouts import scramble
 
 from proximo.agent import Agent
+from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.jax.distributions import Categorical, Policy
 from proximo.jax.networks import Network
+from proximo.learner.architecture import initial_parameters
 from proximo.ppo import PPO
 from proximo.rollout.randomness import environment_seeds
+from proximo.spaces.spaces import Spaces
 from proximo.torch.distributions import Categorical as TorchCategorical
 from proximo.torch.distributions import Policy as TorchPolicy
 from proximo.torch.networks import Network as TorchNetwork
@@ -133,6 +136,16 @@ KINDS = [(backend, memory) for backend in ("jax", "torch") for memory in ("gru",
 MAZE = {
     "num_envs": 8, "num_steps": 20, "update_epochs": 1, "num_minibatches": 1, "memory_size": 8, "sequence_length": 4,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("memory", "gates"), [("gru", 3), ("lstm", 4)])
+def test_each_gate_keeps_the_norm_of_the_state(memory, gates):
+    """U U^T is the identity for the initial recurrent weights U [8, 8] of each gate."""
+    spaces = Spaces.of(TMaze.observation_space, TMaze.action_space)
+    arrays = initial_parameters(Config(memory=memory, memory_size=8), spaces)
+    for part in ("actor", "critic"):
+        for gate in np.split(arrays[f"{part}.memory.hidden.weight"], gates, axis=1):
+            np.testing.assert_allclose(gate @ gate.T, np.eye(8), atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])

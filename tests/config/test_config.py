@@ -194,8 +194,10 @@ def test_config_is_immutable_and_replace_checks():
     assert config.gamma == 0.99
     with pytest.raises(UserError, match="gamma"):
         config.replace(gamma=2)
+    by_count = Config(minibatch_size=64).replace(num_minibatches=4)  # each replaces the other
+    assert (by_count.minibatch_size, by_count.num_minibatches) == (None, 4)
     with pytest.raises(UserError, match="both"):
-        Config(minibatch_size=64).replace(num_minibatches=4)
+        config.replace(minibatch_size=64, num_minibatches=4)
 
 
 def test_every_setting_has_a_meaning():

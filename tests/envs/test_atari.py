@@ -12,15 +12,18 @@ from proximo.config import presets
 from proximo.config.settings import Config
 from proximo.envs.atari import AtariVectorEnv
 from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError
-from proximo.ppo import PPO
+from proximo.ppo import PPO, evaluate_random
 from proximo.rollout.collector import Collector
 from proximo.rollout.rollout import Rollout
 
+LIMIT = "gymnasium.wrappers:TimeLimit,max_episode_steps=100"
 PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"
 STILL = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.0}
 TINY = {"preset": None, "num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "hidden_sizes": (8,)}
 each_engine = pytest.mark.parametrize("engine", ["native", "sync", "workers"])
+each_single_engine = pytest.mark.parametrize("engine", ["sync", "workers"])
 
 
 def random_collector(env, engine, num_steps, num_envs=2, **env_kwargs):
@@ -196,3 +199,25 @@ sys.exit(main(["train", "ALE/Pong-v5", "--engine", "sync", "--num-envs", "1"]))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert "'ALE/Pong-v5' needs a package that is not installed. Run: pip install 'proximo[atari]'" in done.stderr
+
+
+@each_single_engine
+def test_a_wrapper_may_truncate_a_game(engine):
+    """A game that a time limit cuts off is reported with its score so far, not with clipped rewards: in MsPacman a dot
+    is worth 10. The limit counts from the loss of a life, and its tune lasts for about 65 steps."""
+    env = with_wrappers("ALE/MsPacman-v5", [LIMIT])
+    collector, rollout, actor = random_collector(env, engine, 300)
+    episodes = collector.collect(actor, rollout).episodes
+    collector.envs.close()
+    assert len(episodes) == rollout.truncated.sum() >= 2
+    for episode in episodes:
+        assert episode.episode_return >= 10
+        assert episode.episode_return % 10 == 0
+        assert episode.length >= 100
+
+
+def test_evaluations_and_videos_of_a_truncated_game_end(tmp_path):
+    result = evaluate_random("ALE/MsPacman-v5", 2, wrappers=[LIMIT], record=tmp_path / "game.mp4")
+    assert all(length >= 100 for length in result.lengths)
+    assert all(value % 10 == 0 and value >= 10 for value in result.returns)
+    assert (tmp_path / "game.mp4").stat().st_size > 0

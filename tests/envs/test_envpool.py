@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from proximo.config.settings import Config
 from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.errors import RunError, UserError
-from proximo.ppo import PPO
+from proximo.ppo import PPO, evaluate_random
 from proximo.rollout.collector import Collector
 from proximo.rollout.rollout import Rollout
 
@@ -660,3 +660,13 @@ def test_ids_of_envpool_never_fall_back_to_gymnasium(tmp_path):
         pytest.raises(UserError, match=r"cannot be rendered|vector environment only"),
     ):
         agent.record(tmp_path / "video.mp4")
+
+
+def test_a_random_policy_acts_in_an_environment_of_envpool():
+    assert len(evaluate_random("envpool:CartPole-v1", 2).lengths) == 2
+
+
+def test_info_that_an_engine_does_not_return_is_noted(capsys):
+    for engine in ("envpool", "native"):
+        PPO("CartPole-v1", engine=engine, log_info=["x"], num_envs=1).close()
+        assert f"`log_info` has no effect with engine {engine}" in capsys.readouterr().err

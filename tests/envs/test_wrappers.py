@@ -11,7 +11,7 @@ import yaml
 from proximo.cli import main
 from proximo.envs.wrappers import read_arguments
 from proximo.errors import UserError
-from proximo.ppo import PPO
+from proximo.ppo import PPO, evaluate_random
 
 STACK = "gymnasium.wrappers:FrameStackObservation,stack_size=3"
 LIMIT = "gymnasium.wrappers:TimeLimit,max_episode_steps=5"
@@ -94,3 +94,35 @@ def test_arguments_are_yaml():
     text = "m:C,a=1,b=[1, 2],c=text,d=null,e={x: 1.5}"
     assert read_arguments(text) == {"a": 1, "b": [1, 2], "c": "text", "d": None, "e": {"x": 1.5}}
     assert np.isinf(read_arguments("m:C,low=-.inf")["low"])
+
+
+def test_wrappers_apply_to_a_random_policy(tmp_path, capsys):
+    assert evaluate_random("CartPole-v1", 2, wrappers=[LIMIT]).lengths == (5, 5)
+    assert main(["evaluate", "--policy=random", "--env=CartPole-v1", "--wrapper", LIMIT, "--episodes=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["length_mean"] == 5.0
+    run = str(tmp_path / "run")
+    assert main(["train", "CartPole-v1", *FLAGS, "--wrapper", LIMIT, "--total-timesteps=32", "--run-dir", run]) == 0
+    assert main(["evaluate", run, "--policy=random", "--episodes=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["length_mean"] == 5.0
+
+
+def test_seeds_keep_wrappers_and_settings(tmp_path, monkeypatch, capsys):
+    """Each seed gets the user's own wrapper and engine, also where processes cannot be pinned to cores; evaluations
+    ask for what a file may not name."""
+    (tmp_path / "limits.py").write_text(
+        "import gymnasium\nclass Four(gymnasium.wrappers.TimeLimit):\n"
+        "    def __init__(self, env):\n        super().__init__(env, 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("proximo.cli.seeds.can_pin_to_cores", lambda: False)
+    own, given = ["--wrapper", "limits:Four", "--wrapper", STACK], "gymnasium:CartPole-v1"
+    flags = [*FLAGS, *own, "--engine=workers", "--total-timesteps=32", "--seeds=0,1", "--run-dir=run"]
+    assert main(["train", given, *flags]) == 0
+    for seed in (0, 1):
+        config = yaml.safe_load((tmp_path / "run" / f"seed-{seed}" / "config.yaml").read_text())
+        assert (config["wrappers"], config["engine"], config["threads"]) == (["limits:Four", STACK], "workers", 1)
+    capsys.readouterr()
+    assert main(["evaluate", "run", *own, "--episodes=2"]) == 2
+    assert "give the environment again" in capsys.readouterr().err
+    assert main(["evaluate", "run", *own, "--env", given, "--episodes=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["return_mean"] == 4.0

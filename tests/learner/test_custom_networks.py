@@ -440,3 +440,11 @@ def test_own_network_is_a_deprecated_alias(backend):
     assert warned[0].filename == __file__
     custom = CUSTOM_NETWORK[backend.name](policy=given)
     assert_same(*(make(small(), CONTINUOUS).init() for make in (network, custom)))
+
+
+@each_backend
+def test_memory_belongs_to_built_in_networks(backend):
+    layer = (lambda key: {}, lambda params, x: x) if backend.name == "jax" else nn.Linear(4, 2)
+    network = CUSTOM_NETWORK[backend.name](policy=layer)
+    with pytest.raises(UserError, match="`memory` is for built-in networks"):
+        make_learner(Config(backend=backend.name, memory="gru"), CATEGORICAL, network)

@@ -9,6 +9,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from proximo.agent import Agent
 from proximo.ppo import PPO, evaluate_random
+from proximo.rollout.episodes import select_info
 
 SETTINGS = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 1}
 
@@ -95,3 +96,10 @@ def test_info_in_a_loop_of_ones_own(num_envs):
     metrics = agent.update()
     assert metrics["info/part"] == 3.0
     assert metrics["info/is_success"] == 1.0
+
+
+@pytest.mark.parametrize("value", [[[1.0], [2.0, 3.0]], [1.0], np.zeros((2, 3)), "text", [object(), object()]])
+def test_entries_that_are_no_numbers_are_left_out(value):
+    """Ragged lists, too short ones, and arrays for each environment; the good entry beside them is kept."""
+    info = {"is_success": [0.0, 1.0], "x": value, "episode_extra": {"y": value, "_y": value}}
+    assert select_info(info, ["x"], 1) == {"is_success": 1.0}

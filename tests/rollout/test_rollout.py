@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from backends import each_backend
@@ -429,4 +430,14 @@ def test_a_mask_must_allow_something():
     rollout.check_finite()  # a reset row
     rollout.valid[2, 1] = True
     with pytest.raises(RunError, match="environment 1: 'action_mask' allows no action at step 2"):
+        rollout.check_finite()
+
+
+def test_a_final_observation_outside_its_space_is_refused():
+    rollout = Rollout(Spaces.of(gym.spaces.Discrete(3), gym.spaces.Discrete(2)), 3, 2)
+    rollout.clear_final_obs()
+    rollout.add_final_obs(1, 1, {"": np.array(2)})
+    rollout.check_finite()
+    rollout.add_final_obs(2, 0, {"": np.array(7)})
+    with pytest.raises(RunError, match=r"environment 0: .* is 7; expected 0 to 2.*\(the observation that ends step 2"):
         rollout.check_finite()

@@ -157,3 +157,55 @@ def test_an_evaluation_that_does_not_end_is_reported(monkeypatch, capsys):
 @pytest.mark.parametrize("value", [None, "none", 0, "0", float("inf"), "inf"])
 def test_the_timeout_can_be_turned_off(value):
     assert Config(env_timeout=value).env_timeout is None
+
+
+def test_a_program_outlives_a_command_that_two_signals_ended():
+    """The process ends itself only while the command still runs, here 0.2 s after the second signal."""
+    program = """
+import os, signal, time
+from proximo.cli import signals
+signals.GRACE_S = 0.2
+try:
+    with signals.StopSignals():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+except KeyboardInterrupt:
+    pass
+time.sleep(0.5)
+print("alive")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "alive\n"), run.stderr
+
+
+class Interrupted(gym.Env):
+    """Sends SIGINT to its process in the third step."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 3:
+            signal.raise_signal(signal.SIGINT)
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("engine", ["sync", "workers"])
+def test_ctrl_c_in_a_program_with_a_handler_of_its_own(engine):
+    """Such as asyncio's, which raises KeyboardInterrupt without the number of the signal."""
+
+    def handle(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        with PPO(Interrupted, engine=engine, **SMALL) as agent, pytest.raises(KeyboardInterrupt):
+            agent.learn(64)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -684,3 +684,38 @@ def test_an_older_checkpoint_resumes_in_another_folder(tmp_path, capsys):
     assert main(["resume", str(first), "--run-dir", str(new), "--quiet"]) == 0
     assert has_equal_state(PPO.load(run), PPO.load(new))
     capsys.readouterr()
+
+
+def test_functions_of_the_progress_cannot_be_compared(tmp_path, capsys):
+    """A run that resumes with a function is not called exact, since the saved function is unknown."""
+    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "total_timesteps": 64}
+    with PPO("CartPole-v1", clip_coef=lambda progress: 0.2, **settings) as agent:
+        for _ in agent.iterate():
+            agent.save(tmp_path / "saved")
+            break
+    with PPO.load(tmp_path / "saved", clip_coef=lambda progress: 0.1, total_timesteps=128) as loaded:
+        next(loaded.iterate())
+        (how,) = loaded.progress.resumed
+    assert not how["exact"]
+    assert "clip_coef is a function, which is not saved and cannot be compared" in how["why"]
+    assert "total_timesteps changed from 64 to 128" in how["why"]
+
+
+def test_the_link_to_the_best_checkpoint_does_not_dangle(tmp_path):
+    """Evaluations that are turned off choose the best checkpoint anew; until there is one, there is no link."""
+    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "checkpoint_interval": 1}
+    best = tmp_path / "run" / "checkpoints" / "best"
+    with PPO("CartPole-v1", evaluation_interval=1, evaluation_episodes=1, keep_checkpoints=1, **settings) as agent:
+        agent.learn(32, run_dir=tmp_path / "run")
+    assert best.is_symlink()
+    with PPO.load(tmp_path / "run", evaluation_interval=0) as loaded:
+        loaded.learn(96, run_dir=tmp_path / "run")
+    assert best.exists() == best.is_symlink()
+
+
+def test_every_call_of_learn_is_recorded_in_the_folder_of_the_settings(tmp_path):
+    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
+    with PPO("CartPole-v1", run_dir=str(tmp_path / "run"), **settings) as agent:
+        agent.learn(32).learn(64)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == [32, 64, 96]

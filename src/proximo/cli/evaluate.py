@@ -90,8 +90,10 @@ def run(options: argparse.Namespace) -> int:
     if agent is not None and options.policy == "trained":
         result = agent.evaluate(options.episodes, deterministic=options.deterministic, env=env, **common)
     else:
-        env_kwargs = agent.config.env_kwargs if agent else options.env_kwargs or {}
-        result = evaluate_random(env, options.episodes, env_kwargs=env_kwargs, **common)
+        names = ("env_kwargs", "wrappers", "env_timeout", "log_info")
+        settings = {name: getattr(agent.config, name) for name in names} if agent else given_changes(options)
+        settings.pop("backend", None)
+        result = evaluate_random(env, options.episodes, **settings, **common)
     values = result.to_dict()
     if options.json:
         print(json.dumps(values | ({"video": str(record)} if record else {})))
@@ -125,6 +127,8 @@ def evaluate_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
     means = {}
     for folder in folders:
         agent = PPO.load(folder, options.env, **given_changes(options))
+        if agent.env_id is None:
+            raise UserError(agent.envs.missing_message())
         if not means and not options.json:
             mode = "deterministic" if options.deterministic else "stochastic"
             print(f"{escape(str(agent.env_id))}: {options.episodes} episodes of each seed, {mode} policy")

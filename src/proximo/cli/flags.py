@@ -135,12 +135,13 @@ def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:
 
     Joining keeps argparse from reading `-1e2` as a flag, or an environment id as another value of --hidden-sizes.
     """
+    several = tuple(f"--{name.replace('_', '-')}=" for name, setting in SETTINGS.items() if setting.kind == INTEGERS)
     result: list[str] = []
     for word in words:
         last = result[-1] if result else ""
         if last.startswith("--") and last in flags and _is_number(word):
             result[-1] = f"{last}={word}"
-        elif last.startswith("--hidden-sizes=") and _is_number(word):
+        elif last.startswith(several) and _is_number(word):
             result[-1] = f"{last},{word}"
         else:
             result.append(_canonical_flag(word, flags))

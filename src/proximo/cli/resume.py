@@ -1,6 +1,7 @@
 """`proximo resume`: continue a run from its latest checkpoint."""
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
     The first that does not finish is the last.
     """
     from proximo.report.plot import RETURN, plot
+    from proximo.run.checkpoint_files import list_checkpoints
     from proximo.run.metrics import CONFIG
 
     if options.run_dir:
@@ -81,7 +83,8 @@ def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
     complete = []
     for folder in folders:
         changes: dict[str, Any] = {"path": str(folder)}
-        if is_new := not any(folder.iterdir()):
+        if is_new := not list_checkpoints(folder):
+            move_files_aside(folder)
             config, seed = str(folder.parent / CONFIG), int(folder.name.removeprefix("seed-"))
             changes = {"env_id": None, "config": config, "preset": None, "seeds": None, "seed": seed}
             changes |= {"run_dir": str(folder)}
@@ -96,3 +99,22 @@ def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
         raise complete[0]
     plot(folders, folders[0].parent / "learning_curve.png", [RETURN])
     return 0
+
+
+def move_files_aside(folder: Path) -> None:
+    """Empty the run folder of a seed that ended before its first checkpoint, so that it can begin again.
+
+    Raises:
+        UserError: another process trains in the folder.
+    """
+    from proximo.run.folder import lock_run_dir
+
+    if not any(folder.iterdir()):
+        return
+    with ExitStack() as files:
+        lock_run_dir(folder, files)
+        taken = [path.name for path in folder.parent.glob(f"{folder.name}-unfinished*")]
+        target = folder.with_name(f"{folder.name}-unfinished{len(taken) or ''}")
+        folder.rename(target)
+        folder.mkdir()
+    notify_user(f"{folder.name} ended before its first checkpoint and begins again; its files are now in {target}")

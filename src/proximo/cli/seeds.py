@@ -17,7 +17,8 @@ from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
 from proximo.environments import TrainingEnvs
-from proximo.envs.make import with_version
+from proximo.envs.make import evaluation_engine, with_version
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import RunError, UserError, format_number
 from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
@@ -48,7 +49,7 @@ def train_seeds(
         raise UserError("--seed and --seeds are both given. Use one of them.")
     env_id = with_version(env_id)
     config = config_for(env_id, preset, settings)
-    spaces = read_spaces(env_id, config.env_kwargs)
+    spaces = read_spaces(env_id, config)
     spaces.action.check(config)
     backend = choose_backend(config, spaces)
     seeds: list[int] = options.seeds
@@ -67,17 +68,22 @@ def train_seeds(
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}") from error
     # -P: files in the current folder do not shadow packages.
     command = [sys.executable, "-P", "-m", "proximo", "train", env_id, "--config", str(folder / CONFIG)]
-    command += ["--quiet", "--until-input-ends"]
-    if not can_pin_to_cores():
-        command += ["--threads", "1", "--engine", "sync"]
+    command += ["--quiet", "--until-input-ends", *(word for text in config.wrappers for word in ("--wrapper", text))]
+    if not can_pin_to_cores() and config.threads is None:
+        command += ["--threads", "1"]
+    if not can_pin_to_cores() and config.engine == "auto" and not config.isolate_envs:
+        command += ["--engine", evaluation_engine(with_wrappers(env_id, config.wrappers), config.env_kwargs)]
     console = None if options.quiet else Console(config.total_timesteps * len(seeds))
     try:
         _run(run_dirs, command, console, signals)
     finally:
         if console:
             console.close()
-        if not any(any(run_dir.iterdir()) for run_dir in run_dirs.values()):
+        if not any(any(run_dir.glob("*")) for run_dir in run_dirs.values()):
             shutil.rmtree(folder, ignore_errors=True)
+        for run_dir in run_dirs.values():
+            if folder.exists():
+                run_dir.mkdir(exist_ok=True)  # a run that failed early has removed its folder; `resume` begins it
     named = run_arguments(folder, env_id, config.wrappers)
     for line in _summarize(run_dirs, named, folder, signals.received is not None):
         log(line)

@@ -1,5 +1,6 @@
 """Signals that stop a training command."""
 
+import math
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import suppress
 from typing import Self
 
 from proximo.errors import print_error
@@ -23,16 +25,20 @@ def stop_when_input_ends() -> None:
 
 
 def exit_after_second_signal(signals: socket.socket) -> None:
-    """Exit `GRACE_S` seconds after the second stop signal, even if the main thread does not respond."""
+    """Exit `GRACE_S` seconds after the second stop signal, unless the command has ended, which closes the socket."""
     received: list[int] = []
+    deadline = math.inf
     with signals:
-        while len(received) < 2:
-            numbers = signals.recv(1)
-            if not numbers:
-                return
-            received += [number for number in numbers if is_stop_signal(number, bool(received))]
-    time.sleep(GRACE_S)
-    os._exit(128 + received[-1])
+        while time.monotonic() < deadline:
+            signals.settimeout(None if math.isinf(deadline) else max(deadline - time.monotonic(), 0.01))
+            with suppress(TimeoutError):
+                numbers = signals.recv(1)
+                if not numbers:
+                    return
+                received += [number for number in numbers if is_stop_signal(number, bool(received))]
+            if len(received) > 1 and math.isinf(deadline):
+                deadline = time.monotonic() + GRACE_S
+    os._exit(128 + received[1])
 
 
 def is_stop_signal(number: int, repeated: bool) -> bool:

@@ -317,9 +317,10 @@ class Config:
 
     def replace(self, **changes: Any) -> Config:
         """Return a checked copy with some settings changed; names of other libraries are accepted."""
-        from proximo.config.names import canonical_names  # which imports this module
+        from proximo.config.names import canonical_names, override  # which imports this module
 
-        return dataclasses.replace(self, **canonical_names(changes))
+        values = {name: getattr(self, name) for name in SETTINGS}
+        return Config(**override(values, canonical_names(changes)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for YAML and JSON."""

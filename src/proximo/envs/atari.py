@@ -169,6 +169,10 @@ class AtariLearnerWrapper(gym.Wrapper):
         self._is_episodic_life, self._clips_rewards = is_episodic_life, clips_rewards
         self._lives, self._game_continues = 0, False
 
+    def episode_so_far(self) -> tuple[float, int]:
+        """Return and length of the game so far, for a wrapper that truncates it."""
+        return tuple(self.env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
+
     def snapshot(self) -> bytes | None:
         """Return the emulator state with its random state before a new game; None inside a game."""
         return None if self._game_continues else self._game.clone_state(include_rng=True).serialize()

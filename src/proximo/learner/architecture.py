@@ -159,14 +159,21 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
     for name, shape, gain in _layers(config, spaces):
         rows, columns = math.prod(shape[:-1]), shape[-1]
         if config.orthogonal_init:
-            q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
-            q *= np.sign(np.diag(r))  # unique decomposition, hence a uniformly distributed matrix
-            weight, bias = gain * (q if rows >= columns else q.T), np.zeros(columns)
+            gates = columns // rows if name.endswith("memory.hidden") else 1  # each keeps the norm of the state
+            parts = [orthogonal(rng, rows, columns // gates) for _ in range(gates)]
+            weight, bias = gain * np.concatenate(parts, axis=1), np.zeros(columns)
         else:
             bound = 1.0 / math.sqrt(rows)
             weight, bias = rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
         parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight.reshape(shape), bias
     return parameters | initial_log_std(config, spaces)
+
+
+def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Draw a matrix with orthonormal rows or columns, whichever are fewer (Saxe et al. 2014, arXiv:1312.6120)."""
+    q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
+    q *= np.sign(np.diag(r))  # unique decomposition, hence a uniformly distributed matrix
+    return q if rows >= columns else q.T
 
 
 def initial_log_std(config: Config, spaces: Spaces) -> Parameters:

@@ -94,15 +94,17 @@ class Recorder:
         """Write the metrics of an iteration to all trackers. One that fails is removed, and training continues.
 
         Raises:
-            UserError: a metric that the user added is not a number.
+            UserError: a metric that the user added is not a number; the others are written.
         """
-        require_numbers(metrics)
+        wrong = remove_wrong(metrics)
         for tracker in list(self.trackers):
             try:
                 tracker.write(metrics, diagnostics)
             except Exception as error:
                 self.trackers.remove(tracker)
                 notify_user(f"logging to {type(tracker).__name__} failed and is disabled for this run: {error}")
+        for name, value in wrong.items():
+            raise UserError(f"the metric {name!r} is {value!r}; expected a name and a finite number.")
 
     def after_iteration(self, evaluated: float | None) -> None:
         """Save a checkpoint and record a video where they are due; `evaluated` is the mean return of an evaluation."""
@@ -168,15 +170,17 @@ def call_back(callback: Callback, metrics: Metrics) -> bool:
     return isinstance(result, Mapping) or result is None or bool(result)
 
 
-def require_numbers(metrics: Metrics) -> None:
-    """Convert metrics to integers, finite floats or None (for NaN); raise UserError for one that is not a number."""
+def remove_wrong(metrics: Metrics) -> dict[Any, Any]:
+    """Convert metrics to integers, finite floats or None (for NaN); remove and return those that are no numbers."""
+    wrong: dict[Any, Any] = {}
     for name, value in list(metrics.items()):
         number = math.nan if value is None else to_number(value)
         is_number = value is None or math.isfinite(number) or (isinstance(value, float) and math.isnan(value))
         if not isinstance(name, str) or not is_number:
-            raise UserError(f"the metric {name!r} is {value!r}; expected a name and a finite number.")
-        if type(value) is not int:
+            wrong[name] = metrics.pop(name)
+        elif type(value) is not int:
             metrics[name] = number if math.isfinite(number) else None
+    return wrong
 
 
 @contextmanager

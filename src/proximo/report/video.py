@@ -19,8 +19,9 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
-from proximo.envs.env_slice import reports_episodes
+from proximo.envs.env_slice import read_report, reports_episodes
 from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import Exited, RunError, UserError
 from proximo.files import replace_atomically
 from proximo.rollout.randomness import Purpose, environment_seeds
@@ -45,10 +46,10 @@ class Video(NamedTuple):
     ended: bool  # False if recording stopped at the frame limit
 
 
-def require_video(env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
+def require_video(env: EnvLike, config: Config) -> None:
     """Raise `UserError` as `record` would: PyAV must be installed, and the environment must render a frame."""
     import_av()
-    with open_rendering_env(env, env_kwargs or {}) as rendering_env:
+    with open_rendering_env(env, config) as rendering_env:
         rendering_env.reset(seed=0)
         render_frame(rendering_env)
 
@@ -88,7 +89,7 @@ def record(
     if max_frames < 2:
         raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
     dtypes = {leaf.path: leaf.dtype for leaf in spaces.observation}
-    with open_rendering_env(env, config.env_kwargs) as rendering_env:
+    with open_rendering_env(env, config) as rendering_env:
         require_matching_spaces(Spaces.of(rendering_env.observation_space, rendering_env.action_space), spaces)
         reports = reports_episodes(rendering_env)
         fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
@@ -105,11 +106,12 @@ def record(
                 episode_return += reward
                 length += 1
                 ended = terminated or truncated
-                if ended and reports and "episode" not in info:  # a life was lost, but the game continues
+                report = read_report(rendering_env, info, truncated) if ended and reports else None
+                if report:
+                    episode_return = report[0]
+                elif ended and reports and not truncated:  # a life was lost, but the game continues
                     observation, _ = reset(rendering_env)
                     ended = False
-                elif ended and reports:
-                    episode_return = float(info["episode"]["r"])
     return Video(path, episode_return, length, ended)
 
 
@@ -134,14 +136,14 @@ def without_display() -> Iterator[None]:
 
 
 @contextmanager
-def open_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> Iterator[gym.Env]:
-    """Make one environment that renders to arrays, with or without a display; close it afterwards.
+def open_rendering_env(env: EnvLike, config: Config) -> Iterator[gym.Env]:
+    """Make one environment that renders to arrays, with its wrappers, with or without a display; close it afterwards.
 
     Raises `UserError` if that fails, and `Exited` if the environment calls `sys.exit`.
     """
     with without_display():
         try:
-            rendering_env = make_rendering_env(env, env_kwargs)
+            rendering_env = make_rendering_env(with_wrappers(env, config.wrappers), config.env_kwargs)
             try:
                 yield rendering_env
             finally:

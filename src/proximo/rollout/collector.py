@@ -60,7 +60,8 @@ class Collector:
     The end of an episode for the learner may differ from that of a reported episode, as in a game with several lives.
     An environment or vector environment with the attribute `reports_episodes = True` reports finished episodes itself,
     in the format of Gymnasium's RecordEpisodeStatistics: `info["episode"]` with `r` (undiscounted sum of raw rewards)
-    and `l` (steps); in a vector environment [N] each, where `info["_episode"]` [N] is True.
+    and `l` (steps); in a vector environment [N] each, where `info["_episode"]` [N] is True. Without a report, an
+    episode that is truncated is counted here.
 
     Args:
         resumable: record what `capture_state` needs.
@@ -211,7 +212,7 @@ class Collector:
             over = rollout.store_step(t, raw, reward, terminated, truncated, valid)
             ended = over.nonzero()[0]
             counted = count_episodes(self.episode_return, self.episode_length, reward, valid, ended)
-            finished = reported_episodes(info) if self.reports_episodes else counted
+            finished = reported_episodes(info, counted, rollout.truncated[t]) if self.reports_episodes else counted
             episodes += with_info(finished, info, self.config.log_info) if finished else finished
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
@@ -241,7 +242,7 @@ class Collector:
             )
         source = info["final_obs"] if is_same_step else observation
         for n in ended:
-            rollout.add_final_obs(t, int(n), select(source, int(n)))
+            rollout.add_final_obs(t, int(n), dict(self.spaces.read(select(source, int(n)))))
         if not is_same_step:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation

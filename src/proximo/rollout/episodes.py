@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from proximo.rollout.returned import to_array
 from proximo.rollout.rollout import Episode
 
 ALWAYS_LOGGED = ("is_success", "success")  # of `info`, in addition to the setting `log_info`
@@ -29,12 +30,14 @@ def count_episodes(
     return episodes
 
 
-def reported_episodes(info: dict[str, Any]) -> list[Episode]:
-    """The finished episodes that an environment reports in `info`."""
-    if "_episode" not in info:
-        return []
-    returns, lengths = info["episode"]["r"], info["episode"]["l"]
-    return [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in np.flatnonzero(info["_episode"])]
+def reported_episodes(info: dict[str, Any], counted: list[Episode], truncated: np.ndarray) -> list[Episode]:
+    """The finished episodes that an environment reports in `info`, and those `counted` that were `truncated` [N]."""
+    found: dict[int, Episode] = {one.env_index: one for one in counted if truncated[one.env_index]}
+    if "_episode" in info:
+        returns, lengths = info["episode"]["r"], info["episode"]["l"]
+        reported = [int(n) for n in np.flatnonzero(info["_episode"])]
+        found |= {n: Episode(float(returns[n]), int(lengths[n]), n) for n in reported}
+    return list(found.values())
 
 
 def with_info(episodes: list[Episode], info: Mapping[str, Any], names: Sequence[str]) -> list[Episode]:
@@ -62,14 +65,23 @@ def select_info(info: Mapping[str, Any], names: Sequence[str], n: int | None = N
         found |= {name: value for name, value in extra.items() if not str(name).startswith("_")}
         masks = {**masks, **extra}
     if n is not None:
-        has = {name: np.asarray(masks.get(f"_{name}", True)) for name in found}
-        found = {name: x for name, x in found.items() if has[name].all() or (has[name].ndim and has[name][n])}
-        found = {name: x[n] if np.ndim(x) else x for name, x in found.items()}
+        has = {name: entry_of(masks.get(f"_{name}", True), n) for name in found}
+        found = {name: entry_of(x, n) for name, x in found.items() if to_number(has[name]) == 1.0}
     numbers = {str(name): to_number(value) for name, value in found.items()}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
+def entry_of(value: Any, n: int) -> Any:
+    """Entry n of a sequence or an array, None if it is too short; anything else as it is."""
+    is_sequence = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    if not is_sequence:
+        return value
+    return value[n] if n < len(value) else None
+
+
 def to_number(value: Any) -> float:
     """A number, a bool, or an array with one of them, as a float; NaN for anything else."""
-    array = np.asarray(value)
-    return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "biuf" else math.nan
+    array = to_array(value)
+    if array is None or array.size != 1 or array.dtype.kind not in "biuf":
+        return math.nan
+    return float(array.reshape(()))

@@ -75,12 +75,10 @@ class Rollout:
         self._final_index: list[int] = []
         self._final_obs: list[Obs] = []
 
-    def add_final_obs(self, t: int, n: int, observation: Any) -> None:
+    def add_final_obs(self, t: int, n: int, obs: Obs) -> None:
         """Store a copy of the observation that ended environment n's episode at step t."""
         self._final_index.append(t * self.num_envs + n)
-        self._final_obs.append(
-            {path: np.array(value, self.obs[path].dtype) for path, value in self.spaces.read(observation)}
-        )
+        self._final_obs.append({path: np.array(value, self.obs[path].dtype) for path, value in obs.items()})
 
     @property
     def final_index(self) -> np.ndarray:
@@ -112,12 +110,17 @@ class Rollout:
         Raise NotFinite for a reward or an observation, and RunError for a value outside a discrete space, or an action
         mask that allows nothing.
         """
+        final_obs = self.final_obs
         for leaf in self.spaces.observation:
-            outside = leaf.is_outside(self.obs[leaf.path])
+            outside, final = leaf.is_outside(self.obs[leaf.path]), leaf.is_outside(final_obs[leaf.path])
             if outside.any():
                 t, n = np.argwhere(outside)[0]
                 message = leaf.outside_message(self.obs[leaf.path])
                 raise RunError(f"environment {n}: {message} (step {t} of the rollout).")
+            if final.any():
+                t, n = divmod(self._final_index[int(np.argmax(final))], self.num_envs)
+                message = leaf.outside_message(final_obs[leaf.path])
+                raise RunError(f"environment {n}: {message} (the observation that ends step {t} of the rollout).")
         self._require_finite("reward", np.isfinite(self.reward) | ~self.valid)
         for leaf in [leaf for leaf in self.spaces.observation if leaf.kind == "mask"]:
             empty = self.spaces.allows_nothing(self.obs, leaf)[:-1] & self.valid
@@ -126,7 +129,6 @@ class Rollout:
                 raise RunError(
                     f"environment {n}: {leaf.path!r} allows no action at step {t} of the rollout. Allow at least one."
                 )
-        final_obs = self.final_obs
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
                 finite: Any = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))

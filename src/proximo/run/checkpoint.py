@@ -14,6 +14,7 @@ from proximo.config.files import require_trusted
 from proximo.config.names import from_mapping, override
 from proximo.config.resolved import Resolved
 from proximo.config.settings import SETTINGS, Config
+from proximo.config.values import FUNCTION, SCHEDULABLE
 from proximo.errors import DeviceUnavailable, UserError, notify_user
 from proximo.learner.architecture import num_parameters
 from proximo.learner.learner import Learner
@@ -120,12 +121,14 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
 
     Raise `UserError` if a custom network is required but not given, or a change would alter the trained network.
     """
-    changes, built = dict(changes), manifest["config"] | (manifest["resolved"].get("network") or {})
+    changes, requested = dict(changes), manifest["config"]
+    built = requested | (manifest["resolved"].get("network") or {})
     for name in NETWORK_SETTINGS & changes.keys():
         trained, given = built.get(name), changes[name]
+        same = [tuple(x) if isinstance(x, list) else x for x in (trained, requested.get(name))]
         if given in ("auto", None):
             del changes[name]
-        elif given != (tuple(trained) if isinstance(trained, list) else trained):
+        elif given not in same:
             raise UserError(
                 f"`{name}` is {given}, but the network in {path} was trained with {trained}. Omit `{name}`, or train "
                 "a new agent."
@@ -190,7 +193,8 @@ def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
     old, new = saved.manifest, json.loads(json.dumps(info.to_dict()))
     relevant = {name for name, setting in SETTINGS.items() if setting.group != "records"} - NEUTRAL_SETTINGS
     schedules = ("lr_schedule", "clip_schedule", "ent_schedule")
-    if all(new["config"][name] in ("constant", "adaptive") for name in schedules):
+    functions = [name for name in SCHEDULABLE if new["config"][name] == FUNCTION]
+    if not functions and all(new["config"][name] in ("constant", "adaptive") for name in schedules):
         relevant.discard("total_timesteps")  # only the other schedules depend on it
     if old["resolved"].get("network") and new["resolved"]["network"]:
         relevant -= new["resolved"]["network"].keys()  # what was built is compared instead of what was requested
@@ -207,4 +211,5 @@ def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
 
     before, after = conditions(old), conditions(new)
     changed = [name for name in before if name in after and before[name] != after[name]]
-    return [f"{name} changed from {before[name]} to {after[name]}" for name in changed]
+    unknown = [f"{name} is a function, which is not saved and cannot be compared" for name in functions]
+    return [f"{name} changed from {before[name]} to {after[name]}" for name in changed] + unknown

@@ -104,11 +104,12 @@ class CheckpointManager:
         return path if self.progress.best_step is not None and path.is_dir() else None
 
     def _link_best(self) -> None:
-        """Point the link `best` to the best checkpoint; skipped on systems without symbolic links."""
-        best = self._find_best()
+        """Point the link `best` to the best checkpoint, or remove it; skipped on systems without symbolic links."""
+        best, link = self._find_best(), self.run_dir / "checkpoints" / BEST
         if best is None:
+            if link.is_symlink():
+                link.unlink()
             return
-        link = best.parent / BEST
         with contextlib.suppress(OSError, NotImplementedError), replace_atomically(link) as temporary:
             if link.is_dir() and not link.is_symlink():  # a copying tool has followed the link
                 shutil.rmtree(link)
