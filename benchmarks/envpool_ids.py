@@ -93,7 +93,11 @@ def table(result: dict[str, dict]) -> str:
     rows = ["| family | tried | run | most frequent error |", "|---|---:|---:|---|"]
     for family in sorted({entry["family"] for entry in result.values()}):
         entries = [entry for entry in result.values() if entry["family"] == family]
-        errors = Counter(entry["error"].partition(": ")[2][:90] for entry in entries if "error" in entry)
+        errors = Counter(
+            entry["error"].partition(": ")[2].partition(": ")[0].partition(". ")[0]
+            for entry in entries
+            if "error" in entry
+        )
         reason = errors.most_common(1)[0][0].replace("|", "/") if errors else ""
         rows.append(f"| {family} | {len(entries)} | {len(entries) - errors.total()} | {reason} |")
     return "\n".join(rows)

@@ -53,6 +53,8 @@ class ConnectFour(gym.Env):
         return {"board": seen["observation"].astype(np.float32), "action_mask": mask}
 
 
+gym.register("ConnectFour-v0", ConnectFour)
+
 if __name__ == "__main__":
     random = np.mean(evaluate_random(ConnectFour, 100).returns)
     with PPO(ConnectFour, num_envs=8, num_steps=128, minibatch_size=256, update_epochs=4, ent_coef=0.01) as agent:

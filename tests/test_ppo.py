@@ -183,18 +183,18 @@ def test_learn_goes_up_to_the_configured_total():
 
 
 def test_a_run_can_be_continued_from_its_folder(tmp_path):
-    """The run folder belongs to the first call only. A loaded agent continues, also in another folder."""
+    """All calls are recorded in the run folder of the settings. A loaded agent continues, also in another folder."""
     run = tmp_path / "run"
     PPO("CartPole-v1", run_dir=run, **SMALL).learn(64).learn(64).close()
     with PPO.load(run) as agent:
-        assert agent.progress.global_step == 64
-        agent.learn(64, run_dir=tmp_path / "more")
         assert agent.progress.global_step == 128
+        agent.learn(64, run_dir=tmp_path / "more")
+        assert agent.progress.global_step == 192
     with PPO.load(tmp_path / "more", minibatch_size=32) as agent:  # instead of num_minibatches
         assert agent.config.minibatch_count == 2
         with pytest.raises(UserError, match="not empty"):
             agent.learn(64, run_dir=run)
-        assert agent.config.total_timesteps == 128
+        assert agent.config.total_timesteps == 192
 
 
 class Faulty(gym.Env):

@@ -34,7 +34,7 @@ from proximo.source import update_from
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
-from proximo.spaces.trees import select
+from proximo.spaces.trees import describe_path, find, select
 from proximo.train import report, require_changeable
 
 DEFAULTS = {"num_envs": 1, "num_steps": 2048}  # as many transitions as the default 8 × 256
@@ -292,18 +292,16 @@ def read_observation(spaces: Spaces, num_envs: int, name: str, observation: Any)
     """path -> copies [N, ...] with the stored types; UserError for anything else than N finite observations."""
     obs: Obs = {}
     for leaf, (path, value) in zip(spaces.observation, spaces.read(observation), strict=True):
-        what = f"{name} {path!r}" if path else name
-        expected = (num_envs, *leaf.shape) if num_envs > 1 else leaf.shape
-        if value.shape != expected:
-            raise UserError(f"{what} has shape {value.shape}; expected {expected} with `num_envs` {num_envs}.")
-        if value.dtype.kind not in "biuf":
-            raise UserError(f"{what} has type {value.dtype}; expected numbers.")
-        with np.errstate(over="ignore"):  # to infinity, which is refused below
-            obs[path] = np.array(value, leaf.dtype).reshape(num_envs, *leaf.shape)
+        what = f"{name} {describe_path(path)!r}" if path else name
+        if value.shape != ((num_envs, *leaf.shape) if num_envs > 1 else leaf.shape):
+            expected = (num_envs, *leaf.env_shape) if num_envs > 1 else leaf.env_shape
+            given = np.shape(find(observation, leaf.keys))
+            raise UserError(f"{what} has shape {given}; expected {expected} with `num_envs` {num_envs}.")
+        obs[path] = np.array(leaf.convert(value)).reshape(num_envs, *leaf.shape)
         if leaf.is_outside(obs[path]).any():
             raise UserError(f"{name}: {leaf.outside_message(obs[path])}.")
         if obs[path].dtype.kind == "f" and not np.isfinite(obs[path]).all():
-            raise UserError(f"{what} is not finite. Fix the environment, or end the episode before.")
+            raise UserError(f"{what} is not finite. Fix the environment, or end the episode before it occurs.")
     return obs
 
 

@@ -41,6 +41,8 @@ def predict(
 
 def initial_state(learner: Learner, num_envs: int | None = None) -> np.ndarray:
     """State where an episode begins: zeros [H], or [N, H] for N environments."""
+    if num_envs is not None and num_envs < 1:
+        raise UserError(f"`num_envs` is {num_envs}; expected an integer ≥ 1, or None for one environment without axis.")
     size = learner.spec.network.carry_size
     return np.zeros(size if num_envs is None else (num_envs, size), np.float32)
 
@@ -48,11 +50,13 @@ def initial_state(learner: Learner, num_envs: int | None = None) -> np.ndarray:
 def read_state(state: Any, initial: np.ndarray, is_single: bool) -> np.ndarray:
     """A state given to `predict`, [N, H]; UserError unless it is finite and has the shape of the initial one."""
     array, expected = np.asarray(state), initial[0] if is_single else initial
-    if array.shape != expected.shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+    if array.shape != expected.shape or array.dtype.kind not in "biuf":
         raise UserError(
-            f"`state` has shape {array.shape} and type {array.dtype}; expected finite numbers of shape "
-            f"{expected.shape}. Pass the result of initial_state() or of the previous predict()."
+            f"`state` has shape {array.shape} and type {array.dtype}; expected numbers of shape {expected.shape}. Pass "
+            "the result of initial_state() or of the previous predict()."
         )
+    if not np.isfinite(array).all():
+        raise UserError("`state` is not finite. Pass the result of initial_state() or of the previous predict().")
     return array.astype(initial.dtype).reshape(initial.shape)
 
 

@@ -123,7 +123,7 @@ def test_masks_of_the_wrong_shape_or_that_forbid_an_entry_are_refused():
     space = gym.spaces.Dict({"x": gym.spaces.Box(0, 1, (7,)), "action_mask": gym.spaces.MultiBinary(3)})
     with pytest.raises(UserError, match=r"has shape \(3,\), but a mask needs one entry for each action"):
         Spaces.of(space, Masked.action_space)
-    with pytest.raises(UserError, match="a mask needs one entry for each action"):
+    with pytest.raises(UserError, match="there is no discrete action of this name"):
         Spaces.of(Masked.observation_space, gym.spaces.MultiBinary(7))
 
     class Empty(Masked):
@@ -241,3 +241,29 @@ def test_sampled_bits_have_their_probability():
     bits = head.sample(None, logits, None, head.noise(rng, (20_000,)), [])
     np.testing.assert_allclose(bits.mean(axis=0), [0.8808, 0.2689], atol=0.01)
     np.testing.assert_array_equal(head.sample(None, logits[:1], None, np.zeros((1, 2)), []), [[1, 0]])
+
+
+class Closed(Masked):
+    """From the third episode on, the mask allows nothing, and any action raises an error."""
+
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes += 1
+        if self.episodes >= 3:
+            self.mask[:] = 0
+        return self.seen(), {}
+
+
+@pytest.mark.parametrize("engine", ["sync", "workers"])
+def test_a_mask_is_named_where_the_environment_refuses_an_action_that_it_forbids(engine):
+    """In training, evaluation and the random policy."""
+    settings = {"num_envs": 2, "num_steps": 8, "minibatch_size": 8, "update_epochs": 1}
+    with PPO(Closed, engine=engine, **settings) as agent:
+        with pytest.raises(RunError, match="'action_mask' allows no action at step 2"):
+            agent.learn(32)
+        with pytest.raises(RunError, match="'action_mask' allows no action"):
+            agent.evaluate(20, num_envs=2)
+    with pytest.raises(RunError, match="'action_mask' allows no action"):
+        evaluate_random(Closed, 20, num_envs=2)

@@ -188,7 +188,7 @@ def test_built_in_memory_solves_the_t_maze(backend, memory):
 
 def test_a_state_of_the_wrong_shape_is_refused():
     with PPO(TMaze, memory="gru", **MAZE) as agent:
-        with pytest.raises(UserError, match=r"`state` has shape \(8,\).*expected finite numbers of shape \(16,\)"):
+        with pytest.raises(UserError, match=r"`state` has shape \(8,\).*expected numbers of shape \(16,\)"):
             agent.predict(np.zeros(2), state=np.zeros(8))
         with pytest.raises(UserError, match="`state`"):
             agent.predict(np.zeros(2), state=np.full(16, np.nan))
@@ -254,3 +254,12 @@ def test_images_are_remembered(backend):
         for metrics in agent.iterate(8 * 20 * 3):
             assert abs(metrics["update/approx_kl"]) < 1e-5
             assert metrics["update/clip_fraction"] == 0
+
+
+def test_memory_of_a_checkpoint_cannot_be_turned_off(tmp_path):
+    with PPO(TMaze, memory="gru", **MAZE) as agent:
+        agent.save(tmp_path / "saved")
+    for memory in (None, "lstm"):
+        with pytest.raises(UserError, match="`memory` is"):
+            PPO.load(tmp_path / "saved", TMaze, memory=memory)
+    PPO.load(tmp_path / "saved", TMaze, memory="gru").close()

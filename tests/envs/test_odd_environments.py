@@ -292,6 +292,30 @@ def test_vector_environments_of_the_user(index, value, words):
         agent.learn(64)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros(1, np.float32), r"has shape \(1,\); expected \(2, 1\)"),
+        (np.zeros((3, 1), np.float32), r"has shape \(3, 1\); expected \(2, 1\)"),
+        (np.array([["a"], ["b"]]), "has type <U1; expected numbers"),
+    ],
+)
+def test_observations_of_vector_environments_of_the_user(value, message):
+    """A single observation is not copied to all environments."""
+
+    class Vector(gym.vector.SyncVectorEnv):
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return value, {}
+
+    make = lambda: gym.wrappers.TransformObservation(gym.make("CartPole-v1"), lambda x: x[:1], BOX)
+    with PPO(Vector([make] * 2), **SETTINGS) as agent, pytest.raises(UserError, match=message):
+        agent.learn(64)
+
+
+BOX = gym.spaces.Box(-9, 9, (1,))
+
+
 class SavesPicture(Odd):
     """`snapshot` and `restore` have another meaning than Proximo's: they take a path, and must not be called."""
 

@@ -266,3 +266,13 @@ def test_training_on_rendered_images(env, backend):
         assert agent.resolved.network["architecture"] == "nature"
     assert all(np.isfinite(value).all() for value in after.values())
     assert any(np.any(after[name] != before[name]) for name in after if "conv.0" in name)
+
+
+@pytest.mark.parametrize("key", ["head", "memory"])
+def test_low_precision_with_any_key(key):
+    """A camera of that name is a convolution, although "head" and "memory" name layers too."""
+    space = gym.spaces.Dict({key: gym.spaces.Box(0, 255, (36, 36, 3), np.uint8)})
+    config = Config(precision="bfloat16", num_envs=2, num_steps=4, minibatch_size=8, backend="torch")
+    learner = make_learner(config, Spaces.of(space, gym.spaces.Discrete(2)))
+    action = learner.actor(None)({key: np.zeros((2, 36, 36, 3), np.uint8)}, np.ones(2, bool))
+    assert action[""].shape == (2,)

@@ -446,5 +446,5 @@ def test_own_network_is_a_deprecated_alias(backend):
 def test_memory_belongs_to_built_in_networks(backend):
     layer = (lambda key: {}, lambda params, x: x) if backend.name == "jax" else nn.Linear(4, 2)
     network = CUSTOM_NETWORK[backend.name](policy=layer)
-    with pytest.raises(UserError, match="`memory` is for built-in networks"):
+    with pytest.raises(UserError, match="`memory` gru applies to built-in networks only"):
         make_learner(Config(backend=backend.name, memory="gru"), CATEGORICAL, network)

@@ -178,7 +178,7 @@ def test_files_that_cannot_be_written_are_refused(tmp_path):
 def test_a_missing_package_is_named_before_a_run_begins(tmp_path, monkeypatch, module, message):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=message):
-        require_video("CartPole-v1")
+        require_video("CartPole-v1", Config())
     with pytest.raises(UserError, match=message), PPO("CartPole-v1", preset=None, num_envs=1) as agent:
         agent.record(tmp_path / "film.mp4")
     assert not list(tmp_path.iterdir())
@@ -190,7 +190,7 @@ def test_missing_opengl_gives_an_installation_hint(monkeypatch):
     """With an unknown MUJOCO_GL, MuJoCo fails as it does without OpenGL libraries."""
     monkeypatch.setenv("MUJOCO_GL", "none-such")
     with pytest.raises(UserError, match=rf"MUJOCO_GL is 'none-such'.*apt-get install .*{OPENGL_PACKAGES}"):
-        require_video("HalfCheetah-v5")
+        require_video("HalfCheetah-v5", Config())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux renders through EGL")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from collections import OrderedDict
 from dataclasses import replace
 
 import gymnasium as gym
@@ -12,7 +14,9 @@ import pytest
 from backends import each_backend
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
 
+from proximo.agent import Agent
 from proximo.config.settings import Config
+from proximo.envs.wrappers import read_arguments
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.spaces.actions import Actions
@@ -156,12 +160,12 @@ def test_nested_actions_are_built_as_their_space_declares():
 
 
 def test_masks_are_flat_or_nested_like_the_action():
-    """A flat mask has the entries of all categorical heads in the order of their paths: arm 2 + 3, then move 3."""
+    """A flat mask has the entries of all categorical heads in the order of the space: arm 2 + 3, then move 3."""
     nested = Dict({"move": MultiBinary(3), "arm": Tuple([MultiBinary(2), MultiBinary(5)])})
     part = Dict({"arm": Tuple([Box(0, 1, (0,)), MultiBinary(5)])})
     flat = Spaces.of(Dict({"x": VECTOR, "action_mask": MultiBinary(8)}), HYBRID)
     for wrong in (nested, part):  # a mask for the Box, and an empty one
-        with pytest.raises(UserError, match=r"a mask needs one entry for each action|is empty"):
+        with pytest.raises(UserError, match=r"there is no discrete action of this name|is empty"):
             Spaces.of(Dict({"x": VECTOR, "action_mask": wrong}), HYBRID)
     right = Dict({"move": MultiBinary(3), "arm": Dict({})})
     with pytest.raises(UserError, match="is empty"):
@@ -177,7 +181,7 @@ def test_masks_are_flat_or_nested_like_the_action():
     assert not flat.masks(heads["lights"])
     with pytest.raises(UserError, match=r"has shape \(3,\), but a mask needs one entry .* \(2 here\)"):
         Spaces.of(Dict({"x": VECTOR, "action_mask": Dict({"go": MultiBinary(3)})}), plain)
-    with pytest.raises(UserError, match="is no mask: expected MultiBinary"):
+    with pytest.raises(UserError, match="is not a mask: expected MultiBinary"):
         Spaces.of(Dict({"x": VECTOR, "action_mask": Dict({"go": Discrete(2)})}), plain)
 
 
@@ -212,10 +216,10 @@ def test_reading_single_and_batched_observations():
         (Dict({"action_mask": MultiBinary(2)}), Discrete(3), "one entry for each"),
         (Dict({"action_mask": MultiBinary(2), "x": VECTOR}), Box(-1.0, 1.0, (2,)), "mask"),
         (VECTOR, Tuple([Discrete(2), Text(3)]), r"action space '\[1\]'"),
-        (VECTOR, Dict({"a": Dict({"b": Box(0, 5, (2,), np.int32)})}), r"action space 'a\.b'"),
+        (VECTOR, Dict({"a": Dict({"b": Box(0, 5000, (2,), np.int32)})}), r"action space 'a\.b'"),
         (VECTOR, Dict({}), "action space .*empty"),
         (VECTOR, Dict({"a": Discrete(2), "b": Tuple([])}), "action space 'b' .*empty"),
-        (VECTOR, Box(0, 5, (2,), np.int32), "action space"),
+        (VECTOR, Box(0, 5000, (2,), np.int32), "action space"),
         (VECTOR, Box(-1.0, 1.0, (0,)), "action space"),
     ],
 )  # fmt: skip
@@ -469,3 +473,95 @@ def test_the_remedy_for_an_unsupported_entry_works():
     wrapper = str(caught.value).split("'")[-2]
     settings = {"num_envs": 2, "num_steps": 8, "minibatch_size": 8}
     PPO(Mission, wrappers=[wrapper], **settings).learn(16).close()
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (OrderedDict(steer=Discrete(2), brake=Discrete(3)), {"steer": (0, 2), "brake": (2, 5)}),
+        (
+            {"arm": MultiDiscrete([2, 2]), "arm-left": Discrete(2)},
+            {"arm.[0]": (0, 2), "arm.[1]": (2, 4), "arm-left": (4, 6)},
+        ),
+        ({"arm": Dict({"x": Discrete(2)}), "arm 2": Discrete(2)}, {"arm.x": (0, 2), "arm 2": (2, 4)}),
+    ],
+)
+def test_flat_masks_follow_the_order_of_the_action_space(action, expected):
+    """Also where the heads, sorted by path, have another order; and after a checkpoint."""
+    space = Dict(action)
+    size = max(stop for _, stop in expected.values())
+    spaces = Spaces.of(Dict({"x": VECTOR, "action_mask": MultiBinary(size)}), space)
+    for one in (spaces, Spaces.from_dict(json.loads(json.dumps(spaces.to_dict())))):
+        found = {head.path: one.masks(head)[0][1] for head in one.action.heads}
+        assert {path: (part.start, part.stop) for path, part in found.items()} == expected
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])
+def test_actions_have_the_type_of_their_space(dtype):
+    box = Box(np.array([1, 5], dtype), np.array([4, 5], dtype), dtype=np.dtype(dtype).type)
+    for space in (MultiDiscrete([2, 3], dtype=dtype), Discrete(3, dtype=dtype), box):
+        actions = Actions.of(space)
+        raw = actions.zeros((1,))
+        assert space.contains(np.asarray(actions.to_env(raw, Config())[0]))
+
+
+@pytest.mark.parametrize(
+    ("space", "good", "bad", "message"),
+    [
+        (Box(0, 255, (16, 16, 3), np.uint8), np.full((16, 16, 3), 7.0), np.full((16, 16, 3), 0.5), "pixels from 0 to"),
+        (Box(0, 255, (16, 16, 3), np.uint8), np.full((16, 16, 3), 7), np.full((16, 16, 3), 300), "pixels from 0 to"),
+        (Discrete(3), 1.0, 1.7, "whole numbers"),
+        (Box(-1, 1, (2,)), [1, 2], [1e300, 0], "not finite"),
+        (Box(-1, 1, (2,)), [1, 2], ["a", "b"], "expected numbers"),
+        (Box(-1, 1, (2,)), [1, 2], [1j, 0], "expected numbers"),
+    ],
+)
+def test_observations_are_not_cast_to_other_values(space, good, bad, message):
+    """By `predict` and by an Agent."""
+    spaces = Spaces.of(space, Discrete(2))
+    spaces.read_batch(good)
+    with pytest.raises(UserError, match=message):
+        spaces.read_batch(bad)
+    agent = Agent(space, 2, num_steps=4, minibatch_size=4)
+    agent.act(good)
+    with pytest.raises(UserError, match=message):
+        agent.act(bad)
+
+
+def test_huge_bounds_of_images_are_infinite():
+    """An image bounded by the largest float32 is not scaled to 0."""
+    top = float(np.finfo(np.float32).max)
+    (leaf,) = Spaces.of(Box(-top, top, (16, 16, 3)), Discrete(2)).observation
+    assert (leaf.kind, leaf.high) == ("image", 1)
+
+
+def test_values_beyond_int32_are_refused():
+    with pytest.raises(UserError, match="beyond 2³¹"):
+        Spaces.of(Discrete(2, start=2**40), Discrete(2))
+
+
+@pytest.mark.parametrize("key", ["1", "yes", "a,b", "x: y", "a #b", "it's", "plain"])
+def test_the_remedy_works_for_any_key(key):
+    """The wrapper that the message names can be read by the command line, and leaves the entry out."""
+    space = Dict({key: VECTOR, "text": gym.spaces.Text(5)})
+    with pytest.raises(UserError) as error:
+        Spaces.of(space, Discrete(2))
+    words = shlex.split(str(error.value).partition("Leave the entry out: ")[2].removesuffix("."))
+    assert words[0] == "--wrapper"
+    assert read_arguments(words[1]) == {"filter_keys": [key]}
+
+
+def test_two_masks_that_forbid_everything_together():
+    space = Dict({"x": VECTOR, "action_mask": MultiBinary(2), "extra": Dict({"action_mask": MultiBinary(2)})})
+    spaces = Spaces.of(space, Discrete(2))
+    with pytest.raises(UserError, match="allows no action"):
+        spaces.read_batch({"x": np.zeros(3), "action_mask": [1, 0], "extra": {"action_mask": [0, 1]}})
+
+
+def test_integers_of_a_box_are_categorical():
+    """Box(low [1, -2], high [4, -2]) has 4 values from 1 on and one value, -2; a large range is refused."""
+    actions = Actions.of(Box(np.array([1, -2]), np.array([4, -2]), dtype=np.int32))
+    assert [(head.n, head.start) for head in actions.heads] == [(4, 1), (1, -2)]
+    assert actions.to_env({"[0]": np.array([3]), "[1]": np.array([0])}, Config()).tolist() == [[4, -2]]
+    with pytest.raises(UserError, match="integers with at most 1024 values each"):
+        Actions.of(Box(0, 5000, (2,), dtype=np.int32))

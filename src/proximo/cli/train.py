@@ -143,6 +143,11 @@ def notify_of_surprises(agent: PPO) -> None:
             f"total_timesteps {config.total_timesteps:,} is less than one rollout (num_envs {config.num_envs} × "
             f"num_steps {config.num_steps} = {rows:,} steps); the run takes {rows:,} steps"
         )
+    if config.memory and config.steps_per_sequence == 1:
+        notify_user(
+            "with `memory` and sequences of one step, no gradient flows through time. Choose num_steps and "
+            "minibatch_size with a common divisor, and set --sequence-length"
+        )
     if config.compile and agent.learner.backend == "jax":
         notify_user("compile applies only to PyTorch; JAX always compiles")
     for head in agent.spaces.action.heads:

@@ -123,8 +123,9 @@ class Config:
         None, "minibatches per epoch, as an alternative to minibatch_size", low=1, source=DETAILS
     )
     sequence_length: int | None = update(
-        None, "steps per training sequence of a recurrent network, a divisor of num_steps; by default 16 with memory, "
-        "or the largest that divides the minibatch too, and else 1", low=1, source="Kapturowski et al. 2019, R2D2"
+        None, "steps per training sequence of a recurrent network, a divisor of num_steps; by default 1, and with "
+        "memory the largest up to 16 that divides num_steps and the minibatch", low=1,
+        source="Kapturowski et al. 2019, R2D2"
     )
     learning_rate: float = update(3e-4, "initial learning rate of Adam", low=0, source=PPO_PAPER)
     actor_learning_rate: float | None = update(

@@ -162,11 +162,23 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
             gates = columns // rows if name.endswith("memory.hidden") else 1  # each keeps the norm of the state
             parts = [orthogonal(rng, rows, columns // gates) for _ in range(gates)]
             weight, bias = gain * np.concatenate(parts, axis=1), np.zeros(columns)
+            if gates > 1:
+                bias = memory_bias(rng, config, rows)
         else:
             bound = 1.0 / math.sqrt(rows)
             weight, bias = rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
         parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight.reshape(shape), bias
     return parameters | initial_log_std(config, spaces)
+
+
+def memory_bias(rng: np.random.Generator, config: Config, size: int) -> np.ndarray:
+    """Biases of a recurrent layer that keep a number for 1 to L steps, the length of a training sequence.
+
+    Chrono initialisation (Tallec and Ollivier 2018, arXiv:1804.11188, eq. 16): log U(1, L − 1) for the gate that keeps,
+    and for the input gate of an LSTM the opposite.
+    """
+    keep, rest = np.log(rng.uniform(1.0, max(config.steps_per_sequence - 1, 1), size)), np.zeros(size)
+    return np.concatenate([rest, keep, rest] if config.memory == "gru" else [-keep, keep, rest, rest])
 
 
 def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:

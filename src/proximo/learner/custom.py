@@ -108,11 +108,6 @@ def check_settings(config: Config, spaces: Spaces, backend: str, is_joint: bool,
     """Raise UserError for settings or spaces that a custom network cannot serve."""
     if config.backend not in ("auto", backend):
         raise UserError(f"`backend` is {config.backend}, but the network is for {backend}. Set backend={backend!r}.")
-    if config.memory:
-        raise UserError(
-            "`memory` is for built-in networks. Turn it off, or write a recurrent network as a "
-            f"proximo.{backend}.networks.Network."
-        )
     if config.shared_trunk and not is_joint:
         raise UserError("`shared_trunk` is for built-in networks. Turn it off, or pass one network as `both`.")
     for leaf in spaces.observation:

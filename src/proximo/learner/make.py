@@ -11,6 +11,8 @@ from proximo.learner.architecture import architecture
 from proximo.learner.learner import Learner
 from proximo.spaces.spaces import Spaces
 
+# Settings that only built-in networks use, with the values that turn them off.
+BUILT_IN_ONLY = {"precision": "float32", "memory": None, "embedding_size": 0}
 INSTALL = {"jax": "Run pip install jax", "torch": "Run pip install 'proximo[torch]'"}
 
 
@@ -47,11 +49,11 @@ def make_learner(config: Config, spaces: Spaces, network: Any = None, **options:
         UserError: the network has another type, or does not fit the spaces or the settings.
     """
     backend = choose_backend(config, spaces, network)
-    if network is not None and config.precision != "float32":
-        raise UserError(
-            f"`precision` {config.precision} applies to built-in networks only. Leave it out, and set the precision in "
-            "the custom network."
-        )
+    for name, default in BUILT_IN_ONLY.items():
+        if network is not None and (value := getattr(config, name)) != default:
+            raise UserError(
+                f"`{name}` {value} applies to built-in networks only. Leave it out, and put it into the custom network."
+            )
     package = importlib.import_module(f"proximo.{backend}.learner")
     if isinstance(network, FunctionType):
         network = network(config, spaces)

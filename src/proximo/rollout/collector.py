@@ -97,13 +97,25 @@ class Collector:
         takes_list = isinstance(inner, (SyncVectorEnv, AsyncVectorEnv)) or getattr(inner, "takes_seed_list", False)
         seed: Any = seeds if takes_list else seeds[0]
         observation, _ = self.envs.reset(seed=seed)
-        self.obs: Obs = {path: np.array(value) for path, value in self.spaces.read(observation)}
+        self.obs: Obs = {path: np.array(value) for path, value in self._read(observation).items()}
         count = self.envs.num_envs
         self.start = np.ones(count, bool)
         self.resetting = np.zeros(count, bool)  # NEXT_STEP: the coming step only resets
         self.episode_return = np.zeros(count, np.float64)
         self.episode_length = np.zeros(count, np.int64)
         self._log: list[ActionLog] = []  # actions of unfinished episodes
+
+    def _read(self, observation: Any) -> Obs:
+        """Observations [N, ...] by path; UserError for a shape or values that do not fit their space."""
+        obs = dict(self.spaces.read(observation))
+        if self._is_trusted:
+            return obs
+        for leaf in self.spaces.observation:
+            found, expected = obs[leaf.path].shape, (self.envs.num_envs, *leaf.shape)
+            if found != expected:
+                raise UserError(f"{leaf.name} of the vector environment has shape {found}; expected {expected}.")
+            obs[leaf.path] = leaf.convert(obs[leaf.path])
+        return obs
 
     def capture_state(self) -> EnvState:
         """The state of the environments, from which `collect` continues, and `restore_state` in another process."""
@@ -202,7 +214,12 @@ class Collector:
             action = self.spaces.action.to_env(raw, self.config)
             actions.append(action)
             acted = time.perf_counter()
-            observation, reward, terminated, truncated, info = self.envs.step(action)
+            try:
+                observation, reward, terminated, truncated, info = self.envs.step(action)
+            except Exception:
+                rollout.valid[t] = ~self.resetting
+                rollout.check_masks(t + 1)  # an environment may refuse what its own mask forbids
+                raise
             if not self._is_trusted:
                 require_vector_step(rollout.num_envs, reward, terminated, truncated)
             env_seconds += time.perf_counter() - acted
@@ -216,7 +233,7 @@ class Collector:
             episodes += with_info(finished, info, self.config.log_info) if finished else finished
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)
-            rollout.store_obs(t + 1, dict(self.spaces.read(observation)), self.start)
+            rollout.store_obs(t + 1, self._read(observation), self.start)
         self.obs = {path: array[-1].copy() for path, array in rollout.obs.items()}
         if self._replays:
             paths = [(path, keys_of(path)) for path, _ in leaves(actions[0])]

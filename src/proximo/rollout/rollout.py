@@ -14,6 +14,7 @@ from proximo.errors import NotFinite, RunError
 from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import describe_path
 
 Actor = Callable[[Obs, np.ndarray], RawAction]
 """(observation [N, ...], start [N] bool) -> raw actions, path -> [N, ...]."""
@@ -122,19 +123,24 @@ class Rollout:
                 message = leaf.outside_message(final_obs[leaf.path])
                 raise RunError(f"environment {n}: {message} (the observation that ends step {t} of the rollout).")
         self._require_finite("reward", np.isfinite(self.reward) | ~self.valid)
-        for leaf in [leaf for leaf in self.spaces.observation if leaf.kind == "mask"]:
-            empty = self.spaces.allows_nothing(self.obs, leaf)[:-1] & self.valid
-            if empty.any():
-                t, n = np.argwhere(empty)[0]
-                raise RunError(
-                    f"environment {n}: {leaf.path!r} allows no action at step {t} of the rollout. Allow at least one."
-                )
+        self.check_masks(self.num_steps)
         for path, array in self.obs.items():
             if array.dtype.kind == "f":
                 finite: Any = np.isfinite(array).all(axis=tuple(range(2, array.ndim)))
                 final = final_obs[path]
                 finite.flat[self.final_index] &= np.isfinite(final).all(axis=tuple(range(1, final.ndim)))
                 self._require_finite(f"observation {path!r}" if path else "observation", finite)
+
+    def check_masks(self, count: int) -> None:
+        """Raise RunError if a mask of the first `count` steps allows nothing, except where a step only resets."""
+        for leaf in [leaf for leaf in self.spaces.observation if leaf.kind == "mask"]:
+            empty = (self.spaces.allows_nothing(self.obs, leaf)[:-1] & self.valid)[:count]
+            if empty.any():
+                t, n = np.argwhere(empty)[0]
+                name = describe_path(leaf.path)
+                raise RunError(
+                    f"environment {n}: {name!r} allows no action at step {t} of the rollout. Allow at least one."
+                )
 
     def _require_finite(self, name: str, finite: np.ndarray) -> None:
         if not finite.all():

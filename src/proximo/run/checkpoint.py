@@ -126,7 +126,7 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
     for name in NETWORK_SETTINGS & changes.keys():
         trained, given = built.get(name), changes[name]
         same = [tuple(x) if isinstance(x, list) else x for x in (trained, requested.get(name))]
-        if given in ("auto", None):
+        if given in ("auto", None) and name != "memory":  # of which None is a value
             del changes[name]
         elif given not in same:
             raise UserError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import gymnasium as gym
 import numpy as np
@@ -15,16 +15,19 @@ from proximo.spaces.heads import BernoulliHead, CategoricalHead, GaussianHead, H
 from proximo.spaces.observations import named_children
 from proximo.spaces.trees import build, describe_path, is_inside, join
 
+MAX_CHOICES = 1024  # values of an integer in a Box
+
 
 @dataclass(frozen=True)
 class Actions:
     """The heads of an action space, in the order of the network's outputs.
 
     Raw actions are dictionaries `path -> array`, like observations, with the paths of `proximo.spaces.trees`. A
-    MultiDiscrete action is like a tuple of Discrete ones, merged into one array.
+    MultiDiscrete action, or a Box of integers, is like a tuple of Discrete ones, merged into one array.
 
     Args:
-        grids: (path, shape) of each MultiDiscrete action.
+        grids: (path, shape) of each such action.
+        order: paths of the heads in the order of the action space, which flat masks follow; () is that of the heads.
 
     Raises:
         ValueError: the heads are not sorted by path, the order in which JAX visits dictionaries.
@@ -32,6 +35,7 @@ class Actions:
 
     heads: tuple[Head, ...]
     grids: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    order: tuple[str, ...] = field(default=(), compare=False)  # older checkpoints do not have it
 
     def __post_init__(self) -> None:
         paths = [head.path for head in self.heads]
@@ -88,8 +92,8 @@ class Actions:
 
     def masked_heads(self, path: str) -> Iterator[tuple[Head, slice]]:
         """Yield (head, its entries of the mask) of the categorical heads of a nested action; "" is the whole action."""
-        start = 0
-        for head in self.heads:
+        start, by_path = 0, {head.path: head for head in self.heads}
+        for head in [by_path[name] for name in self.order or by_path]:
             if isinstance(head, CategoricalHead) and is_inside(head.path, path):
                 yield head, slice(start, start + head.n)
                 start += head.n
@@ -110,8 +114,9 @@ class Actions:
             UserError: the space is not supported.
         """
         parts = list(read_actions(space))
-        heads = sorted((head for heads, _ in parts for head in heads), key=lambda head: head.path)
-        return Actions(tuple(heads), tuple(grid for _, grid in parts if grid))
+        heads = [head for heads, _ in parts for head in heads]
+        order, grids = tuple(head.path for head in heads), tuple(grid for _, grid in parts if grid)
+        return Actions(tuple(sorted(heads, key=lambda head: head.path)), grids, order)
 
 
 def read_actions(
@@ -127,10 +132,12 @@ def read_actions(
         for key, child in children:
             yield from read_actions(child, join(path, key, len(children)))
     elif isinstance(space, gym.spaces.Discrete):
-        yield [CategoricalHead(int(space.n), int(space.start), path)], None
-    elif isinstance(space, gym.spaces.MultiDiscrete):
-        pairs = list(zip(np.ravel(space.nvec).tolist(), np.ravel(space.start).tolist(), strict=True))
-        heads = [CategoricalHead(n, start, join(path, k, len(pairs))) for k, (n, start) in enumerate(pairs)]
+        yield [CategoricalHead(int(space.n), int(space.start), path, str(space.dtype))], None
+    elif isinstance(space, gym.spaces.MultiDiscrete) or is_grid(space):
+        is_box = isinstance(space, gym.spaces.Box)
+        low, size = (space.low, space.high + 1 - space.low) if is_box else (space.start, space.nvec)
+        pairs, dtype = [(int(n), int(start)) for n, start in zip(size.flat, low.flat, strict=True)], str(space.dtype)
+        heads = [CategoricalHead(n, start, join(path, k, len(pairs)), dtype) for k, (n, start) in enumerate(pairs)]
         yield [*heads], (path, tuple(space.shape))
     elif isinstance(space, gym.spaces.MultiBinary):
         yield [BernoulliHead(tuple(space.shape), path)], None
@@ -140,5 +147,13 @@ def read_actions(
     else:
         raise UserError(
             f"{name} {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, Box of floating-point "
-            "numbers, or a Dict or Tuple of these. Wrap the environment so that its actions are one of these."
+            f"numbers or of integers with at most {MAX_CHOICES} values each, or a Dict or Tuple of these. Wrap the "
+            "environment so that its actions are one of these."
         )
+
+
+def is_grid(space: gym.Space[Any]) -> TypeGuard[gym.spaces.Box]:
+    """Whether a space is a Box of integers with few values each, which is read like a MultiDiscrete space."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind not in "iu" or 0 in space.shape:
+        return False
+    return bool(np.max(space.high.astype(np.float64) - space.low) < MAX_CHOICES)

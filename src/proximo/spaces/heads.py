@@ -1,15 +1,15 @@
 """Action heads: the parts of a policy, one for each simple action space.
 
-A head defines how many outputs of the network it reads, its noise, the *raw
-sample* that is stored and scored, and the mapping from raw samples to the actions that an environment takes. Noise
-always comes from outside, and zero noise gives the mode.
+A head defines how many outputs of the network it reads, its noise, the *raw sample* that is stored and scored, and the
+mapping from raw samples to the actions that an environment takes. Noise always comes from outside, and zero noise gives
+the mode.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ class CategoricalHead:
     n: int
     start: int = 0
     path: str = ""
+    dtype: str = field(default="int64", compare=False)  # of the environment's action; older checkpoints do not have it
 
     kind: ClassVar[str] = "categorical"
     raw_shape: ClassVar[tuple[int, ...]] = ()
@@ -76,7 +77,7 @@ class CategoricalHead:
 
     def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
         """Indices [N] -> environment actions [N]."""
-        return raw.astype(np.int64) + self.start
+        return (raw.astype(np.int64) + self.start).astype(self.dtype, copy=False)
 
     def describe(self) -> str:
         """Describe the actions in a message."""
@@ -169,7 +170,7 @@ class GaussianHead:
         return np.where(bounded, uniform, rng.standard_normal(shape)).astype(np.float32)
 
     def is_out_of_reach(self, config: Config) -> bool:
-        """Whether the first policy, 0 ± `init_std`, can hardly reach some bound, or is nearly always cut off at it."""
+        """Whether the first policy, 0 ± `init_std`, hardly reaches some bound, or is clipped in nearly every sample."""
         low, high = self.bounds
         reach = 1.0 if config.squash else 3.0 * config.init_std
         is_finite = np.isfinite(low) & np.isfinite(high)
@@ -279,13 +280,14 @@ def head_from_dict(values: Mapping[str, Any]) -> Head:
     """The inverse of a head's `to_dict`."""
     values = dict(values)
     kind = values.pop("kind")
+    if kind != "bernoulli":
+        np.dtype(values.get("dtype", "int64"))  # TypeError for an unknown type
     if kind == "categorical":
         return CategoricalHead(**values)
     if kind == "bernoulli":
         return BernoulliHead(**{**values, "shape": tuple(values["shape"])})
     if kind != "gaussian":
         raise ValueError(f"unknown kind of action head: {kind!r}")
-    np.dtype(values["dtype"])  # TypeError for an unknown type
     low = tuple(-np.inf if value is None else value for value in values.pop("low"))
     high = tuple(np.inf if value is None else value for value in values.pop("high"))
     return GaussianHead(**{**values, "shape": tuple(values["shape"]), "low": low, "high": high})

@@ -4,7 +4,9 @@ An observation becomes a flat dictionary `path -> array`; see `proximo.spaces.tr
 """
 
 import itertools
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ Obs = dict[str, np.ndarray]  # path -> [..., *leaf shape]
 
 MASK = "action_mask"  # reserved key: which discrete actions are allowed
 MIN_GRAY_SIZE = 8  # pixels; the smallest image without a channel axis
+UNBOUNDED = 1e30  # bounds of images from here on are taken as infinite
 MIN_IMAGE_SIZE = 16  # pixels along two axes from which numbers look like an image
 
 
@@ -46,7 +49,7 @@ class Leaf:
     n: int = 0  # width of the one-hot code of all entries
     start: int = 0  # smallest value of a Discrete space
     high: float = 255
-    is_binary: bool = field(default=False, compare=False)  # only 0 and 1; older checkpoints do not tell
+    is_binary: bool = field(default=False, compare=False)  # only 0 and 1; absent from older checkpoints
     sizes: tuple[int, ...] = ()  # numbers of values of the entries of a MultiDiscrete space
     starts: tuple[int, ...] = ()  # their smallest values
     stack: tuple[int, ...] = ()  # shape of a stack of images in the environment, which is merged into `shape`
@@ -92,6 +95,19 @@ class Leaf:
         else:
             allowed = "0 and 1" if self.is_binary else f"{self.start} to {self.start + self.n - 1}"
         return f"{self.name} is {value.tolist()}; expected {allowed}, as its space declares. Fix the environment"
+
+    def convert(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., *shape] in the stored type; UserError for other types, and for values that it cannot hold."""
+        if values.dtype == self.dtype:
+            return values
+        if values.dtype.kind not in "biuf":
+            raise UserError(f"{self.name} has type {values.dtype}; expected numbers.")
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused where values must be finite
+            converted = values.astype(self.dtype)
+        if converted.dtype.kind != "f" and not np.array_equal(converted, values):
+            fix = "Give pixels from 0 to 255" if self.kind == "image" else "Give whole numbers"
+            raise UserError(f"{self.name} has values of {values.dtype} that {self.dtype} cannot hold. {fix}.")
+        return converted
 
     def merge_stack(self, images: np.ndarray) -> np.ndarray:
         """Stacks of images [..., *stack] as images [..., height, width, channels]."""
@@ -145,17 +161,19 @@ def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
         return
     is_mask, shape = MASK in keys_of(path), tuple(getattr(space, "shape", None) or ())
     if is_mask and not isinstance(space, (gym.spaces.MultiBinary, gym.spaces.Box)):
-        raise UserError(f"{name} {space} is no mask: expected MultiBinary. Change it, or rename the key {MASK!r}.")
+        raise UserError(f"{name} {space} is not a mask: expected MultiBinary. Change it, or rename the key {MASK!r}.")
     if isinstance(space, gym.spaces.Discrete):
+        require_int32(name, space, int(space.start), int(space.start) + int(space.n))
         yield Leaf(path, "discrete", (), "int32", int(space.n), int(space.start))
     elif isinstance(space, gym.spaces.MultiDiscrete):
         sizes, starts = (tuple(np.ravel(x).tolist()) for x in (space.nvec, space.start))
+        require_int32(name, space, *starts, *(start + n for start, n in zip(starts, sizes, strict=True)))
         yield Leaf(path, "discrete", shape, "int32", sum(sizes), sizes=sizes, starts=starts)
     elif isinstance(space, gym.spaces.MultiBinary):
         yield Leaf(path, "mask" if is_mask else "vector", shape, "float32", is_binary=True)
     elif isinstance(space, gym.spaces.Box):
         if 0 in shape:
-            raise UserError(f"{name} {space} is empty: expected at least one number. Remove it.")
+            raise UserError(f"{name} {space} is empty: expected at least one number.{' Remove it.' if path else ''}")
         yield Leaf(path, "mask", shape, "float32") if is_mask else numeric_leaf(path, space, name)
     else:
         raise UnsupportedSpace(
@@ -178,22 +196,34 @@ def named_children(space: gym.Space[Any], name: str) -> Iterator[tuple[Key, gym.
     elif isinstance(space, gym.spaces.Tuple):
         yield from enumerate(space.spaces)
     if isinstance(space, (gym.spaces.Dict, gym.spaces.Tuple)) and not space.spaces:
-        raise UserError(f"{name} {space} is empty: expected at least one entry. Remove it.")
+        raise UserError(f"{name} {space} is empty: expected at least one entry. Fill or remove it.")
 
 
 def remedy(space: gym.Space[Any]) -> str:
     """How to get observations that are supported: leave out the entries of a Dict that are not, or convert them."""
     if not isinstance(space, gym.spaces.Dict):
         return "Convert it to numbers with a wrapper of your own, such as gymnasium.wrappers.TransformObservation."
-    supported = []
+    supported, has_features = [], False
     for key, child in space.spaces.items():
         with suppress(UserError):
-            list(read_leaves(child, join("", key)))
+            has_features |= any(leaf.num_features for leaf in read_leaves(child, join("", key)))
             supported.append(key)
-    if not supported:
+    if not has_features:
         return "Convert it with a wrapper of your own, such as gymnasium.wrappers.TransformObservation."
-    keys = ", ".join(map(str, supported))
-    return f"Leave the entry out: --wrapper 'gymnasium.wrappers:FilterObservation,filter_keys=[{keys}]'."
+    keys = ", ".join(key if is_plain_yaml(key) else json.dumps(key) for key in supported)
+    wrapper = f"gymnasium.wrappers:FilterObservation,filter_keys=[{keys}]"
+    return f"Leave the entry out: --wrapper {shlex.quote(wrapper)}."
+
+
+def is_plain_yaml(key: str) -> bool:
+    """Whether YAML reads a key as text without quotes."""
+    return key.isidentifier() and key.lower() not in ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
+
+
+def require_int32(name: str, space: gym.Space[Any], *values: int) -> None:
+    """Raise UserError unless the values of a discrete space are int32."""
+    if max(map(abs, values)) > np.iinfo(np.int32).max:
+        raise UserError(f"{name} {space} has values beyond 2³¹; expected int32. Subtract the start in the environment.")
 
 
 def numeric_leaf(path: str, space: gym.spaces.Box, name: str) -> Leaf:
@@ -217,7 +247,8 @@ def numeric_leaf(path: str, space: gym.spaces.Box, name: str) -> Leaf:
     if not (is_gray or (len(shape) == 3 and (is_pixels or is_large)) or (len(shape) == 4 and is_large)):
         return Leaf(path, "vector", shape, "float32")
     size = np.abs([np.min(space.low), np.max(space.high)]).max()
-    high = 1 if not np.isfinite(size) else max(int(size), 1) if is_pixels else float(size) or 1.0
+    is_unbounded = not size < UNBOUNDED
+    high = 1 if is_unbounded else max(int(size), 1) if is_pixels else float(size) or 1.0
     dtype, stack = "uint8" if is_pixels else "float32", shape if len(shape) == 4 else ()
     if stack:
         row = spatial_axis(stack)

@@ -13,7 +13,7 @@ from proximo.errors import UserError
 from proximo.spaces.actions import Actions
 from proximo.spaces.heads import Head, RawAction, head_from_dict
 from proximo.spaces.observations import MASK, Leaf, Obs, UnsupportedSpace, read_leaves, remedy
-from proximo.spaces.trees import find
+from proximo.spaces.trees import describe_path, find
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Spaces:
 
     def allows_nothing(self, obs: Mapping[str, np.ndarray], leaf: Leaf) -> np.ndarray:
         """Whether a mask [..., size] forbids every action of some head: [...]."""
-        parts = [obs[leaf.path][..., part] for _, part in self.masked_heads(leaf)]
-        return np.any([~(part > 0).any(axis=-1) for part in parts], axis=0)
+        masks = [self.masks_of(head, obs) for head, _ in self.masked_heads(leaf)]
+        allowed = [np.all([mask > 0 for mask in of_head], axis=0) for of_head in masks]
+        return np.any([~actions.any(axis=-1) for actions in allowed], axis=0)
 
     def random_action(self, rng: np.random.Generator, obs: Obs, count: int) -> RawAction:
         """Random raw actions [count, ...] that the masks of the observations [count, ...] allow."""
@@ -56,7 +57,7 @@ class Spaces:
             if leaf.is_outside(values).any():
                 raise UserError(f"{leaf.outside_message(values)}.")
             if leaf.kind == "mask" and self.allows_nothing(obs, leaf).any():
-                raise UserError(f"{leaf.path!r} of {name} allows no action. Allow at least one.")
+                raise UserError(f"{describe_path(leaf.path)!r} of {name} allows no action. Allow at least one.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -64,6 +65,7 @@ class Spaces:
             "observation": [asdict(leaf) for leaf in self.observation],
             "action": [head.to_dict() for head in self.action.heads],
             "action_grids": [[path, list(shape)] for path, shape in self.action.grids],
+            "action_order": list(self.action.order),
         }
 
     @staticmethod
@@ -78,7 +80,10 @@ class Spaces:
             np.dtype(leaf.dtype)  # TypeError for an unknown type
         heads = tuple(head_from_dict(head) for head in values["action"])
         grids = tuple((path, tuple(shape)) for path, shape in values.get("action_grids", ()))
-        return Spaces(leaves, Actions(heads, grids))
+        order = tuple(values.get("action_order", ()))
+        if order and sorted(order) != [head.path for head in heads]:
+            raise ValueError("the order of the actions names other actions")
+        return Spaces(leaves, Actions(heads, grids, order))
 
     @staticmethod
     def of(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
@@ -94,11 +99,16 @@ class Spaces:
         spaces = Spaces(leaves, Actions.of(action_space))
         for leaf in [leaf for leaf in spaces.observation if leaf.kind == "mask"]:
             size = sum(part.stop - part.start for _, part in spaces.masked_heads(leaf))
-            if not size or leaf.shape != (size,):
+            if not size:
+                raise UserError(
+                    f"{leaf.name} is a mask, but there is no discrete action of this name, and the action space is "
+                    f"{action_space}. Rename the key, or nest the mask like the action."
+                )
+            if leaf.shape != (size,):
                 raise UserError(
                     f"{leaf.name} has shape {leaf.shape}, but a mask needs one entry for each action of a Discrete "
-                    f"action space, or of every entry of a MultiDiscrete one ({size or 'none'} here), and the action "
-                    f"space is {action_space}. Give it that shape, or rename the key."
+                    f"action space, or of every entry of a MultiDiscrete one ({size} here), and the action space is "
+                    f"{action_space}. Give it that shape, or rename the key."
                 )
         if not any(leaf.num_features for leaf in spaces.observation):
             raise UserError(
@@ -113,6 +123,7 @@ class Spaces:
             UserError: a missing key or a wrong shape.
         """
         for leaf in self.observation:
+            shape = leaf.env_shape
             try:
                 value = find(observation, leaf.keys)
             except LookupError as error:
@@ -120,8 +131,7 @@ class Spaces:
             try:
                 array = np.asarray(value)
             except ValueError as error:  # a list of lists of different lengths
-                raise UserError(f"{leaf.name} is no array: {error}. Its space has shape {leaf.env_shape}.") from error
-            shape = leaf.env_shape
+                raise UserError(f"{leaf.name} is not an array: {error}. Its space has shape {shape}.") from error
             if array.shape[array.ndim - len(shape) :] != shape or array.dtype == object:
                 raise UserError(f"{leaf.name} has shape {array.shape}; expected {shape}, or a batch of them.")
             yield leaf.path, leaf.merge_stack(array) if leaf.stack else array
@@ -133,16 +143,17 @@ class Spaces:
             path -> [B, ...] with the stored types, and whether it was a single observation.
 
         Raises:
-            UserError: a wrong shape, values that are not finite or outside their space, or a mask that allows nothing.
+            UserError: a wrong shape or type, values that are not finite or outside their space, or a mask that allows
+                nothing.
         """
         obs = dict(self.read(observation))
         leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
         if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
             raise UserError(f"the observation has leading axes {leading}; expected one observation or a batch of them.")
-        if not all(np.isfinite(value).all() for value in obs.values()):
-            raise UserError("the observation is not finite; expected finite numbers.")
         is_single = leading == {()}
-        obs = {leaf.path: obs[leaf.path].astype(leaf.dtype) for leaf in self.observation}
+        obs = {leaf.path: leaf.convert(obs[leaf.path]) for leaf in self.observation}
+        if not all(np.isfinite(value).all() for value in obs.values()):
+            raise UserError("the observation is not finite as float32; expected finite numbers.")
         obs = {path: value[None] if is_single else value for path, value in obs.items()}
         self.check_values(obs)
         return obs, is_single

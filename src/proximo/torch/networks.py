@@ -85,7 +85,7 @@ def built_in(config: Config, spaces: Spaces) -> Network:
 
 def is_exact(name: str) -> bool:
     """Whether a parameter keeps its precision: those of heads and recurrent layers."""
-    return ".head." in name or ".memory." in name or name == "actor.log_std"
+    return name.split(".")[1] in ("head", "memory", "log_std")
 
 
 def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str, obs: Obs) -> Tensor:
@@ -132,7 +132,7 @@ def encode(
 
 def one_hot(leaf: Leaf, value: Tensor, dtype: torch.dtype) -> Tensor:
     """The one-hot codes of all entries of a discrete leaf, side by side: [..., *leaf shape] -> [..., n]."""
-    shifts, codes = (torch.tensor(x, device=value.device) for x in (leaf.code_shifts, range(leaf.n)))
+    shifts, codes = torch.tensor(leaf.code_shifts, device=value.device), torch.arange(leaf.n, device=value.device)
     entries = value.reshape(*value.shape[: value.ndim - len(leaf.shape)], len(shifts)) + shifts
     return (entries[..., None] == codes).to(dtype).sum(dim=-2)
 
