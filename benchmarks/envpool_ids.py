@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -88,16 +89,18 @@ def main() -> None:
     PAGE.write_text(f"{before}{begin}\n\n{table(result)}\n\n{end}{after}", "utf-8")
 
 
+def shorten(error: str) -> str:
+    """The first sentence of an error, without its type and the environment's id."""
+    text = re.sub(r"^[\w.]+: (envpool:\S+: )?", "", error)
+    return re.split(r"\. |, but ", text)[0].rstrip(".")
+
+
 def table(result: dict[str, dict]) -> str:
     """How many ids of each family were tried and run, and the most frequent error of the others."""
     rows = ["| family | tried | run | most frequent error |", "|---|---:|---:|---|"]
     for family in sorted({entry["family"] for entry in result.values()}):
         entries = [entry for entry in result.values() if entry["family"] == family]
-        errors = Counter(
-            entry["error"].partition(": ")[2].partition(": ")[0].partition(". ")[0]
-            for entry in entries
-            if "error" in entry
-        )
+        errors = Counter(shorten(entry["error"]) for entry in entries if "error" in entry)
         reason = errors.most_common(1)[0][0].replace("|", "/") if errors else ""
         rows.append(f"| {family} | {len(entries)} | {len(entries) - errors.total()} | {reason} |")
     return "\n".join(rows)

@@ -565,3 +565,13 @@ def test_integers_of_a_box_are_categorical():
     assert actions.to_env({"[0]": np.array([3]), "[1]": np.array([0])}, Config()).tolist() == [[4, -2]]
     with pytest.raises(UserError, match="integers with at most 1024 values each"):
         Actions.of(Box(0, 5000, (2,), dtype=np.int32))
+
+
+def test_masks_with_a_row_for_each_entry():
+    """A mask [2, 3] of two entries of three actions each is flat in the order of the entries; [3, 3] is refused."""
+    action = MultiDiscrete([3, 3])
+    spaces = Spaces.of(Dict({"x": VECTOR, "action_mask": MultiBinary((2, 3))}), action)
+    obs, _ = spaces.read_batch({"x": np.zeros(3), "action_mask": [[1, 0, 0], [0, 1, 1]]})
+    assert [spaces.masks_of(head, obs)[0].tolist() for head in spaces.action.heads] == [[[1, 0, 0]], [[0, 1, 1]]]
+    with pytest.raises(UserError, match=r"has shape \(3, 3\), but a mask needs one entry .* \(6 here\)"):
+        Spaces.of(Dict({"x": VECTOR, "action_mask": MultiBinary((3, 3))}), action)

@@ -52,7 +52,7 @@ class Leaf:
     is_binary: bool = field(default=False, compare=False)  # only 0 and 1; absent from older checkpoints
     sizes: tuple[int, ...] = ()  # numbers of values of the entries of a MultiDiscrete space
     starts: tuple[int, ...] = ()  # their smallest values
-    stack: tuple[int, ...] = ()  # shape of a stack of images in the environment, which is merged into `shape`
+    stack: tuple[int, ...] = ()  # shape of a stack of images, or of a mask, in the environment, merged into `shape`
 
     @property
     def name(self) -> str:
@@ -110,8 +110,10 @@ class Leaf:
         return converted
 
     def merge_stack(self, images: np.ndarray) -> np.ndarray:
-        """Stacks of images [..., *stack] as images [..., height, width, channels]."""
+        """Stacks of images [..., *stack] as images [..., height, width, channels]; masks of several axes as flat."""
         leading = images.ndim - len(self.stack)
+        if self.kind == "mask":
+            return images.reshape(*images.shape[:leading], *self.shape)
         row = spatial_axis(self.stack)
         others = [axis for axis in range(len(self.stack)) if axis not in (row, row + 1)]
         order = [*range(leading), *(leading + axis for axis in (row, row + 1, *others))]
@@ -170,16 +172,22 @@ def read_leaves(space: gym.Space[Any], path: str = "") -> Iterator[Leaf]:
         require_int32(name, space, *starts, *(start + n for start, n in zip(starts, sizes, strict=True)))
         yield Leaf(path, "discrete", shape, "int32", sum(sizes), sizes=sizes, starts=starts)
     elif isinstance(space, gym.spaces.MultiBinary):
-        yield Leaf(path, "mask" if is_mask else "vector", shape, "float32", is_binary=True)
+        yield mask_leaf(path, shape, True) if is_mask else Leaf(path, "vector", shape, "float32", is_binary=True)
     elif isinstance(space, gym.spaces.Box):
         if 0 in shape:
             raise UserError(f"{name} {space} is empty: expected at least one number.{' Remove it.' if path else ''}")
-        yield Leaf(path, "mask", shape, "float32") if is_mask else numeric_leaf(path, space, name)
+        yield mask_leaf(path, shape) if is_mask else numeric_leaf(path, space, name)
     else:
         raise UnsupportedSpace(
             f"{name} {space} is not supported: expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple "
             "of these."
         )
+
+
+def mask_leaf(path: str, shape: tuple[int, ...], is_binary: bool = False) -> Leaf:
+    """The leaf of a mask; one of several axes, such as [entries, actions], is flattened."""
+    stack = shape if len(shape) > 1 else ()
+    return Leaf(path, "mask", (math.prod(shape),) if stack else shape, "float32", is_binary=is_binary, stack=stack)
 
 
 def named_children(space: gym.Space[Any], name: str) -> Iterator[tuple[Key, gym.Space[Any]]]:

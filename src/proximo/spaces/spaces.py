@@ -106,7 +106,7 @@ class Spaces:
                 )
             if leaf.shape != (size,):
                 raise UserError(
-                    f"{leaf.name} has shape {leaf.shape}, but a mask needs one entry for each action of a Discrete "
+                    f"{leaf.name} has shape {leaf.env_shape}, but a mask needs one entry for each action of a Discrete "
                     f"action space, or of every entry of a MultiDiscrete one ({size} here), and the action space is "
                     f"{action_space}. Give it that shape, or rename the key."
                 )
