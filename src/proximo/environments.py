@@ -1,13 +1,16 @@
 """The environments that an agent trains in: made when needed, reused, restored, or reset."""
 
 from collections.abc import Callable
+from typing import Any
 
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
+from proximo.device import DeviceSource
 from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of, warn_of_statistics
 from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError, notify_user
+from proximo.learner.learner import Learner
 from proximo.rollout.collector import Collector, state_adapters
 from proximo.rollout.randomness import environment_seeds
 from proximo.run.checkpoint import Checkpoint, RunInfo, find_differences
@@ -26,6 +29,7 @@ class TrainingEnvs:
         self.is_stopping: Callable[[], bool] = lambda: False  # checked before every step; True ends a run
         self._envs: VectorEnv | None = None
         self._collector: Collector | None = None  # of the last call, which the next one may continue
+        self._device_source: DeviceSource | None = None  # the same where environments run on the device
 
     @property
     def is_open(self) -> bool:
@@ -71,7 +75,7 @@ class TrainingEnvs:
             UserError: the environment is unknown, cannot be made, or has other spaces.
         """
         if self._envs is not None and self.owns_envs and self._envs.closed:
-            self._envs = self._collector = None  # after a fault
+            self._envs = self._collector = self._device_source = None  # after a fault
         if self._envs is None:
             if self.env is None:
                 raise UserError(self.missing_message())
@@ -79,13 +83,17 @@ class TrainingEnvs:
             warn_of_statistics(self._envs)
         return self._envs
 
-    def start(self, config: Config, spaces: Spaces, progress: Progress) -> tuple[HostSource, str]:
+    def start(
+        self, config: Config, spaces: Spaces, progress: Progress, learner: Learner
+    ) -> tuple[HostSource | DeviceSource, str]:
         """Environments that continue, are restored from `progress.env_state`, or begin new episodes.
 
         Returns:
             The source to train from, and why the simulator state was not restored, or "".
         """
-        self.open(config, spaces)
+        envs = self.open(config, spaces)
+        if self.engine == "device" and learner.backend == "jax":
+            return self._start_on_device(envs, config, progress, learner)
         last, state = self._collector, progress.env_state
         if self.owns_envs and last:
             if state and last.captured is state:
@@ -109,6 +117,21 @@ class TrainingEnvs:
             reason = f"random generators of the environment ({names}) are not restored"
         return HostSource(collector, config), reason
 
+    def _start_on_device(
+        self, envs: Any, config: Config, progress: Progress, learner: Learner
+    ) -> tuple[DeviceSource, str]:
+        last, state = self._device_source, progress.env_state
+        if last and state and last.captured is state:
+            return last, ""
+        source = self._device_source = DeviceSource(learner, envs.env)
+        reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
+        if reason:
+            if progress.global_step:
+                notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
+            source.reset(progress.iteration)
+            progress.episodes.clear()
+        return source, reason
+
     def _new_collector(self, config: Config, spaces: Spaces) -> Collector:
         self._collector = Collector(self.open(config, spaces), spaces, config, resumable=True)
         return self._collector
@@ -117,7 +140,7 @@ class TrainingEnvs:
         """Close the environments, a vector environment of the user as well."""
         if self._envs is not None:
             self._envs.close()
-            self._envs = self._collector = None
+            self._envs = self._collector = self._device_source = None
 
 
 def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tuple[VectorEnv, str]:

@@ -170,7 +170,7 @@ class PPO:
             yield from recorder.record(trained, evaluate_if_due)
 
     def _start(self) -> tuple[Source, PeriodicEvaluation]:
-        source, reason = self.envs.start(self.config, self.spaces, self.progress)
+        source, reason = self.envs.start(self.config, self.spaces, self.progress, self.learner)
         if self._saved:
             record_resume(self._saved, self._info(), self.progress, reason)
         self._saved = None

@@ -60,11 +60,18 @@ AMBIGUOUS = {
 
 
 ENVPOOL = "envpool:"  # begins the ids of environments as EnvPool defines them
+# Prefixes of ids of environments written in JAX. They never fall back to MODULE:ID of Gymnasium.
+JAX_SUITES = ("jax", "gymnax", "brax", "playground", "navix", "craftax", "jumanji")
+
+
+def is_of_jax_suite(env_id: Any) -> bool:
+    """Whether this is the id of an environment written in JAX, such as `jax:CartPole-v1`."""
+    return isinstance(env_id, str) and ":" in env_id and env_id.partition(":")[0] in JAX_SUITES
 
 
 def names_module(env_id: str) -> bool:
     """Whether an id has the form MODULE:ID, so that a module has to be imported."""
-    return ":" in env_id and not env_id.startswith(ENVPOOL)
+    return ":" in env_id and not env_id.startswith(ENVPOOL) and not is_of_jax_suite(env_id)
 
 
 def canonical_name(name: str) -> str:

@@ -59,9 +59,10 @@ class Config:
     backend: Literal["auto", "jax", "torch"] = run(
         "auto", "array library of the learner; auto selects PyTorch for convolutions if it is installed, else JAX"
     )
-    engine: Literal["auto", "sync", "workers", "envpool", "native"] = run(
+    engine: Literal["auto", "sync", "workers", "envpool", "native", "device"] = run(
         "auto", "how environments run: sync (in this process), workers (in a few processes, many in each), envpool (in "
-        "C++), native (the environment's own vectorised version), or auto (the fastest of these, by rule)"
+        "C++), native (the environment's own vectorised version), device (those written in JAX, together with the "
+        "update), or auto (the fastest of these, by rule)"
     )
     isolate_envs: bool = run(
         False, "run all environments in worker processes (engine workers): slower, but a crash or hang ends the run "

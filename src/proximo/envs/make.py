@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from proximo.config.names import ENVPOOL
+from proximo.config.names import ENVPOOL, is_of_jax_suite
 from proximo.envs import atari
 from proximo.envs.attributes import find_statistics
 from proximo.envs.auto_engine import CARTPOLE, choose_engine
@@ -24,9 +25,10 @@ from proximo.envs.shared_vector_env import LocalVectorEnv
 from proximo.envs.workers import WorkerVectorEnv
 from proximo.errors import UserError, notify_user, suggest
 from proximo.rollout.env_state import generator_from_state, get_generator_state
+from proximo.rollout.jax_env import JaxEnv, is_jax_env
 from proximo.spaces.spaces import Spaces
 
-EnvLike = str | Callable[[], gym.Env] | VectorEnv
+EnvLike = str | Callable[[], gym.Env] | VectorEnv | JaxEnv
 
 # For environments that need other packages: Proximo's extra, by a word in Gymnasium's error ...
 _EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "opencv": "atari"}
@@ -50,9 +52,9 @@ def make_envs(
     """Make a vector environment of N copies of an environment.
 
     Args:
-        env: an id registered with Gymnasium, a function that makes one environment, or a vector environment, which is
-            returned unchanged.
-        engine: sync, workers, envpool, native, or auto (see `resolve_engine`).
+        env: an id registered with Gymnasium, a function that makes one environment, an environment written in JAX, or a
+            vector environment, which is returned unchanged.
+        engine: sync, workers, envpool, native, device, or auto (see `resolve_engine`).
         isolate: run all environments in worker processes.
         timeout_s: limit in seconds for one step or reset of one environment, with engines workers and sync.
         log_info: entries of `info` that these engines return at the end of episodes.
@@ -62,12 +64,21 @@ def make_envs(
     """
     if isinstance(env, VectorEnv):
         return env
+    env_kwargs = dict(env_kwargs or {})
+    if (jax_env := find_jax_env(env, env_kwargs)) is not None:
+        if engine not in ("auto", "device", "native") or isolate:
+            raise UserError(
+                f"{name_of(env)} is written in JAX: engine device trains on it, and native steps it on the host. Use "
+                "one of these or auto, and leave `isolate_envs` off."
+            )
+        return importlib.import_module("proximo.jax.vector_env").JaxVectorEnv(jax_env, num_envs)
+    if engine == "device":
+        raise UserError(f"engine device needs an environment written in JAX, and {name_of(env)} is none. Use auto.")
     if not (isinstance(env, str) or callable(env)):
         raise UserError(
             f"{env!r} is not an environment. Pass an id, a function that makes one environment, or a vector "
             'environment: "CartPole-v1", or lambda: gymnasium.make(…).'
         )
-    env_kwargs = dict(env_kwargs or {})
     if is_of_envpool(env):
         if engine not in ("auto", "envpool") or isolate:
             raise UserError(f"{env} runs with engine envpool only. Use engine auto, and leave `isolate_envs` off.")
@@ -117,6 +128,8 @@ def resolve_engine(
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
+    if find_jax_env(env, env_kwargs or {}) is not None:
+        return "device"
     if isolate:
         return "workers"
     if is_of_envpool(env):
@@ -133,6 +146,8 @@ def resolve_engine(
 def name_of(env: EnvLike) -> str:
     """An id, also of an environment with `wrappers`, or the text of anything else."""
     arguments = env.args if isinstance(env, partial) else ()
+    if is_jax_env(env):
+        return type(env).__name__
     return next((argument for argument in arguments if isinstance(argument, str)), str(env))
 
 
@@ -140,8 +155,33 @@ def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any]) -> str:
     """The engine of an evaluation: ALE's or EnvPool's vector environment for ids of theirs, otherwise sync."""
     if is_of_envpool(env):
         return "envpool"
+    if find_jax_env(env, env_kwargs) is not None:
+        return "native"
     is_atari = isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
     return "native" if is_atari else "sync"
+
+
+def find_jax_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> JaxEnv | None:
+    """The environment written in JAX that an object, a class, an id of a suite or MODULE:NAME is; otherwise None.
+
+    Raises:
+        UserError: the id names an unknown environment, or the arguments do not fit.
+    """
+    if is_jax_env(env):
+        return env
+    if is_of_jax_suite(env):
+        try:
+            return importlib.import_module("proximo.jax.envs").load(env, env_kwargs)
+        except ImportError as error:
+            raise UserError(f"{env} needs JAX, which is not installed. Run: pip install jax") from error
+    made: Any = env
+    if isinstance(env, str) and ":" in env and not is_of_envpool(env) and _find_spec(env) is None:
+        module, _, name = env.partition(":")
+        made = getattr(sys.modules.get(module), name, None)
+    if not isinstance(made, type) or issubclass(made, (gym.Env, VectorEnv)) or not hasattr(made, "step"):
+        return made if is_jax_env(made) else None
+    made = made(**env_kwargs)
+    return made if is_jax_env(made) else None
 
 
 def is_of_envpool(env: Any) -> bool:
@@ -184,6 +224,9 @@ def make_one(env: str | EnvSpec | Callable[..., gym.Env], /, **env_kwargs: Any) 
     """
     if is_of_envpool(env):
         raise UserError(f"{env} exists in a vector environment only, without rendering or `wrappers`.")
+    if not isinstance(env, EnvSpec) and (jax_env := find_jax_env(env, without_mode(env_kwargs))) is not None:
+        gym_env = importlib.import_module("proximo.jax.vector_env").JaxGymEnv
+        return gym_env(jax_env, env_kwargs.get("render_mode"))
     if not isinstance(env, (str, EnvSpec)):
         made = env(**env_kwargs)
         if not isinstance(made, gym.Env):
@@ -195,6 +238,11 @@ def make_one(env: str | EnvSpec | Callable[..., gym.Env], /, **env_kwargs: Any) 
         if spec is not None and atari.is_atari(spec, env_kwargs):
             return atari.make_game(spec, env_kwargs)
         return gym.make(spec or with_version(str(env)), **env_kwargs)
+
+
+def without_mode(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments without `render_mode`."""
+    return {name: value for name, value in env_kwargs.items() if name != "render_mode"}
 
 
 def _make_native(spec: EnvSpec, num_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:

@@ -27,6 +27,25 @@ CHUNK = 64  # rows of one call that evaluates final observations
 PolicyStep = Callable[[Obs, np.ndarray, Any, np.ndarray], tuple[RawAction, Any, Any]]
 
 
+class Deferred:
+    """A value that is computed when it is first needed."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self._compute: Callable[[], Any] | None = compute
+        self._value: Any = None
+
+    def __call__(self) -> Any:
+        """The value."""
+        if self._compute is not None:
+            self._value, self._compute = self._compute(), None
+        return self._value
+
+
+def resolve(value: Any) -> Any:
+    """The value, computed now if it was deferred."""
+    return value() if isinstance(value, Deferred) else value
+
+
 class NetworkActor:
     """A snapshot of a policy that acts through the backend's network.
 
@@ -88,7 +107,7 @@ class Learner:
     pads_chunks: ClassVar[bool]  # evaluate final observations in calls of one shape, which compiles once
     compiled: bool | None
     spec: Spec
-    _state: State
+    _held: State | Deferred
 
     def __init__(
         self, config: Config, spaces: Spaces, network: Any = None, dtype: str = "float32", reduce: Reduce = identity
@@ -104,6 +123,14 @@ class Learner:
         self.device = choose_device(config.device, available, has_convolutions, hint)
         self._build(config, spaces, network, reduce)
         self._set_named_state(initial_state(self.spec, self._dtype.name))
+
+    @property
+    def _state(self) -> State:
+        return resolve(self._held)
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        self._held = state
 
     def decide_compilation(self, num_minibatches: int, previous: bool | None = None) -> None:
         """Decide whether to compile, before an update of that many minibatches; JAX always compiles.
@@ -226,11 +253,11 @@ class Learner:
 
     def snapshot(self) -> Any:
         """The learned state, for `restore` in this process. Nothing is copied: a state never changes."""
-        return self._state
+        return self._held
 
     def restore(self, snapshot: Any) -> None:
-        """Restore a snapshot."""
-        self._state = snapshot
+        """Restore a snapshot, or a deferred one."""
+        self._held = snapshot
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of everything learned; names and shapes are the same in both backends."""

@@ -1,0 +1,285 @@
+"""Training on the device: collection, advantages and update of many iterations in one jitted call.
+
+Every iteration is a function of the learner's state, the environments, the base keys and its number, so the result does
+not depend on how many iterations one call computes. The update is that of `proximo.jax.update`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from proximo.config.settings import Config
+from proximo.jax.env import Envs, reset_envs, step_envs
+from proximo.jax.learner import Learner, jit
+from proximo.jax.state import forward
+from proximo.jax.update import skip, update
+from proximo.learner.functions import act, values
+from proximo.learner.schedules import Hyper
+from proximo.learner.state import Array, Spec, State, Transitions
+from proximo.rollout.env_state import EnvState
+from proximo.rollout.jax_env import JaxEnv
+from proximo.rollout.randomness import Purpose, environment_seeds, sequence
+from proximo.rollout.rollout import Rollout
+from proximo.spaces.heads import CategoricalHead, GaussianHead, Head
+from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import build, is_inside
+
+NOISE = {"categorical": jax.random.gumbel, "gaussian": jax.random.normal, "bernoulli": jax.random.logistic}
+KEY_TYPES = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}  # name of a dtype -> of JAX
+MAX_ITERATIONS = 128  # of one call
+MAX_ROWS, MAX_BYTES = 1 << 17, 1 << 27  # of the results of one call: transitions, and states after each iteration
+
+
+class Keys(NamedTuple):
+    """Base keys of a run, from which those of each iteration are derived."""
+
+    noise: Array
+    order: Array
+    environments: Array
+
+    def of(self, iteration: Array) -> "Keys":
+        """The keys of one iteration."""
+        return Keys(*(jax.random.fold_in(key, iteration) for key in self))
+
+
+class Ended(NamedTuple):
+    """Episodes that ended in an iteration, [T, N] each."""
+
+    over: Array  # bool
+    episode_return: Array
+    episode_length: Array
+
+
+class Collection(NamedTuple):
+    """Result of a collection."""
+
+    envs: Envs
+    data: Transitions
+    ended: Ended
+    is_sound: Array  # [] bool: rewards and observations are finite
+    next_obs: dict[str, Array] | None  # path -> [T, N, ...], before automatic resets
+
+
+class Result(NamedTuple):
+    """Result of one iteration."""
+
+    state: State  # of the learner
+    envs: Envs
+    metrics: dict[str, Array]
+    ended: Ended
+    is_sound: Array  # [] bool: rewards and observations are finite
+    is_updated: Array  # [] bool: the update was finite; otherwise it was discarded
+
+
+def base_keys(seed: int) -> Keys:
+    """The base keys of a run."""
+    purposes = (Purpose.NOISE, Purpose.ORDER, Purpose.ENVIRONMENTS)
+    words = [jnp.asarray(sequence(seed, purpose).generate_state(2)) for purpose in purposes]
+    return Keys(*map(jax.random.wrap_key_data, words))
+
+
+def draw_noise(spaces: Spaces, key: Array, leading: tuple[int, ...]) -> Array:
+    """Noise [*leading, K] of all action heads, distributed as `Actions.noise`."""
+    heads = spaces.action.heads
+    pairs = zip(heads, jax.random.split(key, len(heads)), strict=True)
+    return jnp.concatenate([NOISE[head.kind](one, (*leading, head.noise_size)) for head, one in pairs], axis=-1)
+
+
+def draw_order(config: Config, key: Array) -> Array:
+    """The order of all sequences in every epoch, as `minibatch_order` without padding."""
+    sequences = config.rollout_transitions // config.steps_per_sequence
+    keys = jax.random.split(key, config.update_epochs)
+    order = jax.vmap(lambda one: jax.random.permutation(one, sequences))(keys)
+    return order.reshape(config.update_epochs, config.minibatch_count, -1).astype(jnp.int32)
+
+
+def to_env(spaces: Spaces, raw: dict[str, Array], config: Config) -> Any:
+    """Raw actions [N, ...] -> environment actions [N, ...], nested like the action space; see `Actions.to_env`."""
+    actions = {head.path: env_action(head, raw[head.path], config) for head in spaces.action.heads}
+    for path, shape in spaces.action.grids:
+        entries = [actions.pop(head.path) for head in spaces.action.heads if is_inside(head.path, path)]
+        actions[path] = jnp.stack(entries, axis=-1).reshape(-1, *shape)
+    return build(actions)
+
+
+def env_action(head: Head, raw: Array, config: Config) -> Array:
+    """Raw samples [N, ...] of one head -> environment actions [N, ...]; see `to_env` of the head."""
+    if isinstance(head, CategoricalHead):
+        return raw + head.start
+    if not isinstance(head, GaussianHead):
+        return raw.reshape(-1, *head.shape)
+    low, high = head.bounds
+    action = (jnp.tanh(raw) if config.squash else raw).astype(head.dtype)
+    if config.rescale_actions:
+        action = low + 0.5 * (action + 1.0) * head.width
+    if config.clip_actions:
+        action = jnp.clip(action, low, high)
+    return action.reshape(-1, *head.shape)
+
+
+def collect(spec: Spec, env: JaxEnv, keep_next: bool, state: State, envs: Envs, keys: Keys) -> Collection:
+    """Collect T steps of N environments with the keys of an iteration; `keep_next` adds `next_obs` to the result."""
+    config, spaces = spec.config, spec.spaces
+    noise = draw_noise(spaces, keys.noise, (config.num_steps, config.num_envs))
+
+    def step(carried: tuple[Envs, Array], row: tuple[Array, Array]) -> tuple[tuple[Envs, Array], tuple]:
+        envs, carry = carried
+        drawn, key = row
+        action, carry, _ = act(forward, spec, state, envs.obs, envs.start, carry, drawn)
+        after, result = step_envs(env, spaces, envs, to_env(spaces, action, config), key)
+        inside = jnp.zeros_like(envs.start)
+        value = partial(values, forward, spec, state, result.next_obs, inside, carry)
+        final_value = lax.cond(jnp.any(result.truncated), value, lambda: jnp.zeros_like(state.running_return))
+        ended = Ended(result.terminated | result.truncated, result.episode_return, result.episode_length)
+        is_sound = are_finite((result.reward, result.next_obs, after.obs))
+        flags, kept = (result.terminated, result.truncated), result.next_obs if keep_next else None
+        found = (envs.obs, action, result.reward, *flags, envs.start, final_value)
+        return (after, carry), (found, ended, is_sound, kept)
+
+    given = noise, jax.random.split(keys.environments, config.num_steps)
+    (after, _), (rows, ended, is_sound, next_obs) = lax.scan(step, (envs, state.carry), given)
+    obs, action, reward, terminated, truncated, start, final_value = rows
+    data = Transitions(
+        jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), obs, after.obs), action, reward, terminated,
+        truncated, jnp.ones_like(terminated), jnp.concatenate([start, after.start[None]]), ended.over, final_value,
+    )  # fmt: skip
+    return Collection(after, data, ended, jnp.all(is_sound), next_obs)
+
+
+def are_finite(tree: Any) -> Array:
+    """Whether all numbers of a tree are finite."""
+    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.array(checks))
+
+
+def iterate(spec: Spec, env: JaxEnv, state: State, envs: Envs, keys: Keys, hyper: Hyper) -> Result:
+    """One iteration with the keys of its number; without effect on the learner if rewards or observations are wrong."""
+    after, data, ended, is_sound, _ = collect(spec, env, False, state, envs, keys)
+    updated, metrics = update(spec, state, data, draw_order(spec.config, keys.order), hyper)
+    is_updated = are_finite((updated, metrics))
+    updated = lax.cond(is_updated, lambda: updated, lambda: skip(spec, state, data, hyper))
+    updated = jax.tree.map(partial(jnp.where, is_sound), updated, state)
+    return Result(updated, after, metrics, ended, is_sound, is_updated)
+
+
+def run(
+    spec: Spec, env: JaxEnv, state: State, envs: Envs, keys: Keys, first: Array, count: Array, hyper: Hyper
+) -> Result:
+    """The results [K, ...] of iterations `first` … `first + count − 1`, of which those after wrong numbers are missing.
+
+    Args:
+        hyper: [K] each, of which the first `count` are used.
+    """
+
+    def compute(index: Array, state: State, envs: Envs) -> Result:
+        return iterate(spec, env, state, envs, keys.of(first + index), jax.tree.map(lambda x: x[index], hyper))
+
+    def body(carried: tuple[Array, Array, State, Envs, Result]) -> tuple[Array, Array, State, Envs, Result]:
+        index, _, state, envs, results = carried
+        result = compute(index, state, envs)
+        results = jax.tree.map(lambda all, one: all.at[index].set(one), results, result)
+        return index + 1, result.is_sound, result.state, result.envs, results
+
+    size = len(hyper.gamma)
+    empty = jax.tree.map(partial(make_empty, size), jax.eval_shape(compute, first, state, envs))
+    start = (jnp.zeros((), jnp.int32), jnp.ones((), bool), state, envs, empty)
+    return lax.while_loop(lambda carried: (carried[0] < count) & carried[1], body, start)[-1]
+
+
+def make_empty(size: int, like: Any) -> Array:
+    """An array [size, ...] for results of this shape and dtype."""
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), (size, *like.shape))
+    return jnp.zeros((size, *like.shape), like.dtype)
+
+
+class Loop:
+    """The functions above, jitted for one learner and one environment; arrays stay on the learner's device."""
+
+    def __init__(self, learner: Learner, env: JaxEnv) -> None:
+        spec, config = learner.spec, learner.spec.config
+        self._spec, self._put, self._keys = spec, learner._to_device, base_keys(config.seed)
+        self._run = jit("run", partial(run, spec, env))
+        self._collect = jit("collect", partial(collect, spec, env, True))
+        self._reset = jit("reset", partial(reset_envs, env, spec.spaces))
+        self._take = jit("take", lambda tree, index: jax.tree.map(lambda x: x[index], tree))
+        self._like = jax.eval_shape(self._reset, self._reset_keys(0))
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves((self._like, learner.snapshot()))]
+        most = min(MAX_ITERATIONS, MAX_ROWS // config.rollout_transitions, MAX_BYTES // sum(sizes))
+        self.max_iterations = max(most, 1)
+
+    def _reset_keys(self, iteration: int) -> Array:
+        config = self._spec.config
+        seeds = environment_seeds(config.seed, config.num_envs, iteration=iteration)
+        return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+
+    def reset(self, iteration: int) -> Envs:
+        """Begin new episodes in all environments, with the seeds of `environment_seeds`."""
+        return self._put(self._reset(self._reset_keys(iteration)))
+
+    def run(self, state: State, envs: Envs, first: int, hyper: Sequence[Hyper]) -> Result:
+        """Begin to compute one iteration for each of the hyperparameters; see `run`."""
+        rows = [*hyper, *[hyper[-1]] * (self.max_iterations - len(hyper))]
+        stacked = Hyper(*(np.array(column, np.float32) for column in zip(*rows, strict=True)))
+        return self._run(state, envs, self._keys, np.int32(first), np.int32(len(hyper)), stacked)
+
+    def take(self, tree: Any, index: int) -> Any:
+        """Row `index` of every array, on the device."""
+        return self._take(tree, np.int32(index))
+
+    def select(self, tree: Any, index: int) -> Any:
+        """Row `index` of every array, on the host."""
+        return jax.tree.map(lambda x: x[index], tree)
+
+    def leaves(self, tree: Any) -> list[Any]:
+        """The arrays of a tree."""
+        return jax.tree.leaves(tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """Arrays on the host, random keys as numbers; waits until they are computed."""
+        return jax.device_get(jax.tree.map(to_plain, tree))
+
+    def collect(self, state: State, envs: Envs, iteration: int, rollout: Rollout) -> None:
+        """Fill a rollout with what an iteration collects."""
+        collected = self._collect(state, envs, self._keys.of(np.int32(iteration)))
+        data, next_obs = jax.device_get((collected.data, collected.next_obs))
+        for path, array in rollout.obs.items():
+            array[:] = data.obs[path]
+        for path, array in rollout.action.items():
+            array[:] = data.action[path]
+        for name in ("reward", "terminated", "truncated", "valid", "start"):
+            getattr(rollout, name)[:] = getattr(data, name)
+        rollout.clear_final_obs()
+        for t, n in np.argwhere(data.final).tolist():
+            rollout.add_final_obs(t, n, {path: array[t, n] for path, array in next_obs.items()})
+
+    def restore(self, state: EnvState) -> Envs:
+        """Environments in a stored state.
+
+        Raises:
+            ValueError: the arrays are not those of this environment.
+        """
+        found = [np.asarray(x) for x in state.snapshot]
+        like, tree = jax.tree.flatten(self._like.state)
+        leaves = [from_plain(x, one) for x, one in zip(found, like, strict=True)]
+        if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in like]:
+            raise ValueError("the environments have another state")
+        numbers = state.episode_return.astype(np.float32), state.episode_length.astype(np.int32)
+        return self._put(Envs(tree.unflatten(leaves), state.obs, state.start, *numbers))
+
+
+def to_plain(x: Array) -> Array:
+    """The data of random keys; other arrays as they are."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def from_plain(x: np.ndarray, like: Any) -> Any:
+    """The inverse of `to_plain` for an array with the type of `like`."""
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return x
+    return jax.random.wrap_key_data(jnp.asarray(x), impl=KEY_TYPES[str(like.dtype)])
