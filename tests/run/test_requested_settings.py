@@ -251,7 +251,7 @@ def test_schema_1_requests_auto(tmp_path):
     with PPO.load(OLD) as agent:
         assert requested(agent.config) == {**AUTO, "backend": "jax", "engine": "sync"}
         assert [head.to_dict() for head in agent.spaces.action.heads] == [
-            {"kind": "categorical", "n": 2, "start": 0, "path": ""}
+            {"kind": "categorical", "n": 2, "start": 0, "path": "", "dtype": "int64"}
         ]
         assert make_learner(agent.config, agent.spaces).state().keys() == agent.learner.state().keys()
         agent.learn(16)

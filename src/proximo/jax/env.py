@@ -55,8 +55,14 @@ def reset_envs(env: JaxEnv, spaces: Spaces, keys: Array) -> Envs:
     )  # fmt: skip
 
 
-def step_envs(env: JaxEnv, spaces: Spaces, envs: Envs, action: Any, key: Array) -> tuple[Envs, Step]:
-    """Step N environments with actions [N, ...]; reset those whose episode ends, by themselves or at the time limit."""
+def step_envs(
+    env: JaxEnv, spaces: Spaces, envs: Envs, action: Any, key: Array, pool: Envs | None = None
+) -> tuple[Envs, Step]:
+    """Step N environments with actions [N, ...]; reset those whose episode ends, by themselves or at the time limit.
+
+    Args:
+        pool: N environments after a reset, from which the resets are taken; without it they are computed.
+    """
     count, limit = len(envs.start), getattr(env, "time_limit", None)
     step_key, reset_key = jax.random.split(key)
     state, observation, reward, terminated, truncated = jax.vmap(env.step)(
@@ -71,7 +77,11 @@ def step_envs(env: JaxEnv, spaces: Spaces, envs: Envs, action: Any, key: Array) 
     after = Envs(state, read(spaces, observation), over, jnp.where(over, 0.0, total), jnp.where(over, 0, length))
 
     def with_resets(after: Envs) -> Envs:
-        fresh = reset_envs(env, spaces, jax.random.split(reset_key, count))
+        if pool is None:
+            fresh = reset_envs(env, spaces, jax.random.split(reset_key, count))
+        else:  # rows in turn from a random one on, so that no two environments begin in the same state
+            rows = (jnp.arange(count) + jax.random.randint(reset_key, (), 0, count)) % count
+            fresh = jax.tree.map(lambda x: x[rows], pool)
         state, obs = jax.tree.map(partial(where, over), (fresh.state, fresh.obs), (after.state, after.obs))
         return after._replace(state=state, obs=obs)
 

@@ -126,12 +126,15 @@ def collect(spec: Spec, env: JaxEnv, keep_next: bool, state: State, envs: Envs, 
     """Collect T steps of N environments with the keys of an iteration; `keep_next` adds `next_obs` to the result."""
     config, spaces = spec.config, spec.spaces
     noise = draw_noise(spaces, keys.noise, (config.num_steps, config.num_envs))
+    step_key, pool_key = jax.random.split(keys.environments)
+    is_pooled = getattr(env, "pools_resets", False)
+    pool = reset_envs(env, spaces, jax.random.split(pool_key, config.num_envs)) if is_pooled else None
 
     def step(carried: tuple[Envs, Array], row: tuple[Array, Array]) -> tuple[tuple[Envs, Array], tuple]:
         envs, carry = carried
         drawn, key = row
         action, carry, _ = act(forward, spec, state, envs.obs, envs.start, carry, drawn)
-        after, result = step_envs(env, spaces, envs, to_env(spaces, action, config), key)
+        after, result = step_envs(env, spaces, envs, to_env(spaces, action, config), key, pool)
         inside = jnp.zeros_like(envs.start)
         value = partial(values, forward, spec, state, result.next_obs, inside, carry)
         final_value = lax.cond(jnp.any(result.truncated), value, lambda: jnp.zeros_like(state.running_return))
@@ -141,7 +144,7 @@ def collect(spec: Spec, env: JaxEnv, keep_next: bool, state: State, envs: Envs, 
         found = (envs.obs, action, result.reward, *flags, envs.start, final_value)
         return (after, carry), (found, ended, is_sound, kept)
 
-    given = noise, jax.random.split(keys.environments, config.num_steps)
+    given = noise, jax.random.split(step_key, config.num_steps)
     (after, _), (rows, ended, is_sound, next_obs) = lax.scan(step, (envs, state.carry), given)
     obs, action, reward, terminated, truncated, start, final_value = rows
     data = Transitions(

@@ -20,6 +20,8 @@ class JaxEnv(Protocol):
     An environment may also have:
 
     - `time_limit`: steps after which an episode is truncated; without it, or None, there is no limit.
+    - `pools_resets`: True where a reset takes much longer than a step. Then the start states of an iteration are taken
+      from as many resets as there are environments, computed once in each iteration.
     - `render(state)`: an image of a state, uint8 [height, width, 3].
     """
 

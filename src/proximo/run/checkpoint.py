@@ -139,7 +139,7 @@ def restore_config(path: str | Path, manifest: dict[str, Any], network: Any, cha
             "network=…"
         )
     if "wrappers" not in changes:
-        require_trusted(manifest["config"].get("wrappers") or (), str(path))
+        require_trusted(SETTINGS["wrappers"].convert(manifest["config"].get("wrappers") or ()), str(path))
     return from_mapping(override({**manifest["config"], "run_dir": None, "wandb": None}, changes))
 
 

@@ -7,7 +7,16 @@ from typing import Any
 from proximo.errors import UserError, suggest
 from proximo.rollout.jax_env import JaxEnv
 
-ADAPTERS = {"jax": "classic"}  # prefix of an id -> module of this package with `make(name, **env_kwargs)` and `names()`
+# Prefix of an id -> module of this package with `make(name, **env_kwargs)` and `names()`, and what to install.
+ADAPTERS = {
+    "jax": ("classic", ""),
+    "gymnax": ("from_gymnax", "gymnax six"),
+    "brax": ("from_brax", "brax"),
+    "playground": ("from_playground", "playground"),
+    "navix": ("from_navix", "navix"),
+    "craftax": ("from_craftax", "craftax"),
+    "jumanji": ("from_jumanji", "jumanji"),
+}
 
 
 def load(env_id: str, env_kwargs: Mapping[str, Any]) -> JaxEnv:
@@ -22,8 +31,14 @@ def load(env_id: str, env_kwargs: Mapping[str, Any]) -> JaxEnv:
     prefix, _, name = env_id.partition(":")
     kwargs = dict(env_kwargs)
     limit = kwargs.pop("max_episode_steps", None)
-    adapter = importlib.import_module(f"{__name__}.{ADAPTERS[prefix]}")
-    known = adapter.names()
+    module, packages = ADAPTERS[prefix]
+    try:
+        adapter = importlib.import_module(f"{__name__}.{module}")
+        known = adapter.names()
+    except ImportError as error:
+        raise UserError(
+            f"environment {env_id!r} needs a package that is not installed ({error}). Run: pip install {packages}"
+        ) from error
     if name not in known:
         raise UserError(f"{prefix} has no environment {name!r}{suggest(name, known)}")
     try:

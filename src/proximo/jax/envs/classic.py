@@ -64,7 +64,7 @@ class CartPole:
 
     def step(self, key: Array, state: Array, action: Array) -> Step:
         """Push the cart with 10 N to the left (0) or to the right (1) for 0.02 s: one step of Euler's method."""
-        position, speed, angle, spin = state
+        _, speed, angle, spin = state
         sine, cosine = jnp.sin(angle), jnp.cos(angle)
         push = (jnp.where(action == 1, 10.0, -10.0) + 0.05 * spin**2 * sine) / 1.1
         angular = (9.8 * sine - cosine * push) / (0.5 * (4.0 / 3.0 - 0.1 * cosine**2 / 1.1))

@@ -1,0 +1,111 @@
+"""Environments in JAX on the device: Proximo beside PureJaxRL on CartPole, with identical settings.
+
+    python benchmarks/device.py --purejaxrl FOLDER [--python PYTHON] [--cases 4x128 64x128 2048x16] [--rounds 3]
+
+FOLDER is a clone of github.com/luchris429/purejaxrl. PYTHON is an interpreter with gymnax 0.0.9, flax, optax and
+distrax, by default this one. Both sides run in turn, each time in a new process, after compilation. Proximo's time
+includes its training loop and the metrics of every iteration, without a run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CASES = {"4x128": (4, 128, 500_000), "64x128": (64, 128, 1_000_000), "2048x16": (2048, 16, 2_000_000)}
+WARMUP = 12  # iterations of Proximo, after which calls have their final size
+
+
+def main() -> None:
+    """Run all cases; write benchmarks/results/device-DEVICE.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--purejaxrl", type=Path)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=int, default=1, help="multiplies the steps of a run, for a fast device")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        num_envs, num_steps, total = CASES[options.cases[0]]
+        run = run_proximo if options.child == "proximo" else run_purejaxrl
+        print(json.dumps(run(num_envs, num_steps, total * options.scale, options)))
+        return
+    sides = ["proximo", *(["purejaxrl"] if options.purejaxrl else [])]
+    results: dict[str, dict[str, list[dict]]] = {case: {side: [] for side in sides} for case in options.cases}
+    for case in options.cases:
+        for _ in range(options.rounds):
+            for side in sides:
+                results[case][side].append(run_child(side, case, options))
+                print(case, side, results[case][side][-1], flush=True)
+        if len(sides) == 2:
+            pairs = zip(results[case]["proximo"], results[case]["purejaxrl"], strict=True)
+            ratios = [ours["steps_per_second"] / theirs["steps_per_second"] for ours, theirs in pairs]
+            print(f"{case}: {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})", flush=True)
+    path = HERE / "results" / f"device-{options.device}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+def run_child(side: str, case: str, options: argparse.Namespace) -> dict:
+    """Measure one side in a new process."""
+    python = sys.executable if side == "proximo" else options.python
+    command = [python, __file__, "--child", side, "--cases", case, "--device", options.device]
+    command += ["--scale", str(options.scale)]
+    command += ["--purejaxrl", str(options.purejaxrl)] if options.purejaxrl else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_proximo(num_envs: int, num_steps: int, total: int, options: argparse.Namespace) -> dict:
+    """Steps per second and the final return of Proximo."""
+    from proximo import PPO
+
+    settings = dict(
+        num_envs=num_envs, num_steps=num_steps, num_minibatches=4, update_epochs=4, learning_rate=2.5e-4,
+        ent_coef=0.01, clip_coef=0.2, vf_clip_coef=0.2, vf_coef=0.5, gamma=0.99, gae_lambda=0.95, max_grad_norm=0.5,
+        hidden_sizes=(64, 64), histogram_interval=0, device=options.device, backend="jax", preset=None,
+    )  # fmt: skip
+    with PPO("jax:CartPole-v1", **settings) as agent:
+        agent.learn(WARMUP * num_envs * num_steps)
+        began = time.perf_counter()
+        agent.learn(total)
+        seconds = time.perf_counter() - began
+        return {"steps_per_second": total / seconds, "return": agent.progress.return_mean}
+
+
+def run_purejaxrl(num_envs: int, num_steps: int, total: int, options: argparse.Namespace) -> dict:
+    """Steps per second and the final return of PureJaxRL's ppo.py."""
+    warnings.filterwarnings("ignore")
+    for name in ("navix", "brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training"):
+        module = sys.modules.setdefault(name, types.ModuleType(name))  # imported for other scripts only
+        module.__dict__.update(EpisodeWrapper=None, AutoResetWrapper=None, envs=None)
+    sys.path.insert(0, str(options.purejaxrl / "purejaxrl"))
+    import jax
+    import ppo
+
+    config = {
+        "LR": 2.5e-4, "NUM_ENVS": num_envs, "NUM_STEPS": num_steps, "TOTAL_TIMESTEPS": float(total),
+        "UPDATE_EPOCHS": 4, "NUM_MINIBATCHES": 4, "GAMMA": 0.99, "GAE_LAMBDA": 0.95, "CLIP_EPS": 0.2, "ENT_COEF": 0.01,
+        "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "tanh", "ENV_NAME": "CartPole-v1", "ANNEAL_LR": True,
+        "DEBUG": False,
+    }  # fmt: skip
+    key = jax.random.PRNGKey(0)
+    train = jax.jit(ppo.make_train(config)).lower(key).compile()
+    began = time.perf_counter()
+    found = jax.block_until_ready(train(key))
+    seconds = time.perf_counter() - began
+    returns = found["metrics"]["returned_episode_returns"][-5:]
+    return {"steps_per_second": total / seconds, "return": float(returns.mean())}
+
+
+if __name__ == "__main__":
+    main()
