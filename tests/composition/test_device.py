@@ -87,6 +87,23 @@ def test_final_observations_and_causes_of_the_end(ends, limit):
     assert len(np.unique(numbers)) == numbers.size
 
 
+def test_pooled_resets():
+    """Start states of an iteration are those of four resets: in each of the five resets of four environments all of
+    them are different, and the next iteration has others."""
+    env = Counter(ends=3)
+    env.pools_resets = True
+    source, learner, config = source_of(env)
+    pools = []
+    for iteration in range(2):
+        source._collect(learner, iteration)
+        starts = source._rollout.obs[""][3:16:3, :, 1] if iteration == 0 else source._rollout.obs[""][2:16:3, :, 1]
+        assert all(len(set(row)) == 4 for row in starts.tolist())
+        pools.append(set(starts.ravel().tolist()))
+        assert len(pools[-1]) == 4
+        source.iterate(learner, config, iteration, 64 * iteration)
+    assert not pools[0] & pools[1]
+
+
 def test_episodes_are_counted():
     """Returns 1 + 2 + 3 of length 3, of four environments; episodes continue from one iteration to the next."""
     source, learner, config = source_of(Counter(ends=3))
