@@ -3,6 +3,7 @@ resumed and changed in the same way."""
 
 import json
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from proximo.config.settings import Config
 from proximo.device import DeviceSource
 from proximo.errors import RunError, UserError
 from proximo.jax.env import Envs
-from proximo.jax.loop import base_keys, draw_noise, draw_order
+from proximo.jax.loop import base_keys, collect, draw_noise, draw_order
 from proximo.jax.vector_env import JaxVectorEnv
 from proximo.learner.make import make_learner
 from proximo.learner.schedules import hyper_at
@@ -85,6 +86,22 @@ def test_final_observations_and_causes_of_the_end(ends, limit):
         assert rollout.obs[""][t + 1, n, 1] != final[1]
     numbers = rollout.obs[""][::3, :, 1]
     assert len(np.unique(numbers)) == numbers.size
+
+
+def test_branches_change_nothing(optimized):
+    """A GPU computes every reset and every value of a next observation; the results are the same."""
+    env = Counter(ends=5, time_limit=3)
+    source, learner, config = source_of(env, **SETTINGS["memory"])
+    keys, envs = base_keys(config.seed).of(np.int32(0)), source._envs()
+    first, second = (
+        jax.jit(partial(collect, learner.spec, env, branches, True))(learner.snapshot(), envs, keys)
+        for branches in (True, False)
+    )
+    final = np.asarray(first.data.final)
+    assert final.any()
+    found = [one.data._replace(final_value=np.where(final, one.data.final_value, 0.0)) for one in (first, second)]
+    for a, b in zip(jax.tree.leaves((first.envs, found[0])), jax.tree.leaves((second.envs, found[1])), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 
 
 def test_pooled_resets():

@@ -56,12 +56,13 @@ def reset_envs(env: JaxEnv, spaces: Spaces, keys: Array) -> Envs:
 
 
 def step_envs(
-    env: JaxEnv, spaces: Spaces, envs: Envs, action: Any, key: Array, pool: Envs | None = None
+    env: JaxEnv, spaces: Spaces, envs: Envs, action: Any, key: Array, pool: Envs | None = None, branches: bool = True
 ) -> tuple[Envs, Step]:
     """Step N environments with actions [N, ...]; reset those whose episode ends, by themselves or at the time limit.
 
     Args:
         pool: N environments after a reset, from which the resets are taken; without it they are computed.
+        branches: compute resets only where an episode ends. A GPU waits for the host at every branch.
     """
     count, limit = len(envs.start), getattr(env, "time_limit", None)
     step_key, reset_key = jax.random.split(key)
@@ -86,6 +87,8 @@ def step_envs(
         return after._replace(state=state, obs=obs)
 
     step = Step(reward, terminated, truncated, after.obs, total, length)
+    if not branches:
+        return with_resets(after), step
     return lax.cond(jnp.any(over), with_resets, lambda after: after, after), step
 
 

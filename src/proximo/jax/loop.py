@@ -122,8 +122,15 @@ def env_action(head: Head, raw: Array, config: Config) -> Array:
     return action.reshape(-1, *head.shape)
 
 
-def collect(spec: Spec, env: JaxEnv, keep_next: bool, state: State, envs: Envs, keys: Keys) -> Collection:
-    """Collect T steps of N environments with the keys of an iteration; `keep_next` adds `next_obs` to the result."""
+def collect(
+    spec: Spec, env: JaxEnv, branches: bool, keep_next: bool, state: State, envs: Envs, keys: Keys
+) -> Collection:
+    """Collect T steps of N environments with the keys of an iteration.
+
+    Args:
+        branches: compute resets and values of final observations only in steps where an episode ends.
+        keep_next: add `next_obs` to the result.
+    """
     config, spaces = spec.config, spec.spaces
     noise = draw_noise(spaces, keys.noise, (config.num_steps, config.num_envs))
     step_key, pool_key = jax.random.split(keys.environments)
@@ -134,24 +141,40 @@ def collect(spec: Spec, env: JaxEnv, keep_next: bool, state: State, envs: Envs, 
         envs, carry = carried
         drawn, key = row
         action, carry, _ = act(forward, spec, state, envs.obs, envs.start, carry, drawn)
-        after, result = step_envs(env, spaces, envs, to_env(spaces, action, config), key, pool)
-        inside = jnp.zeros_like(envs.start)
-        value = partial(values, forward, spec, state, result.next_obs, inside, carry)
-        final_value = lax.cond(jnp.any(result.truncated), value, lambda: jnp.zeros_like(state.running_return))
+        after, result = step_envs(env, spaces, envs, to_env(spaces, action, config), key, pool, branches)
+        following = result.next_obs, carry
+        final_value = None
+        if branches:
+            value = partial(values_after, spec, state, *following)
+            final_value = lax.cond(jnp.any(result.truncated), value, lambda: jnp.zeros_like(state.running_return))
         ended = Ended(result.terminated | result.truncated, result.episode_return, result.episode_length)
-        is_sound = are_finite((result.reward, result.next_obs, after.obs))
-        flags, kept = (result.terminated, result.truncated), result.next_obs if keep_next else None
+        is_sound = rows_finite((result.reward, result.next_obs, after.obs))
+        flags, kept = (result.terminated, result.truncated), following if keep_next or not branches else None
         found = (envs.obs, action, result.reward, *flags, envs.start, final_value)
         return (after, carry), (found, ended, is_sound, kept)
 
     given = noise, jax.random.split(step_key, config.num_steps)
-    (after, _), (rows, ended, is_sound, next_obs) = lax.scan(step, (envs, state.carry), given)
+    (after, _), (rows, ended, is_sound, following) = lax.scan(step, (envs, state.carry), given)
     obs, action, reward, terminated, truncated, start, final_value = rows
+    if not branches:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), following)
+        final_value = values_after(spec, state, *flat).reshape(reward.shape)
     data = Transitions(
         jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), obs, after.obs), action, reward, terminated,
         truncated, jnp.ones_like(terminated), jnp.concatenate([start, after.start[None]]), ended.over, final_value,
     )  # fmt: skip
-    return Collection(after, data, ended, jnp.all(is_sound), next_obs)
+    return Collection(after, data, ended, jnp.all(is_sound), following[0] if keep_next else None)
+
+
+def values_after(spec: Spec, state: State, next_obs: dict[str, Array], carry: Array) -> Array:
+    """V [B] of observations [B, ...] within an episode, after the recurrent states [B, H]."""
+    return values(forward, spec, state, next_obs, jnp.zeros(len(carry), bool), carry)
+
+
+def rows_finite(tree: Any) -> Array:
+    """Whether the numbers of each row of arrays [N, ...] are finite: [N]."""
+    floats = [x.reshape(len(x), -1) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all(axis=1) for x in floats]), axis=0)
 
 
 def are_finite(tree: Any) -> Array:
@@ -160,9 +183,9 @@ def are_finite(tree: Any) -> Array:
     return jnp.all(jnp.array(checks))
 
 
-def iterate(spec: Spec, env: JaxEnv, state: State, envs: Envs, keys: Keys, hyper: Hyper) -> Result:
+def iterate(spec: Spec, env: JaxEnv, branches: bool, state: State, envs: Envs, keys: Keys, hyper: Hyper) -> Result:
     """One iteration with the keys of its number; without effect on the learner if rewards or observations are wrong."""
-    after, data, ended, is_sound, _ = collect(spec, env, False, state, envs, keys)
+    after, data, ended, is_sound, _ = collect(spec, env, branches, False, state, envs, keys)
     updated, metrics = update(spec, state, data, draw_order(spec.config, keys.order), hyper)
     is_updated = are_finite((updated, metrics))
     updated = lax.cond(is_updated, lambda: updated, lambda: skip(spec, state, data, hyper))
@@ -171,7 +194,15 @@ def iterate(spec: Spec, env: JaxEnv, state: State, envs: Envs, keys: Keys, hyper
 
 
 def run(
-    spec: Spec, env: JaxEnv, state: State, envs: Envs, keys: Keys, first: Array, count: Array, hyper: Hyper
+    spec: Spec,
+    env: JaxEnv,
+    branches: bool,
+    state: State,
+    envs: Envs,
+    keys: Keys,
+    first: Array,
+    count: Array,
+    hyper: Hyper,
 ) -> Result:
     """The results [K, ...] of iterations `first` … `first + count − 1`, of which those after wrong numbers are missing.
 
@@ -180,7 +211,8 @@ def run(
     """
 
     def compute(index: Array, state: State, envs: Envs) -> Result:
-        return iterate(spec, env, state, envs, keys.of(first + index), jax.tree.map(lambda x: x[index], hyper))
+        one = jax.tree.map(lambda x: x[index], hyper)
+        return iterate(spec, env, branches, state, envs, keys.of(first + index), one)
 
     def body(carried: tuple[Array, Array, State, Envs, Result]) -> tuple[Array, Array, State, Envs, Result]:
         index, _, state, envs, results = carried
@@ -207,8 +239,9 @@ class Loop:
     def __init__(self, learner: Learner, env: JaxEnv) -> None:
         spec, config = learner.spec, learner.spec.config
         self._spec, self._put, self._keys = spec, learner._to_device, base_keys(config.seed)
-        self._run = jit("run", partial(run, spec, env))
-        self._collect = jit("collect", partial(collect, spec, env, True))
+        branches = learner.device.name == "cpu"  # a GPU waits for the host at every branch
+        self._run = jit("run", partial(run, spec, env, branches))
+        self._collect = jit("collect", partial(collect, spec, env, branches, True))
         self._reset = jit("reset", partial(reset_envs, env, spec.spaces))
         self._take = jit("take", lambda tree, index: jax.tree.map(lambda x: x[index], tree))
         self._like = jax.eval_shape(self._reset, self._reset_keys(0))
