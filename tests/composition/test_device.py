@@ -88,10 +88,11 @@ def test_final_observations_and_causes_of_the_end(ends, limit):
     assert len(np.unique(numbers)) == numbers.size
 
 
-def test_branches_change_nothing(optimized):
+@pytest.mark.parametrize("name", ["plain", "memory"])
+def test_branches_change_nothing(name, optimized):
     """A GPU computes every reset and every value of a next observation; the results are the same."""
     env = Counter(ends=5, time_limit=3)
-    source, learner, config = source_of(env, **SETTINGS["memory"])
+    source, learner, config = source_of(env, **SETTINGS[name])
     keys, envs = base_keys(config.seed).of(np.int32(0)), source._envs()
     first, second = (
         jax.jit(partial(collect, learner.spec, env, branches, True))(learner.snapshot(), envs, keys)

@@ -32,7 +32,7 @@ from proximo.spaces.trees import build, is_inside
 NOISE = {"categorical": jax.random.gumbel, "gaussian": jax.random.normal, "bernoulli": jax.random.logistic}
 KEY_TYPES = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}  # name of a dtype -> of JAX
 MAX_ITERATIONS = 128  # of one call
-MAX_ROWS, MAX_BYTES = 1 << 17, 1 << 27  # of the results of one call: transitions, and states after each iteration
+MAX_ROWS, MAX_BYTES = 1 << 20, 1 << 27  # of the results of one call: transitions, and states after each iteration
 
 
 class Keys(NamedTuple):
@@ -157,7 +157,7 @@ def collect(
     (after, _), (rows, ended, is_sound, following) = lax.scan(step, (envs, state.carry), given)
     obs, action, reward, terminated, truncated, start, final_value = rows
     if not branches:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), following)
+        flat = jax.tree.map(lambda x: x.reshape(reward.size, *x.shape[2:]), following)
         final_value = values_after(spec, state, *flat).reshape(reward.shape)
     data = Transitions(
         jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), obs, after.obs), action, reward, terminated,
