@@ -194,7 +194,7 @@ class MountainCar:
         position, speed = state
         speed = jnp.clip(speed + self.power * force - 0.0025 * jnp.cos(3.0 * position), -0.07, 0.07)
         position = jnp.clip(position + speed, -1.2, 0.6)
-        speed = jnp.where((position <= np.float32(-1.2)) & (speed < 0.0), 0.0, speed)
+        speed = jnp.where((position <= -1.2) & (speed < 0.0), 0.0, speed)
         return jnp.stack([position, speed]), (position >= self.goal) & (speed >= self._goal_speed)
 
     def render(self, state: Array) -> np.ndarray:
