@@ -2,6 +2,8 @@
 resumed and changed in the same way."""
 
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -292,3 +294,10 @@ def test_random_keys_in_states_are_stored():
     again.iterate(learner, config, 1, 64)
     assert_same(learner.state(), expected)
     assert isinstance(source._envs(), Envs)
+
+
+def test_small_networks_use_one_thread():
+    """Making the environments does not start JAX, whose number of threads the learner sets."""
+    program = "from proximo import PPO; print(PPO('jax:CartPole-v1', num_envs=1, minibatch_size=8).resolved.threads)"
+    env = {name: value for name, value in os.environ.items() if name not in ("PJRT_NPROC", "OMP_NUM_THREADS")}
+    assert subprocess.check_output([sys.executable, "-c", program], env=env, text=True) == "1\n"

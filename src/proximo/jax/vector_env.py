@@ -1,6 +1,7 @@
 """Environments written in JAX as Gymnasium environments, for evaluation, videos, wrappers and training on the host."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -50,12 +51,15 @@ class JaxVectorEnv(VectorEnv):
         self.observation_space = batch_space(env.observation_space, num_envs)
         self.action_space = batch_space(env.action_space, num_envs)
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-        self._device = jax.devices("cpu")[0]
         self._begin, self._advance = jax.jit(partial(begin, env)), jax.jit(partial(advance, env))
         self._limit = getattr(env, "time_limit", None)
         self._keys = self._state = None
         self._observation: Any = None
         self._length = np.zeros(num_envs, np.int64)
+
+    def _on_host(self) -> AbstractContextManager[Any]:
+        """Compute on the CPU; JAX is not started before, because the learner sets the number of threads."""
+        return jax.default_device(jax.devices("cpu")[0])
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
@@ -64,7 +68,7 @@ class JaxVectorEnv(VectorEnv):
             seed: one for each environment, or one from which environment n gets seed + n.
         """
         mask = np.ones(self.num_envs, bool) if not options else np.asarray(options["reset_mask"])
-        with jax.default_device(self._device):
+        with self._on_host():
             keys = self._keys
             if seed is not None or keys is None:
                 seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
@@ -82,7 +86,7 @@ class JaxVectorEnv(VectorEnv):
         """Return observations [N, ...], rewards [N], terminated [N], truncated [N], and an empty info."""
         if self._keys is None:
             raise RunError("the environments have not been reset. Call reset() first.")
-        with jax.default_device(self._device):
+        with self._on_host():
             self._keys, results = self._advance(self._keys, self._state, actions)
         self._state, self._observation, *rest = results
         reward, terminated, truncated = (np.asarray(x) for x in rest)

@@ -30,5 +30,5 @@ def make(name: str, **env_kwargs: Any) -> Adapted:
         observation, state, reward, done, _ = env.step_env(key, state, action, params)
         return state, observation, reward, done, jnp.zeros((), bool)
 
-    seen = jax.eval_shape(lambda key: reset(key)[1], jax.random.key(0))
+    seen = jax.eval_shape(lambda: reset(jax.random.key(0))[1])
     return Adapted(box(seen), gym.spaces.Discrete(int(env.action_space(params).n)), reset, step, limit)

@@ -38,7 +38,7 @@ def make(name: str, **env_kwargs: Any) -> Adapted:
             last & (found.discount > 0),
         )
 
-    seen = jax.eval_shape(lambda key: reset(key)[1], jax.random.key(0))
+    seen = jax.eval_shape(lambda: reset(jax.random.key(0))[1])
     action = jumanji_specs_to_gym_spaces(env.action_spec)
     return Adapted(to_space(seen), action, reset, step, None if limit is None else int(limit))
 

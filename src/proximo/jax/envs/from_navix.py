@@ -30,7 +30,7 @@ def make(name: str, **env_kwargs: Any) -> Adapted:
         state = env._step(state, action)  # `step` would reset in the step after the last
         return state, state.observation, state.reward, state.is_termination(), jnp.zeros((), bool)
 
-    seen = jax.eval_shape(lambda key: reset(key)[1], jax.random.key(0))
+    seen = jax.eval_shape(lambda: reset(jax.random.key(0))[1])
     integers = jnp.issubdtype(seen.dtype, jnp.integer)  # grids of codes, whose declared bounds are too narrow
     high = 255.0 if integers else np.inf
     space = gym.spaces.Box(0.0 if integers else -np.inf, high, seen.shape)
