@@ -34,9 +34,10 @@ def select_name(env_id: str | None, preset: str | None) -> str | None:
     """Return the name of the preset to use, or None. "auto" selects that of the environment or its family, if any."""
     if preset != "auto":
         return None if preset == "none" else preset
+    env_id = (env_id or "").removeprefix("jax:")  # the same environments, written in JAX
     if env_id in _files():
         return env_id
-    return next((family for family, pattern in FAMILIES.items() if pattern.match(env_id or "")), None)
+    return next((family for family, pattern in FAMILIES.items() if pattern.match(env_id)), None)
 
 
 def load_settings(env_id: str | None, preset: str | None) -> dict[str, Any]:
