@@ -270,6 +270,20 @@ def test_ids_of_suites_never_fall_back_to_gymnasium():
         PPO("CartPole-v1", engine="device", **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("env_id", "module", "packages"),
+    [
+        ("gymnax:Breakout-MinAtar", "gymnax", "gymnax six"), ("brax:ant", "brax", "brax"),
+        ("playground:CheetahRun", "mujoco_playground", "playground"), ("navix:Navix-Empty-5x5-v0", "navix", "navix"),
+        ("craftax:Craftax-Symbolic-v1", "craftax", "craftax"), ("jumanji:Snake-v1", "jumanji", "jumanji"),
+    ],
+)  # fmt: skip
+def test_a_missing_suite_is_named(env_id, module, packages, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"needs a package that is not installed .*pip install {packages}"):
+        PPO(env_id)
+
+
 def test_random_keys_in_states_are_stored():
     """An environment may carry a key; its checkpoint holds the key's data."""
 
