@@ -19,6 +19,7 @@ from proximo.rollout.rollout import Episode, Metrics, Rollout
 from proximo.run.progress import WINDOW
 from proximo.source import Iteration
 
+NOTHING = (None, None, -1)  # that a call could continue from
 CALL_S = 0.25  # of one jitted call, after which the host sees its results
 
 
@@ -45,7 +46,8 @@ class DeviceSource:
         self._rollout = Rollout(learner.spec.spaces, config.num_steps, config.num_envs)
         self._envs: Any = None  # after the last iteration, on the device
         self._host_envs: Any = None  # the same on the host
-        self._expected: tuple[Any, ...] = ()  # learner's state, settings and iteration that `_call` continues from
+        # The learner's state, the settings and the iteration that `_call` continues from.
+        self._expected: tuple[Any, Any, int] = NOTHING
         self._call: Call | None = None  # whose results are in use
         self._next: Call | None = None
         self._results: Any = None  # those of `_call` on the host, without the learner's state
@@ -67,7 +69,7 @@ class DeviceSource:
         return ""
 
     def _set_envs(self, envs: Any) -> None:
-        self._envs, self._host_envs, self._expected = Deferred(lambda: envs), self._loop.fetch(envs), ()
+        self._envs, self._host_envs, self._expected = Deferred(lambda: envs), self._loop.fetch(envs), NOTHING
 
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
@@ -108,8 +110,8 @@ class DeviceSource:
 
     def _find_call(self, learner: Learner, config: Config, iteration: int, global_step: int) -> Call:
         """The call that computes an iteration; its results are in `_results`."""
-        known = zip(self._expected, (learner.snapshot(), config, iteration), strict=False)
-        is_continued = bool(self._expected) and all(a is b or (type(a) is int and a == b) for a, b in known)
+        state, settings, following = self._expected
+        is_continued = state is learner.snapshot() and settings is config and following == iteration
         call = self._call
         if call and is_continued and iteration < call.first + len(call.hyper):
             return call

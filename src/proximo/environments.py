@@ -102,8 +102,7 @@ class TrainingEnvs:
         collector = self._new_collector(config, spaces)
         reason = "the checkpoint holds no simulator state" if state is None else collector.restore_state(state)
         if reason:
-            if progress.global_step:
-                notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
+            notify_reset(progress, reason)
             if self.owns_envs and state and not state.reset_reason:
                 self.close()  # the attempt may have broken them
                 collector = self._new_collector(config, spaces)
@@ -126,8 +125,7 @@ class TrainingEnvs:
         source = self._device_source = DeviceSource(learner, envs.env)
         reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
         if reason:
-            if progress.global_step:
-                notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
+            notify_reset(progress, reason)
             source.reset(progress.iteration)
             progress.episodes.clear()
         return source, reason
@@ -141,6 +139,12 @@ class TrainingEnvs:
         if self._envs is not None:
             self._envs.close()
             self._envs = self._collector = self._device_source = None
+
+
+def notify_reset(progress: Progress, reason: str) -> None:
+    """Notify the user that a run which has begun continues with new episodes."""
+    if progress.global_step:
+        notify_user(f"the simulator state could not be restored, so every environment was reset: {reason}")
 
 
 def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tuple[VectorEnv, str]:

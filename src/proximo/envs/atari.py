@@ -17,8 +17,8 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import UserError, suggest
+from proximo.rollout.resets import Seeds, seed_per_env, split_reset_options
 
 ENTRY_POINT = "ale_py.env:AtariEnv"
 RAW = "obs_type"  # this keyword selects Gymnasium's environment without preprocessing

@@ -20,9 +20,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array
 
 from proximo.config.names import ENVPOOL
-from proximo.envs.shared_vector_env import Seeds, seed_per_env, split_reset_options
 from proximo.errors import RunError, UserError, suggest
 from proximo.machine import cores
+from proximo.rollout.resets import Seeds, seed_per_env, split_reset_options
 from proximo.spaces.trees import leaves, transform
 
 FIX = "Use engine workers or sync."

@@ -128,7 +128,7 @@ def resolve_engine(
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
-    if find_jax_env(env, env_kwargs or {}) is not None:
+    if is_of_jax_suite(env) or find_jax_env(env, env_kwargs or {}) is not None:
         return "device"
     if isolate:
         return "workers"
@@ -155,7 +155,7 @@ def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any]) -> str:
     """The engine of an evaluation: ALE's or EnvPool's vector environment for ids of theirs, otherwise sync."""
     if is_of_envpool(env):
         return "envpool"
-    if find_jax_env(env, env_kwargs) is not None:
+    if is_of_jax_suite(env) or find_jax_env(env, env_kwargs) is not None:
         return "native"
     is_atari = isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
     return "native" if is_atari else "sync"

@@ -1,7 +1,7 @@
 """Gymnasium's vector environment interface over `SharedArrays`, and engine `sync`, which runs it in one process."""
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -16,10 +16,9 @@ from proximo.envs.worker_process import ErrorReport
 from proximo.errors import Exited, RunError, UserError
 from proximo.machine import is_raised_by_environment
 from proximo.rollout.episodes import ALWAYS_LOGGED
+from proximo.rollout.resets import Seeds, seed_per_env, split_reset_options
 from proximo.spaces.spaces import Spaces
 from proximo.spaces.trees import select
-
-Seeds = int | Sequence[int | None] | None
 
 
 class SharedVectorEnv(VectorEnv):
@@ -201,25 +200,3 @@ def require_equal_spaces(spaces: Sequence[tuple[int, gym.Space[Any], gym.Space[A
                     "All environments must have the same spaces."
                 )
     return expected[0], expected[1]
-
-
-def split_reset_options(options: Mapping[str, Any] | None, num_envs: int) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """Split `options` of a vector reset into the mask of environments to reset ([N] bool) and the other options."""
-    if options is None or "reset_mask" not in options:
-        return np.ones(num_envs, bool), None if options is None else dict(options)
-    others = dict(options)
-    mask = np.asarray(others.pop("reset_mask"))
-    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
-        raise UserError(f"reset_mask is {mask.dtype} of shape {mask.shape}, expected bool of shape ({num_envs},)")
-    return mask, others
-
-
-def seed_per_env(seed: Seeds, num_envs: int) -> list[int | None]:
-    """Return one seed for each environment: from a single seed, environment n gets seed + n."""
-    if seed is None:
-        return [None] * num_envs
-    if isinstance(seed, (int, np.integer)):
-        return [int(seed) + n for n in range(num_envs)]
-    if len(seed) != num_envs:
-        raise UserError(f"got {len(seed)} seeds for {num_envs} environments. Pass one seed per environment.")
-    return list(seed)

@@ -300,18 +300,23 @@ class Loop:
         Raises:
             ValueError: the arrays are not those of this environment.
         """
-        found = [np.asarray(x) for x in state.snapshot]
-        like, tree = jax.tree.flatten(self._like.state)
-        leaves = [from_plain(x, one) for x, one in zip(found, like, strict=True)]
-        if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in like]:
-            raise ValueError("the environments have another state")
+        rebuilt = rebuild(state.snapshot, self._like.state)
         numbers = state.episode_return.astype(np.float32), state.episode_length.astype(np.int32)
-        return self._put(Envs(tree.unflatten(leaves), state.obs, state.start, *numbers))
+        return self._put(Envs(rebuilt, state.obs, state.start, *numbers))
 
 
 def to_plain(x: Array) -> Array:
     """The data of random keys; other arrays as they are."""
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def rebuild(stored: Sequence[Any], like: Any) -> Any:
+    """A tree with the structure and types of `like` from its stored leaves; ValueError if they do not fit."""
+    expected, tree = jax.tree.flatten(like)
+    leaves = [from_plain(np.asarray(x), one) for x, one in zip(stored, expected, strict=True)]
+    if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in expected]:
+        raise ValueError("the environments have another state than the stored one")
+    return tree.unflatten(leaves)
 
 
 def from_plain(x: np.ndarray, like: Any) -> Any:

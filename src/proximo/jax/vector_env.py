@@ -14,9 +14,10 @@ from gymnasium.vector.utils import batch_space
 
 from proximo.errors import RunError, UserError
 from proximo.jax.env import where
-from proximo.jax.loop import from_plain, to_plain
+from proximo.jax.loop import rebuild, to_plain
 from proximo.learner.state import Array
 from proximo.rollout.jax_env import JaxEnv
+from proximo.rollout.resets import Seeds, seed_per_env, split_reset_options
 from proximo.spaces.trees import transform
 
 
@@ -61,18 +62,18 @@ class JaxVectorEnv(VectorEnv):
         """Compute on the CPU; JAX is not started before, because the learner sets the number of threads."""
         return jax.default_device(jax.devices("cpu")[0])
 
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Seeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those that `options["reset_mask"]` ([N] bool) selects.
 
         Args:
             seed: one for each environment, or one from which environment n gets seed + n.
         """
-        mask = np.ones(self.num_envs, bool) if not options else np.asarray(options["reset_mask"])
+        mask, _ = split_reset_options(options, self.num_envs)
         with self._on_host():
             keys = self._keys
             if seed is not None or keys is None:
-                seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed
-                seeds = np.random.SeedSequence().generate_state(self.num_envs) if seeds is None else seeds
+                random = np.random.SeedSequence().generate_state(self.num_envs)
+                seeds = [random[n] if one is None else one for n, one in enumerate(seed_per_env(seed, self.num_envs))]
                 keys = jax.vmap(jax.random.key)(np.array(seeds, np.int64).astype(np.uint32))
             fresh = self._begin(keys)
             if self._state is not None and not mask.all():
@@ -106,11 +107,9 @@ class JaxVectorEnv(VectorEnv):
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Set the state to that of a snapshot."""
-        like, tree = jax.tree.flatten(jax.eval_shape(self._begin, jax.random.split(jax.random.key(0), self.num_envs)))
-        leaves = [from_plain(np.asarray(x), one) for x, one in zip(snapshot["leaves"], like, strict=True)]
-        if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in like]:
-            raise UserError("the environments have another state than the stored one")
-        self._keys, self._state, self._observation = tree.unflatten([jnp.asarray(x) for x in leaves])
+        like = jax.eval_shape(self._begin, jax.random.split(jax.random.key(0), self.num_envs))
+        found = jax.tree.map(jnp.asarray, rebuild(snapshot["leaves"], like))
+        self._keys, self._state, self._observation = found
         self._length = np.array(snapshot["length"])
 
 

@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import gymnasium as gym
-import jax.numpy as jnp
 from brax import envs  # pyright: ignore[reportMissingImports]
 
-from proximo.jax.envs.adapter import Adapted, box
-from proximo.learner.state import Array
+from proximo.jax.envs.adapter import Adapted, adapt_brax
 
 LIMIT = 1000  # steps, by Brax's convention
 
@@ -19,14 +16,4 @@ def names() -> list[str]:
 
 def make(name: str, **env_kwargs: Any) -> Adapted:
     """Make an environment; keyword arguments are Brax's, such as `backend="spring"`."""
-    env = envs.get_environment(name, **env_kwargs)
-
-    def reset(key: Array) -> tuple[Any, Any]:
-        state = env.reset(key)
-        return state, state.obs
-
-    def step(key: Array, state: Any, action: Any) -> tuple[Any, Any, Array, Array, Array]:
-        state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0.5, jnp.zeros((), bool)
-
-    return Adapted(box(env.observation_size), gym.spaces.Box(-1.0, 1.0, (env.action_size,)), reset, step, LIMIT)
+    return adapt_brax(envs.get_environment(name, **env_kwargs), LIMIT)

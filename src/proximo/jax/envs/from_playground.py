@@ -2,13 +2,10 @@
 
 from typing import Any
 
-import gymnasium as gym
 import jax
-import jax.numpy as jnp
 from mujoco_playground import registry  # pyright: ignore[reportMissingImports]
 
-from proximo.jax.envs.adapter import Adapted, box
-from proximo.learner.state import Array
+from proximo.jax.envs.adapter import Adapted, adapt_brax
 
 
 def names() -> list[str]:
@@ -24,14 +21,4 @@ def make(name: str, **env_kwargs: Any) -> Adapted:
     default = {} if jax.default_backend() == "gpu" else {"impl": "jax"}
     config = registry.get_default_config(name)
     env: Any = registry.load(name, config_overrides={**default, **env_kwargs})
-
-    def reset(key: Array) -> tuple[Any, Any]:
-        state = env.reset(key)
-        return state, state.obs
-
-    def step(key: Array, state: Any, action: Any) -> tuple[Any, Any, Array, Array, Array]:
-        state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0.5, jnp.zeros((), bool)
-
-    limit = int(env_kwargs.get("episode_length", config.episode_length))
-    return Adapted(box(env.observation_size), gym.spaces.Box(-1.0, 1.0, (env.action_size,)), reset, step, limit)
+    return adapt_brax(env, int(env_kwargs.get("episode_length", config.episode_length)))
