@@ -339,3 +339,14 @@ def test_final_observations_may_be_lists():
         agent.observe([1.0, 1.0], [False, t == 2], [False, False], [[t + 1] * 3, [0.0] * 3])
     assert agent._rollout.final_obs[""].tolist() == [[0.0, 0.0, 0.0]]
     assert agent.update()["rollout/episodes"] == 1
+
+
+def test_a_tuple_of_observations_may_be_a_list():
+    """Of two environments whose episodes end, each keeps its own row of every entry."""
+    space = gym.spaces.Tuple([gym.spaces.Box(-9, 9, (2,)), gym.spaces.Discrete(5)])
+    agent = Agent(space, 2, num_envs=2, num_steps=2, minibatch_size=4)
+    seen = [np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([2, 4])]
+    agent.act(seen)
+    agent.observe([1.0, 1.0], [True, True], [False, False], seen)
+    final = agent._rollout.final_obs
+    assert (final["[0]"].tolist(), final["[1]"].tolist()) == ([[1.0, 2.0], [3.0, 4.0]], [2, 4])
