@@ -1,14 +1,19 @@
-"""A source of transitions on the device: environments in JAX, collected and learned from in one jitted call."""
+"""A source of transitions on the device: environments in JAX, collected and learned from in one jitted call.
+
+One call computes several iterations of one run, or of several runs that differ in their seed and in hyperparameters
+that are traced (`proximo.learner.schedules.Hyper`).
+"""
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from proximo.config.settings import Config
-from proximo.errors import NotFinite
+from proximo.errors import NotFinite, UserError
 from proximo.learner.arrays import require_finite
 from proximo.learner.learner import Deferred, Learner, resolve
 from proximo.learner.schedules import Hyper, hyper_at
@@ -16,47 +21,149 @@ from proximo.rollout.diagnostics import action_metrics, histograms_of
 from proximo.rollout.env_state import EnvState
 from proximo.rollout.jax_env import JaxEnv
 from proximo.rollout.rollout import Episode, Metrics, Rollout
-from proximo.run.progress import WINDOW
+from proximo.run.progress import WINDOW, Progress
 from proximo.source import Iteration
 
-NOTHING = (None, None, -1)  # that a call could continue from
 CALL_S = 0.25  # of one jitted call, after which the host sees its results
 
 
-class Call(NamedTuple):
-    """A jitted call that computes the iterations `first` … `first + len(hyper) − 1`."""
+class Position(NamedTuple):
+    """What the next iteration of a run continues from."""
 
-    results: Any  # [K, ...] of each array, on the device; see `proximo.jax.loop.Result`
-    first: int
-    hyper: list[Hyper]  # of each iteration
+    state: Any  # of the learner, possibly deferred
+    envs: Any  # on the device, deferred
+    config: Config
+    iteration: int
+    global_step: int
+
+    def is_same(self, other: "Position | None") -> bool:
+        """Whether both hold the same objects and numbers."""
+        return other is not None and all(x is y for x, y in zip(self[:3], other[:3], strict=True)) and (
+            self[3:] == other[3:]
+        )  # fmt: skip
+
+    def after(self, count: int) -> "Position":
+        """The position after more iterations, without the state and the environments."""
+        steps = count * self.config.rollout_transitions
+        return Position(None, None, self.config, self.iteration + count, self.global_step + steps)
+
+    @property
+    def iterations_left(self) -> int:
+        """Iterations until `total_timesteps`; 0 or less at the end."""
+        return -(-(self.config.total_timesteps - self.global_step) // self.config.rollout_transitions)
 
 
-class DeviceSource:
-    """Transitions from environments on the device of the learner; see `proximo.source.Source`.
+@dataclass
+class Call:
+    """A jitted call of K iterations of S runs, which has begun."""
+
+    starts: list[Position]  # [S]
+    hyper: list[list[Hyper]]  # [S][K]
+    results: Any  # [K, S, ...] of each array, on the device; see `proximo.jax.loop.Result`
+    continues: bool  # from the last iterations of another call
+    began: float = field(default_factory=time.perf_counter)
+    seconds: float = np.inf  # an iteration of all runs took
+    fetched: Any = None  # the results on the host without the learners' states, once they were needed
+    following: "Call | None" = None  # continues from the last iterations of this one
+
+    def __len__(self) -> int:
+        return len(self.hyper[0])
+
+
+class DeviceGroup:
+    """S runs that are computed together; each of the `sources` serves one of them.
 
     One jitted call computes as many iterations as take about `CALL_S` seconds, and the next call begins before their
     results are used. Each iteration has its own result, so that what is learned does not depend on the number of
-    iterations in a call, and a change of the settings or of the learner applies from the next iteration on.
+    iterations in a call. The runs should advance in turn. A run that deviates, such as by a change of its settings,
+    needs another call, which computes all of them again.
+
+    Args:
+        learners: [S], with the same settings except the seed and those in `Hyper`.
     """
 
-    def __init__(self, learner: Learner, env: JaxEnv) -> None:
-        self._loop: Any = importlib.import_module("proximo.jax.loop").Loop(learner, env)
+    def __init__(self, learners: Sequence[Learner], env: JaxEnv) -> None:
+        self.loop: Any = importlib.import_module("proximo.jax.loop").Loop(learners, env)
+        self.sources = [DeviceSource(self, row, learner) for row, learner in enumerate(learners)]
+        self._latest: Call | None = None  # that does not continue from another one
+        self._seconds, self._fetched_at = np.inf, 0.0  # seconds an iteration takes; time of the last results
+
+    def find(self, row: int, position: Position) -> Call:
+        """A call whose first iteration of run `row` continues from there."""
+        call = self._latest
+        if call is None or not position.is_same(call.starts[row]):
+            starts = [position if n == row else source.position() for n, source in enumerate(self.sources)]
+            state, envs = self.loop.stack([(resolve(start.state), resolve(start.envs)) for start in starts])
+            self._seconds = np.inf
+            call = self._latest = self._begin(state, envs, starts, continues=False)
+        return self._fetch(call)
+
+    def follow(self, call: Call) -> Call:
+        """The call that continues from the last iterations of another one."""
+        self._begin_following(call)
+        assert call.following
+        return self._fetch(call.following)
+
+    def _begin_following(self, call: Call) -> None:
+        if call.following is None:
+            state, envs = self.loop.take_all((call.results.state, call.results.envs), len(call) - 1)
+            starts = [start.after(len(call)) for start in call.starts]
+            call.following = self._begin(state, envs, starts, continues=True)
+
+    def _begin(self, state: Any, envs: Any, starts: list[Position], continues: bool) -> Call:
+        left = max(start.iterations_left for start in starts)
+        count = max(min(int(CALL_S / self._seconds), self.loop.max_iterations, left), 1)
+        hyper = [[hyper_at(start.config, start.after(k).global_step) for k in range(count)] for start in starts]
+        return Call(starts, hyper, self.loop.run(state, envs, [start.iteration for start in starts], hyper), continues)
+
+    def _fetch(self, call: Call) -> Call:
+        """Begin the following call, and wait for the results of this one."""
+        if call.fetched is not None:
+            return call
+        if call.continues and any(start.after(len(call)).iterations_left > 0 for start in call.starts):
+            self._begin_following(call)
+        call.fetched = self.loop.fetch(call.results._replace(state=None))
+        now = time.perf_counter()
+        call.seconds = (now - max(call.began, self._fetched_at)) / len(call)
+        self._seconds = call.seconds if call.continues else np.inf  # without the time to compile
+        self._fetched_at = now
+        return call
+
+
+class DeviceSource:
+    """Transitions of one run from environments on the device of its learner; see `proximo.source.Source`.
+
+    A change of the settings or of the learner applies from the next iteration on.
+    """
+
+    def __init__(self, group: DeviceGroup, row: int, learner: Learner) -> None:
         config = learner.spec.config
         self.captured: EnvState | None = None  # the result of `state`, until the next iteration
+        self._group, self._row, self._learner, self._loop = group, row, learner, group.loop
         self._rollout = Rollout(learner.spec.spaces, config.num_steps, config.num_envs)
+        self._settings: Callable[[], Config] = lambda: config
+        self._progress = Progress()
         self._envs: Any = None  # after the last iteration, on the device
         self._host_envs: Any = None  # the same on the host
-        # The learner's state, the settings and the iteration that `_call` continues from.
-        self._expected: tuple[Any, Any, int] = NOTHING
-        self._call: Call | None = None  # whose results are in use
-        self._next: Call | None = None
-        self._results: Any = None  # those of `_call` on the host, without the learner's state
-        self._seconds, self._fetched_at = np.inf, 0.0  # seconds an iteration takes; time of the last results
+        self._call: Call | None = None  # whose iteration `_index` was the last
+        self._index = 0
+        self._end: Position | None = None  # after the last iteration
         self._is_checked = False  # whether a rollout was checked for values outside their spaces
+
+    def bind(self, settings: Callable[[], Config], progress: Progress) -> None:
+        """Set where the settings and the progress of the run are found, which other runs of the group need."""
+        self._settings, self._progress = settings, progress
+
+    def position(self) -> Position:
+        """What the next iteration continues from."""
+        progress = self._progress
+        return Position(
+            self._learner.snapshot(), self._envs, self._settings(), progress.iteration, progress.global_step
+        )
 
     def reset(self, iteration: int) -> None:
         """Begin new episodes in all environments."""
-        self._set_envs(self._loop.reset(iteration))
+        self._set_envs(self._loop.reset(self._row, iteration))
 
     def restore(self, state: EnvState) -> str:
         """Bring the environments into a captured state; return why that failed, or ""."""
@@ -69,7 +176,7 @@ class DeviceSource:
         return ""
 
     def _set_envs(self, envs: Any) -> None:
-        self._envs, self._host_envs, self._expected = Deferred(lambda: envs), self._loop.fetch(envs), NOTHING
+        self._envs, self._host_envs, self._end = Deferred(lambda: envs), self._loop.fetch(envs), None
 
     def state(self) -> EnvState:
         """The state of the environments; see `Source.state`."""
@@ -90,62 +197,48 @@ class DeviceSource:
         on_step: Callable[[int], object] = lambda done: None,
     ) -> Iteration:
         """Collect and update; see `Source.iterate`."""
+        epochs, compiled = config.update_epochs, learner.spec.config.update_epochs
+        if epochs != compiled:
+            raise UserError(
+                f"`update_epochs` was changed from {compiled} to {epochs}, which is not possible in the middle of "
+                f"training with engine device. Save the agent, and load it with PPO.load(path, update_epochs={epochs})."
+            )
         on_step(0)
         self.captured = None
-        call = self._find_call(learner, config, iteration, global_step)
-        index = iteration - call.first
-        result, hyper = self._loop.select(self._results, index), call.hyper[index]
+        position = Position(learner.snapshot(), self._envs, config, iteration, global_step)
+        call, index = self._find(position)
+        result, hyper = self._loop.select(call.fetched, self._row, index), call.hyper[self._row][index]
         if inspect or not self._is_checked or not result.is_sound:
-            self._collect(learner, iteration)
+            self._collect(position)
         before = learner.inspect_rollout(self._rollout, hyper) if inspect else None
-        learner.restore(Deferred(lambda: self._loop.take(call.results.state, index)))
-        self._envs, self._host_envs = Deferred(lambda: self._loop.take(call.results.envs, index)), result.envs
-        self._expected = learner.snapshot(), config, iteration + 1
-        done = self._report(config, result)
+        learner.restore(Deferred(lambda: self._loop.take(call.results.state, self._row, index)))
+        self._envs = Deferred(lambda: self._loop.take(call.results.envs, self._row, index))
+        self._host_envs = result.envs
+        self._call, self._index = call, index
+        self._end = position.after(1)._replace(state=learner.snapshot(), envs=self._envs)
+        done = self._report(config, result, call.seconds)
         if before is None:
             return done
         after = learner.inspect_rollout(self._rollout, hyper, before["carry"])
         metrics = {**done.metrics, **action_metrics(self._rollout, config, before)}
         return done._replace(metrics=metrics, diagnostics=histograms_of(self._rollout, config, before, after))
 
-    def _find_call(self, learner: Learner, config: Config, iteration: int, global_step: int) -> Call:
-        """The call that computes an iteration; its results are in `_results`."""
-        state, settings, following = self._expected
-        is_continued = state is learner.snapshot() and settings is config and following == iteration
-        call = self._call
-        if call and is_continued and iteration < call.first + len(call.hyper):
-            return call
-        call = (self._next if is_continued else None) or self._begin(
-            learner.snapshot(), self._envs, config, iteration, global_step
-        )
-        self._call, self._next = call, None
-        last = len(call.hyper) - 1
-        step = global_step + len(call.hyper) * config.rollout_transitions
-        if is_continued and step < config.total_timesteps:
-            state, envs = self._loop.take((call.results.state, call.results.envs), last)
-            self._next = self._begin(state, envs, config, iteration + len(call.hyper), step)
-        self._results = self._loop.fetch(call.results._replace(state=None))
-        now = time.perf_counter()
-        self._seconds = (now - self._fetched_at) / len(call.hyper) if is_continued else np.inf
-        self._fetched_at = now
-        return call
+    def _find(self, position: Position) -> tuple[Call, int]:
+        """A call with results, and the index of the iteration in it that continues from there."""
+        call, index = self._call, self._index + 1
+        if call is None or not position.is_same(self._end):
+            return self._group.find(self._row, position), 0
+        return (call, index) if index < len(call) else (self._group.follow(call), 0)
 
-    def _begin(self, state: Any, envs: Any, config: Config, first: int, global_step: int) -> Call:
-        """Begin a call from a state of the learner and the environments."""
-        rows = config.rollout_transitions
-        left = -(-(config.total_timesteps - global_step) // rows)
-        count = max(min(int(CALL_S / self._seconds), self._loop.max_iterations, left), 1)
-        hyper = [hyper_at(config, global_step + k * rows) for k in range(count)]
-        return Call(self._loop.run(resolve(state), resolve(envs), first, hyper), first, hyper)
-
-    def _collect(self, learner: Learner, iteration: int) -> None:
-        """Fill the rollout with what this iteration collects, and check it.
+    def _collect(self, position: Position) -> None:
+        """Fill the rollout with what the next iteration collects, and check it.
 
         Raises:
             NotFinite: a reward or an observation is not finite.
             RunError: a value is outside its space, or a mask allows nothing.
         """
-        self._loop.collect(resolve(learner.snapshot()), resolve(self._envs), iteration, self._rollout)
+        state, envs = resolve(position.state), resolve(position.envs)
+        self._loop.collect(state, envs, self._row, position.iteration, self._rollout)
         self._is_checked = True
         try:
             self._rollout.check_finite()
@@ -153,7 +246,7 @@ class DeviceSource:
             error.evidence["rollout"] = self._rollout.arrays()
             raise
 
-    def _report(self, config: Config, result: Any) -> Iteration:
+    def _report(self, config: Config, result: Any, seconds: float) -> Iteration:
         """The result of an iteration as the training loop takes it."""
         over = np.argwhere(result.ended.over)
         total, length = result.ended.episode_return, result.ended.episode_length
@@ -163,7 +256,7 @@ class DeviceSource:
             "policy/std": None,
             **found,
             "rollout/episodes": len(over),
-            "time/steps_per_second": config.rollout_transitions / self._seconds,
+            "time/steps_per_second": config.rollout_transitions / seconds,
             **{f"time/fraction_{name}": None for name in ("env", "act", "update")},
         }
         fault = None

@@ -6,7 +6,7 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
-from proximo.device import DeviceSource
+from proximo.device import DeviceGroup, DeviceSource
 from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of, warn_of_statistics
 from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError, notify_user
@@ -83,17 +83,28 @@ class TrainingEnvs:
             warn_of_statistics(self._envs)
         return self._envs
 
+    def is_on_device(self, learner: Learner) -> bool:
+        """Whether open environments run on the device, together with the update."""
+        return self.engine == "device" and learner.backend == "jax"
+
+    def join(self, source: DeviceSource | None) -> None:
+        """Use a source that belongs to a group of runs; None leaves it."""
+        self._device_source = source
+
     def start(
-        self, config: Config, spaces: Spaces, progress: Progress, learner: Learner
+        self, settings: Callable[[], Config], spaces: Spaces, progress: Progress, learner: Learner
     ) -> tuple[HostSource | DeviceSource, str]:
         """Environments that continue, are restored from `progress.env_state`, or begin new episodes.
 
         Returns:
             The source to train from, and why the simulator state was not restored, or "".
         """
-        envs = self.open(config, spaces)
-        if self.engine == "device" and learner.backend == "jax":
-            return self._start_on_device(envs, config, progress, learner)
+        config = settings()
+        envs: Any = self.open(config, spaces)
+        if self.is_on_device(learner):
+            self._device_source = self._device_source or DeviceGroup([learner], envs.env).sources[0]
+            self._device_source.bind(settings, progress)
+            return self._device_source, start_on_device(self._device_source, progress)
         last, state = self._collector, progress.env_state
         if self.owns_envs and last:
             if state and last.captured is state:
@@ -116,20 +127,6 @@ class TrainingEnvs:
             reason = f"random generators of the environment ({names}) are not restored"
         return HostSource(collector, config), reason
 
-    def _start_on_device(
-        self, envs: Any, config: Config, progress: Progress, learner: Learner
-    ) -> tuple[DeviceSource, str]:
-        last, state = self._device_source, progress.env_state
-        if last and state and last.captured is state:
-            return last, ""
-        source = self._device_source = DeviceSource(learner, envs.env)
-        reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
-        if reason:
-            notify_reset(progress, reason)
-            source.reset(progress.iteration)
-            progress.episodes.clear()
-        return source, reason
-
     def _new_collector(self, config: Config, spaces: Spaces) -> Collector:
         self._collector = Collector(self.open(config, spaces), spaces, config, resumable=True)
         return self._collector
@@ -139,6 +136,19 @@ class TrainingEnvs:
         if self._envs is not None:
             self._envs.close()
             self._envs = self._collector = self._device_source = None
+
+
+def start_on_device(source: DeviceSource, progress: Progress) -> str:
+    """Continue, restore or reset environments on the device; see `TrainingEnvs.start`."""
+    state = progress.env_state
+    if state and source.captured is state:
+        return ""
+    reason = "the checkpoint holds no simulator state" if state is None else source.restore(state)
+    if reason:
+        notify_reset(progress, reason)
+        source.reset(progress.iteration)
+        progress.episodes.clear()
+    return reason
 
 
 def notify_reset(progress: Progress, reason: str) -> None:
@@ -170,11 +180,13 @@ def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tu
     return envs, engine
 
 
-def record_resume(saved: Checkpoint, info: RunInfo, progress: Progress, reason: str) -> None:
+def record_resume(saved: Checkpoint | None, info: RunInfo, progress: Progress, reason: str) -> None:
     """Notify the user how a loaded run continues, and add it to `progress.resumed`.
 
     `reason` is the second result of `TrainingEnvs.start`.
     """
+    if saved is None:
+        return
     project = saved.manifest["config"].get("wandb")
     if project and not info.config.wandb:
         notify_user(f"the run was logged to Weights & Biases before, and is not now. Use --wandb {project}, or wandb=…")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
 from proximo.envs.make import EnvLike, evaluation_engine, make_envs, spaces_of, with_version
 from proximo.envs.wrappers import with_wrappers
-from proximo.errors import UserError, notify_user, refuse_pickling
+from proximo.errors import UserError, refuse_pickling
 from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, random_policy, trained_policy
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
@@ -33,8 +33,8 @@ from proximo.run import checkpoint, checkpoint_files
 from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
 from proximo.run.progress import Progress
 from proximo.run.trackers import import_wandb
-from proximo.source import Source
 from proximo.spaces.spaces import Spaces
+from proximo.sweep import Sweep, combinations
 from proximo.train import iterations, plan_call
 
 MAX_TRAINING_FRAMES = 1_000  # of a video during training; MuJoCo renders about ten frames a second without a GPU
@@ -129,7 +129,7 @@ class PPO:
             UserError: the run folder is in use or cannot be written, a value is invalid, or a setting was changed that
                 cannot change in the middle of training.
         """
-        with closing(self._train(total_timesteps, run_dir, progress)) as training:
+        with closing(self.iterate(total_timesteps, run_dir=run_dir, progress=progress)) as training:
             for metrics in training:
                 if callback and not call_back(callback, metrics):
                     break
@@ -137,44 +137,53 @@ class PPO:
 
     def iterate(
         self, total_timesteps: int | None = None, *, run_dir: str | Path | None = None, progress: bool = False
-    ) -> Iterator[Metrics]:
+    ) -> Generator[Metrics, None, None]:
         """Train as `learn` does, but yield the metrics of each iteration; stop, save or evaluate in between.
 
         Metrics that are added to the dictionary are recorded. Settings that are changed in `config`, such as
         `agent.config = agent.config.replace(learning_rate=1e-4)`, apply from the next iteration on.
         """
-        yield from self._train(total_timesteps, run_dir, progress)
+        training = self.training(total_timesteps, run_dir, progress)
+        next(training)
+        yield from training
 
-    def _train(
+    def training(
         self, total_timesteps: int | None, run_dir: str | Path | None, show: bool
     ) -> Generator[Metrics, None, None]:
+        """Yield an empty dictionary when the environments are ready, then the metrics of each iteration."""
         self.envs.open(self.config, self.spaces)
         run_dir = self.config.run_dir if run_dir is None else run_dir
         check_records(self.config, self.envs, run_dir)
         is_continued = run_dir is not None and Path(run_dir).resolve() == self.run_dir
-        planned = self.config.total_timesteps
-        config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps)
-        if show and self.progress.global_step and config.total_timesteps != planned:
-            notify_user(f"schedules now end at step {config.total_timesteps:,}")
-        film = partial(self.record, max_frames=MAX_TRAINING_FRAMES)
-        info = self._info()._replace(config=config)
-        stopping = self.envs.is_stopping
-        records = record_run(run_dir, info, self.learner, self.progress, self.save, film, is_continued, show, stopping)
-        with records as recorder:
+        config = plan_call(self.config, self.learner, self.progress, self._saved, total_timesteps, show)
+        info, film = self._info()._replace(config=config), partial(self.record, max_frames=MAX_TRAINING_FRAMES)
+        given = (run_dir, info, self.learner, self.progress, self.save, film, is_continued, show)
+        with record_run(*given, self.envs.is_stopping) as recorder:
             self.config = config
-            source, evaluate_if_due = self._start()
+            source, reason = self.envs.start(lambda: self.config, self.spaces, self.progress, self.learner)
+            record_resume(self._saved, self._info(), self.progress, reason)
+            self._saved = None
+            evaluate_if_due = PeriodicEvaluation(config, self.progress, self.evaluate)
             recorder.start()
             self.run_dir = recorder.folder.path.resolve() if recorder.folder else self.run_dir
-            inspect = recorder.folder is not None
-            trained = iterations(lambda: self.config, source, self.learner, self.progress, inspect, recorder.on_step)
-            yield from recorder.record(trained, evaluate_if_due)
+            yield {}
+            given = (lambda: self.config, source, self.learner, self.progress, bool(recorder.folder), recorder.on_step)
+            yield from recorder.record(iterations(*given), evaluate_if_due)
 
-    def _start(self) -> tuple[Source, PeriodicEvaluation]:
-        source, reason = self.envs.start(self.config, self.spaces, self.progress, self.learner)
-        if self._saved:
-            record_resume(self._saved, self._info(), self.progress, reason)
-        self._saved = None
-        return source, PeriodicEvaluation(self.config, self.progress, self.evaluate)
+    @classmethod
+    def sweep(
+        cls, env: EnvLike, values: Mapping[str, Any], *, preset: str | None = "auto", network: Any = None,
+        **settings: Unpack[Settings],
+    ) -> Sweep[PPO]:  # fmt: skip
+        """Agents for all combinations of values of settings, which train together; see `proximo.sweep`.
+
+            PPO.sweep("jax:CartPole-v1", {"learning_rate": [1e-3, 3e-4], "seed": range(8)}).learn(100_000)
+
+        Raises:
+            UserError: as for an agent; or a vector environment, which several agents cannot share.
+        """
+        each, shared = combinations(env, values, settings), {"preset": preset, "network": network, **settings}
+        return Sweep([cls(env, **dict[str, Any](shared | one)) for one in each], each)
 
     def predict(self, observation: Any, deterministic: bool = True, state: np.ndarray | None = None) -> Any:
         """Environment actions for one observation, or for a batch of N along the first axis.
@@ -270,19 +279,11 @@ class PPO:
         Raises:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
-        saved = load(path)
-        given = settings_for(env, {**changes})
-        known: str | None = saved.manifest.get("env")
-        unimported = known if env is None and isinstance(known, str) and names_module(known) else None
-        env = known if env is None and not unimported else env
-        env = with_version(env) if isinstance(env, str) else env
-        if env not in (None, known) or given.get("isolate_envs"):
-            given.setdefault("engine", "auto")  # the saved engine may not run them
-        config, spaces, learner = restore(path, saved, network, given)
-        agent = cls.__new__(cls)
-        agent._bind(TrainingEnvs(env, unimported), config)
-        agent.spaces, agent.learner, agent.preset = spaces, learner, saved.manifest.get("preset")
-        agent.progress, agent._saved = saved.progress, saved
+        saved, agent = load(path), cls.__new__(cls)
+        envs, given = environments_of(saved, env, {**changes})
+        config, agent.spaces, agent.learner = restore(path, saved, network, given)
+        agent._bind(envs, config)
+        agent.preset, agent.progress, agent._saved = saved.manifest.get("preset"), saved.progress, saved
         agent.run_dir = checkpoint_files.find_resumable_run_dir(path)
         return agent
 
@@ -325,6 +326,20 @@ def evaluate_random(
     spaces = read_spaces(env, config)
     given = (random_policy(spaces, seed), config, spaces, env, episodes, False, seed, num_envs)
     return evaluate_and_record(*given, render, record, max_frames, progress)
+
+
+def environments_of(
+    saved: Checkpoint, env: EnvLike | None, changes: dict[str, Any]
+) -> tuple[TrainingEnvs, dict[str, Any]]:
+    """The environments in which a checkpoint continues, `env` or its own, and the changed settings."""
+    given = settings_for(env, changes)
+    known: str | None = saved.manifest.get("env")
+    unimported = known if env is None and isinstance(known, str) and names_module(known) else None
+    env = known if env is None and not unimported else env
+    env = with_version(env) if isinstance(env, str) else env
+    if env not in (None, known) or given.get("isolate_envs"):
+        given.setdefault("engine", "auto")  # the saved engine may not run them
+    return TrainingEnvs(env, unimported), given
 
 
 def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None) -> None:

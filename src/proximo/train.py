@@ -77,15 +77,21 @@ def iterations(
 
 def require_changeable(old: Config, new: Config, names: Iterable[str]) -> None:
     """Raise UserError if one of the named settings differs that cannot change while a learner exists."""
+    for name in find_fixed(old, new, names):
+        raise UserError(
+            f"`{name}` was changed from {getattr(old, name)} to {getattr(new, name)}, which is not possible in the "
+            f"middle of training. Save the agent, and load it with PPO.load(path, {name}=…)."
+        )
+
+
+def find_fixed(old: Config, new: Config, names: Iterable[str]) -> Iterator[str]:
+    """Yield those of the named settings that differ and cannot change while a learner exists."""
     for name in names:
         before, after = getattr(old, name), getattr(new, name)
         is_switched = (before is None) != (after is None) and not name.endswith("learning_rate")
         is_adaptive = name == "lr_schedule" and "adaptive" in (before, after)
         if before != after and (name not in CHANGEABLE or is_switched or is_adaptive) and name != "stop_at_return":
-            raise UserError(
-                f"`{name}` was changed from {before} to {after}, which is not possible in the middle of training. Save "
-                f"the agent, and load it with PPO.load(path, {name}=…)."
-            )
+            yield name
 
 
 def count_fault(progress: Progress, done: Iteration) -> None:
@@ -122,18 +128,26 @@ def report(progress: Progress, done: Iteration) -> Metrics:
 
 
 def plan_call(
-    config: Config, learner: Learner, progress: Progress, saved: Checkpoint | None, total_timesteps: int | None
+    config: Config,
+    learner: Learner,
+    progress: Progress,
+    saved: Checkpoint | None,
+    total_timesteps: int | None,
+    show: bool = False,
 ) -> Config:
     """The settings of one call to `learn` or `iterate`; also decides whether PyTorch compiles.
 
     Args:
         saved: the checkpoint that training continues from.
         total_timesteps: steps of this call; None continues to `config.total_timesteps`.
+        show: notify the user of a new end.
     """
     done, planned = progress.global_step, config.total_timesteps
     if total_timesteps is not None:
         steps = SETTINGS["total_timesteps"].convert(total_timesteps)
         config = config.replace(total_timesteps=done + steps)
+        if show and done and config.total_timesteps != planned:
+            notify_user(f"schedules now end at step {config.total_timesteps:,}")
     # A run that continues to its planned end keeps the decision, however little is left.
     previous = learner.compiled if done else None
     if saved:

@@ -16,7 +16,7 @@ from rollouts import assert_same
 from proximo import device
 from proximo.cli import main
 from proximo.config.settings import Config
-from proximo.device import DeviceSource
+from proximo.device import DeviceGroup
 from proximo.errors import RunError, UserError
 from proximo.jax.env import Envs
 from proximo.jax.loop import base_keys, collect, draw_noise, draw_order
@@ -41,9 +41,13 @@ SETTINGS = {
 def source_of(env, **settings):
     config = Config(backend="jax", total_timesteps=64_000, **{**SMALL, **settings})
     learner = make_learner(config, Spaces.of(env.observation_space, env.action_space))
-    source = DeviceSource(learner, env)
+    source = DeviceGroup([learner], env).sources[0]
     source.reset(0)
     return source, learner, config
+
+
+def collect_rollout(source, iteration):
+    source._collect(source.position()._replace(iteration=iteration))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -74,7 +78,7 @@ def test_final_observations_and_causes_of_the_end(ends, limit):
     at 0 with another number. The cause is termination, truncation or both."""
     env = Counter(ends, limit)
     source, learner, _ = source_of(env)
-    source._collect(learner, 0)
+    collect_rollout(source, 0)
     rollout = source._rollout
     over = np.arange(1, 17) % 3 == 0
     assert (rollout.terminated[:, 0] == (over & (ends == 3))).all()
@@ -115,7 +119,7 @@ def test_pooled_resets():
     source, learner, config = source_of(env)
     pools = []
     for iteration in range(2):
-        source._collect(learner, iteration)
+        collect_rollout(source, iteration)
         starts = source._rollout.obs[""][3:16:3, :, 1] if iteration == 0 else source._rollout.obs[""][2:16:3, :, 1]
         assert all(len(set(row)) == 4 for row in starts.tolist())
         pools.append(set(starts.ravel().tolist()))

@@ -1,4 +1,7 @@
-"""`proximo train --seeds`: train several seeds in parallel, one process and one core per seed."""
+"""`proximo train --seeds`: train several seeds in parallel, one process for each core.
+
+A process trains one seed after the other, or several at once in one program if the environment is written in JAX.
+"""
 
 import argparse
 import shutil
@@ -17,12 +20,12 @@ from proximo.cli.signals import StopSignals
 from proximo.config import presets
 from proximo.config.files import to_yaml
 from proximo.environments import TrainingEnvs
-from proximo.envs.make import evaluation_engine, with_version
+from proximo.envs.make import is_written_in_jax, single_process_engine, with_version
 from proximo.envs.wrappers import with_wrappers
 from proximo.errors import RunError, UserError, format_number
 from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
-from proximo.ppo import check_records, config_for, read_spaces
+from proximo.ppo import PPO, check_records, config_for, read_spaces
 from proximo.report.plot import RETURN, plot
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
@@ -30,6 +33,7 @@ from proximo.run.trackers import Console
 
 POLL_S = 0.5
 
+Seeds = Sequence[int]
 RunDirs = dict[int, Path]  # seed -> run folder
 
 
@@ -71,11 +75,16 @@ def train_seeds(
     command += ["--quiet", "--until-input-ends", *(word for text in config.wrappers for word in ("--wrapper", text))]
     if not can_pin_to_cores() and config.threads is None:
         command += ["--threads", "1"]
+    env = with_wrappers(env_id, config.wrappers)
     if not can_pin_to_cores() and config.engine == "auto" and not config.isolate_envs:
-        command += ["--engine", evaluation_engine(with_wrappers(env_id, config.wrappers), config.env_kwargs)]
+        command += ["--engine", single_process_engine(env, config.env_kwargs, config.exact_resume)]
+    jobs = [[seed] for seed in seeds]
+    if backend == "jax" and config.engine in ("auto", "device") and is_written_in_jax(env, config.env_kwargs):
+        count = 1 if config.device == "cuda" else min(cores(), len(seeds))  # a GPU is shared by all seeds
+        jobs = [seeds[n::count] for n in range(count)]
     console = None if options.quiet else Console(config.total_timesteps * len(seeds))
     try:
-        _run(run_dirs, command, console, signals)
+        _run(jobs, run_dirs, command, console, signals)
     finally:
         if console:
             console.close()
@@ -90,13 +99,27 @@ def train_seeds(
     return 128 + signals.received if signals.received else 0
 
 
-def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, signals: StopSignals) -> None:
-    """Train as many seeds at once as there are cores; whatever happens, no process remains afterwards."""
-    waiting, free_cores, is_stopping = list(run_dirs), list(range(cores())), False
-    running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}  # seed -> process and core
+def train_together(
+    options: argparse.Namespace, env_id: str, preset: str, settings: dict[str, Any], signals: StopSignals
+) -> int:
+    """Train several seeds in this process, in one program; return the exit status."""
+    values = {**settings, "run_dir": None}
+    with PPO.sweep(env_id, {"seed": options.seeds}, preset=preset, **values) as sweep:
+        for agent in sweep:
+            agent.envs.is_stopping = lambda: signals.received is not None
+        sweep.learn(run_dir=settings["run_dir"], callback=lambda agent, metrics: signals.received is None)
+    return 128 + signals.received if signals.received else 0
+
+
+def _run(
+    jobs: Sequence[Seeds], run_dirs: RunDirs, command: Sequence[str], console: Console | None, signals: StopSignals
+) -> None:
+    """Run as many jobs at once as there are cores; whatever happens, no process remains afterwards."""
+    waiting, free_cores, is_stopping = list(jobs), list(range(cores())), False
+    running: list[tuple[Seeds, subprocess.Popen[bytes], int]] = []  # seeds, process and core
 
     def stop(number: int) -> None:
-        for process, _ in running.values():
+        for _, process, _ in running:
             process.send_signal(number)  # a second one ends the run immediately
 
     try:
@@ -106,20 +129,22 @@ def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, sig
                 waiting.clear()
                 stop(signals.received)
             while waiting and free_cores:
-                seed, core = waiting.pop(0), free_cores.pop(0)
-                process = _start([*command, f"--seed={seed}", f"--run-dir={run_dirs[seed]}"])
-                running[seed] = process, core
-                pin_to_core(process.pid, core)
+                seeds, core = waiting.pop(0), free_cores.pop(0)
+                process = _start([*command, *select_seeds(seeds, run_dirs)])
+                running.append((seeds, process, core))
+                if len(jobs) > 1:
+                    pin_to_core(process.pid, core)
             time.sleep(POLL_S)
-            for seed, (process, core) in list(running.items()):
+            for job in list(running):
+                seeds, process, core = job
                 if process.poll() is not None:
                     process.communicate()  # closes its standard input
-                    del running[seed]
+                    running.remove(job)
                     free_cores.append(core)
-                    _require_success(seed, run_dirs[seed], process.returncode, is_stopping)
+                    _require_success(seeds, run_dirs, process.returncode, is_stopping)
             steps, count, returns = _read_progress(run_dirs)
             if console and not count:
-                console.show_status(f"seeds {', '.join(map(str, running))}: in the first iteration")
+                console.show_status(f"{name_seeds([n for job in running for n in job[0]])}: in the first iteration")
             elif console:
                 mean = float(np.mean(list(returns.values()))) if returns else None
                 console.write({"global_step": steps, RETURN: mean})
@@ -129,7 +154,7 @@ def _run(run_dirs: RunDirs, command: Sequence[str], console: Console | None, sig
             stop(signal.SIGTERM)
         raise
     finally:
-        for process, _ in running.values():
+        for _, process, _ in running:
             process.wait()  # before its standard input is closed, which stops the run
             process.communicate()
 
@@ -139,13 +164,26 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def _require_success(seed: int, run_dir: Path, status: int, is_stopping: bool) -> None:
-    """Raise `UserError` or `RunError` if a run has failed."""
+def select_seeds(seeds: Seeds, run_dirs: RunDirs) -> list[str]:
+    """Flags of the command that trains these seeds, together if there are several."""
+    if len(seeds) == 1:
+        return [f"--seed={seeds[0]}", f"--run-dir={run_dirs[seeds[0]]}"]
+    return ["--together", f"--seeds={','.join(map(str, seeds))}", f"--run-dir={run_dirs[seeds[0]].parent}"]
+
+
+def name_seeds(seeds: Seeds) -> str:
+    """The seeds in a message."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def _require_success(seeds: Seeds, run_dirs: RunDirs, status: int, is_stopping: bool) -> None:
+    """Raise `UserError` or `RunError` if a job has failed."""
     stop_statuses = {status for number in STOP_SIGNALS for status in (128 + number, -number)}
     if status == 2:
-        raise UserError(f"seed {seed} could not start; see its error message above")
+        raise UserError(f"{name_seeds(seeds)} could not start; see the error message above")
     if status and not (is_stopping and status in stop_statuses):
-        raise RunError(f"seed {seed} failed with status {status}. Its checkpoints are in {run_dir}.")
+        folder = run_dirs[seeds[0]] if len(seeds) == 1 else f"{run_dirs[seeds[0]].parent}/seed-…"
+        raise RunError(f"{name_seeds(seeds)} failed with status {status}. The checkpoints are in {folder}.")
 
 
 def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
@@ -168,7 +206,7 @@ def _summarize(run_dirs: RunDirs, named: str, folder: Path, interrupted: bool) -
     yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
     yield f"evaluate with: proximo evaluate {named}"
     if interrupted:
-        waiting = [str(seed) for seed, run_dir in run_dirs.items() if not any(run_dir.glob("checkpoints/*"))]
+        waiting = [seed for seed, run_dir in run_dirs.items() if not any(run_dir.glob("checkpoints/*"))]
         if waiting:
-            yield f"not started: seed{'s' * (len(waiting) > 1)} {', '.join(waiting)}"
+            yield f"not started: {name_seeds(waiting)}"
         yield f"resume with: proximo resume {named}"

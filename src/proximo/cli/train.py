@@ -49,6 +49,7 @@ def add_to(commands: Any) -> None:
         help="train several seeds in parallel, one core per seed: 0-3 or 0,2,7",
     )  # fmt: skip
     parser.add_argument("--until-input-ends", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     add_settings(parser)
 
@@ -62,8 +63,10 @@ def run(options: argparse.Namespace) -> int:
 
         env_id, preset, settings = merge_settings(options)
         if options.seeds:
-            from proximo.cli.seeds import train_seeds
+            from proximo.cli.seeds import train_seeds, train_together
 
+            if options.together:
+                return train_together(options, env_id, preset, settings, signals)
             return train_seeds(options, env_id, preset, settings, signals, log)
         if settings.get("run_dir"):
             require_empty(Path(settings["run_dir"]))

@@ -128,7 +128,7 @@ def resolve_engine(
     """
     if engine != "auto" or isinstance(env, VectorEnv):
         return engine
-    if is_of_jax_suite(env) or find_jax_env(env, env_kwargs or {}) is not None:
+    if is_written_in_jax(env, env_kwargs or {}):
         return "device"
     if isolate:
         return "workers"
@@ -155,10 +155,23 @@ def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any]) -> str:
     """The engine of an evaluation: ALE's or EnvPool's vector environment for ids of theirs, otherwise sync."""
     if is_of_envpool(env):
         return "envpool"
-    if is_of_jax_suite(env) or find_jax_env(env, env_kwargs) is not None:
+    if is_written_in_jax(env, env_kwargs):
         return "native"
     is_atari = isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
     return "native" if is_atari else "sync"
+
+
+def single_process_engine(env: EnvLike, env_kwargs: Mapping[str, Any], exact: bool = False) -> str:
+    """The engine that auto means in a process that has one core; see `resolve_engine`."""
+    if is_written_in_jax(env, env_kwargs):
+        return "device"
+    engine = evaluation_engine(env, env_kwargs)
+    return "sync" if exact and engine == "native" else engine
+
+
+def is_written_in_jax(env: EnvLike, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether `find_jax_env` would find an environment; an id of a suite is not looked up."""
+    return is_of_jax_suite(env) or find_jax_env(env, env_kwargs) is not None
 
 
 def find_jax_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> JaxEnv | None:

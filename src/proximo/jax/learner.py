@@ -45,6 +45,11 @@ class Learner(learner.Learner):
     pads_chunks = True
     compiled = None
 
+    def share_functions(self, other: learner.Learner) -> None:
+        """Use the compiled functions of another learner; see `proximo.learner.learner.Learner.share_functions`."""
+        if isinstance(other, Learner):
+            self._functions = other._functions
+
     def _start(self, threads: int) -> tuple[int, Sequence[str], str]:
         return start(threads), available_devices(), HINT
 

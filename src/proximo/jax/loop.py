@@ -1,4 +1,4 @@
-"""Training on the device: collection, advantages and update of many iterations in one jitted call.
+"""Training on the device: collection, advantages and update of many iterations of S runs in one jitted call.
 
 Every iteration is a function of the learner's state, the environments, the base keys and its number, so the result does
 not depend on how many iterations one call computes. The update is that of `proximo.jax.update`.
@@ -32,7 +32,7 @@ from proximo.spaces.trees import build, is_inside
 NOISE = {"categorical": jax.random.gumbel, "gaussian": jax.random.normal, "bernoulli": jax.random.logistic}
 KEY_TYPES = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}  # name of a dtype -> of JAX
 MAX_ITERATIONS = 128  # of one call
-MAX_ROWS, MAX_BYTES = 1 << 20, 1 << 27  # of the results of one call: transitions, and states after each iteration
+MAX_ROWS, MAX_BYTES = 1 << 20, 1 << 24  # of the results of one call: transitions, and states after each iteration
 
 
 class Keys(NamedTuple):
@@ -204,26 +204,31 @@ def run(
     count: Array,
     hyper: Hyper,
 ) -> Result:
-    """The results [K, ...] of iterations `first` … `first + count − 1`, of which those after wrong numbers are missing.
+    """The results [K, S, ...] of S runs; those of an iteration after wrong numbers have no meaning.
+
+    Run s computes the iterations `first[s]` … `first[s] + count − 1`. A CPU computes the runs one after the other,
+    because one run of a small network keeps it busy; other devices compute them as a batch.
 
     Args:
-        hyper: [K] each, of which the first `count` are used.
+        state, envs, keys, first: with a leading axis S.
+        hyper: [K, S] each, of which the first `count` are used.
     """
 
+    def one(row: tuple[State, Envs, Keys, Array, Hyper]) -> Result:
+        state, envs, keys, iteration, hyper = row
+        return iterate(spec, env, branches, state, envs, keys.of(iteration), hyper)
+
     def compute(index: Array, state: State, envs: Envs) -> Result:
-        one = jax.tree.map(lambda x: x[index], hyper)
-        return iterate(spec, env, branches, state, envs, keys.of(first + index), one)
+        rows = state, envs, keys, first + index, jax.tree.map(lambda x: x[index], hyper)
+        return lax.map(one, rows) if branches else jax.vmap(one)(rows)
 
-    def body(carried: tuple[Array, Array, State, Envs, Result]) -> tuple[Array, Array, State, Envs, Result]:
-        index, _, state, envs, results = carried
+    def body(index: Array, carried: tuple[State, Envs, Result]) -> tuple[State, Envs, Result]:
+        state, envs, results = carried
         result = compute(index, state, envs)
-        results = jax.tree.map(lambda all, one: all.at[index].set(one), results, result)
-        return index + 1, result.is_sound, result.state, result.envs, results
+        return result.state, result.envs, jax.tree.map(lambda all, one: all.at[index].set(one), results, result)
 
-    size = len(hyper.gamma)
-    empty = jax.tree.map(partial(make_empty, size), jax.eval_shape(compute, first, state, envs))
-    start = (jnp.zeros((), jnp.int32), jnp.ones((), bool), state, envs, empty)
-    return lax.while_loop(lambda carried: (carried[0] < count) & carried[1], body, start)[-1]
+    empty = jax.tree.map(partial(make_empty, len(hyper.gamma)), jax.eval_shape(compute, np.int32(0), state, envs))
+    return lax.fori_loop(0, count, body, (state, envs, empty))[-1]
 
 
 def make_empty(size: int, like: Any) -> Array:
@@ -234,43 +239,64 @@ def make_empty(size: int, like: Any) -> Array:
 
 
 class Loop:
-    """The functions above, jitted for one learner and one environment; arrays stay on the learner's device."""
+    """The functions above, jitted for S learners and their environments; arrays stay on the learners' device.
 
-    def __init__(self, learner: Learner, env: JaxEnv) -> None:
-        spec, config = learner.spec, learner.spec.config
-        self._spec, self._put, self._keys = spec, learner._to_device, base_keys(config.seed)
-        branches = learner.device.name == "cpu"  # a GPU waits for the host at every branch
+    Args:
+        learners: with the same settings, except the seed and those in `Hyper`.
+    """
+
+    def __init__(self, learners: Sequence[Learner], env: JaxEnv) -> None:
+        first, count = learners[0], len(learners)
+        spec, config = first.spec, first.spec.config
+        self._spec, self._put = spec, first._to_device
+        self._seeds = [learner.spec.config.seed for learner in learners]
+        self._keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(base_keys, self._seeds))
+        branches = first.device.name == "cpu"  # a GPU waits for the host at every branch
         self._run = jit("run", partial(run, spec, env, branches))
         self._collect = jit("collect", partial(collect, spec, env, branches, True))
         self._reset = jit("reset", partial(reset_envs, env, spec.spaces))
-        self._take = jit("take", lambda tree, index: jax.tree.map(lambda x: x[index], tree))
-        self._like = jax.eval_shape(self._reset, self._reset_keys(0))
-        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves((self._like, learner.snapshot()))]
-        most = min(MAX_ITERATIONS, MAX_ROWS // config.rollout_transitions, MAX_BYTES // sum(sizes))
-        self.max_iterations = max(most, 1)
+        self._take = jit("take", lambda tree, row, index: jax.tree.map(lambda x: x[index, row], tree))
+        self._take_all = jit("take_all", lambda tree, index: jax.tree.map(lambda x: x[index], tree))
+        self._stack = jit("stack", lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
+        self._like = jax.eval_shape(self._reset, self._reset_keys(0, 0))
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves((self._like, first.snapshot()))]
+        rows, size = count * config.rollout_transitions, count * sum(sizes)
+        self.max_iterations = max(min(MAX_ITERATIONS, MAX_ROWS // rows, MAX_BYTES // size), 1)
 
-    def _reset_keys(self, iteration: int) -> Array:
-        config = self._spec.config
-        seeds = environment_seeds(config.seed, config.num_envs, iteration=iteration)
+    def _reset_keys(self, row: int, iteration: int) -> Array:
+        seeds = environment_seeds(self._seeds[row], self._spec.config.num_envs, iteration=iteration)
         return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
 
-    def reset(self, iteration: int) -> Envs:
-        """Begin new episodes in all environments, with the seeds of `environment_seeds`."""
-        return self._put(self._reset(self._reset_keys(iteration)))
+    def reset(self, row: int, iteration: int) -> Envs:
+        """Begin new episodes in all environments of a run, with the seeds of `environment_seeds`."""
+        return self._put(self._reset(self._reset_keys(row, iteration)))
 
-    def run(self, state: State, envs: Envs, first: int, hyper: Sequence[Hyper]) -> Result:
-        """Begin to compute one iteration for each of the hyperparameters; see `run`."""
-        rows = [*hyper, *[hyper[-1]] * (self.max_iterations - len(hyper))]
-        stacked = Hyper(*(np.array(column, np.float32) for column in zip(*rows, strict=True)))
-        return self._run(state, envs, self._keys, np.int32(first), np.int32(len(hyper)), stacked)
+    def run(self, state: State, envs: Envs, first: Sequence[int], hyper: Sequence[Sequence[Hyper]]) -> Result:
+        """Begin to compute iterations of all runs; see `run`.
 
-    def take(self, tree: Any, index: int) -> Any:
-        """Row `index` of every array, on the device."""
-        return self._take(tree, np.int32(index))
+        Args:
+            hyper: [S][K], of the iterations to compute.
+        """
+        count = len(hyper[0])
+        rows = [[*row, *[row[-1]] * (self.max_iterations - count)] for row in hyper]
+        stacked = Hyper(*np.array(rows, np.float32).T)  # [K, S] each
+        return self._run(state, envs, self._keys, np.array(first, np.int32), np.int32(count), stacked)
 
-    def select(self, tree: Any, index: int) -> Any:
-        """Row `index` of every array, on the host."""
-        return jax.tree.map(lambda x: x[index], tree)
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """Trees of all runs with a leading axis S, on the device."""
+        return self._stack(*trees)
+
+    def take(self, tree: Any, row: int, index: int) -> Any:
+        """Entry [index, row] of every array, on the device."""
+        return self._take(tree, np.int32(row), np.int32(index))
+
+    def take_all(self, tree: Any, index: int) -> Any:
+        """Entries [index] of every array, on the device."""
+        return self._take_all(tree, np.int32(index))
+
+    def select(self, tree: Any, row: int, index: int) -> Any:
+        """Entry [index, row] of every array, on the host."""
+        return jax.tree.map(lambda x: x[index, row], tree)
 
     def leaves(self, tree: Any) -> list[Any]:
         """The arrays of a tree."""
@@ -280,9 +306,10 @@ class Loop:
         """Arrays on the host, random keys as numbers; waits until they are computed."""
         return jax.device_get(jax.tree.map(to_plain, tree))
 
-    def collect(self, state: State, envs: Envs, iteration: int, rollout: Rollout) -> None:
-        """Fill a rollout with what an iteration collects."""
-        collected = self._collect(state, envs, self._keys.of(np.int32(iteration)))
+    def collect(self, state: State, envs: Envs, row: int, iteration: int, rollout: Rollout) -> None:
+        """Fill a rollout with what an iteration of a run collects."""
+        keys = jax.tree.map(lambda x: x[row], self._keys)
+        collected = self._collect(state, envs, keys.of(np.int32(iteration)))
         data, next_obs = jax.device_get((collected.data, collected.next_obs))
         for path, array in rollout.obs.items():
             array[:] = data.obs[path]

@@ -132,6 +132,9 @@ class Learner:
     def _state(self, state: State) -> None:
         self._held = state
 
+    def share_functions(self, other: "Learner") -> None:
+        """Use the compiled functions of another learner, whose settings differ only in what is not compiled in."""
+
     def decide_compilation(self, num_minibatches: int, previous: bool | None = None) -> None:
         """Decide whether to compile, before an update of that many minibatches; JAX always compiles.
 

@@ -29,6 +29,8 @@ LABELS = {
 }
 MAX_LABEL_SETTINGS = 3  # in a legend entry
 GRID_POINTS = 400  # of a mean curve
+SINGLE_PANEL, PANEL = (7.0, 3.8), (4.2, 2.8)  # width and height of a panel with its margins, in inches
+MARGINS = (0.65, 0.15, 0.5, 0.3)  # left, right, bottom and top, in inches
 
 NEUTRAL_SETTINGS = {"seed", "run_dir", "preset", "engine", "device", "threads"}  # do not set runs apart
 
@@ -87,11 +89,21 @@ def plot(
     from matplotlib.figure import Figure  # without pyplot, which needs a display and has global state
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
+    groups = group_by_settings(runs)
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(7.0, 4.0) if len(names) == 1 else (4.2 * columns, 2.8 * rows), layout="constrained")
-    panels = [figure.add_subplot(rows, columns, number) for number in range(1, len(names) + 1)]
-    groups = group_by_settings(runs)
+    panel = np.array(SINGLE_PANEL if len(names) == 1 else PANEL)
+    legend_height, title_height = (0.2 * len(groups), 0.0) if len(groups) > 1 else (0.0, 0.3)
+    width, height = panel * (columns, rows) + (0.0, title_height + legend_height)
+    figure = Figure(figsize=(width, height))
+    # Fixed margins: a layout that measures all texts takes longer than the drawing.
+    left, right, bottom, top = MARGINS
+    panels = []
+    for number in range(len(names)):
+        row, column = divmod(number, columns)
+        corner = np.array([column, rows - 1 - row]) * panel + (left, bottom + legend_height)
+        size = panel - (left + right, bottom + top)
+        panels.append(figure.add_axes((*(corner / (width, height)), *(size / (width, height)))))
     for axes, metric in zip(panels, names, strict=True):
         for label, members in groups.items():
             _draw(axes, metric, label, members)
@@ -104,11 +116,11 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
+        legend = figure.legend(handles, labels, loc="lower left", fontsize=8, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)  # names of environments and folders may contain $
     else:
-        figure.suptitle(next(iter(groups)), fontsize=10, parse_math=False)
+        figure.suptitle(next(iter(groups)), y=1.0 - 0.08 / height, va="top", fontsize=10, parse_math=False)
     path = Path(output or (Path(run_dirs[0]) / "curves.png" if len(runs) == 1 else "curves.png"))
     try:
         if path.parent in map(Path, run_dirs):
