@@ -224,11 +224,12 @@ def test_a_wrong_metric_is_reported_and_the_row_is_kept(tmp_path):
     with PPO("CartPole-v1", **SMALL) as agent:
         training = agent.iterate(640, run_dir=tmp_path / "run")
         row = next(training)
-        row |= {"good": 1.0, "bad": "text"}
+        row |= {"good": 1.0, "missing": np.float32(np.nan), "bad": "text"}
         with pytest.raises(UserError, match="the metric 'bad' is 'text'"):
             training.close()
     (row,) = rows_of(tmp_path / "run")
     assert row["good"] == 1.0
+    assert row["missing"] is None
     assert "bad" not in row
 
 

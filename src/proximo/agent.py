@@ -94,6 +94,7 @@ class Agent:
     def _bind(self, config: Config, spaces: Spaces, learner: Learner, progress: Progress, env_id: str | None) -> None:
         self.config, self.spaces, self.learner = config, spaces, learner
         self.progress, self._env_id = progress, env_id
+        self._wrappers: tuple[str, ...] = ()  # of the checkpoint, to save again
         count = config.num_envs
         self._rollout = Rollout(spaces, config.num_steps, count)
         self._extra_rng = generator(config.seed, Purpose.EVALUATION, iteration=3)
@@ -255,7 +256,8 @@ class Agent:
         Raises:
             UserError: the path exists and is not a checkpoint.
         """
-        info = RunInfo(self._env_id, None, self.config, resolved_by(self.learner))
+        config = self.config.replace(wrappers=self._wrappers)
+        info = RunInfo(self._env_id, None, config, resolved_by(self.learner))
         return checkpoint.save(path, self.learner, info, self.spaces, self.progress)
 
     @classmethod
@@ -270,11 +272,12 @@ class Agent:
             UserError: there is no checkpoint, it is corrupt, or it does not fit.
         """
         saved = load(path)
-        given = {**agent_settings(changes), "wrappers": ()}  # those of the caller's environment
-        config, spaces, learner = restore(path, saved, network, given)
+        # Wrappers belong to the caller's environment; those of the checkpoint are only saved again.
+        config, spaces, learner = restore(path, saved, network, {**agent_settings(changes), "wrappers": ()})
         agent = cls.__new__(cls)
         progress = Progress(saved.progress.global_step, saved.progress.iteration)
         agent._bind(config, spaces, learner, progress, saved.manifest["env"])
+        agent._wrappers = tuple(saved.manifest["config"].get("wrappers") or ())
         return agent
 
     def _check_continues(self, obs: Obs) -> None:

@@ -7,7 +7,15 @@ from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
 from proximo.device import DeviceGroup, DeviceSource
-from proximo.envs.make import EnvLike, make_envs, require_matching_spaces, resolve_engine, spaces_of, warn_of_statistics
+from proximo.envs.make import (
+    EnvLike,
+    make_envs,
+    require_matching_spaces,
+    resolve_engine,
+    spaces_of,
+    warn_of_info,
+    warn_of_statistics,
+)
 from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError, notify_user
 from proximo.learner.learner import Learner
@@ -163,8 +171,7 @@ def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tu
     count, kwargs, isolate = config.num_envs, config.env_kwargs, config.isolate_envs
     engine = resolve_engine(env, count, config.engine, kwargs, config.total_timesteps, isolate, config.exact_resume)
     envs = make_envs(env, count, engine, kwargs, isolate, config.env_timeout, config.log_info)
-    if config.log_info and engine in ("native", "envpool"):
-        notify_user(f"`log_info` has no effect with engine {engine}, which returns no info. Use engine workers or sync")
+    warn_of_info(envs, config.log_info)
     try:
         if config.exact_resume and not any(state_adapters(envs)):
             raise UserError(

@@ -17,6 +17,7 @@ from proximo.envs.make import (
     make_envs,
     require_matching_spaces,
     spaces_of,
+    warn_of_info,
     warn_of_statistics,
 )
 from proximo.envs.wrappers import with_wrappers
@@ -135,13 +136,14 @@ def evaluate(
     env = with_wrappers(env, config.wrappers)
     env_kwargs = {**config.env_kwargs, **({"render_mode": "human"} if render else {})}
     waited = np.zeros(count, np.int64)  # steps since the last finished episode
-    engine = evaluation_engine(env, env_kwargs)
+    engine = evaluation_engine(env, env_kwargs, config.log_info)
     with closing(
         make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout, log_info=config.log_info)
     ) as envs:
         require_matching_spaces(spaces_of(envs), spaces)
         if warn:
             warn_of_statistics(envs)
+            warn_of_info(envs, config.log_info)
         collector = Collector(envs, spaces, config)
         seeds = environment_seeds(seed, count, Purpose.EVALUATION)
         if render:

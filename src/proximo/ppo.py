@@ -325,7 +325,7 @@ def evaluate_random(
     config = from_mapping(names)
     spaces = read_spaces(env, config)
     given = (random_policy(spaces, seed), config, spaces, env, episodes, False, seed, num_envs)
-    return evaluate_and_record(*given, render, record, max_frames, progress)
+    return evaluate_and_record(*given, render, record, max_frames, progress, warn=True)
 
 
 def environments_of(

@@ -356,10 +356,11 @@ def test_commands_take_the_folder_of_several_seeds(tmp_path, capsys):
     assert (folder / "learning_curve.png").stat().st_mtime_ns > begun
     assert [len((folder / f"seed-{n}" / "metrics.jsonl").read_text().splitlines()) for n in (0, 1, 2)] == [3, 3, 3]
     assert "seed: 2" in (folder / "seed-2" / "config.yaml").read_text()
+    (folder / "seed-1-unfinished").mkdir()  # from an earlier time
     shutil.rmtree(folder / "seed-1" / "checkpoints")  # as when a run is killed before its first checkpoint
     assert main(["resume", str(folder), "--total-timesteps=96"]) == 0
     assert "seed-1 ended before its first checkpoint and begins again" in capsys.readouterr().err
-    assert (folder / "seed-1-unfinished" / "metrics.jsonl").is_file()
+    assert (folder / "seed-1-unfinished1" / "metrics.jsonl").is_file()
     assert (folder / "seed-1" / "checkpoints").is_dir()
 
 

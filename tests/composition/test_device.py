@@ -77,7 +77,7 @@ def test_final_observations_and_causes_of_the_end(ends, limit):
     """Episodes of three steps: the final observation has the count 3 and the number of the episode, the next one begins
     at 0 with another number. The cause is termination, truncation or both."""
     env = Counter(ends, limit)
-    source, learner, _ = source_of(env)
+    source, _, _ = source_of(env)
     collect_rollout(source, 0)
     rollout = source._rollout
     over = np.arange(1, 17) % 3 == 0

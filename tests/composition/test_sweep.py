@@ -159,6 +159,9 @@ def test_wrong_sweeps_are_refused(values, message):
 
 
 def test_epochs_cannot_change_on_the_device():
-    with PPO(Counter(ends=7), **SMALL) as agent, pytest.raises(UserError, match="`update_epochs` was changed from 2"):
-        for _ in agent.iterate(STEPS):
-            agent.config = agent.config.replace(update_epochs=3)
+    with PPO(Counter(ends=7), **SMALL) as agent:
+        training = agent.iterate(STEPS)
+        next(training)
+        agent.config = agent.config.replace(update_epochs=3)
+        with pytest.raises(UserError, match="`update_epochs` was changed from 2 to 3"):
+            next(training)

@@ -320,3 +320,10 @@ def test_settings_are_typed_for_editors(tmp_path):
     checker = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(program)]
     report = json.loads(subprocess.run(checker, capture_output=True, text=True).stdout)
     assert [error["range"]["start"]["line"] for error in report["generalDiagnostics"]] == [2, 3]
+
+
+def test_none_replaces_no_alternative():
+    config = Config(minibatch_size=64).replace(num_minibatches=None)
+    assert (config.minibatch_size, config.num_minibatches) == (64, None)
+    config = config.replace(num_minibatches=4)
+    assert (config.minibatch_size, config.num_minibatches) == (None, 4)

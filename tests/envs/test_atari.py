@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +20,7 @@ from proximo.rollout.collector import Collector
 from proximo.rollout.rollout import Rollout
 
 LIMIT = "gymnasium.wrappers:TimeLimit,max_episode_steps=100"
+FAR_LIMIT = "gymnasium.wrappers:TimeLimit,max_episode_steps=100000"
 PONG, BREAKOUT = "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"
 STILL = {"noop_max": 0, "use_fire_reset": False, "repeat_action_probability": 0.0}
 TINY = {"preset": None, "num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "hidden_sizes": (8,)}
@@ -221,3 +223,61 @@ def test_evaluations_and_videos_of_a_truncated_game_end(tmp_path):
     assert all(length >= 100 for length in result.lengths)
     assert all(value % 10 == 0 and value >= 10 for value in result.returns)
     assert (tmp_path / "game.mp4").stat().st_size > 0
+
+
+class StopAtScore(gym.Wrapper):
+    """Terminates the game in its 80th step."""
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.steps += 1
+        return observation, reward, terminated or self.steps == 80, truncated, info
+
+
+class TruncateOnLife(gym.Wrapper):
+    """Marks a lost life as a truncation."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated or (terminated and info["lives"] > 0), info
+
+
+def test_a_wrapper_may_terminate_a_game(monkeypatch, tmp_path):
+    """Each game ends after 80 steps with its raw score, in evaluations and videos."""
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Stop=StopAtScore))
+    result = evaluate_random("ALE/MsPacman-v5", 4, wrappers=["mine:Stop"])
+    assert result.lengths == (80,) * 4
+    assert all(value % 10 == 0 and value > 0 for value in result.returns)
+    with PPO("ALE/MsPacman-v5", num_envs=1, num_steps=8, minibatch_size=8, wrappers=["mine:Stop"]) as agent:
+        assert agent.record(tmp_path / "game.mp4").length == 80
+
+
+def test_a_lost_life_that_a_wrapper_truncates_is_no_end_of_the_game(monkeypatch):
+    """The games are the same as without the wrapper."""
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Life=TruncateOnLife))
+    found = [evaluate_random("ALE/MsPacman-v5", 1, wrappers=w, num_envs=1) for w in (["mine:Life"], [FAR_LIMIT])]
+    assert found[0] == found[1]
+
+
+def test_several_training_episodes_make_a_reported_one():
+    """Three lives of four steps, each of which ends as truncated; the report comes with the third."""
+
+    class Lives(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
+        reports_episodes = True
+        steps = 0
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            info = {"episode": {"r": 12.0, "l": 12}} if self.steps % 12 == 0 else {}
+            return np.zeros(1, np.float32), 1.0, False, self.steps % 4 == 0, info
+
+    assert evaluate_random(Lives, 6, num_envs=2).returns == (12.0,) * 6

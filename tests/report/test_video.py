@@ -208,3 +208,29 @@ def test_renderers_set_by_the_user_are_not_changed(monkeypatch, before, chosen):
     with without_display():
         assert os.environ == before | chosen
     assert os.environ == before
+
+
+class Wrong(Painter):
+    """Observes 7 in a space of three numbers."""
+
+    observation_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        return 2, super().reset(seed=seed)[1]
+
+    def step(self, action):
+        return 7, *super().step(action)[1:]
+
+
+def test_observations_outside_their_space_are_refused(tmp_path):
+    """As in training and evaluation."""
+    with PPO(Wrong, num_envs=1, num_steps=4, minibatch_size=4) as agent, pytest.raises(UserError, match="is 7; expec"):
+        agent.record(tmp_path / "film.mp4")
+
+
+def test_functions_may_be_wrapped(tmp_path):
+    """A function without `render_mode` gets none, also inside wrappers; one with it gets it."""
+    limit = {"wrappers": ["gymnasium.wrappers:TimeLimit,max_episode_steps=5"], "num_envs": 1, "num_steps": 4}
+    for env in (lambda: Painter("rgb_array"), Painter):
+        with PPO(env, minibatch_size=4, **limit) as agent:
+            assert agent.record(tmp_path / "film.mp4").length == 5

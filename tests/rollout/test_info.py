@@ -3,8 +3,10 @@
 from functools import partial
 
 import gymnasium as gym
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from proximo.agent import Agent
@@ -103,3 +105,21 @@ def test_entries_that_are_no_numbers_are_left_out(value):
     """Ragged lists, too short ones, and arrays for each environment; the good entry beside them is kept."""
     info = {"is_success": [0.0, 1.0], "x": value, "episode_extra": {"y": value, "_y": value}}
     assert select_info(info, ["x"], 1) == {"is_success": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["list", "torch", "jax"])
+def test_entries_may_be_lists_and_tensors(kind):
+    """One number and one mask for each environment."""
+    convert = {"list": list, "torch": torch.tensor, "jax": jnp.array}[kind]
+    info = {"distance": convert([1.0, 2.0]), "_distance": convert([True, True]), "x": convert([3.0, 4.0])}
+    assert select_info({**info, "_x": convert([False, True])}, ("distance", "x"), 1) == {"distance": 2.0, "x": 4.0}
+    assert select_info({**info, "_x": convert([True, False])}, ("distance", "x"), 1) == {"distance": 2.0}
+
+
+def test_log_info_without_effect_is_noted(capsys):
+    """Environments of EnvPool return no info, in training and in the evaluation of a random policy."""
+    evaluate_random("envpool:CartPole-v1", 1, log_info=["distance"])
+    PPO("CartPole-v1", log_info=["distance"], engine="native", **SETTINGS).close()
+    assert capsys.readouterr().err.count("`log_info` distance has no effect") == 2
+    PPO("CartPole-v1", log_info=["distance"], engine="sync", **SETTINGS).close()
+    assert "no effect" not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -701,16 +702,30 @@ def test_functions_of_the_progress_cannot_be_compared(tmp_path, capsys):
     assert "total_timesteps changed from 64 to 128" in how["why"]
 
 
+def test_a_number_that_becomes_a_function_is_one_difference(tmp_path):
+    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "total_timesteps": 64}
+    with PPO("CartPole-v1", **settings) as agent:
+        next(agent.iterate())
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", clip_coef=lambda progress: 0.1) as loaded:
+        next(loaded.iterate())
+        assert loaded.progress.resumed[0]["why"] == "clip_coef changed from 0.2 to function"
+
+
 def test_the_link_to_the_best_checkpoint_does_not_dangle(tmp_path):
     """Evaluations that are turned off choose the best checkpoint anew; until there is one, there is no link."""
     settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "checkpoint_interval": 1}
     best = tmp_path / "run" / "checkpoints" / "best"
+    copy = tmp_path / "copy"
     with PPO("CartPole-v1", evaluation_interval=1, evaluation_episodes=1, keep_checkpoints=1, **settings) as agent:
         agent.learn(32, run_dir=tmp_path / "run")
     assert best.is_symlink()
-    with PPO.load(tmp_path / "run", evaluation_interval=0) as loaded:
-        loaded.learn(96, run_dir=tmp_path / "run")
-    assert best.exists() == best.is_symlink()
+    shutil.copytree(tmp_path / "run", copy)  # follows the link
+    for run in (tmp_path / "run", copy):
+        with PPO.load(run, evaluation_interval=0) as loaded:
+            loaded.learn(96, run_dir=run)
+        best = run / "checkpoints" / "best"
+        assert best.exists() == best.is_symlink()
 
 
 def test_every_call_of_learn_is_recorded_in_the_folder_of_the_settings(tmp_path):

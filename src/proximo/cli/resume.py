@@ -1,6 +1,7 @@
 """`proximo resume`: continue a run from its latest checkpoint."""
 
 import argparse
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ def move_files_aside(folder: Path) -> None:
         return
     with ExitStack() as files:
         lock_run_dir(folder, files)
-        taken = [path.name for path in folder.parent.glob(f"{folder.name}-unfinished*")]
-        target = folder.with_name(f"{folder.name}-unfinished{len(taken) or ''}")
+        names = (f"{folder.name}-unfinished{number or ''}" for number in itertools.count())
+        target = next(path for path in map(folder.with_name, names) if not path.exists())
         folder.rename(target)
         folder.mkdir()
     notify_user(f"{folder.name} ended before its first checkpoint and begins again; its files are now in {target}")

@@ -105,9 +105,10 @@ def convert_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` updated with `given`; `minibatch_size` and `num_minibatches` replace each other."""
+    """Return `base` updated with `given`; `minibatch_size` and `num_minibatches` replace each other, unless None."""
     alternatives = {"minibatch_size": "num_minibatches", "num_minibatches": "minibatch_size"}
-    return {**{name: value for name, value in base.items() if alternatives.get(name) not in given}, **given}
+    kept = {name: value for name, value in base.items() if given.get(alternatives.get(name, "")) is None}
+    return {**kept, **given}
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:

@@ -76,6 +76,7 @@ class AtariVectorEnv(VectorEnv):
     """
 
     takes_seed_list = True
+    returns_info = False
     reports_episodes = True
 
     def __init__(self, spec: EnvSpec, num_envs: int, env_kwargs: Mapping[str, Any]) -> None:
@@ -169,8 +170,10 @@ class AtariLearnerWrapper(gym.Wrapper):
         self._is_episodic_life, self._clips_rewards = is_episodic_life, clips_rewards
         self._lives, self._game_continues = 0, False
 
-    def episode_so_far(self) -> tuple[float, int]:
-        """Return and length of the game so far, for a wrapper that truncates it."""
+    def episode_so_far(self) -> tuple[float, int] | None:
+        """Return and length of the game so far, which the next reset ends; None if it continues."""
+        if self._game_continues:
+            return None
         return tuple(self.env.get_wrapper_attr(f"episode_{name}") for name in ("returns", "lengths"))
 
     def snapshot(self) -> bytes | None:

@@ -56,15 +56,16 @@ def reports_episodes(env: gym.Env) -> bool:
     return env.has_wrapper_attr("reports_episodes") and env.get_wrapper_attr("reports_episodes") is True
 
 
-def read_report(env: gym.Env, info: Any, truncated: bool) -> tuple[float, int] | None:
-    """Return and length of the episode that an environment with `reports_episodes` reports; None if it continues.
+def read_report(env: gym.Env, info: Any) -> tuple[float, int] | None:
+    """Return and length of an episode of an environment with `reports_episodes`, after the end of a training episode.
 
-    A wrapper outside the environment may truncate an episode that the environment does not end. `episode_so_far()`
-    of the environment, if it has this method, gives its return and length.
+    None if the reported episode continues. A wrapper outside the environment may end an episode that the environment
+    does not report. The method `episode_so_far()` of the environment, if there is one, then gives its return and
+    length, or None if the environment continues the episode after its next reset.
     """
     if report := info.get("episode"):
         return float(report["r"]), int(report["l"])
-    return env.get_wrapper_attr("episode_so_far")() if truncated and env.has_wrapper_attr("episode_so_far") else None
+    return env.get_wrapper_attr("episode_so_far")() if env.has_wrapper_attr("episode_so_far") else None
 
 
 class EnvSlice:
@@ -203,7 +204,7 @@ class EnvSlice:
             observation, reward[n], terminated[n], truncated[n], info = result
             if result[2] or result[3]:  # faster than reading the arrays
                 if self.reports_episodes:
-                    arrays.episode[n] = read_report(env, info, result[3]) or np.nan
+                    arrays.episode[n] = read_report(env, info) or np.nan
                 if info or arrays.has_info[n]:
                     found = select_info(info, self.info_names)
                     arrays.info[n] = [found.get(name, np.nan) for name in self.info_names]

@@ -157,6 +157,7 @@ class EnvPoolVectorEnv(VectorEnv):
     Spaces and observation dtypes are those of the blueprint; rewards are float64. EnvPool's `info` is dropped.
     """
 
+    returns_info = False
     takes_seed_list = True  # `reset` accepts one seed for each environment, like SyncVectorEnv
 
     def __init__(self, blueprint: Blueprint, num_envs: int) -> None:

@@ -151,13 +151,16 @@ def name_of(env: EnvLike) -> str:
     return next((argument for argument in arguments if isinstance(argument, str)), str(env))
 
 
-def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any]) -> str:
-    """The engine of an evaluation: ALE's or EnvPool's vector environment for ids of theirs, otherwise sync."""
+def evaluation_engine(env: EnvLike, env_kwargs: Mapping[str, Any], log_info: Sequence[str] = ()) -> str:
+    """The engine of an evaluation: ALE's or EnvPool's vector environment for ids of theirs, otherwise sync.
+
+    ALE's returns no `info`, so that games whose `info` is logged run with sync.
+    """
     if is_of_envpool(env):
         return "envpool"
     if is_written_in_jax(env, env_kwargs):
         return "native"
-    is_atari = isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
+    is_atari = not log_info and isinstance(env, str) and atari.supports_vector(_find_spec(env), env_kwargs)
     return "native" if is_atari else "sync"
 
 
@@ -243,7 +246,8 @@ def make_one(env: str | EnvSpec | Callable[..., gym.Env], /, **env_kwargs: Any) 
     if not isinstance(env, (str, EnvSpec)):
         made = env(**env_kwargs)
         if not isinstance(made, gym.Env):
-            raise UserError(f"the function passed as environment must return a gymnasium.Env, got {made!r}")
+            hint = ". Pass the environment written in JAX itself, or its class" if is_jax_env(made) else ""
+            raise UserError(f"the function passed as environment must return a gymnasium.Env, got {made!r}{hint}")
         return made
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*is out of date", DeprecationWarning)
@@ -273,6 +277,7 @@ def _make_native(spec: EnvSpec, num_envs: int, env_kwargs: dict[str, Any]) -> Ve
 class ResumableCartPoleVectorEnv(CartPoleVectorEnv):
     """Gymnasium's vectorised CartPole, with `SupportsSnapshot` of `proximo.rollout.env_state`."""
 
+    returns_info = False
     STATE_ATTRIBUTES = ("state", "steps", "prev_done", "low", "high")
 
     def snapshot(self) -> dict[str, Any]:
@@ -294,6 +299,15 @@ def warn_of_statistics(envs: VectorEnv) -> None:
         notify_user(
             f"{name} keeps running statistics inside the environment. Evaluations, videos and resumed runs begin with "
             "new ones, so that the policy sees other numbers. Use normalize_observation or normalize_reward instead"
+        )
+
+
+def warn_of_info(envs: VectorEnv, names: Sequence[str]) -> None:
+    """Notify the user if entries of `info` are to be logged, and the environments return none."""
+    if names and not getattr(envs.unwrapped, "returns_info", True):
+        notify_user(
+            f"`log_info` {', '.join(names)} has no effect: {type(envs.unwrapped).__name__} returns no info. Use engine "
+            "workers or sync if the environment has them"
         )
 
 

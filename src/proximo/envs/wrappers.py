@@ -33,6 +33,11 @@ def with_wrappers(env: EnvLike, wrappers: Sequence[str]) -> EnvLike:
     return partial(make_wrapped, tuple(wrappers), env)
 
 
+def unwrapped(env: Any) -> Any:
+    """The environment inside a result of `with_wrappers`."""
+    return env.args[1] if isinstance(env, partial) and env.func is make_wrapped else env
+
+
 def make_wrapped(wrappers: Sequence[str], env: Any, /, **env_kwargs: Any) -> gym.Env:
     """Make one environment and apply the named wrappers, the first one first.
 

@@ -44,6 +44,7 @@ class JaxVectorEnv(VectorEnv):
     """
 
     takes_seed_list = True
+    returns_info = False
 
     def __init__(self, env: JaxEnv, num_envs: int) -> None:
         super().__init__()

@@ -175,7 +175,8 @@ def remove_wrong(metrics: Metrics) -> dict[Any, Any]:
     wrong: dict[Any, Any] = {}
     for name, value in list(metrics.items()):
         number = math.nan if value is None else to_number(value)
-        is_number = value is None or math.isfinite(number) or (isinstance(value, float) and math.isnan(value))
+        is_nan = isinstance(value, (float, np.floating)) and math.isnan(value)
+        is_number = value is None or math.isfinite(number) or is_nan
         if not isinstance(name, str) or not is_number:
             wrong[name] = metrics.pop(name)
         elif type(value) is not int:

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +19,11 @@ from gymnasium.vector import VectorEnv
 
 from proximo.config.settings import Config
 from proximo.envs.env_slice import read_report, reports_episodes
-from proximo.envs.make import EnvLike, explain_make_error, make_one, require_matching_spaces
-from proximo.envs.wrappers import with_wrappers
+from proximo.envs.make import EnvLike, explain_make_error, make_one, name_of, require_matching_spaces
+from proximo.envs.wrappers import unwrapped, with_wrappers
 from proximo.errors import Exited, RunError, UserError
 from proximo.files import replace_atomically
+from proximo.rollout.jax_env import is_jax_env
 from proximo.rollout.randomness import Purpose, environment_seeds
 from proximo.rollout.returned import reset, unpack_step
 from proximo.rollout.rollout import Actor
@@ -75,6 +75,7 @@ def record(
         actor: maps observation [1, ...] and start [1] bool to raw samples [1, ...] for `spaces.action.to_env`.
         env: an id, or a function that makes one environment. A function is called with render_mode="rgb_array" if it
             has that parameter; otherwise its environment must already use that mode.
+        config: its `env_kwargs` and `wrappers` apply to the environment; `env_timeout` does not.
         max_frames: recording stops after this many frames.
         on_progress: called with a description of the progress, before every frame.
 
@@ -99,6 +100,7 @@ def record(
             episode_return, length, ended = 0.0, 0, False
             while not ended and length + 1 < max_frames:
                 obs = {name: value.astype(dtypes[name])[None] for name, value in spaces.read(observation)}
+                spaces.check_values(obs)
                 action = select(spaces.action.to_env(actor(obs, np.array([length == 0])), config), 0)
                 on_progress(f"recording: frame {length + 2:,} of at most {max_frames:,}")
                 observation, reward, terminated, truncated, info = unpack_step(call(rendering_env.step, action))
@@ -106,12 +108,12 @@ def record(
                 episode_return += reward
                 length += 1
                 ended = terminated or truncated
-                report = read_report(rendering_env, info, truncated) if ended and reports else None
-                if report:
-                    episode_return = report[0]
-                elif ended and reports and not truncated:  # a life was lost, but the game continues
-                    observation, _ = reset(rendering_env)
-                    ended = False
+                if ended and reports:
+                    report = read_report(rendering_env, info)
+                    episode_return = report[0] if report else episode_return
+                    if not report:  # a life was lost, but the game continues
+                        observation, _ = reset(rendering_env)
+                        ended = False
     return Video(path, episode_return, length, ended)
 
 
@@ -166,22 +168,25 @@ def call(method: Callable[..., Any], *arguments: Any) -> Any:
 
 def make_rendering_env(env: EnvLike, env_kwargs: Mapping[str, Any]) -> gym.Env:
     """Make one environment that renders to arrays; raise `UserError` if it cannot be made or does not."""
-    if isinstance(env, VectorEnv) or not (isinstance(env, str) or callable(env)):
-        raise UserError("recording needs an environment id or a function that makes one environment")
-    factory = partial(make_one, env) if isinstance(env, str) else env
+    factory: Any = env
+    inner: Any = unwrapped(env)
     kwargs = dict(env_kwargs)
+    is_made_here = isinstance(inner, str) or is_jax_env(inner)
+    if isinstance(inner, VectorEnv) or not (is_made_here or callable(inner)):
+        raise UserError("recording needs an environment id or a function that makes one environment")
+    maker: Any = make_one if is_made_here else inner
     with suppress(TypeError, ValueError):  # no such parameter, or no signature because it is not written in Python
-        inspect.signature(factory).bind_partial(render_mode=RENDER_MODE)
+        inspect.signature(maker).bind_partial(render_mode=RENDER_MODE)
         kwargs["render_mode"] = RENDER_MODE
     try:
         with explain_opengl():  # `import mujoco` loads the library that MUJOCO_GL selects
-            rendering_env = factory(**kwargs)
+            rendering_env = make_one(factory, **kwargs)
     except (gym.error.Error, ImportError) as error:
-        raise UserError(explain_make_error(str(env), error)) from error
+        raise UserError(explain_make_error(name_of(env), error)) from error
     except TypeError as error:
         if not kwargs or "argument" not in str(error):
             raise
-        raise UserError(f"{env} does not accept the keywords {kwargs}: {error}") from error
+        raise UserError(f"{name_of(env)} does not accept the keywords {kwargs}: {error}") from error
     if (mode := rendering_env.render_mode) != RENDER_MODE:
         rendering_env.close()
         raise UserError(

@@ -60,8 +60,8 @@ class Collector:
     The end of an episode for the learner may differ from that of a reported episode, as in a game with several lives.
     An environment or vector environment with the attribute `reports_episodes = True` reports finished episodes itself,
     in the format of Gymnasium's RecordEpisodeStatistics: `info["episode"]` with `r` (undiscounted sum of raw rewards)
-    and `l` (steps); in a vector environment [N] each, where `info["_episode"]` [N] is True. Without a report, an
-    episode that is truncated is counted here.
+    and `l` (steps); in a vector environment [N] each, where `info["_episode"]` [N] is True. See also
+    `proximo.envs.env_slice.read_report`.
 
     Args:
         resumable: record what `capture_state` needs.
@@ -229,7 +229,7 @@ class Collector:
             over = rollout.store_step(t, raw, reward, terminated, truncated, valid)
             ended = over.nonzero()[0]
             counted = count_episodes(self.episode_return, self.episode_length, reward, valid, ended)
-            finished = reported_episodes(info, counted, rollout.truncated[t]) if self.reports_episodes else counted
+            finished = reported_episodes(info) if self.reports_episodes else counted
             episodes += with_info(finished, info, self.config.log_info) if finished else finished
 
             observation = self._begin_next(rollout, t, observation, over, ended, info)

@@ -30,14 +30,12 @@ def count_episodes(
     return episodes
 
 
-def reported_episodes(info: dict[str, Any], counted: list[Episode], truncated: np.ndarray) -> list[Episode]:
-    """The finished episodes that an environment reports in `info`, and those `counted` that were `truncated` [N]."""
-    found: dict[int, Episode] = {one.env_index: one for one in counted if truncated[one.env_index]}
-    if "_episode" in info:
-        returns, lengths = info["episode"]["r"], info["episode"]["l"]
-        reported = [int(n) for n in np.flatnonzero(info["_episode"])]
-        found |= {n: Episode(float(returns[n]), int(lengths[n]), n) for n in reported}
-    return list(found.values())
+def reported_episodes(info: dict[str, Any]) -> list[Episode]:
+    """The finished episodes that a vector environment reports in `info`."""
+    if "_episode" not in info:
+        return []
+    returns, lengths = info["episode"]["r"], info["episode"]["l"]
+    return [Episode(float(returns[n]), int(lengths[n]), int(n)) for n in np.flatnonzero(info["_episode"])]
 
 
 def with_info(episodes: list[Episode], info: Mapping[str, Any], names: Sequence[str]) -> list[Episode]:
@@ -73,9 +71,11 @@ def select_info(info: Mapping[str, Any], names: Sequence[str], n: int | None = N
 
 def entry_of(value: Any, n: int) -> Any:
     """Entry n of a sequence or an array, None if it is too short; anything else as it is."""
-    is_sequence = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
-    if not is_sequence:
-        return value
+    if not isinstance(value, (list, tuple)):
+        array = to_array(value)
+        if array is None or array.ndim == 0:
+            return value
+        value = array
     return value[n] if n < len(value) else None
 
 

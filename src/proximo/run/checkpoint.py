@@ -211,5 +211,7 @@ def find_differences(saved: Checkpoint, info: RunInfo) -> list[str]:
 
     before, after = conditions(old), conditions(new)
     changed = [name for name in before if name in after and before[name] != after[name]]
-    unknown = [f"{name} is a function, which is not saved and cannot be compared" for name in functions]
+    unknown = [
+        f"{name} is a function, which is not saved and cannot be compared" for name in functions if name not in changed
+    ]
     return [f"{name} changed from {before[name]} to {after[name]}" for name in changed] + unknown

@@ -106,14 +106,14 @@ class CheckpointManager:
     def _link_best(self) -> None:
         """Point the link `best` to the best checkpoint, or remove it; skipped on systems without symbolic links."""
         best, link = self._find_best(), self.run_dir / "checkpoints" / BEST
-        if best is None:
-            if link.is_symlink():
-                link.unlink()
-            return
-        with contextlib.suppress(OSError, NotImplementedError), replace_atomically(link) as temporary:
+        with contextlib.suppress(OSError, NotImplementedError):
             if link.is_dir() and not link.is_symlink():  # a copying tool has followed the link
                 shutil.rmtree(link)
-            temporary.symlink_to(best.name)
+            if best is None:
+                link.unlink(missing_ok=True)
+                return
+            with replace_atomically(link) as temporary:
+                temporary.symlink_to(best.name)
 
     def _prune(self) -> None:
         """Delete all but the latest checkpoints and the best one."""
