@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUITES := .venv-suites
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format docs results results-tasks bench soak fuzz clean
+.PHONY: demo test test-suites lint format docs results results-tasks bench soak fuzz clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -16,6 +17,10 @@ demo: $(VENV)/demo
 # Lint, types, import contracts, then every test. `make test ARGS="-m 'not slow'"` leaves out the long ones.
 test: lint
 	$(BIN)/pytest -n auto $(ARGS)
+
+# Environments in JAX of other packages, which need an older Gymnasium, in a virtual environment of their own.
+test-suites: $(SUITES)/ok
+	$(SUITES)/bin/python -m pytest tests/suites $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -58,7 +63,7 @@ fuzz: $(VENV)/dev
 	PROXIMO_FUZZ=15000 $(BIN)/pytest -q tests/run/test_reliability.py -k "any_"
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(SUITES) .venv-peers build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -77,4 +82,11 @@ $(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/pip
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(SUITES)/ok: pyproject.toml constraints.txt | $(VENV)/pip
+	$(PYTHON) -m venv $(SUITES)
+	grep -v '^gymnasium==' constraints.txt > $(SUITES)/constraints.txt
+	$(SUITES)/bin/python -m pip install --quiet --constraint $(SUITES)/constraints.txt pytest pytest-xdist \
+		--editable ".[gymnax,brax,playground,navix,craftax,jumanji]"
 	@touch $@
