@@ -93,7 +93,11 @@ class TrainingEnvs:
 
     def is_on_device(self, learner: Learner) -> bool:
         """Whether open environments run on the device, together with the update."""
-        return self.engine == "device" and learner.backend == "jax"
+        return self.engine_for(learner) == "device"
+
+    def engine_for(self, learner: Learner) -> str | None:
+        """The engine that trains this learner; None until the environments are made."""
+        return "native" if self.engine == "device" and learner.backend != "jax" else self.engine
 
     def join(self, source: DeviceSource | None) -> None:
         """Use a source that belongs to a group of runs; None leaves it."""
@@ -109,6 +113,11 @@ class TrainingEnvs:
         """
         config = settings()
         envs: Any = self.open(config, spaces)
+        if config.engine == "device" and not self.is_on_device(learner):
+            raise UserError(
+                f"`engine` device trains with backend jax, but the backend is {learner.backend}. Use --backend jax, or "
+                "engine native, which steps the environments on the host."
+            )
         if self.is_on_device(learner):
             self._device_source = self._device_source or DeviceGroup([learner], envs.env).sources[0]
             self._device_source.bind(settings, progress)

@@ -69,7 +69,7 @@ class PPO:
         self.preset = presets.select_name(self.env_id, preset)
         try:
             self.spaces = spaces_of(self.envs.open(self.config))
-            self.learner: Learner = make_learner(self.config, self.spaces, network)
+            self.learner: Learner = make_learner(self.config, self.spaces, network, self.envs.engine == "device")
         except BaseException:
             if self.envs.owns_envs:
                 self.close()
@@ -97,7 +97,7 @@ class PPO:
     @property
     def resolved(self) -> Resolved:
         """The choices made for this machine: backend, engine, device, threads, compilation and network."""
-        return resolved_by(self.learner, self.envs.engine)
+        return resolved_by(self.learner, self.envs.engine_for(self.learner))
 
     def learn(
         self,

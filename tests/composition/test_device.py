@@ -7,7 +7,9 @@ import subprocess
 import sys
 from functools import partial
 
+import gymnasium as gym
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_envs import Counter, Match, Recall
@@ -319,3 +321,33 @@ def test_small_networks_use_one_thread():
     program = "from proximo import PPO; print(PPO('jax:CartPole-v1', num_envs=1, minibatch_size=8).resolved.threads)"
     env = {name: value for name, value in os.environ.items() if name not in ("PJRT_NPROC", "OMP_NUM_THREADS")}
     assert subprocess.check_output([sys.executable, "-c", program], env=env, text=True) == "1\n"
+
+
+class Picture:
+    """Observes a black image."""
+
+    observation_space = gym.spaces.Box(0, 255, (16, 16, 1), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, key):
+        return jnp.zeros(()), jnp.zeros((16, 16, 1), jnp.uint8)
+
+    def step(self, key, state, action):
+        false = jnp.zeros((), bool)
+        return state, jnp.zeros((16, 16, 1), jnp.uint8), jnp.ones(()), false, false
+
+
+def test_the_backend_of_environments_in_jax(tmp_path):
+    """Auto is JAX with convolutions too, also after a load; PyTorch steps the environments on the host, and says so."""
+    settings = {"num_envs": 1, "num_steps": 4, "minibatch_size": 4, "hidden_sizes": (8,)}
+    with PPO(Picture(), **settings) as agent:
+        assert (agent.resolved.backend, agent.resolved.engine) == ("jax", "device")
+        assert agent.resolved.network["architecture"] == "impala"
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", Picture()) as agent:
+        assert agent.resolved.backend == "jax"
+    with PPO(Picture(), backend="torch", **settings) as agent:
+        assert (agent.resolved.backend, agent.resolved.engine) == ("torch", "native")
+    agent = PPO(Counter(), backend="torch", engine="device", **SMALL)
+    with agent, pytest.raises(UserError, match="`engine` device trains with backend jax, but the backend is torch"):
+        agent.learn(64)

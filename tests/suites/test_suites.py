@@ -16,6 +16,8 @@ from proximo.jax.env import reset_envs, step_envs
 from proximo.jax.envs import load
 from proximo.spaces.spaces import Spaces
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages, when they are imported
+
 MODULES = {"playground": "mujoco_playground"}  # where the module has another name than the prefix
 
 # Id, keyword arguments, and the time limit of the suite.

@@ -55,7 +55,9 @@ def train_seeds(
     config = config_for(env_id, preset, settings)
     spaces = read_spaces(env_id, config)
     spaces.action.check(config)
-    backend = choose_backend(config, spaces)
+    env = with_wrappers(env_id, config.wrappers)
+    on_device = config.engine in ("auto", "device") and is_written_in_jax(env, config.env_kwargs)
+    backend = choose_backend(config, spaces, on_device=on_device)
     seeds: list[int] = options.seeds
     folder = Path(config.run_dir or default_run_dir(env_id, backend, f"{min(seeds)}-{max(seeds)}"))
     check_records(config, TrainingEnvs(env_id), folder)
@@ -75,11 +77,10 @@ def train_seeds(
     command += ["--quiet", "--until-input-ends", *(word for text in config.wrappers for word in ("--wrapper", text))]
     if not can_pin_to_cores() and config.threads is None:
         command += ["--threads", "1"]
-    env = with_wrappers(env_id, config.wrappers)
     if not can_pin_to_cores() and config.engine == "auto" and not config.isolate_envs:
         command += ["--engine", single_process_engine(env, config.env_kwargs, config.exact_resume)]
     jobs = [[seed] for seed in seeds]
-    if backend == "jax" and config.engine in ("auto", "device") and is_written_in_jax(env, config.env_kwargs):
+    if backend == "jax" and on_device:
         count = 1 if config.device == "cuda" else min(cores(), len(seeds))  # a GPU is shared by all seeds
         jobs = [seeds[n::count] for n in range(count)]
     console = None if options.quiet else Console(config.total_timesteps * len(seeds))

@@ -16,15 +16,18 @@ BUILT_IN_ONLY = {"precision": "float32", "memory": None, "embedding_size": 0}
 INSTALL = {"jax": "Run pip install jax", "torch": "Run pip install 'proximo[torch]'"}
 
 
-def choose_backend(config: Config, spaces: Spaces, network: Any = None) -> str:
+def choose_backend(config: Config, spaces: Spaces, network: Any = None, on_device: bool = False) -> str:
     """Resolve "auto" to the faster of the installed backends on a CPU: PyTorch for built-in convolutions, else JAX.
+
+    Args:
+        on_device: the environments are written in JAX, and run on the device if the backend is JAX.
 
     Raises:
         UserError: the backend is not installed.
     """
     backend, convolutional = config.backend, network is None and architecture(config, spaces).architecture != "mlp"
     if backend == "auto":
-        order = ("torch", "jax") if convolutional else ("jax", "torch")
+        order = ("torch", "jax") if convolutional and not on_device else ("jax", "torch")
         return next((name for name in order if is_installed(name)), "jax")
     if not is_installed(backend):
         other = {"jax": "torch", "torch": "jax"}[backend]
@@ -39,16 +42,19 @@ def is_installed(backend: str) -> bool:
     return importlib.util.find_spec(backend) is not None
 
 
-def make_learner(config: Config, spaces: Spaces, network: Any = None, **options: Any) -> Learner:
+def make_learner(
+    config: Config, spaces: Spaces, network: Any = None, on_device: bool = False, **options: Any
+) -> Learner:
     """Create a learner in the configured backend.
 
     Args:
         network: a custom network: the backend's `Network`, or the result of its `custom_network`.
+        on_device: see `choose_backend`.
 
     Raises:
         UserError: the network has another type, or does not fit the spaces or the settings.
     """
-    backend = choose_backend(config, spaces, network)
+    backend = choose_backend(config, spaces, network, on_device)
     for name, default in BUILT_IN_ONLY.items():
         if network is not None and (value := getattr(config, name)) != default:
             raise UserError(

@@ -176,14 +176,15 @@ def restore(
     """
     config = restore_config(path, saved.manifest, network, changes)
     spaces = restore_spaces(saved, config)
+    on_device = config.engine in ("auto", "device") and saved.manifest["resolved"].get("engine") == "device"
     try:
-        learner = make_learner(config, spaces, network)
+        learner = make_learner(config, spaces, network, on_device)
     except DeviceUnavailable as error:
         if "device" in changes:
             raise
         notify_user(f"{error} The checkpoint is loaded with device auto.")
         config = config.replace(device="auto")
-        learner = make_learner(config, spaces, network)
+        learner = make_learner(config, spaces, network, on_device)
     learner.load(saved.arrays)
     return config, spaces, learner
 
