@@ -6,6 +6,7 @@ that are traced (`proximo.learner.schedules.Hyper`).
 
 import importlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,7 +65,9 @@ class Call:
     began: float = field(default_factory=time.perf_counter)
     seconds: float = np.inf  # an iteration of all runs took
     fetched: Any = None  # the results on the host without the learners' states, once they were needed
-    following: "Call | None" = None  # continues from the last iterations of this one
+    # Returns the call that continues from the last iterations; a weak reference from its first use on, so that a run
+    # that ended early keeps no later calls.
+    following: "Callable[[], Call | None] | None" = None
 
     def __len__(self) -> int:
         return len(self.hyper[0])
@@ -85,30 +88,36 @@ class DeviceGroup:
     def __init__(self, learners: Sequence[Learner], env: JaxEnv) -> None:
         self.loop: Any = importlib.import_module("proximo.jax.loop").Loop(learners, env)
         self.sources = [DeviceSource(self, row, learner) for row, learner in enumerate(learners)]
-        self._latest: Call | None = None  # that does not continue from another one
+        # The latest call that does not continue from another one, while a source holds it.
+        self._latest: weakref.ref[Call] | None = None
         self._seconds, self._fetched_at = np.inf, 0.0  # seconds an iteration takes; time of the last results
 
     def find(self, row: int, position: Position) -> Call:
         """A call whose first iteration of run `row` continues from there."""
-        call = self._latest
+        call = self._latest and self._latest()
         if call is None or not position.is_same(call.starts[row]):
             starts = [position if n == row else source.position() for n, source in enumerate(self.sources)]
             state, envs = self.loop.stack([(resolve(start.state), resolve(start.envs)) for start in starts])
             self._seconds = np.inf
-            call = self._latest = self._begin(state, envs, starts, continues=False)
+            call = self._begin(state, envs, starts, continues=False)
+            self._latest = weakref.ref(call)
         return self._fetch(call)
 
-    def follow(self, call: Call) -> Call:
-        """The call that continues from the last iterations of another one."""
+    def follow(self, call: Call) -> Call | None:
+        """The call that continues from the last iterations of another one; None if all other runs are beyond it."""
         self._begin_following(call)
-        assert call.following
-        return self._fetch(call.following)
+        following = call.following and call.following()
+        if following is None:
+            return None
+        call.following = weakref.ref(following)
+        return self._fetch(following)
 
     def _begin_following(self, call: Call) -> None:
         if call.following is None:
             state, envs = self.loop.take_all((call.results.state, call.results.envs), len(call) - 1)
             starts = [start.after(len(call)) for start in call.starts]
-            call.following = self._begin(state, envs, starts, continues=True)
+            following = self._begin(state, envs, starts, continues=True)
+            call.following = lambda: following
 
     def _begin(self, state: Any, envs: Any, starts: list[Position], continues: bool) -> Call:
         left = max(start.iterations_left for start in starts)
@@ -211,8 +220,9 @@ class DeviceSource:
         if inspect or not self._is_checked or not result.is_sound:
             self._collect(position)
         before = learner.inspect_rollout(self._rollout, hyper) if inspect else None
-        learner.restore(Deferred(lambda: self._loop.take(call.results.state, self._row, index)))
-        self._envs = Deferred(lambda: self._loop.take(call.results.envs, self._row, index))
+        results = call.results  # not the call, which holds those that follow
+        learner.restore(Deferred(lambda: self._loop.take(results.state, self._row, index)))
+        self._envs = Deferred(lambda: self._loop.take(results.envs, self._row, index))
         self._host_envs = result.envs
         self._call, self._index = call, index
         self._end = position.after(1)._replace(state=learner.snapshot(), envs=self._envs)
@@ -226,9 +236,12 @@ class DeviceSource:
     def _find(self, position: Position) -> tuple[Call, int]:
         """A call with results, and the index of the iteration in it that continues from there."""
         call, index = self._call, self._index + 1
-        if call is None or not position.is_same(self._end):
-            return self._group.find(self._row, position), 0
-        return (call, index) if index < len(call) else (self._group.follow(call), 0)
+        if call and position.is_same(self._end):
+            if index < len(call):
+                return call, index
+            if following := self._group.follow(call):
+                return following, 0
+        return self._group.find(self._row, position), 0
 
     def _collect(self, position: Position) -> None:
         """Fill the rollout with what the next iteration collects, and check it.

@@ -1,5 +1,6 @@
 """Several runs in one program: each computes what it computes alone, and is recorded, stopped and resumed alone."""
 
+import gc
 import json
 from functools import partial
 
@@ -9,7 +10,7 @@ import pytest
 from jax_envs import Counter
 from rollouts import assert_same
 
-from proximo import PPO, RunError, UserError
+from proximo import PPO, RunError, UserError, device
 from proximo.device import DeviceGroup
 from proximo.jax.loop import run
 from proximo.learner.schedules import hyper_at
@@ -56,6 +57,18 @@ def test_a_batch_of_runs_computes_the_same(optimized):
             if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
                 a, b = jax.random.key_data(a), jax.random.key_data(b)
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_not_kept(monkeypatch):
+    """Each call computes one iteration; of 20 calls only the last ones are in memory, also after a run has ended."""
+    monkeypatch.setattr(device, "CALL_S", 0.0)
+    with PPO.sweep(Counter(ends=7), {"seed": [0, 1]}, **SMALL) as sweep:
+        for agent, row in sweep.iterate(64 * 20):
+            if row["iteration"] == 10 and agent.config.seed == 0:
+                agent.config = agent.config.replace(total_timesteps=64 * 10)
+            gc.collect()
+            assert sum(type(x) is device.Call for x in gc.get_objects()) <= 3
+    assert [agent.progress.iteration for agent in sweep] == [10, 20]
 
 
 def test_what_is_compiled_in_makes_programs_of_its_own():
