@@ -1,6 +1,7 @@
 """Probe environments: each tests one part of the algorithm, and its values are known.
 
-Every probe runs with discrete actions (two of them) and continuous ones (one number), in both backends.
+Every probe runs with discrete actions (two of them) and continuous ones (one number), in both backends, and as an
+environment in JAX on the device.
 """
 
 import gymnasium as gym
@@ -98,12 +99,23 @@ class ObservedActionReward(Probe):
         return self.payment(action, self.sign)
 
 
+ON_DEVICE = {
+    ValueOnly: "Value", ObservedValue: "ObservedValue", Discounting: "Discounting", Endless: "Truncation",
+    ActionReward: "Action", ObservedActionReward: "ObservedAction",
+}  # fmt: skip
+
+
 def train(probe, actions, backend, steps=8 * 16 * 60):
+    env, kwargs = (lambda: probe(actions)), {}
+    if backend == "device":
+        env, kwargs = f"jax:{ON_DEVICE[probe]}Probe-v0", {"continuous": actions is CONTINUOUS}
     agent = PPO(
-        lambda: probe(actions), backend=backend, num_envs=8, num_steps=16, num_minibatches=2, gamma=GAMMA,
-        gae_lambda=0.9, learning_rate=1e-2, update_epochs=8, hidden_sizes=(16,), init_std=0.3, ent_coef=0.0,
+        env, backend="torch" if backend == "torch" else "jax", env_kwargs=kwargs, num_envs=8, num_steps=16,
+        num_minibatches=2, gamma=GAMMA, gae_lambda=0.9, learning_rate=1e-2, update_epochs=8, hidden_sizes=(16,),
+        init_std=0.3, ent_coef=0.0,
     )  # fmt: skip
     agent.learn(steps)
+    assert (agent.envs.engine == "device") == (backend == "device")
     agent.close()
     return agent
 
@@ -113,7 +125,7 @@ def value(agent, observation):
 
 
 each_kind = pytest.mark.parametrize("actions", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
-each_backend = pytest.mark.parametrize("backend", ["jax", "torch"])
+each_backend = pytest.mark.parametrize("backend", ["jax", "torch", "device"])
 
 
 @each_kind

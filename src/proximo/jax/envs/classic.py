@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proximo.jax.envs.probes import PROBES
 from proximo.learner.state import Array
 
 FALSE = np.zeros((), bool)
@@ -224,4 +225,5 @@ ENVIRONMENTS: dict[str, Any] = {
     "Acrobot-v1": Acrobot,
     "MountainCar-v0": MountainCar,
     "MountainCarContinuous-v0": MountainCarContinuous,
+    **PROBES,
 }
