@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SUITES := .venv-suites
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-suites lint format docs results results-tasks bench soak fuzz clean
+.PHONY: demo test test-suites lint format docs results results-tasks bench bench-device bench-gpu soak fuzz clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -53,6 +53,15 @@ results-tasks: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 	$(BIN)/python benchmarks/results_page.py
+
+# Environments in JAX on the device beside PureJaxRL and Brax: make bench-device PUREJAXRL=<a clone of it>. An
+# interpreter for PureJaxRL has gymnax 0.0.9, flax, optax and distrax: PEER=<python>. `make bench-gpu` is the same on CUDA.
+bench-device: $(VENV)/dev $(SUITES)/ok
+	$(BIN)/python benchmarks/device.py --purejaxrl $(PUREJAXRL) --python $(or $(PEER),$(SUITES)/bin/python) $(ARGS)
+	$(SUITES)/bin/python benchmarks/brax_ppo.py
+
+bench-gpu: ARGS = --device cuda --scale 20
+bench-gpu: bench-device
 
 # Kill and resume a run for 20 minutes and compare it with an uninterrupted run; ARGS="--minutes 5" for less.
 soak: $(VENV)/dev
