@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from proximo.config.names import names_module
 from proximo.evaluate import bootstrap_interval
 from proximo.run.metrics import read_metrics
 from proximo.run.versions import collect_versions
@@ -88,8 +89,8 @@ def main() -> None:
         ]
         runs = [job.result() for job in jobs]
 
-    module, _, env_id = options.env.rpartition(":")
-    path = (RESULTS / "tasks" if module else RESULTS) / f"{options.name or env_id}.json"
+    env_id = options.env.rpartition(":")[2]
+    path = (RESULTS / "tasks" if names_module(options.env) else RESULTS) / f"{options.name or env_id}.json"
     command = ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}"]
     result = document(
         options.env,
