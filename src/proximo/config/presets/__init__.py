@@ -10,10 +10,7 @@ import yaml
 from proximo.errors import UserError, suggest
 
 # Presets for a family of environments, with the pattern of the environment ids.
-FAMILIES = {
-    "Atari": re.compile(r"(ALE/\w+-v5|\w+NoFrameskip-v4)$"),
-    "MinAtar": re.compile(r"gymnax:\w+-MinAtar$"),
-}
+FAMILIES = {"Atari": re.compile(r"(ALE/\w+-v5|\w+NoFrameskip-v4)$"), "MinAtar": re.compile(r"gymnax:\w+-MinAtar$")}
 
 
 def list_names() -> list[str]:
