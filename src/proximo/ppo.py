@@ -34,7 +34,7 @@ from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
 from proximo.run.progress import Progress
 from proximo.run.trackers import import_wandb
 from proximo.spaces.spaces import Spaces
-from proximo.sweep import Sweep, combinations
+from proximo.sweep import Sweep, combinations, make_each
 from proximo.train import iterations, plan_call
 
 MAX_TRAINING_FRAMES = 1_000  # of a video during training; MuJoCo renders about ten frames a second without a GPU
@@ -182,8 +182,8 @@ class PPO:
         Raises:
             UserError: as for an agent; or a vector environment, which several agents cannot share.
         """
-        each, shared = combinations(env, values, settings), {"preset": preset, "network": network, **settings}
-        return Sweep([cls(env, **dict[str, Any](shared | one)) for one in each], each)
+        each = combinations(env, values, settings)
+        return Sweep(make_each(partial(cls, env, preset=preset, network=network, **settings), each), each)
 
     def predict(self, observation: Any, deterministic: bool = True, state: np.ndarray | None = None) -> Any:
         """Environment actions for one observation, or for a batch of N along the first axis.

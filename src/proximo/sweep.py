@@ -44,6 +44,7 @@ class Trainable(Protocol):
     envs: TrainingEnvs
     learner: Learner
     progress: Progress
+    run_dir: Path | None
 
     def training(
         self, total_timesteps: int | None, run_dir: str | Path | None, show: bool
@@ -140,8 +141,9 @@ class Sweep(Generic[Agent]):
         folder = self.agents[0].config.run_dir if run_dir is None else run_dir
         names = run_names(self.values)
         run_dirs = [Path(folder) / name if folder else None for name in names]
-        for path in filter(None, run_dirs):  # before anything is trained
-            require_empty(path)
+        for agent, path in zip(self.agents, run_dirs, strict=True):
+            if path and path.resolve() != agent.run_dir:  # before anything is trained
+                require_empty(path)
         ends = [agent.progress.global_step + (total_timesteps or 0) for agent in self.agents]
         if total_timesteps is None:
             ends = [agent.config.total_timesteps for agent in self.agents]
@@ -229,6 +231,19 @@ def combinations(env: Any, values: Mapping[str, Any], others: Mapping[str, Any])
     if not values:
         raise UserError('the sweep has no settings. Give lists of values, such as {"seed": [0, 1, 2]}.')
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
+
+
+def make_each(make: Callable[..., Agent], values: Sequence[Mapping[str, Any]]) -> list[Agent]:
+    """An agent for each combination of values; if one fails, those before it are closed."""
+    agents: list[Agent] = []
+    try:
+        for one in values:
+            agents.append(make(**one))
+    except BaseException:
+        for agent in agents:
+            agent.close()
+        raise
+    return agents
 
 
 def run_names(values: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -25,6 +25,10 @@ def alone(env, **settings):
         return agent.learn(STEPS).learner.state()
 
 
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("memory", [None, "gru"])
 def test_a_run_of_a_sweep_equals_the_run_alone(memory):
     """To the bit, for every seed and hyperparameter, with one compilation."""
@@ -100,8 +104,7 @@ def test_each_run_has_a_folder_and_is_resumed_alone(tmp_path):
             if row["iteration"] == 4:
                 break
         assert [agent.progress.iteration for agent in sweep] == [4, 3]
-    rows = [json.loads(line) for line in (tmp_path / "seed-1" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert [row["iteration"] for row in rows_of(tmp_path / "seed-1")] == [1, 2, 3]
     with PPO.load(tmp_path / "seed-1", Counter(ends=7)) as agent:
         agent.learn(run_dir=tmp_path / "seed-1")
         assert agent.progress.resumed == [{"global_step": 192, "exact": True, "why": ""}]
@@ -120,11 +123,13 @@ def test_one_run_ends_and_the_others_go_on(tmp_path):
         sweep.learn(STEPS, run_dir=tmp_path, callback=callback)
         assert [agent.progress.iteration for agent in sweep] == [6, 2, 6]
         assert (tmp_path / "learning_curve.png").exists()
+        before = len(rows_of(tmp_path / "seed-1"))
         for n in (0, 2):
             assert_same(sweep[n].learner.state(), alone(Counter(ends=7), seed=n))
-        sweep.learn(64)
+        sweep.learn(64, run_dir=tmp_path)
         assert [agent.progress.iteration for agent in sweep] == [7, 3, 7]
-    assert json.loads((tmp_path / "seed-2" / "metrics.jsonl").read_text().splitlines()[0])["mine"] == 1.0
+    assert len(rows_of(tmp_path / "seed-1")) == before + 1
+    assert rows_of(tmp_path / "seed-2")[0]["mine"] == 1.0
 
 
 def test_settings_of_one_run_change():
@@ -178,3 +183,12 @@ def test_epochs_cannot_change_on_the_device():
         agent.config = agent.config.replace(update_epochs=3)
         with pytest.raises(UserError, match="`update_epochs` was changed from 2 to 3"):
             next(training)
+
+
+def test_agents_are_closed_if_one_fails(monkeypatch):
+    """The second value is refused after the first agent has opened its environments."""
+    closed = []
+    monkeypatch.setattr(PPO, "close", lambda agent: closed.append(agent.config.gamma))
+    with pytest.raises(UserError, match="`gamma` is 2"):
+        PPO.sweep("CartPole-v1", {"gamma": [0.9, 2.0]}, **SMALL)
+    assert closed == [0.9]
