@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from proximo.jax.envs import load
-from proximo.jax.envs.classic import ENVIRONMENTS
+from proximo.jax.envs.classic import names
+from proximo.jax.envs.probes import PROBES
 
+ENVIRONMENTS = [name for name in names() if name not in PROBES]
 each = pytest.mark.parametrize("name", ENVIRONMENTS)
 PLAYED, DRAWN, RESETS = 500, 1000, 10_000
 PARAMETERS = [

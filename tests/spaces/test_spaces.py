@@ -575,3 +575,31 @@ def test_masks_with_a_row_for_each_entry():
     assert [spaces.masks_of(head, obs)[0].tolist() for head in spaces.action.heads] == [[[1, 0, 0]], [[0, 1, 1]]]
     with pytest.raises(UserError, match=r"has shape \(3, 3\), but a mask needs one entry .* \(6 here\)"):
         Spaces.of(Dict({"x": VECTOR, "action_mask": MultiBinary((3, 3))}), action)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"), [(0, 255, "uint8"), (-128, 127, "int8"), (-100, 100, "int8"), (0, 127, "int8")]
+)
+def test_boxes_of_small_integers_have_all_their_values(low, high, dtype):
+    """The number of values exceeds the type of the space."""
+    spaces = Spaces.of(gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(low, high, (2,), dtype))
+    assert [(head.n, head.start) for head in spaces.action.heads] == [(high - low + 1, low)] * 2
+    raw = {head.path: np.array([head.n - 1]) for head in spaces.action.heads}
+    action = spaces.action.to_env(raw, Config())
+    assert action.dtype == dtype
+    assert action.tolist() == [[high, high]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "is_right"),
+    [([3, 3], (6,), True), ([3, 3], (2, 3), True), ([3, 3], (3, 2), False), ([3, 3], (6, 1), False),
+     ([2, 4], (6,), True), ([2, 4], (2, 3), False), ([2, 4], (3, 2), False)],
+)  # fmt: skip
+def test_masks_of_several_axes_have_a_row_for_each_entry(sizes, shape, is_right):
+    observation = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (1,)), "action_mask": gym.spaces.MultiBinary(shape)})
+    action = gym.spaces.MultiDiscrete(sizes)
+    if is_right:
+        Spaces.of(observation, action)
+        return
+    with pytest.raises(UserError, match="action_mask' has shape"):
+        Spaces.of(observation, action)

@@ -204,8 +204,8 @@ class Config:
         low=0, high=65_536
     )
     orthogonal_init: bool = network(
-        True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases; otherwise PyTorch's "
-        "default, uniform in ±1/sqrt(inputs)", source=DETAILS
+        True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases, except those of "
+        "memory; otherwise PyTorch's default for linear layers, uniform in ±1/sqrt(inputs)", source=DETAILS
     )
 
     std: Literal["learned", "predicted", "fixed"] = policy(

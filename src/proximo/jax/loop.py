@@ -110,7 +110,7 @@ def to_env(spaces: Spaces, raw: dict[str, Array], config: Config) -> Any:
 def env_action(head: Head, raw: Array, config: Config) -> Array:
     """Raw samples [N, ...] of one head -> environment actions [N, ...]; see `to_env` of the head."""
     if isinstance(head, CategoricalHead):
-        return raw + head.start
+        return (raw + head.start).astype(jax.dtypes.canonicalize_dtype(head.dtype))
     if not isinstance(head, GaussianHead):
         return raw.reshape(-1, *head.shape)
     low, high = head.bounds

@@ -159,7 +159,8 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
     for name, shape, gain in _layers(config, spaces):
         rows, columns = math.prod(shape[:-1]), shape[-1]
         if config.orthogonal_init:
-            gates = columns // rows if name.endswith("memory.hidden") else 1  # each keeps the norm of the state
+            is_recurrent = name.split(".")[1:] == ["memory", "hidden"]
+            gates = columns // rows if is_recurrent else 1  # each keeps the norm of the state
             parts = [orthogonal(rng, rows, columns // gates) for _ in range(gates)]
             weight, bias = gain * np.concatenate(parts, axis=1), np.zeros(columns)
             if gates > 1:

@@ -259,7 +259,10 @@ class Collector:
             )
         source = info["final_obs"] if is_same_step else observation
         for n in ended:
-            rollout.add_final_obs(t, int(n), dict(self.spaces.read(select(source, int(n)))))
+            final = dict(self.spaces.read(select(source, int(n))))
+            if not self._is_trusted:
+                final = {leaf.path: leaf.convert(final[leaf.path]) for leaf in self.spaces.observation}
+            rollout.add_final_obs(t, int(n), final)
         if not is_same_step:
             observation, _ = self.envs.reset(options={"reset_mask": over})
         return observation

@@ -134,8 +134,10 @@ def read_actions(
     elif isinstance(space, gym.spaces.Discrete):
         yield [CategoricalHead(int(space.n), int(space.start), path, str(space.dtype))], None
     elif isinstance(space, gym.spaces.MultiDiscrete) or is_grid(space):
-        is_box = isinstance(space, gym.spaces.Box)
-        low, size = (space.low, space.high + 1 - space.low) if is_box else (space.start, space.nvec)
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            low, size = space.start, space.nvec
+        else:  # in Python's integers, because the number of values may exceed the type of the space
+            low, size = space.low, space.high.astype(object) - space.low.astype(object) + 1
         pairs, dtype = [(int(n), int(start)) for n, start in zip(size.flat, low.flat, strict=True)], str(space.dtype)
         heads = [CategoricalHead(n, start, join(path, k, len(pairs)), dtype) for k, (n, start) in enumerate(pairs)]
         yield [*heads], (path, tuple(space.shape))

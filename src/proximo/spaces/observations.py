@@ -218,7 +218,7 @@ def remedy(space: gym.Space[Any]) -> str:
             supported.append(key)
     if not has_features:
         return "Convert it with a wrapper of your own, such as gymnasium.wrappers.TransformObservation."
-    keys = ", ".join(key if is_plain_yaml(key) else json.dumps(key) for key in supported)
+    keys = ", ".join(key if is_plain_yaml(key) else json.dumps(key, ensure_ascii=False) for key in supported)
     wrapper = f"gymnasium.wrappers:FilterObservation,filter_keys=[{keys}]"
     return f"Leave the entry out: --wrapper {shlex.quote(wrapper)}."
 

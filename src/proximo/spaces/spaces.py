@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,17 +99,19 @@ class Spaces:
             raise UserError(f"{error} {remedy(observation_space)}") from error
         spaces = Spaces(leaves, Actions.of(action_space))
         for leaf in [leaf for leaf in spaces.observation if leaf.kind == "mask"]:
-            size = sum(part.stop - part.start for _, part in spaces.masked_heads(leaf))
+            sizes = [part.stop - part.start for _, part in spaces.masked_heads(leaf)]
+            size, rows = sum(sizes), leaf.stack[:-1]
             if not size:
                 raise UserError(
                     f"{leaf.name} is a mask, but there is no discrete action of this name, and the action space is "
                     f"{action_space}. Rename the key, or nest the mask like the action."
                 )
-            if leaf.shape != (size,):
+            has_rows = len(set(sizes)) == 1 and leaf.stack[-1:] == (sizes[0],) and math.prod(rows) == len(sizes)
+            if leaf.shape != (size,) or (leaf.stack and len(sizes) > 1 and not has_rows):
                 raise UserError(
                     f"{leaf.name} has shape {leaf.env_shape}, but a mask needs one entry for each action of a Discrete "
-                    f"action space, or of every entry of a MultiDiscrete one ({size} here), and the action space is "
-                    f"{action_space}. Give it that shape, or rename the key."
+                    f"action space, or of every entry of a MultiDiscrete one ({size} here), flat or with a row for each "
+                    f"entry, and the action space is {action_space}. Give it that shape, or rename the key."
                 )
         if not any(leaf.num_features for leaf in spaces.observation):
             raise UserError(
