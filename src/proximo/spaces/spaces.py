@@ -110,8 +110,8 @@ class Spaces:
             if leaf.shape != (size,) or (leaf.stack and len(sizes) > 1 and not has_rows):
                 raise UserError(
                     f"{leaf.name} has shape {leaf.env_shape}, but a mask needs one entry for each action of a Discrete "
-                    f"action space, or of every entry of a MultiDiscrete one ({size} here), flat or with a row for each "
-                    f"entry, and the action space is {action_space}. Give it that shape, or rename the key."
+                    f"action space, or of every entry of a MultiDiscrete one ({size} here), flat or with a row "
+                    f"for each entry, and the action space is {action_space}. Give it that shape, or rename the key."
                 )
         if not any(leaf.num_features for leaf in spaces.observation):
             raise UserError(
