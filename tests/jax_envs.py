@@ -63,6 +63,46 @@ class Match:
         return state, observation, reward, jnp.ones((), bool), jnp.zeros((), bool)
 
 
+class Faulty:
+    """Episodes of 200 steps, of which step `begin` breaks a promise of the observation space.
+
+    Args:
+        fault: "mask" allows no action, "code" is 7 of 0 to 2.
+    """
+
+    observation_space = gym.spaces.Dict(
+        {"x": gym.spaces.Box(-1.0, 1.0, (2,)), "code": gym.spaces.Discrete(3), "action_mask": gym.spaces.MultiBinary(3)}
+    )
+    action_space = gym.spaces.Discrete(3)
+    time_limit = 200
+
+    def __init__(self, fault: str, begin: int) -> None:
+        self.fault, self.begin = fault, begin
+
+    def observe(self, steps):
+        is_wrong = steps == self.begin
+        mask = jnp.where(is_wrong & (self.fault == "mask"), 0, jnp.ones(3, jnp.int8))
+        code = jnp.where(is_wrong & (self.fault == "code"), 7, 1)
+        return {"x": jnp.zeros(2), "code": code, "action_mask": mask}
+
+    def reset(self, key):
+        return jnp.zeros((), jnp.int32), self.observe(0)
+
+    def step(self, key, state, action):
+        state = state + 1
+        return state, self.observe(state), jnp.ones(()), jnp.zeros((), bool), jnp.zeros((), bool)
+
+
+class Shows(Faulty):
+    """Observes what `value` returns, where `space` is declared."""
+
+    def __init__(self, space, value) -> None:
+        self.observation_space, self.value = space, value
+
+    def observe(self, steps):
+        return self.value()
+
+
 class Recall:
     """Two steps: the first shows a bit, the second asks for it; without memory the best return is 1/2, with it 1."""
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_envs import Counter, Match, Recall
+from jax_envs import Counter, Faulty, Match, Recall, Shows
 from rollouts import assert_same
 
 from proximo import device
@@ -201,6 +201,57 @@ def test_wrong_numbers_name_the_environment_and_change_nothing():
             agent.learn(640)
         assert_same(agent.learner.state(), before)
         assert agent.progress.iteration == 0
+
+
+@pytest.mark.parametrize("engine", ["device", "native"])
+@pytest.mark.parametrize(
+    ("fault", "begin", "words"),
+    [
+        ("mask", 43, "environment 0: 'action_mask' allows no action at step 11 of the rollout"),
+        ("mask", 48, "environment 0: 'action_mask' allows no action at step 0 of the rollout"),
+        ("code", 43, r"environment 0: observation 'code' is 7; expected 0 to 2, .*step 11 of the rollout"),
+        ("code", 48, r"environment 0: observation 'code' is 7; expected 0 to 2, .*step 16 of the rollout"),
+    ],
+)
+def test_broken_promises_of_a_space_are_named_in_any_iteration(fault, begin, words, engine):
+    """Step 43 of the environments is step 43 - 2 * 16 = 11 of the third rollout. An observation is checked in the
+    rollout that ends with it, a mask where its action is taken."""
+    with PPO(Faulty(fault, begin), engine=engine, backend="jax", **SMALL) as agent:
+        with pytest.raises(RunError, match=words):
+            agent.learn(6400)
+        assert agent.progress.iteration == (2 if (fault, begin) == ("code", 48) else begin // 16)
+
+
+IMAGE = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "on_device", "on_host"),
+    [
+        (IMAGE, lambda: jnp.full((16, 16, 3), 0.9), "float32 of shape .* expected uint8", "values of float32 that"),
+        (IMAGE, lambda: jnp.full((16, 16, 3), 300), "int32 of shape .* expected uint8", "values of int32 that uint8"),
+        (IMAGE, lambda: jnp.zeros((16, 16, 4), jnp.uint8), r"shape \(16, 16, 4\); expected", r"4\); expected"),
+        (gym.spaces.Box(-1, 1, (2,)), lambda: jnp.zeros((3, 2)), r"shape \(3, 2\); expected", "of the vector env"),
+        (gym.spaces.Discrete(3), lambda: jnp.array(0.5), "float32 of shape .* expected int32", "whole numbers"),
+        (Faulty.observation_space, lambda: {"x": jnp.zeros(2)}, "'action_mask' is missing", "mask' is missing"),
+    ],
+)
+def test_observations_that_do_not_fit_their_space_are_refused(space, value, on_device, on_host):
+    for engine, words in (("device", on_device), ("native", on_host)):
+        agent = PPO(Shows(space, value), engine=engine, backend="jax", **SMALL)
+        with agent, pytest.raises(UserError, match=words):
+            agent.learn(64)
+
+
+def test_actions_beyond_the_integers_of_jax_are_refused():
+    """2**33 needs 64 bits; JAX has 32 by default."""
+
+    class Far(Counter):
+        action_space = gym.spaces.Discrete(2, start=2**33)
+
+    for engine in ("device", "native"):
+        with pytest.raises(UserError, match="the action is 8589934592 to 8589934593, which int32 cannot hold"):
+            PPO(Far(), engine=engine, backend="jax", **SMALL).learn(64)
 
 
 def test_a_diverged_update_is_skipped():

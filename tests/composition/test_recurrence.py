@@ -148,6 +148,23 @@ def test_each_gate_keeps_the_norm_of_the_state(memory, gates):
             np.testing.assert_allclose(gate @ gate.T, np.eye(8), atol=1e-12)
 
 
+@pytest.mark.parametrize(("memory", "keeps"), [("gru", 1), ("lstm", 1)])
+def test_gates_keep_a_number_for_up_to_a_sequence(memory, keeps):
+    """The gate that keeps is sigmoid(b) of the state per step with b = log u, u in [1, L - 1]: it forgets 1 / (1 + u)
+    of it, in 2 to L = 32 steps. An LSTM's input gate has -b, and the other biases are 0."""
+    spaces = Spaces.of(TMaze.observation_space, TMaze.action_space)
+    settings = {"memory": memory, "memory_size": 256, "num_steps": 64, "num_envs": 4, "minibatch_size": 64}
+    arrays = initial_parameters(Config(sequence_length=32, **settings), spaces)
+    biases = np.split(arrays["actor.memory.hidden.bias"], 3 if memory == "gru" else 4)
+    spans = 1.0 + np.exp(biases.pop(keeps))
+    assert 2.0 <= spans.min() < 4.0
+    assert 30.0 < spans.max() <= 32.0
+    assert abs(spans.mean() - 17.0) < 5 * 30.0 / np.sqrt(12 * 256)  # uniform on [2, 32]: mean 17, σ = 30/√12
+    if memory == "lstm":
+        np.testing.assert_allclose(np.exp(-biases.pop(0)), spans - 1.0)
+    np.testing.assert_array_equal(biases, 0.0)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
 @pytest.mark.parametrize(("backend", "memory"), KINDS)
 def test_built_in_memory_has_ratio_one_before_the_first_step(backend, memory, shared):

@@ -313,6 +313,39 @@ def test_observations_of_vector_environments_of_the_user(value, message):
         agent.learn(64)
 
 
+@pytest.mark.parametrize("engine", ["sync", "workers", "vector"])
+@pytest.mark.parametrize(
+    ("space", "value", "words"),
+    [
+        (gym.spaces.Discrete(3), 2**32 + 1, "is 4294967297; expected 0 to 2"),
+        (gym.spaces.MultiDiscrete([3, 3]), np.array([2**32, 0]), r"is \[4294967296, 0\]; expected 0 to 2, 0 to 2"),
+        (gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), np.full((16, 16, 3), 300, np.uint16), "values of uint16"),
+    ],
+)
+def test_integers_do_not_wrap(space, value, words, engine):
+    """2**32 + 1 would be 1 as int32, and 300 would be 44 as uint8; at the first step, after a correct reset."""
+
+    class Wraps(Odd):
+        def step(self, action):
+            return value, 0.0, False, False, {}
+
+    class Vector(gym.vector.SyncVectorEnv):
+        def step(self, actions):
+            _, *results = super().step(actions)
+            return np.stack([value] * 2), *results
+
+    make = partial(Wraps, "vector")
+
+    def declared():
+        env = make()
+        env.observation_space, env.reset = space, lambda **kwargs: (space.sample(), {})
+        return env
+
+    env, chosen = (Vector([declared] * 2), "auto") if engine == "vector" else (declared, engine)
+    with PPO(env, engine=chosen, **SETTINGS) as agent, pytest.raises(UserError, match=words):
+        agent.learn(64)
+
+
 BOX = gym.spaces.Box(-9, 9, (1,))
 
 

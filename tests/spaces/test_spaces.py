@@ -16,6 +16,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Se
 
 from proximo.agent import Agent
 from proximo.config.settings import Config
+from proximo.envs.make import require_matching_spaces
 from proximo.envs.wrappers import read_arguments
 from proximo.errors import UserError
 from proximo.ppo import PPO
@@ -494,6 +495,18 @@ def test_flat_masks_follow_the_order_of_the_action_space(action, expected):
     for one in (spaces, Spaces.from_dict(json.loads(json.dumps(spaces.to_dict())))):
         found = {head.path: one.masks(head)[0][1] for head in one.action.heads}
         assert {path: (part.start, part.stop) for path, part in found.items()} == expected
+
+
+def test_a_policy_refuses_masks_of_another_order():
+    """Sorted by path, the heads are equal; a flat mask follows the order of the action space."""
+    observation = Dict({"x": VECTOR, "action_mask": MultiBinary(5)})
+    one, other = (
+        Spaces.of(observation, Dict(OrderedDict(pairs)))
+        for pairs in ([("a", Discrete(2)), ("b", Discrete(3))], [("b", Discrete(3)), ("a", Discrete(2))])
+    )
+    require_matching_spaces(one, one)
+    with pytest.raises(UserError, match="another order than those of the policy"):
+        require_matching_spaces(other, one)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])

@@ -325,6 +325,12 @@ def require_matching_spaces(spaces: Spaces, expected: Spaces) -> None:
                 f"the environment's {kind} is {_describe(given)}, but the policy was trained on "
                 f"{_describe(policy)}. Use an environment with the same spaces, or train a new agent."
             )
+    masks = [leaf for leaf in expected.observation if leaf.kind == "mask"]
+    if [spaces.masked_heads(leaf) for leaf in masks] != [expected.masked_heads(leaf) for leaf in masks]:
+        raise UserError(
+            "the actions of the environment have another order than those of the policy, and the action mask follows "
+            "it. Use an environment with the same spaces, or train a new agent."
+        )
 
 
 def _describe(space: Any) -> str:

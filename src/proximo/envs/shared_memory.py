@@ -124,6 +124,8 @@ def store_observation(parts: Sequence[SharedLeaf], n: int, observation: Any) -> 
             raise leaf.error(f"is {array.dtype}")
         with np.errstate(over="ignore"):  # infinity is reported after the rollout
             rows[n] = array
+        if dtype.kind in "iu" and not np.array_equal(rows[n], array):
+            raise leaf.error(f"has values of {array.dtype} that {dtype} cannot hold")
 
 
 def store_actions(parts: Sequence[SharedLeaf], actions: Any) -> None:

@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from proximo.errors import UserError
 from proximo.learner.state import Array
 from proximo.rollout.jax_env import JaxEnv
+from proximo.spaces.actions import Actions
+from proximo.spaces.heads import CategoricalHead
 from proximo.spaces.spaces import Spaces
-from proximo.spaces.trees import find
+from proximo.spaces.trees import find, label
 
 Obs = dict[str, Array]  # path -> [N, ...]
 
@@ -36,11 +40,38 @@ class Step(NamedTuple):
     episode_length: Array
 
 
+def check_actions(actions: Actions) -> None:
+    """Raise UserError for discrete actions beyond the integers of JAX, 32 bits by default."""
+    for head in actions.heads:
+        if not isinstance(head, CategoricalHead):
+            continue
+        dtype, last = jax.dtypes.canonicalize_dtype(head.dtype), head.start + head.n - 1
+        if not np.iinfo(dtype).min <= head.start <= last <= np.iinfo(dtype).max:
+            raise UserError(
+                f"{label('action', head.path)} is {head.start} to {last}, which {dtype} cannot hold. Let the actions "
+                "of an environment in JAX begin at 0."
+            )
+
+
 def read(spaces: Spaces, observation: Any) -> Obs:
-    """Observations [...] by path, with the stored types; see `Spaces.read`."""
+    """Observations [N, ...] by path, with the stored types; see `Spaces.read`.
+
+    Raises:
+        UserError: an entry is missing, or has another shape or type than its space declares.
+    """
     obs: Obs = {}
     for leaf in spaces.observation:
-        array: Any = find(observation, leaf.keys)
+        try:
+            array: Any = jnp.asarray(find(observation, leaf.keys))
+        except LookupError as error:
+            raise UserError(f"{leaf.name} is missing, which its space declares.") from error
+        is_integer = leaf.dtype == "int32" and jnp.issubdtype(array.dtype, jnp.integer)
+        is_held = is_integer or leaf.dtype == "float32" or array.dtype in (leaf.dtype, bool)
+        if array.shape[1:] != leaf.env_shape or not is_held:
+            raise UserError(
+                f"{leaf.name} is {array.dtype} of shape {array.shape[1:]}; expected {leaf.dtype} of shape "
+                f"{leaf.env_shape}, as its space declares. Change the space, or convert the array."
+            )
         obs[leaf.path] = jnp.asarray(leaf.merge_stack(array) if leaf.stack else array).astype(leaf.dtype)
     return obs
 

@@ -5,7 +5,8 @@ not depend on how many iterations one call computes. The update is that of `prox
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import and_, or_
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from proximo.config.settings import Config
-from proximo.jax.env import Envs, reset_envs, step_envs
+from proximo.jax.env import Envs, check_actions, reset_envs, step_envs
 from proximo.jax.learner import Learner, jit
 from proximo.jax.state import forward
 from proximo.jax.update import skip, update
@@ -61,7 +62,7 @@ class Collection(NamedTuple):
     envs: Envs
     data: Transitions
     ended: Ended
-    is_sound: Array  # [] bool: rewards and observations are finite
+    is_sound: Array  # [] bool: rewards and observations are finite and inside their spaces, masks allow an action
     next_obs: dict[str, Array] | None  # path -> [T, N, ...], before automatic resets
 
 
@@ -72,7 +73,7 @@ class Result(NamedTuple):
     envs: Envs
     metrics: dict[str, Array]
     ended: Ended
-    is_sound: Array  # [] bool: rewards and observations are finite
+    is_sound: Array  # [] bool: rewards and observations are finite and inside their spaces, masks allow an action
     is_updated: Array  # [] bool: the update was finite; otherwise it was discarded
 
 
@@ -149,6 +150,7 @@ def collect(
             final_value = lax.cond(jnp.any(result.truncated), value, lambda: jnp.zeros_like(state.running_return))
         ended = Ended(result.terminated | result.truncated, result.episode_return, result.episode_length)
         is_sound = rows_finite((result.reward, result.next_obs, after.obs))
+        is_sound &= are_inside(spaces, result.next_obs) & are_inside(spaces, after.obs) & allow_some(spaces, envs.obs)
         flags, kept = (result.terminated, result.truncated), following if keep_next or not branches else None
         found = (envs.obs, action, result.reward, *flags, envs.start, final_value)
         return (after, carry), (found, ended, is_sound, kept)
@@ -175,6 +177,17 @@ def rows_finite(tree: Any) -> Array:
     """Whether the numbers of each row of arrays [N, ...] are finite: [N]."""
     floats = [x.reshape(len(x), -1) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.isfinite(x).all(axis=1) for x in floats]), axis=0)
+
+
+def are_inside(spaces: Spaces, obs: dict[str, Array]) -> Array:
+    """Whether observations [N, ...] lie inside their discrete spaces: [N]."""
+    return ~reduce(or_, [leaf.is_outside(obs[leaf.path]) for leaf in spaces.observation])
+
+
+def allow_some(spaces: Spaces, obs: dict[str, Array]) -> Any:
+    """Whether the masks in observations [N, ...] allow an action of every head: [N], or True without masks."""
+    masks = [leaf for leaf in spaces.observation if leaf.kind == "mask"]
+    return reduce(and_, [~spaces.allows_nothing(obs, leaf) for leaf in masks], True)
 
 
 def are_finite(tree: Any) -> Array:
@@ -248,6 +261,7 @@ class Loop:
     def __init__(self, learners: Sequence[Learner], env: JaxEnv) -> None:
         first, count = learners[0], len(learners)
         spec, config = first.spec, first.spec.config
+        check_actions(spec.spaces.action)
         self._spec, self._put = spec, first._to_device
         self._seeds = [learner.spec.config.seed for learner in learners]
         self._keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(base_keys, self._seeds))

@@ -13,11 +13,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from proximo.errors import RunError, UserError
-from proximo.jax.env import where
+from proximo.jax.env import check_actions, where
 from proximo.jax.loop import rebuild, to_plain
 from proximo.learner.state import Array
 from proximo.rollout.jax_env import JaxEnv
 from proximo.rollout.resets import Seeds, seed_per_env, split_reset_options
+from proximo.spaces.actions import Actions
 from proximo.spaces.trees import transform
 
 
@@ -44,10 +45,12 @@ class JaxVectorEnv(VectorEnv):
     """
 
     takes_seed_list = True
+    checks_observations = False
     returns_info = False
 
     def __init__(self, env: JaxEnv, num_envs: int) -> None:
         super().__init__()
+        check_actions(Actions.of(env.action_space))
         self.env, self.num_envs = env, num_envs
         self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
         self.observation_space = batch_space(env.observation_space, num_envs)

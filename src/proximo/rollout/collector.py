@@ -81,7 +81,8 @@ class Collector:
         self.mode = AutoresetMode(mode)
         inner: Any = envs.unwrapped
         self._kind = type(inner).__name__
-        self._is_trusted = type(inner).__module__.split(".")[0] in ("gymnasium", "proximo")
+        is_known = type(inner).__module__.split(".")[0] in ("gymnasium", "proximo")
+        self._is_trusted = bool(getattr(inner, "checks_observations", is_known))
         self._replays, self._snapshots = state_adapters(envs) if resumable else (None, None)
         self.captured: EnvState | None = None  # the result of `capture_state`, until the next step
         self.reports_episodes = bool(getattr(inner, "reports_episodes", False))
@@ -108,9 +109,9 @@ class Collector:
     def _read(self, observation: Any) -> Obs:
         """Observations [N, ...] by path; UserError for a shape or values that do not fit their space."""
         obs = dict(self.spaces.read(observation))
-        if self._is_trusted:
-            return obs
         for leaf in self.spaces.observation:
+            if self._is_trusted and (leaf.dtype == "float32" or obs[leaf.path].dtype == leaf.dtype):
+                continue
             found, expected = obs[leaf.path].shape, (self.envs.num_envs, *leaf.shape)
             if found != expected:
                 raise UserError(f"{leaf.name} of the vector environment has shape {found}; expected {expected}.")

@@ -75,16 +75,16 @@ class Leaf:
         sizes, starts = self.sizes or (self.n,), self.starts or (self.start,)
         return tuple((np.cumsum([0, *sizes[:-1]]) - starts).tolist())
 
-    def is_outside(self, values: np.ndarray) -> np.ndarray:
-        """Whether values [..., *shape] lie outside a discrete space: [...]."""
+    def is_outside(self, values: Any) -> Any:
+        """Whether values [..., *shape] of NumPy or JAX lie outside a discrete space: [...]."""
         axes = tuple(range(values.ndim - len(self.shape), values.ndim))
         if self.kind == "discrete":
             starts = np.reshape(self.starts or self.start, self.shape)
             sizes = np.reshape(self.sizes or self.n, self.shape)
-            return np.any((values < starts) | (values >= starts + sizes), axis=axes)
+            return ((values < starts) | (values >= starts + sizes)).any(axis=axes)
         if not self.is_binary:
             return np.zeros(values.shape[: values.ndim - len(self.shape)], bool)
-        return np.any((values != 0) & (values != 1), axis=axes)
+        return ((values != 0) & (values != 1)).any(axis=axes)
 
     def outside_message(self, values: np.ndarray) -> str:
         """The error for values [B, *shape] of which some are outside."""
@@ -105,6 +105,8 @@ class Leaf:
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused where values must be finite
             converted = values.astype(self.dtype)
         if converted.dtype.kind != "f" and not np.array_equal(converted, values):
+            if self.is_outside(values).any():
+                raise UserError(f"{self.outside_message(values)}.")
             fix = "Give pixels from 0 to 255" if self.kind == "image" else "Give whole numbers"
             raise UserError(f"{self.name} has values of {values.dtype} that {self.dtype} cannot hold. {fix}.")
         return converted

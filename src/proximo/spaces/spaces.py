@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import and_, or_
 from typing import Any
 
 import gymnasium as gym
@@ -38,11 +40,11 @@ class Spaces:
         """The masks [..., n] of a head in observations."""
         return [obs[path][..., part] for path, part in self.masks(head)]
 
-    def allows_nothing(self, obs: Mapping[str, np.ndarray], leaf: Leaf) -> np.ndarray:
-        """Whether a mask [..., size] forbids every action of some head: [...]."""
+    def allows_nothing(self, obs: Mapping[str, Any], leaf: Leaf) -> Any:
+        """Whether a mask [..., size] of NumPy or JAX forbids every action of some head: [...]."""
         masks = [self.masks_of(head, obs) for head, _ in self.masked_heads(leaf)]
-        allowed = [np.all([mask > 0 for mask in of_head], axis=0) for of_head in masks]
-        return np.any([~actions.any(axis=-1) for actions in allowed], axis=0)
+        allowed = [reduce(and_, [mask > 0 for mask in of_head]) for of_head in masks]
+        return reduce(or_, [~actions.any(axis=-1) for actions in allowed])
 
     def random_action(self, rng: np.random.Generator, obs: Obs, count: int) -> RawAction:
         """Random raw actions [count, ...] that the masks of the observations [count, ...] allow."""
