@@ -13,6 +13,7 @@ each core, or in one process on a GPU. Steps per second are those of all seeds.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -135,14 +136,9 @@ def run_proximo(num_envs: int, num_steps: int, total: int, seeds: int, options: 
 
 def run_purejaxrl(num_envs: int, num_steps: int, total: int, seeds: int, options: argparse.Namespace) -> dict:
     """Steps per second and the final return of PureJaxRL's ppo.py."""
-    warnings.filterwarnings("ignore")
-    for name in ("navix", "brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training"):
-        module = sys.modules.setdefault(name, types.ModuleType(name))  # imported for other scripts only
-        module.__dict__.update(EpisodeWrapper=None, AutoResetWrapper=None, envs=None)
-    sys.path.insert(0, str(options.purejaxrl / "purejaxrl"))
     import jax
-    import ppo
 
+    ppo = import_purejaxrl(options.purejaxrl)
     config = {
         "LR": 2.5e-4, "NUM_ENVS": num_envs, "NUM_STEPS": num_steps, "TOTAL_TIMESTEPS": float(total),
         "UPDATE_EPOCHS": 4, "NUM_MINIBATCHES": 4, "GAMMA": 0.99, "GAE_LAMBDA": 0.95, "CLIP_EPS": 0.2, "ENT_COEF": 0.01,
@@ -158,6 +154,16 @@ def run_purejaxrl(num_envs: int, num_steps: int, total: int, seeds: int, options
     seconds = time.perf_counter() - began
     returns = found["metrics"]["returned_episode_returns"].reshape(seeds, -1, num_steps, num_envs)[:, -5:]
     return {"steps_per_second": seeds * total / seconds, "return": float(returns.mean())}
+
+
+def import_purejaxrl(folder: Path) -> Any:
+    """The module ppo.py of a clone."""
+    warnings.filterwarnings("ignore")
+    for name in ("navix", "brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training"):
+        module = sys.modules.setdefault(name, types.ModuleType(name))  # imported for other scripts only
+        module.__dict__.update(EpisodeWrapper=None, AutoResetWrapper=None, envs=None)
+    sys.path.insert(0, str(folder / "purejaxrl"))
+    return importlib.import_module("ppo")
 
 
 if __name__ == "__main__":
