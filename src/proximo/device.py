@@ -8,7 +8,7 @@ import importlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +62,7 @@ class Call:
     hyper: list[list[Hyper]]  # [S][K]
     results: Any  # [K, S, ...] of each array, on the device; see `proximo.jax.loop.Result`
     continues: bool  # from the last iterations of another call
-    began: float = field(default_factory=time.perf_counter)
+    began: float  # on the clock of the group
     seconds: float = np.inf  # an iteration of all runs took
     fetched: Any = None  # the results on the host without the learners' states, once they were needed
     # Returns the call that continues from the last iterations; a weak reference from its first use on, so that a run
@@ -91,16 +91,32 @@ class DeviceGroup:
         # The latest call that does not continue from another one, while a source holds it.
         self._latest: weakref.ref[Call] | None = None
         self._seconds, self._fetched_at = np.inf, 0.0  # seconds an iteration takes; time of the last results
+        self._left_at, self._away = np.inf, 0.0  # when the last `iterate` ended; seconds between all of them
 
-    def find(self, row: int, position: Position) -> Call:
-        """A call whose first iteration of run `row` continues from there."""
+    def enter(self) -> None:
+        """Begin an iteration of some run: the time since the last one does not count."""
+        self._away += max(time.perf_counter() - self._left_at, 0.0)
+
+    def leave(self) -> None:
+        """End an iteration."""
+        self._left_at = time.perf_counter()
+
+    def clock(self) -> float:
+        """Seconds, without those between iterations, such as in callbacks and evaluations."""
+        return time.perf_counter() - self._away
+
+    def find(self, row: int, position: Position) -> Call | None:
+        """The latest call that does not continue another one, if run `row` continues from where that begins."""
         call = self._latest and self._latest()
-        if call is None or not position.is_same(call.starts[row]):
-            starts = [position if n == row else source.position() for n, source in enumerate(self.sources)]
-            state, envs = self.loop.stack([(resolve(start.state), resolve(start.envs)) for start in starts])
-            self._seconds = np.inf
-            call = self._begin(state, envs, starts, continues=False)
-            self._latest = weakref.ref(call)
+        return self._fetch(call) if call and position.is_same(call.starts[row]) else None
+
+    def begin(self, row: int, position: Position) -> Call:
+        """A call whose first iteration of run `row` continues from there; other runs move to it when they can."""
+        starts = [position if n == row else source.position() for n, source in enumerate(self.sources)]
+        state, envs = self.loop.stack([(resolve(start.state), resolve(start.envs)) for start in starts])
+        self._seconds = np.inf
+        call = self._begin(state, envs, starts, continues=False)
+        self._latest = weakref.ref(call)
         return self._fetch(call)
 
     def follow(self, call: Call) -> Call | None:
@@ -122,8 +138,9 @@ class DeviceGroup:
     def _begin(self, state: Any, envs: Any, starts: list[Position], continues: bool) -> Call:
         left = max(start.iterations_left for start in starts)
         count = max(min(int(CALL_S / self._seconds), self.loop.max_iterations, left), 1)
-        hyper = [[hyper_at(start.config, start.after(k).global_step) for k in range(count)] for start in starts]
-        return Call(starts, hyper, self.loop.run(state, envs, [start.iteration for start in starts], hyper), continues)
+        hyper = [[hyper_or_zeros(start.after(k)) for k in range(count)] for start in starts]
+        results = self.loop.run(state, envs, [start.iteration for start in starts], hyper)
+        return Call(starts, hyper, results, continues, self.clock())
 
     def _fetch(self, call: Call) -> Call:
         """Begin the following call, and wait for the results of this one."""
@@ -132,11 +149,19 @@ class DeviceGroup:
         if call.continues and any(start.after(len(call)).iterations_left > 0 for start in call.starts):
             self._begin_following(call)
         call.fetched = self.loop.fetch(call.results._replace(state=None))
-        now = time.perf_counter()
+        now = self.clock()
         call.seconds = (now - max(call.began, self._fetched_at)) / len(call)
         self._seconds = call.seconds if call.continues else np.inf  # without the time to compile
         self._fetched_at = now
         return call
+
+
+def hyper_or_zeros(position: Position) -> Hyper:
+    """Hyperparameters of an iteration; zeros where a function of the user fails, which raises in `iterate`."""
+    try:
+        return hyper_at(position.config, position.global_step)
+    except Exception:
+        return Hyper(*[0.0] * len(Hyper._fields))
 
 
 class DeviceSource:
@@ -213,7 +238,15 @@ class DeviceSource:
                 f"training with engine device. Save the agent, and load it with PPO.load(path, update_epochs={epochs})."
             )
         on_step(0)
+        hyper_at(config, global_step)  # raises where a function of the user fails
         self.captured = None
+        self._group.enter()
+        try:
+            return self._iterate(learner, config, iteration, global_step, inspect)
+        finally:
+            self._group.leave()
+
+    def _iterate(self, learner: Learner, config: Config, iteration: int, global_step: int, inspect: bool) -> Iteration:
         position = Position(learner.snapshot(), self._envs, config, iteration, global_step)
         call, index = self._find(position)
         result, hyper = self._loop.select(call.fetched, self._row, index), call.hyper[self._row][index]
@@ -235,13 +268,15 @@ class DeviceSource:
 
     def _find(self, position: Position) -> tuple[Call, int]:
         """A call with results, and the index of the iteration in it that continues from there."""
+        if begun := self._group.find(self._row, position):
+            return begun, 0
         call, index = self._call, self._index + 1
         if call and position.is_same(self._end):
             if index < len(call):
                 return call, index
             if following := self._group.follow(call):
                 return following, 0
-        return self._group.find(self._row, position), 0
+        return self._group.begin(self._row, position), 0
 
     def _collect(self, position: Position) -> None:
         """Fill the rollout with what the next iteration collects, and check it.

@@ -8,10 +8,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 # Terminals interpret control characters, change the direction of text, and cannot show lone surrogates.
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+NOTES_OF = ContextVar("NOTES_OF", default="")  # what begins a note: the run among several that it is about
 
 PLAIN = {
     "×": "x",
@@ -76,7 +79,7 @@ def describe_error(error: BaseException) -> str:
 
 def notify_user(text: str) -> None:
     """Print a note to standard error."""
-    print_error(f"proximo: note: {text}")
+    print_error(f"proximo: note: {NOTES_OF.get()}{text}")
 
 
 def print_error(text: str) -> None:

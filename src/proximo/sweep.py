@@ -20,7 +20,7 @@ from proximo.config.names import canonical_names
 from proximo.config.settings import SETTINGS, Config
 from proximo.device import DeviceGroup
 from proximo.environments import TrainingEnvs
-from proximo.errors import RunError, UserError
+from proximo.errors import NOTES_OF, RunError, UserError
 from proximo.learner.learner import Learner
 from proximo.report.plot import RETURN, plot
 from proximo.report.recorder import call_back
@@ -138,6 +138,8 @@ class Sweep(Generic[Agent]):
         show: bool,
         callback: Callable[[Agent, Metrics], Any] | None,
     ) -> Generator[tuple[Agent, Metrics], None, None]:
+        if total_timesteps is not None:
+            total_timesteps = SETTINGS["total_timesteps"].convert(total_timesteps)
         folder = self.agents[0].config.run_dir if run_dir is None else run_dir
         names = run_names(self.values)
         run_dirs = [Path(folder) / name if folder else None for name in names]
@@ -181,8 +183,9 @@ class Sweep(Generic[Agent]):
                         del running[n]
                         continue
                     yield n, metrics
-                    if callback and not call_back(lambda row, n=n: callback(self.agents[n], row), metrics):
-                        running.pop(n).close()
+                    with naming(self.values[n]):
+                        if callback and not call_back(lambda row, n=n: callback(self.agents[n], row), metrics):
+                            running.pop(n).close()
 
     @contextmanager
     def _computed_together(self, unit: Sequence[int]) -> Iterator[None]:
@@ -221,16 +224,31 @@ def combinations(env: Any, values: Mapping[str, Any], others: Mapping[str, Any])
     """
     if isinstance(env, VectorEnv):
         raise UserError("several agents cannot share a vector environment. Give an id, or a function that makes one.")
-    values = canonical_names(values)
-    for name, given in values.items():
-        is_sequence = isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str)
-        if not is_sequence or not len(given):
-            raise UserError(f"`{name}` is {given!r}; expected a list of values, such as [0, 1, 2].")
+    if not isinstance(values, Mapping):
+        raise UserError(f'the sweep is {values!r}; expected lists of values, such as {{"seed": [0, 1, 2]}}.')
+    values = {name: to_list(name, given) for name, given in canonical_names(values).items()}
+    for name in values:
+        if name == "run_dir":
+            raise UserError("`run_dir` is the folder of the whole sweep, with one for each run in it. Give one value.")
         if name in canonical_names(others):
             raise UserError(f"`{name}` is given both with a list of values and with one value. Use one of them.")
     if not values:
         raise UserError('the sweep has no settings. Give lists of values, such as {"seed": [0, 1, 2]}.')
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
+
+
+def to_list(name: str, given: Any) -> list[Any]:
+    """The values of a setting, which all differ; UserError for something else than a list of them."""
+    is_array = hasattr(given, "tolist") and np.ndim(given) == 1
+    values = given.tolist() if is_array else given
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)) or not len(values):
+        raise UserError(f"`{name}` is {given!r}; expected a list of values, such as [0, 1, 2].")
+    known = SETTINGS[name].convert if name in SETTINGS else lambda value: value
+    converted = [known(value) for value in values]
+    repeated = [value for n, value in enumerate(converted) if value in converted[:n]]
+    if repeated:
+        raise UserError(f"`{name}` has the value {repeated[0]!r} twice. Give each value once.")
+    return list(values)
 
 
 def make_each(make: Callable[..., Agent], values: Sequence[Mapping[str, Any]]) -> list[Agent]:
@@ -250,7 +268,7 @@ def run_names(values: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of run folders, such as `seed-0` or `learning_rate-0.001_seed-0`; all different."""
     names: list[str] = []
     for number, one in enumerate(values):
-        name = re.sub(r"[^\w.,-]+", "", "_".join(f"{key}-{to_text(value)}" for key, value in one.items()))[:MAX_NAME]
+        name = re.sub(r"[^\w.,+-]+", "-", "_".join(f"{key}-{to_text(value)}" for key, value in one.items()))[:MAX_NAME]
         names.append(name if name not in names else f"{name}_{number}")
     return names
 
@@ -264,12 +282,16 @@ def to_text(value: Any) -> str:
 
 @contextmanager
 def naming(values: Mapping[str, Any]) -> Iterator[None]:
-    """Name the settings of the run in an error."""
+    """Name the settings of the run in errors and notes."""
+    name = ", ".join(f"{name} {value}" for name, value in values.items())
+    token = NOTES_OF.set(f"{name}: ")
     try:
         yield
     except (UserError, RunError) as error:
         kind = UserError if isinstance(error, UserError) else RunError
-        raise kind(f"{', '.join(f'{name} {value}' for name, value in values.items())}: {error}") from error
+        raise kind(f"{name}: {error}") from error
+    finally:
+        NOTES_OF.reset(token)
 
 
 def group_by_program(agents: Sequence[Trainable]) -> list[list[int]]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 
 import gymnasium as gym
@@ -111,6 +112,20 @@ def test_branches_change_nothing(name, optimized):
     found = [one.data._replace(final_value=np.where(final, one.data.final_value, 0.0)) for one in (first, second)]
     for a, b in zip(jax.tree.leaves((first.envs, found[0])), jax.tree.leaves((second.envs, found[1])), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "memory"])
+def test_values_of_final_observations(name):
+    """Those of the device are those that the learner computes from the final observations of the same rollout."""
+    source, learner, config = source_of(Counter(time_limit=3), **SETTINGS[name])
+    keys = base_keys(config.seed).of(np.int32(0))
+    collected = collect(learner.spec, Counter(time_limit=3), True, True, learner.snapshot(), source._envs(), keys)
+    collect_rollout(source, 0)
+    expected = learner.transitions(source._rollout)
+    final = np.asarray(expected.final)
+    assert final.sum() == 4 * (16 // 3)
+    found = np.asarray(collected.data.final_value)[final]
+    np.testing.assert_allclose(found, np.asarray(expected.final_value)[final], rtol=1e-5, atol=1e-6)
 
 
 def test_pooled_resets():
@@ -260,6 +275,50 @@ def test_a_diverged_update_is_skipped():
     with agent, pytest.raises(RunError, match="diverged"):
         agent.learn(6400)
     assert all(np.isfinite(value).all() for value in agent.learner.state().values())
+
+
+class Huge(Counter):
+    """Rewards whose discounted sum overflows after some steps."""
+
+    def step(self, key, state, action):
+        state, observation, _, terminated, truncated = super().step(key, state, action)
+        return state, observation, jnp.float32(8e37), terminated, truncated
+
+
+@pytest.mark.parametrize("engine", ["device", "native"])
+def test_what_a_discarded_update_leaves_can_be_loaded(engine, tmp_path):
+    """8e37 a step exceeds the largest float32, 3.4e38, at the fifth step."""
+    with PPO(Huge(), engine=engine, normalize_reward=True, backend="jax", **SMALL) as agent:
+        agent.learn(128)
+        assert all(np.isfinite(value).all() for value in agent.learner.state().values())
+        agent.save(tmp_path / "saved")
+    PPO.load(tmp_path / "saved", Huge()).close()
+
+
+def test_training_continues_after_close():
+    """With other environments and another jitted call, from the learned state."""
+    with PPO(Counter(ends=7), **SMALL) as agent:
+        agent.learn(256)
+        agent.close()
+        agent.learn(64)
+        assert agent.progress.global_step == 320
+
+
+@pytest.mark.parametrize("engine", ["device", "native"])
+def test_a_function_that_fails_ends_the_run_where_it_fails(engine):
+    """At half of 100 iterations of 64 steps, although the device computes many ahead."""
+    agent = PPO(Counter(ends=7), learning_rate=lambda done: 1e-3 if done < 0.5 else -1.0, engine=engine, **SMALL)
+    with agent, pytest.raises(UserError, match=r"`learning_rate` is -1.0"):
+        agent.learn(6400)
+    assert agent.progress.iteration == 50
+
+
+def test_the_speed_is_that_of_training():
+    """A callback of 0.1 s for 64 steps would make 640 steps per second."""
+    rates = []
+    with PPO(Counter(ends=7), **SMALL) as agent:
+        agent.learn(64 * 20, callback=lambda row: (rates.append(row["time/steps_per_second"]), time.sleep(0.1))[1])
+    assert rates[-1] > 6400
 
 
 @pytest.mark.parametrize("memory", [None, "gru", "lstm"])

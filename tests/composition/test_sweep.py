@@ -12,7 +12,7 @@ from rollouts import assert_same
 
 from proximo import PPO, RunError, UserError, device
 from proximo.device import DeviceGroup
-from proximo.jax.loop import run
+from proximo.jax.loop import Loop, run
 from proximo.learner.schedules import hyper_at
 
 SMALL = {"num_envs": 4, "num_steps": 16, "minibatch_size": 32, "update_epochs": 2, "backend": "jax"}
@@ -149,6 +149,51 @@ def test_settings_of_one_run_change():
         assert_same(sweep[1].learner.state(), alone(Counter(ends=7), seed=1))
 
 
+@pytest.mark.parametrize("changed", [1, 3])
+def test_runs_stay_together_after_changes(changed, monkeypatch):
+    """400 iterations of four runs, of which some change a setting once, cost few more than 1600."""
+    computed = [0]
+    original = Loop.run
+
+    def counted(loop, state, envs, first, hyper):
+        computed[0] += len(hyper) * len(hyper[0])
+        return original(loop, state, envs, first, hyper)
+
+    monkeypatch.setattr(Loop, "run", counted)
+    with PPO.sweep(Counter(ends=7), {"seed": range(4)}, **SMALL) as sweep:
+        for agent, row in sweep.iterate(64 * 400):
+            n = agent.config.seed
+            if 0 < n <= changed and row["iteration"] == 20 + 13 * n:
+                agent.config = agent.config.replace(learning_rate=1e-3)
+    # Each change drops what was computed ahead: two calls of at most 128 iterations of four runs.
+    assert 1600 <= computed[0] <= 1600 + changed * 2 * 128 * 4
+    assert [agent.progress.iteration for agent in sweep] == [400] * 4
+
+
+def test_a_run_goes_on_alone_after_the_sweep():
+    with PPO.sweep(Counter(ends=7), {"seed": [0, 1]}, **SMALL) as sweep:
+        sweep.learn(256)
+        sweep[1].learn(128)
+        assert [agent.progress.global_step for agent in sweep] == [256, 384]
+
+
+def test_a_function_that_fails_is_named_with_its_run():
+    """The rate of the second run is wrong from iteration 50 of 100 on; both have computed it ahead."""
+    rates = [3e-4, lambda done: 1e-3 if done < 0.5 else -1.0]
+    with PPO.sweep(Counter(ends=7), {"learning_rate": rates}, **SMALL) as sweep:
+        with pytest.raises(UserError, match=r"^learning_rate <function .*: `learning_rate` is -1.0"):
+            sweep.learn(6400)
+        assert [agent.progress.iteration for agent in sweep] == [51, 50]
+
+
+def test_notes_name_the_run(capsys):
+    settings = {"max_grad_norm": None, "lr_schedule": "constant", "update_epochs": 2}
+    sweep = PPO.sweep(Counter(ends=7), {"learning_rate": [0.0, 1e38]}, **{**SMALL, **settings})
+    with sweep, pytest.raises(RunError, match=r"^learning_rate 1e\+38: "):
+        sweep.learn(640)
+    assert "proximo: note: learning_rate 1e+38: iteration 0: the update diverged" in capsys.readouterr().err
+
+
 def test_an_error_names_the_run_and_the_others_are_saved(tmp_path):
     """Seed 1 diverges with a learning rate of 1e38; seed 0, whose rate is 0, ends after its current iteration."""
     settings = {**SMALL, "max_grad_norm": None, "lr_schedule": "constant", "total_timesteps": 64 * 100}
@@ -158,7 +203,7 @@ def test_an_error_names_the_run_and_the_others_are_saved(tmp_path):
         steps = sweep[0].progress.global_step
     assert PPO.load(tmp_path / "learning_rate-0.0", Counter()).progress.global_step == steps > 0
     assert not (tmp_path / "learning_rate-0.0" / "faults").exists()
-    assert (tmp_path / "learning_rate-1e38" / "faults").exists()
+    assert (tmp_path / "learning_rate-1e+38" / "faults").exists()
 
 
 @pytest.mark.parametrize(
@@ -169,11 +214,24 @@ def test_an_error_names_the_run_and_the_others_are_saved(tmp_path):
         ({"seed": 3}, "`seed` is 3; expected a list of values"),
         ({"sead": [0]}, "unknown setting 'sead'"),
         ({"lr": [1e-3], "num_envs": [4]}, "`num_envs` is given both with a list of values and with one value"),
+        (["seed"], r"the sweep is \['seed'\]; expected lists of values"),
+        (None, "the sweep is None; expected lists of values"),
+        ({"seed": np.array(3)}, r"`seed` is array\(3\); expected a list of values"),
+        ({"seed": b"ab"}, "`seed` is b'ab'; expected a list of values"),
+        ({"seed": [0, 0]}, "`seed` has the value 0 twice"),
+        ({"gamma": [0.9, "0.9"]}, "`gamma` has the value 0.9 twice"),
+        ({"run_dir": ["a", "b"]}, "`run_dir` is the folder of the whole sweep"),
     ],
 )
 def test_wrong_sweeps_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         PPO.sweep(Counter(), values, **SMALL)
+
+
+def test_arrays_are_lists_of_values():
+    for seeds in (np.arange(2), jax.numpy.arange(2)):
+        with PPO.sweep(Counter(), {"seed": seeds}, **SMALL) as sweep:
+            assert [agent.config.seed for agent in sweep] == [0, 1]
 
 
 def test_epochs_cannot_change_on_the_device():
@@ -188,7 +246,7 @@ def test_epochs_cannot_change_on_the_device():
 def test_agents_are_closed_if_one_fails(monkeypatch):
     """The second value is refused after the first agent has opened its environments."""
     closed = []
-    monkeypatch.setattr(PPO, "close", lambda agent: closed.append(agent.config.gamma))
-    with pytest.raises(UserError, match="`gamma` is 2"):
-        PPO.sweep("CartPole-v1", {"gamma": [0.9, 2.0]}, **SMALL)
-    assert closed == [0.9]
+    monkeypatch.setattr(PPO, "close", lambda agent: closed.append(agent.config.num_steps))
+    with pytest.raises(UserError, match="does not divide the rollout of 68"):
+        PPO.sweep("CartPole-v1", {"num_steps": [16, 17]}, num_envs=4, minibatch_size=32)
+    assert closed == [16]

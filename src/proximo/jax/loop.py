@@ -20,6 +20,7 @@ from proximo.jax.learner import Learner, jit
 from proximo.jax.state import forward
 from proximo.jax.update import skip, update
 from proximo.learner.functions import act, values
+from proximo.learner.learner import resolve
 from proximo.learner.schedules import Hyper
 from proximo.learner.state import Array, Spec, State, Transitions
 from proximo.rollout.env_state import EnvState
@@ -200,10 +201,17 @@ def iterate(spec: Spec, env: JaxEnv, branches: bool, state: State, envs: Envs, k
     """One iteration with the keys of its number; without effect on the learner if rewards or observations are wrong."""
     after, data, ended, is_sound, _ = collect(spec, env, branches, False, state, envs, keys)
     updated, metrics = update(spec, state, data, draw_order(spec.config, keys.order), hyper)
-    is_updated = are_finite((updated, metrics))
-    updated = lax.cond(is_updated, lambda: updated, lambda: skip(spec, state, data, hyper))
+    is_updated = are_finite((updated, metrics["losses/total"], metrics["update/gradient_norm"]))
+    updated = lax.cond(is_updated, lambda: updated, lambda: skip_finite(spec, state, data, hyper))
     updated = jax.tree.map(partial(jnp.where, is_sound), updated, state)
     return Result(updated, after, metrics, ended, is_sound, is_updated)
+
+
+def skip_finite(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> State:
+    """The state after a discarded update, or the old one if even what belongs to the environments is not finite."""
+    skipped = skip(spec, state, data, hyper)
+    is_finite = are_finite((skipped.running_return, skipped.carry))
+    return jax.tree.map(partial(jnp.where, is_finite), skipped, state)
 
 
 def run(
@@ -273,7 +281,7 @@ class Loop:
         self._take_all = jit("take_all", lambda tree, index: jax.tree.map(lambda x: x[index], tree))
         self._stack = jit("stack", lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))
         self._like = jax.eval_shape(self._reset, self._reset_keys(0, 0))
-        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves((self._like, first.snapshot()))]
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves((self._like, resolve(first.snapshot())))]
         rows, size = count * config.rollout_transitions, count * sum(sizes)
         self.max_iterations = max(min(MAX_ITERATIONS, MAX_ROWS // rows, MAX_BYTES // size), 1)
 
