@@ -82,7 +82,7 @@ class Backend:
         """The samples of a rollout as an update prepares them, a NumPy `Batch`; does not change the learner."""
         prepare = _prepare(self, learner)
         hyper = self.array(Hyper(*(np.float32(value) for value in hyper)))
-        _, batch, _, _ = prepare(learner._state, self.array(learner.transitions(rollout)), hyper)
+        _, _, batch, _, _ = prepare(learner._state, self.array(learner.transitions(rollout)), hyper)
         return self.numpy(batch)
 
 

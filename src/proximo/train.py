@@ -20,7 +20,7 @@ CHANGEABLE = (
     "total_timesteps", "stop_at_return", "update_epochs", "learning_rate", "actor_learning_rate",
     "critic_learning_rate", "final_learning_rate", "lr_schedule", "adam_epsilon", "gamma", "gae_lambda", "clip_coef",
     "clip_schedule", "final_clip_coef", "vf_clip_coef", "ent_coef", "ent_schedule", "final_ent_coef", "vf_coef",
-    "max_grad_norm", "target_kl", "desired_kl",
+    "max_grad_norm", "target_kl", "desired_kl", "upper_clip_coef", "reward_scale", "weight_decay", "bound_coef",
 )  # fmt: skip
 COMPILED = ("update", "network", "policy", "normalisation")  # groups of settings that a learner compiles in
 SIZES = ("num_envs", "num_steps", "seed", "backend", "device", "threads")  # and settings that it was made with

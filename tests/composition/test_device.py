@@ -37,6 +37,17 @@ SETTINGS = {
     "plain": {},
     "normalised": {"normalize_observation": True, "normalize_reward": True, "squash": True, "rescale_actions": True},
     "memory": {"memory": "gru", "memory_size": 8, "sequence_length": 4, "target_kl": 1e-4},
+    "switches": {
+        "normalize_value": True,
+        "recompute_advantages": True,
+        "layer_norm": True,
+        "weight_decay": 0.01,
+        "bound_coef": 0.1,
+        "upper_clip_coef": 0.3,
+        "reward_scale": 0.1,
+        "memory": "lstm",
+        "memory_size": 8,
+    },
     "adaptive": {"lr_schedule": "adaptive", "vf_clip_coef": 0.2, "normalize_advantage": "rollout", "std": "predicted"},
 }
 

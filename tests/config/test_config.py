@@ -310,6 +310,8 @@ def test_a_key_that_occurs_twice_is_refused():
 def test_settings_are_typed_for_editors(tmp_path):
     """The typed keyword arguments are the settings; a type checker accepts right calls and refuses a wrong name."""
     assert list(Settings.__annotations__) == list(SETTINGS)
+    for name, setting in SETTINGS.items():
+        assert all(repr(choice) in str(Settings.__annotations__[name]) for choice in setting.choices or ()), name
     program = tmp_path / "program.py"
     program.write_text(
         "from proximo import PPO\n"

@@ -25,7 +25,7 @@ def test_clipped_surrogate_by_hand(backend):
     """
     ratio = np.array([1.5, 0.5, 1.1, 1.5, 0.5, 1.1])
     advantage = np.array([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
-    loss = function(backend, "clipped_surrogate")(ratio, advantage, 0.2)
+    loss = function(backend, "clipped_surrogate")(ratio, advantage, 0.2, 0.2)
     np.testing.assert_allclose(loss, [-2.4, -1.0, -2.2, 3.0, 1.6, 2.2], rtol=1e-14)
 
 
@@ -107,7 +107,7 @@ def test_the_terms_add_up(backend, vf_clip_coef):
 
 
 LOSSES = {
-    "clipped_surrogate": (2, (0.2,)), "squared_error": (2, ()), "clipped_squared_error": (3, (0.5,)),
+    "clipped_surrogate": (2, (0.2, 0.2)), "squared_error": (2, ()), "clipped_squared_error": (3, (0.5,)),
     "standardize": (2, (lambda x: x,)),
 }  # fmt: skip
 

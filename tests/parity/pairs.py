@@ -51,6 +51,12 @@ SWITCHES: dict[str, list[Any]] = {
     "orthogonal_init": [True, False],
     "normalize_observation": [False, True],
     "normalize_reward": [False, True],
+    "normalize_value": [False, True],
+    "recompute_advantages": [False, True],
+    "upper_clip_coef": [None, 0.3],
+    "reward_scale": [1.0, 0.1],
+    "weight_decay": [None, 0.05],
+    "layer_norm": [False, True],
     "memory": [None, "gru", "lstm"],
     "sequence_length": [1, 4],
     "resets": ["next_step", "same_step"],
@@ -58,7 +64,7 @@ SWITCHES: dict[str, list[Any]] = {
 BOX = SWITCHES | {
     "observation": ["vector", "discrete", "dict"],
     "std": ["learned", "predicted", "fixed"],
-    "bounded_by": ["nothing", "squash", "tanh_mean"],
+    "bounded_by": ["nothing", "squash", "tanh_mean", "bound_coef"],
 }
 DISCRETE = SWITCHES | {"observation": ["vector", "discrete", "dict", "masked"]}
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,))
@@ -159,6 +165,8 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     case["target_kl"] = 1e9 if case["target_kl"] else None  # replaced by a value that stops midway
     if bounded_by in ("squash", "tanh_mean"):
         case[bounded_by] = True
+    if bounded_by == "bound_coef":
+        case["bound_coef"] = 0.5
     config = Config(
         **case, seed=seed, num_envs=4, num_steps=8, num_minibatches=MINIBATCHES, update_epochs=EPOCHS,
         learning_rate=3e-3, desired_kl=3e-3, init_std=0.6, clip_observation=1.5, clip_reward=2.0, vf_coef=0.7,

@@ -61,7 +61,7 @@ def examine_jax(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
 
     @quick_jit
     def examine(state: Any, data: Any, indices: Any, hyper: Any, params: Any) -> tuple[Any, ...]:
-        state, batch, _, _ = jax_update.prepare(learner.spec, state, data, hyper)
+        state, _, batch, _, _ = jax_update.prepare(learner.spec, state, data, hyper)
         minibatch = jax_minibatches.take(batch, indices)
         gradient = jax.grad(partial(jax_update.loss, learner.spec), has_aux=True)
         after, _ = jax_update.minibatch(learner.spec, state._replace(params=params), batch, indices, hyper)
@@ -77,7 +77,7 @@ def examine_torch(pair: Pair, params: dict[str, np.ndarray]) -> tuple[Any, ...]:
     learner, dtype = pair.torch, pair.torch._torch_dtype
     hyper = Hyper(*(torch.tensor(value, dtype=dtype) for value in pair.hyper))
     data = learner.transitions(pair.rollout)
-    state, batch, _, _ = torch_update.prepare(learner.spec, learner._state, data, hyper)
+    state, _, batch, _, _ = torch_update.prepare(learner.spec, learner._state, data, hyper)
     indices = torch.from_numpy(pair.order[0, 0])
     minibatch = torch_minibatches.take(batch, indices)
     gradient = torch.func.grad(partial(torch_update.loss, learner.spec), has_aux=True)

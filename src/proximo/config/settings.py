@@ -137,6 +137,10 @@ class Config:
     lr_schedule: Literal["constant", "linear", "cosine", "adaptive"] = update(
         "linear", "schedule of the learning rate; adaptive adjusts it to reach desired_kl", source=DETAILS
     )
+    weight_decay: float | None = update(
+        None, "decoupled weight decay (AdamW) of all weights, not of biases; off by default", above=0,
+        source="Loshchilov and Hutter 2019, arXiv:1711.05101"
+    )
     adam_epsilon: float = update(1e-5, "term added to the denominator of Adam", above=0, source=DETAILS)
     gamma: float = update(0.99, "discount factor", low=0, high=1, source=PPO_PAPER)
     gae_lambda: float = update(
@@ -144,6 +148,10 @@ class Config:
         low=0, high=1, source=GAE_PAPER
     )
     clip_coef: float = update(0.2, "clip range of the probability ratio, 1 ± this value", above=0, source=PPO_PAPER)
+    upper_clip_coef: float | None = update(
+        None, "clip range of ratios above 1, if it differs from clip_coef", above=0,
+        source="Yu et al. 2025, arXiv:2503.14476"
+    )
     clip_schedule: Literal["constant", "linear"] = update("constant", "schedule of clip_coef", source=PPO_PAPER)
     final_clip_coef: float = update(0.0, "clip_coef at the end of a linear schedule", low=0)
     vf_clip_coef: float | None = update(
@@ -165,6 +173,14 @@ class Config:
     desired_kl: float = update(
         0.01, "target KL divergence of the adaptive learning rate schedule",
         above=0, source="Rudin et al. 2021, arXiv:2109.11978"
+    )
+    recompute_advantages: bool = update(
+        False, "estimate advantages and targets again with the current critic before every epoch but the first",
+        source=WHAT_MATTERS
+    )
+    bound_coef: float | None = update(
+        None, "weight of the squared distance of Gaussian means beyond 1.1 times the action bounds; off by default",
+        above=0, source="rl_games, bounds_loss_coef"
     )
     normalize_advantage: Literal["minibatch", "rollout", "off"] = update(
         "minibatch", "scope in which advantages are scaled to mean 0 and standard deviation 1; off disables",
@@ -203,6 +219,10 @@ class Config:
         0, "numbers in the embedding of each discrete observation, instead of its one-hot code; 0 turns it off",
         low=0, high=65_536
     )
+    layer_norm: bool = network(
+        False, "layer normalisation of every hidden layer, before its activation",
+        source="Ba et al. 2016, arXiv:1607.06450"
+    )
     orthogonal_init: bool = network(
         True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases, except those of "
         "memory; otherwise PyTorch's default for linear layers, uniform in ±1/sqrt(inputs)", source=DETAILS
@@ -227,6 +247,13 @@ class Config:
     )
     normalize_reward: bool = normalisation(
         False, "divide rewards by the running standard deviation of the discounted return", source=DETAILS
+    )
+    normalize_value: bool = normalisation(
+        False, "let the critic learn values scaled to mean 0 and standard deviation 1 of its targets so far",
+        source="van Hasselt et al. 2016, arXiv:1602.07714, without correcting weights; rl_games, normalize_value"
+    )
+    reward_scale: float = normalisation(
+        1.0, "factor on the rewards that the update sees, after their normalisation", above=0
     )
     clip_observation: float = normalisation(
         10.0, "clip normalised observations to ± this value", above=0, source=DETAILS
@@ -258,6 +285,8 @@ class Config:
             raise UserError(
                 "`squash` and `tanh_mean` both apply tanh, which would bound actions to tanh(±1). Use one of them."
             )
+        if self.squash and self.bound_coef is not None:
+            raise UserError("`squash` bounds the actions, which leaves nothing to `bound_coef`. Use one of them.")
         if self.minibatch_size is not None and self.num_minibatches is not None:
             raise UserError(
                 "`minibatch_size` and `num_minibatches` are both given, but each determines the other. Use one of them."

@@ -15,7 +15,7 @@ class Settings(TypedDict, total=False):
     num_steps: int
     seed: int
     backend: Literal["auto", "jax", "torch"]
-    engine: Literal["auto", "sync", "workers", "envpool", "native"]
+    engine: Literal["auto", "sync", "workers", "envpool", "native", "device"]
     isolate_envs: bool
     env_timeout: float | None
     device: Literal["auto", "cpu", "cuda", "mps"]
@@ -46,10 +46,12 @@ class Settings(TypedDict, total=False):
     critic_learning_rate: Schedulable | None
     final_learning_rate: float
     lr_schedule: Literal["constant", "linear", "cosine", "adaptive"]
+    weight_decay: float | None
     adam_epsilon: float
     gamma: float
     gae_lambda: float
     clip_coef: Schedulable
+    upper_clip_coef: float | None
     clip_schedule: Literal["constant", "linear"]
     final_clip_coef: float
     vf_clip_coef: float | None
@@ -60,6 +62,8 @@ class Settings(TypedDict, total=False):
     max_grad_norm: float | None
     target_kl: float | None
     desired_kl: float
+    recompute_advantages: bool
+    bound_coef: float | None
     normalize_advantage: Literal["minibatch", "rollout", "off"]
     architecture: Literal["auto", "mlp", "nature", "impala"]
     hidden_sizes: Sequence[int] | None
@@ -70,6 +74,7 @@ class Settings(TypedDict, total=False):
     memory: Literal["gru", "lstm"] | None
     memory_size: int
     embedding_size: int
+    layer_norm: bool
     orthogonal_init: bool
     std: Literal["learned", "predicted", "fixed"]
     init_std: float
@@ -80,5 +85,7 @@ class Settings(TypedDict, total=False):
     clip_actions: bool
     normalize_observation: bool
     normalize_reward: bool
+    normalize_value: bool
+    reward_scale: float
     clip_observation: float
     clip_reward: float

@@ -14,6 +14,7 @@ from proximo.jax.distributions import Policy, policy_from_output
 from proximo.jax.memory import remember
 from proximo.learner.architecture import (
     NATURE,
+    NORM_EPSILON,
     Architecture,
     architecture,
     convolutions,
@@ -77,8 +78,19 @@ def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str,
     given = (arch, params, part)
     x = encode(spaces, obs, dtype_of(params), partial(convolve_image, *given), partial(embed_code, *given))
     for index in range(len(arch.sizes(part))):
-        x = ACTIVATIONS[arch.activation](linear(params, f"{part}.{index}", x))
+        x = linear(params, f"{part}.{index}", x)
+        if arch.layer_norm:
+            x = normalize_layer(params, f"{part}.{index}", x)
+        x = ACTIVATIONS[arch.activation](x)
     return x
+
+
+def normalize_layer(params: Params, name: str, x: Array) -> Array:
+    """x [..., H] with mean 0 and variance 1 over the last axis, scaled and shifted (Ba et al. 2016)."""
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = exact - jnp.mean(exact, axis=-1, keepdims=True)
+    scaled = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + NORM_EPSILON)
+    return scaled.astype(x.dtype) * params[f"{name}.scale"] + params[f"{name}.shift"]
 
 
 def dtype_of(params: Params) -> jnp.dtype:

@@ -59,6 +59,11 @@ def normalize(x: Array, moments: Moments, clip: float) -> Array:
     return jnp.clip(scaled, -clip, clip)
 
 
+def unnormalize(x: Array, moments: Moments) -> Array:
+    """The inverse of `normalize` without clipping."""
+    return x * jnp.sqrt(moments.variance + VARIANCE_EPSILON) + moments.mean
+
+
 def discounted_returns(reward: Array, start: Array, valid: Array, running: Array, gamma: Array) -> tuple[Array, Array]:
     """R_t = γ R_{t−1} + r_t, from 0 in each episode.
 

@@ -15,6 +15,8 @@ NORM_EPSILON = 1e-6
 def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[State, Array]:
     """Clip the gradient's global norm and take one step of Adam (Kingma & Ba 2014).
 
+    With `weight_decay` it is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases do not decay.
+
     Returns:
         The new state, and the norm before clipping.
     """
@@ -32,6 +34,8 @@ def adam(spec: Spec, state: State, gradient: Params, hyper: Hyper) -> tuple[Stat
         moment_2[name] = BETA_2 * state.moment_2[name] + (1.0 - BETA_2) * g**2
         denominator = jnp.sqrt(moment_2[name] / correction_2) + hyper.adam_epsilon
         change = rate * state.rate_scale * (moment_1[name] / correction_1) / denominator
+        if spec.config.weight_decay is not None and g.ndim > 1:
+            change = change + rate * state.rate_scale * hyper.weight_decay * state.params[name]
         params[name] = jnp.clip(state.params[name] - change, *limits(name, spec.config))
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm
 

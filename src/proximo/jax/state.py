@@ -3,7 +3,7 @@
 from jax import Array
 
 from proximo.jax.networks import Obs, Output, channels_last
-from proximo.jax.normalization import normalize
+from proximo.jax.normalization import normalize, unnormalize
 from proximo.learner.state import Spec, State
 
 
@@ -17,4 +17,12 @@ def preprocess(spec: Spec, state: State, obs: Obs) -> Obs:
 
 def forward(spec: Spec, state: State, obs: Obs, start: Array, carry: Array) -> Output:
     """The network's output for observations [T, N, ...] of the environments, `start` [T, N] and `carry` [N, H]."""
-    return spec.network.apply(state.params, preprocess(spec, state, obs), start, carry)
+    return evaluate(spec, state, preprocess(spec, state, obs), start, carry)
+
+
+def evaluate(spec: Spec, state: State, obs: Obs, start: Array, carry: Array) -> Output:
+    """The network's output for preprocessed observations, with values in the unit of the rewards."""
+    policy, value, carries = spec.network.apply(state.params, obs, start, carry)
+    if spec.config.normalize_value:
+        value = unnormalize(value, state.value_moments["target"])
+    return policy, value, carries

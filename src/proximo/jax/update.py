@@ -4,6 +4,7 @@ Everything is a pure function of arrays, so that it composes with `jax.vmap` ove
 processes (`reduce`), and with environments written in JAX.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -12,27 +13,36 @@ from jax import Array, lax
 
 from proximo.jax.advantages import gae
 from proximo.jax.distributions import Policy
-from proximo.jax.losses import clipped_squared_error, clipped_surrogate, kl_estimate, squared_error, standardize
+from proximo.jax.losses import (
+    bound_excess,
+    clipped_squared_error,
+    clipped_surrogate,
+    kl_estimate,
+    squared_error,
+    standardize,
+)
 from proximo.jax.minibatches import take, to_sequences, zero_invalid
 from proximo.jax.networks import Obs, Output, Params
-from proximo.jax.normalization import discounted_returns, explained_variance, merge
+from proximo.jax.normalization import discounted_returns, explained_variance, merge, normalize
 from proximo.jax.optimizer import adam, adapt
-from proximo.jax.state import preprocess
+from proximo.jax.state import evaluate, preprocess
 from proximo.learner.architecture import VARIANCE_EPSILON, is_chunked
 from proximo.learner.schedules import Hyper
 from proximo.learner.state import Batch, Metrics, Spec, State, Transitions
+from proximo.spaces.heads import GaussianHead
 
 
 def prepare(
     spec: Spec, state: State, data: Transitions, hyper: Hyper, outputs: Output | None = None
-) -> tuple[State, Batch, Policy, dict[str, Array]]:
+) -> tuple[State, Transitions, Batch, Policy, dict[str, Array]]:
     """Evaluate the policy and critic that acted, and estimate advantages.
 
     Args:
         outputs: of the network for the first steps, where the actor kept them.
 
     Returns:
-        The state with new reward statistics and recurrent state, the samples in sequences, their policy, and metrics.
+        The state with new statistics of rewards and values and the next recurrent state, the rollout with scaled
+        rewards, its samples in sequences, their policy, and metrics.
     """
     config, reduce = spec.config, spec.reduce
     weight = data.valid.astype(data.final_value.dtype)
@@ -40,20 +50,17 @@ def prepare(
     policy, value, carry = apply_network(spec, state, obs, data.start, outputs)
     policy = jax.tree.map(lambda x: x[:-1], policy)
     carry = jnp.concatenate([state.carry[None], carry[:-1]])  # before each step
-    next_value = jnp.where(data.final, data.final_value, value[1:])
-    value = value[:-1]
 
     state, reward = scale_reward(spec, state, data, weight, hyper)
-    advantage = gae(
-        reward, value, next_value, data.terminated, data.truncated, data.valid, hyper.gamma, hyper.gae_lambda
-    )
-    target = advantage + value
+    data = data._replace(reward=reward)
+    advantage, target = estimate(spec, data, value, hyper)
+    value = value[:-1]
+    if config.normalize_value:
+        state = state._replace(value_moments={"target": merge(state.value_moments["target"], target, weight, reduce)})
     statistics = {"update/explained_variance": explained_variance(value, target, weight, reduce)}
     if spec.spaces.action.std_size:
         count = jnp.maximum(reduce(jnp.sum(weight)), 1.0)
         statistics["policy/std"] = reduce(jnp.sum(weight * policy.std())) / count
-    if config.normalize_advantage == "rollout":
-        advantage = standardize(advantage, weight, reduce)
 
     action = jax.tree.map(partial(zero_invalid, data.valid), data.action)
     batch = Batch(
@@ -61,17 +68,43 @@ def prepare(
         action, data.start[:-1], carry[:-1], policy.log_prob(action), value, advantage, target, weight,
     )  # fmt: skip
     batch, policy = jax.tree.map(partial(to_sequences, config.steps_per_sequence), (batch, policy))
-    return state._replace(carry=carry[-1]), batch._replace(carry=batch.carry[:1]), policy, statistics
+    return state._replace(carry=carry[-1]), data, batch._replace(carry=batch.carry[:1]), policy, statistics
+
+
+def estimate(spec: Spec, data: Transitions, value: Array, hyper: Hyper) -> tuple[Array, Array]:
+    """Advantages and targets of the critic, [T, N] each, from scaled rewards and values [T + 1, N]."""
+    next_value = jnp.where(data.final, data.final_value, value[1:])
+    advantage = gae(
+        data.reward, value[:-1], next_value, data.terminated, data.truncated, data.valid, hyper.gamma, hyper.gae_lambda
+    )
+    target = advantage + value[:-1]
+    if spec.config.normalize_advantage == "rollout":
+        advantage = standardize(advantage, data.valid.astype(target.dtype), spec.reduce)
+    return advantage, target
+
+
+def estimate_again(spec: Spec, state: State, data: Transitions, batch: Batch, hyper: Hyper) -> Batch:
+    """Samples with the advantages and targets of the current critic, from scaled rewards (Andrychowicz et al. 2020).
+
+    Values of the final observations of episodes are those of the critic that acted.
+
+    Args:
+        state: with the recurrent state before the rollout.
+    """
+    value = apply_network(spec, state, preprocess(spec, state, data.obs), data.start, None)[1]
+    advantage, target = estimate(spec, data, value, hyper)
+    new = jax.tree.map(partial(to_sequences, spec.config.steps_per_sequence), (advantage, target))
+    return batch._replace(advantage=new[0], target=new[1])
 
 
 def apply_network(spec: Spec, state: State, obs: Obs, start: Array, outputs: Output | None) -> Output:
     """The network's output for a rollout [T + 1, N], after the steps whose outputs are given."""
     if not is_chunked(spec):
-        return spec.network.apply(state.params, obs, start, state.carry)
+        return evaluate(spec, state, obs, start, state.carry)
 
     def part(carry: Array, row: tuple[Obs, Array]) -> tuple[Array, Output]:
         obs, start = jax.tree.map(lambda x: x[None], row)
-        output = jax.tree.map(lambda x: x[0], spec.network.apply(state.params, obs, start, carry))
+        output = jax.tree.map(lambda x: x[0], evaluate(spec, state, obs, start, carry))
         return output[2], output
 
     known, carry = (0, state.carry) if outputs is None else (len(outputs[1]), outputs[2][-1])
@@ -92,16 +125,25 @@ def skip(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> State:
 
 
 def scale_reward(spec: Spec, state: State, data: Transitions, weight: Array, hyper: Hyper) -> tuple[State, Array]:
-    """Rewards [T, N], divided by the running standard deviation of the discounted return where configured."""
+    """Rewards [T, N], divided by the running standard deviation of the discounted return and scaled as configured."""
     reward, clip = zero_invalid(data.valid, data.reward).astype(weight.dtype), spec.config.clip_reward
     if not spec.config.normalize_reward:
-        return state, reward
+        return state, reward * hyper.reward_scale
     returns, running = discounted_returns(reward, data.start[:-1], data.valid, state.running_return, hyper.gamma)
     moments = merge(state.return_moments, returns, weight, spec.reduce)
     # Relative to the rewards, so that their unit does not matter.
     tiny = jnp.finfo(weight.dtype).tiny
     scale = lax.rsqrt(moments.variance + VARIANCE_EPSILON * moments.mean**2 + tiny)
-    return state._replace(running_return=running, return_moments=moments), jnp.clip(reward * scale, -clip, clip)
+    reward = jnp.clip(reward * scale, -clip, clip) * hyper.reward_scale
+    return state._replace(running_return=running, return_moments=moments), reward
+
+
+def scale_targets(spec: Spec, state: State, batch: Batch) -> Batch:
+    """Samples with the values and targets of the critic normalised, where configured."""
+    if not spec.config.normalize_value:
+        return batch
+    value, target = (normalize(x, state.value_moments["target"], math.inf) for x in (batch.value, batch.target))
+    return batch._replace(value=value, target=target)
 
 
 def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Array, Metrics]:
@@ -120,18 +162,32 @@ def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Array,
     if config.normalize_advantage == "minibatch":
         advantage = standardize(advantage, batch.weight, reduce)
 
-    policy_loss = mean(clipped_surrogate(ratio, advantage, hyper.clip_coef))
+    policy_loss = mean(clipped_surrogate(ratio, advantage, hyper.clip_coef, hyper.upper_clip_coef))
     if config.vf_clip_coef is None:
         value_loss = mean(squared_error(value, batch.target))
     else:
         value_loss = mean(clipped_squared_error(value, batch.value, batch.target, hyper.vf_clip_coef))
     entropy = mean(policy.entropy())
     total = policy_loss - hyper.ent_coef * entropy + hyper.vf_coef * value_loss
+    if config.bound_coef is not None:
+        total = total + hyper.bound_coef * mean(bound_loss(spec, policy))
 
     approx_kl = mean(kl_estimate(log_ratio))
-    clip_fraction = mean((jnp.abs(ratio - 1.0) > hyper.clip_coef).astype(ratio.dtype))
+    is_clipped = (ratio < 1.0 - hyper.clip_coef) | (ratio > 1.0 + hyper.upper_clip_coef)
+    clip_fraction = mean(is_clipped.astype(ratio.dtype))
     zero = jnp.zeros_like(total)
     return total, Metrics(policy_loss, value_loss, entropy, total, approx_kl, clip_fraction, zero)
+
+
+def bound_loss(spec: Spec, policy: Policy) -> Array:
+    """How far the means of all continuous actions lie beyond their bounds: [...]."""
+    excess = []
+    for head in spec.spaces.action.heads:
+        if isinstance(head, GaussianHead):
+            mean = policy.parts[head.path].mean
+            low, high = (jnp.array(bound, mean.dtype) for bound in head.raw_bounds(spec.config))
+            excess.append(bound_excess(mean, low, high))
+    return sum(excess[1:], excess[0])
 
 
 def minibatch(spec: Spec, state: State, batch: Batch, indices: Array, hyper: Hyper) -> tuple[State, Metrics]:
@@ -148,9 +204,10 @@ def update(
 ) -> tuple[State, dict[str, Array]]:
     """Update from one rollout; order [epochs, minibatches, S] indexes its sequences."""
     config, moments = spec.config, state.obs_moments
-    state, batch, _, statistics = prepare(spec, state, data, hyper, outputs)
+    carry = state.carry
+    state, data, batch, _, statistics = prepare(spec, state, data, hyper, outputs)
 
-    def one_minibatch(carried: tuple[State, Array], indices: Array) -> tuple[tuple[State, Array], tuple]:
+    def one_minibatch(batch: Batch, carried: tuple[State, Array], indices: Array) -> tuple[tuple[State, Array], tuple]:
         state, stopped = carried
         new_state, metrics = minibatch(spec, state, batch, indices, hyper)
         if config.target_kl is not None:  # checked before the step that it stops
@@ -158,14 +215,20 @@ def update(
             new_state = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), state, new_state)
         return (new_state, stopped), (metrics, ~stopped)
 
-    def one_epoch(carried: tuple[State, Array], order: Array) -> tuple[tuple[State, Array], tuple]:
-        (state, stopped), (metrics, applied) = lax.scan(one_minibatch, carried, order)
+    def one_epoch(carried: tuple[State, Array], row: tuple[Array, Array]) -> tuple[tuple[State, Array], tuple]:
+        index, order = row
+        samples = batch
+        if config.recompute_advantages:
+            before = carried[0]._replace(carry=carry)
+            samples = lax.cond(index > 0, lambda: estimate_again(spec, before, data, batch, hyper), lambda: batch)
+        samples = scale_targets(spec, carried[0], samples)
+        (state, stopped), (metrics, applied) = lax.scan(partial(one_minibatch, samples), carried, order)
         if config.lr_schedule == "adaptive":
             scale = adapt(state.rate_scale, jnp.mean(metrics.approx_kl), hyper)
             state = state._replace(rate_scale=jnp.where(stopped, state.rate_scale, scale))
         return (state, stopped), (metrics, applied)
 
-    (state, _), (metrics, applied) = lax.scan(one_epoch, (state, jnp.zeros((), bool)), order)
+    (state, _), (metrics, applied) = lax.scan(one_epoch, (state, jnp.zeros((), bool)), (jnp.arange(len(order)), order))
 
     weight = data.valid.astype(state.rate_scale.dtype)
     moments = {path: merge(m, data.obs[path][:-1], weight, spec.reduce) for path, m in moments.items()}

@@ -4,7 +4,8 @@ A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias
 `actor`, `critic` or `trunk`, and layer a number or `head`. A convolution is `<part>.conv.<layer>`, with a weight
 [height, width, inputs, outputs]. The embedding of a discrete leaf is `<part>.embedding`, followed by the path of the
 leaf. A recurrent layer has `<part>.memory.input` and `<part>.memory.hidden`, whose outputs are its gates, in the order
-of PyTorch's GRU and LSTM. `actor.log_std` [D] is the learned log standard deviation of all Gaussian heads.
+of PyTorch's GRU and LSTM. A layer with layer normalisation has `<part>.<layer>.scale` and `<part>.<layer>.shift`
+[outputs]. `actor.log_std` [D] is the learned log standard deviation of all Gaussian heads.
 Parameters whose names begin with `critic` use the critic's learning rate.
 """
 
@@ -25,6 +26,7 @@ from proximo.spaces.spaces import Spaces
 Parameters = dict[str, np.ndarray]
 
 VARIANCE_EPSILON = 1e-8  # added to a variance before its root
+NORM_EPSILON = 1e-5  # added to the variance of a layer before its root
 ROUNDING = 100.0  # relative error of a mean, in units of the type's resolution
 WORK_OF_FILTERS = 1 / 3000  # of a filter's numbers, for each pixel of an image, beside those of a dense layer
 DEFAULT_SIZES = {"mlp": (64, 64), "nature": (512,), "impala": (256,)}
@@ -57,6 +59,7 @@ class Architecture(NamedTuple):
     memory_size: int = 0  # 0 without memory
     critic_hidden_sizes: tuple[int, ...] = ()  # hidden_sizes, unless they were set
     embedding_size: int = 0  # of each discrete leaf; 0 for one-hot codes
+    layer_norm: bool = False
 
     def sizes(self, part: str) -> tuple[int, ...]:
         """Widths of the hidden layers of a part."""
@@ -112,6 +115,7 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
         config.memory_size if config.memory else 0,
         sizes if config.critic_hidden_sizes is None else config.critic_hidden_sizes,
         config.embedding_size if any(leaf.kind == "discrete" for leaf in spaces.observation) else 0,
+        config.layer_norm,
     )
 
 
@@ -169,7 +173,7 @@ def initial_parameters(config: Config, spaces: Spaces) -> Parameters:
             bound = 1.0 / math.sqrt(rows)
             weight, bias = rng.uniform(-bound, bound, (rows, columns)), rng.uniform(-bound, bound, columns)
         parameters[f"{name}.weight"], parameters[f"{name}.bias"] = weight.reshape(shape), bias
-    return parameters | initial_log_std(config, spaces)
+    return parameters | initial_norms(config, spaces) | initial_log_std(config, spaces)
 
 
 def memory_bias(rng: np.random.Generator, config: Config, size: int) -> np.ndarray:
@@ -189,6 +193,15 @@ def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     return q if rows >= columns else q.T
 
 
+def initial_norms(config: Config, spaces: Spaces) -> Parameters:
+    """Scales of 1 and shifts of 0, [H] each, of every normalised layer."""
+    arch, parameters = architecture(config, spaces), {}
+    for part in arch.parts if arch.layer_norm else ():
+        for index, size in enumerate(arch.sizes(part)):
+            parameters[f"{part}.{index}.scale"], parameters[f"{part}.{index}.shift"] = np.ones(size), np.zeros(size)
+    return parameters
+
+
 def initial_log_std(config: Config, spaces: Spaces) -> Parameters:
     """`actor.log_std` [D], where the standard deviation of Gaussian heads is learned."""
     size = spaces.action.std_size
@@ -198,8 +211,9 @@ def initial_log_std(config: Config, spaces: Spaces) -> Parameters:
 
 
 def num_parameters(config: Config, spaces: Spaces) -> int:
-    """Number of weights and biases."""
-    return sum(math.prod(shape) + shape[-1] for _, shape, _ in _layers(config, spaces))
+    """Number of weights, biases, and scales and shifts of normalised layers."""
+    norms = sum(x.size for x in initial_norms(config, spaces).values())
+    return norms + sum(math.prod(shape) + shape[-1] for _, shape, _ in _layers(config, spaces))
 
 
 def work_per_row(config: Config, spaces: Spaces, network: Any = None) -> float:

@@ -53,7 +53,7 @@ def _one_step(forward: Forward, spec: Spec, state: State, obs: Arrays, start: Ar
 
 def inspect(prepare: Callable[..., Any], spec: Spec, state: State, data: Transitions, hyper: Hyper) -> Arrays:
     """Policy and critic on a rollout, [L, K, ...]; see `Learner.inspect_rollout`."""
-    _, batch, policy, _ = prepare(spec, state, data, hyper)
+    _, _, batch, policy, _ = prepare(spec, state, data, hyper)
     return {
         "log_prob": batch.log_prob, "value": batch.value, "advantage": batch.advantage,
         "return": batch.target, "weight": batch.weight, **policy.describe(),

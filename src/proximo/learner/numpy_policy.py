@@ -12,6 +12,7 @@ import numpy as np
 from proximo.config.settings import Config
 from proximo.learner.architecture import (
     CARRIED,
+    NORM_EPSILON,
     VARIANCE_EPSILON,
     Architecture,
     Parameters,
@@ -59,7 +60,9 @@ def mlp_actor(
     arch = architecture(config, spaces)
     part = arch.parts[0]
     names = [f"{part}.{index}" for index in range(len(arch.hidden_sizes))]
-    hidden = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
+    kinds = ("scale", "shift") if arch.layer_norm else ()
+    norms = [[params[f"{name}.{kind}"] for kind in kinds] for name in names]
+    hidden = [(params[f"{name}.weight"], params[f"{name}.bias"], norm) for name, norm in zip(names, norms, strict=True)]
     embedded = [leaf for leaf in spaces.observation if leaf.kind == "discrete" and arch.embedding_size]
     named = ((leaf.path, f"{part}.{embedding_name(leaf)}") for leaf in embedded)
     embeddings = {path: (params[f"{name}.weight"], params[f"{name}.bias"]) for path, name in named}
@@ -82,8 +85,9 @@ def mlp_actor(
 
     def actor(obs: Obs, start: np.ndarray) -> RawAction:
         x = encode(spaces, obs, scales, embeddings, config.clip_observation, weight.dtype)
-        for layer_weight, layer_bias in hidden:
-            x = activation(x @ layer_weight + layer_bias)
+        for layer_weight, layer_bias, norm in hidden:
+            x = x @ layer_weight + layer_bias
+            x = activation(normalize_layer(x, *norm) if norm else x)
         if remember:
             x = remember(x, start)
         output = x @ weight + bias
@@ -96,6 +100,12 @@ def mlp_actor(
         }
 
     return actor
+
+
+def normalize_layer(x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """x [N, H] with mean 0 and variance 1 in each row, scaled and shifted; see `proximo.jax.networks`."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + x.dtype.type(NORM_EPSILON)) * scale + shift
 
 
 def recurrent_layer(

@@ -22,12 +22,16 @@ class Hyper(NamedTuple):
     gamma: Any
     gae_lambda: Any
     clip_coef: Any
+    upper_clip_coef: Any
     vf_clip_coef: Any
     ent_coef: Any
     vf_coef: Any
     max_grad_norm: Any
     target_kl: Any
     desired_kl: Any
+    reward_scale: Any
+    weight_decay: Any
+    bound_coef: Any
 
 
 def interpolate(kind: str, start: float, end: float, fraction: float) -> float:
@@ -58,6 +62,7 @@ def hyper_at(config: Config, global_step: int) -> Hyper:
         name = "learning_rate" if getattr(config, name) is None else name
         return scheduled(name, config.lr_schedule, config.final_learning_rate)
 
+    upper = "clip_coef" if config.upper_clip_coef is None else "upper_clip_coef"
     return Hyper(
         actor_learning_rate=learning_rate("actor_learning_rate"),
         critic_learning_rate=learning_rate("critic_learning_rate"),
@@ -65,10 +70,14 @@ def hyper_at(config: Config, global_step: int) -> Hyper:
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         clip_coef=scheduled("clip_coef", config.clip_schedule, config.final_clip_coef),
+        upper_clip_coef=scheduled(upper, config.clip_schedule, config.final_clip_coef),
         vf_clip_coef=config.vf_clip_coef or 0.0,
         ent_coef=scheduled("ent_coef", config.ent_schedule, config.final_ent_coef),
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm or 0.0,
         target_kl=config.target_kl or 0.0,
         desired_kl=config.desired_kl,
+        reward_scale=config.reward_scale,
+        weight_decay=config.weight_decay or 0.0,
+        bound_coef=config.bound_coef or 0.0,
     )

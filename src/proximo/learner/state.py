@@ -44,6 +44,7 @@ class State(NamedTuple):
     rate_scale: Array  # [] factor on the learning rates; 1 unless adaptive
     obs_moments: dict[str, Moments]
     return_moments: Moments
+    value_moments: dict[str, Moments]  # "target" -> of the critic's targets, where values are normalised
     running_return: Array  # [N] discounted sum of raw rewards
     carry: Array  # [N, H] recurrent state before the next rollout
 
@@ -110,6 +111,7 @@ def initial_state(spec: Spec, dtype: str) -> State:
         rate_scale=np.ones((), dtype),
         obs_moments={leaf.path: moments(leaf.shape) for leaf in observed if spec.config.normalize_observation},
         return_moments=moments(()),
+        value_moments={"target": moments(())} if spec.config.normalize_value else {},
         running_return=np.zeros(spec.config.num_envs, dtype),
         carry=np.zeros((spec.config.num_envs, spec.network.carry_size), dtype),
     )

@@ -67,7 +67,7 @@ class Actions:
     def check(self, config: Config) -> None:
         """Raise UserError for settings of continuous actions that these cannot serve."""
         continuous = [head for head in self.heads if isinstance(head, GaussianHead)]
-        for name in ("squash", "rescale_actions", "tanh_mean"):
+        for name in ("squash", "rescale_actions", "tanh_mean", "bound_coef"):
             if getattr(config, name) and not continuous:
                 raise UserError(f"`{name}` needs a Box action, and there is none: {self.describe()}. Turn it off.")
         for head in continuous:

@@ -128,6 +128,11 @@ class GaussianHead:
         with np.errstate(over="ignore"):
             return np.subtract(self.high, self.low, dtype=self.dtype)
 
+    def raw_bounds(self, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Bounds of raw samples, [D] each: those of the actions, or ±1 where samples are rescaled to them."""
+        ones = (1.0,) * self.size
+        return (tuple(-x for x in ones), ones) if config.rescale_actions else (self.low, self.high)
+
     def output_size(self, config: Config) -> int:
         """Outputs of the network: one mean per dimension, then one deviation where `std` is predicted."""
         return self.size * (2 if config.std == "predicted" else 1)

@@ -45,10 +45,11 @@ class Learner(learner.Learner):
             return torch.cat(parts).to(self.device.name)
 
         critic = per_parameter(is_critic, torch.bool)
+        decays = per_parameter(lambda name: len(shapes[name]) > 1, torch.bool)
         low = per_parameter(lambda name: limits(name, config)[0], self._torch_dtype)
         high = per_parameter(lambda name: limits(name, config)[1], self._torch_dtype)
         is_limited = bool((torch.isfinite(low) | torch.isfinite(high)).any())
-        self.spec = Spec(config, spaces, network, reduce, Layout(shapes, critic, low, high, is_limited))
+        self.spec = Spec(config, spaces, network, reduce, Layout(shapes, critic, decays, low, high, is_limited))
         self._functions: dict[str, Callable[..., Any]] = bind(self.spec, forward, prepare)
         self._functions |= {name.__name__: partial(name, self.spec) for name in (carries, skip)}
         self.compiled, self._expected = bool(config.compile), 0

@@ -1,5 +1,7 @@
 """The terms of PPO's loss, one number per sample (Schulman et al. 2017, arXiv:1707.06347)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,10 @@ from proximo.torch.normalization import is_constant, weighted_moments
 STD_EPSILON = 1e-8
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_coef: Tensor) -> Tensor:
-    """−min(r A, clip(r, 1 − ε, 1 + ε) A) (eq. 7)."""
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_coef: Tensor, upper_clip_coef: Tensor) -> Tensor:
+    """−min(r A, clip(r, 1 − ε, 1 + ε) A) (eq. 7), where the two ε may differ (Yu et al. 2025, arXiv:2503.14476)."""
     require_shape(ratio.shape, advantage=advantage)
-    clipped = torch.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
+    clipped = torch.clip(ratio, 1.0 - clip_coef, 1.0 + upper_clip_coef)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
@@ -28,6 +30,18 @@ def clipped_squared_error(value: Tensor, old_value: Tensor, target: Tensor, clip
     require_shape(value.shape, old_value=old_value, target=target)
     clipped = old_value + torch.clip(value - old_value, -clip, clip)
     return 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
+
+
+def bound_excess(mean: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """How far means [..., D] lie beyond 1.1 times the bounds [D], in half widths: the sum of squares [...].
+
+    As the bound loss of rl_games, for any bounds; infinite ones do not count.
+    """
+    is_bounded = torch.isfinite(low) & torch.isfinite(high) & (low < high)
+    middle = torch.where(is_bounded, 0.5 * (low + high), 0.0)
+    half = torch.where(is_bounded, 0.5 * (high - low), math.inf)
+    excess = torch.abs(mean - middle) / half - 1.1
+    return torch.sum(torch.clip(excess, min=0.0) ** 2, dim=-1)
 
 
 def kl_estimate(log_ratio: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from proximo.config.settings import Config
 from proximo.learner.architecture import (
     NATURE,
+    NORM_EPSILON,
     Architecture,
     architecture,
     convolutions,
@@ -93,8 +94,17 @@ def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str,
     given = (arch, params, part)
     x = encode(spaces, obs, dtype_of(params), partial(convolve_image, *given), partial(embed_code, *given))
     for index in range(len(arch.sizes(part))):
-        x = ACTIVATIONS[arch.activation](linear(params, f"{part}.{index}", x))
+        x = linear(params, f"{part}.{index}", x)
+        if arch.layer_norm:
+            x = normalize_layer(params, f"{part}.{index}", x)
+        x = ACTIVATIONS[arch.activation](x)
     return x
+
+
+def normalize_layer(params: Params, name: str, x: Tensor) -> Tensor:
+    """x [..., H] with mean 0 and variance 1 over the last axis, scaled and shifted (Ba et al. 2016)."""
+    scale, shift = params[f"{name}.scale"], params[f"{name}.shift"]
+    return functional.layer_norm(x, x.shape[-1:], scale, shift, NORM_EPSILON)
 
 
 def dtype_of(params: Params) -> torch.dtype:

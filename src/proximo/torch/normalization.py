@@ -60,6 +60,11 @@ def normalize(x: Tensor, moments: Moments, clip: float) -> Tensor:
     return torch.clip(scaled, -clip, clip)
 
 
+def unnormalize(x: Tensor, moments: Moments) -> Tensor:
+    """The inverse of `normalize` without clipping."""
+    return x * torch.sqrt(moments.variance + VARIANCE_EPSILON) + moments.mean
+
+
 def discounted_returns(
     reward: Tensor, start: Tensor, valid: Tensor, running: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor]:

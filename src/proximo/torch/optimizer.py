@@ -13,6 +13,8 @@ NORM_EPSILON = 1e-6
 def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[State, Tensor]:
     """Clip the gradient's global norm and take one step of Adam (Kingma & Ba 2014).
 
+    With `weight_decay` it is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases do not decay.
+
     Returns:
         The new state, and the norm before clipping.
     """
@@ -29,6 +31,9 @@ def adam(spec: Spec, state: State, gradient: Tensor, hyper: Hyper) -> tuple[Stat
     denominator = torch.sqrt(moment_2 / correction_2) + hyper.adam_epsilon
     step = rate * (state.rate_scale / correction_1) * moment_1
     params = torch.addcdiv(state.params, step, denominator, value=-1.0)
+    if spec.config.weight_decay is not None:
+        decay = rate * state.rate_scale * hyper.weight_decay * spec.layout.decays
+        params = torch.addcmul(params, decay, state.params, value=-1.0)
     if spec.layout.is_limited:
         params = torch.clip(params, spec.layout.low, spec.layout.high)
     return state._replace(params=params, moment_1=moment_1, moment_2=moment_2, count=count), norm

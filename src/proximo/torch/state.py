@@ -4,7 +4,7 @@ from torch import Tensor
 
 from proximo.learner.state import Spec, State
 from proximo.torch.networks import Obs, Output, channels_last
-from proximo.torch.normalization import normalize
+from proximo.torch.normalization import normalize, unnormalize
 from proximo.torch.tensors import unflatten
 
 
@@ -18,5 +18,13 @@ def preprocess(spec: Spec, state: State, obs: Obs) -> Obs:
 
 def forward(spec: Spec, state: State, obs: Obs, start: Tensor, carry: Tensor) -> Output:
     """The network's output for observations [T, N, ...] of the environments, `start` [T, N] and `carry` [N, H]."""
+    return evaluate(spec, state, preprocess(spec, state, obs), start, carry)
+
+
+def evaluate(spec: Spec, state: State, obs: Obs, start: Tensor, carry: Tensor) -> Output:
+    """The network's output for preprocessed observations, with values in the unit of the rewards."""
     params = state.params if isinstance(state.params, dict) else unflatten(spec.layout.shapes, state.params)
-    return spec.network.apply(params, preprocess(spec, state, obs), start, carry)
+    policy, value, carries = spec.network.apply(params, obs, start, carry)
+    if spec.config.normalize_value:
+        value = unnormalize(value, state.value_moments["target"])
+    return policy, value, carries

@@ -19,6 +19,7 @@ class Layout(NamedTuple):
 
     shapes: Shapes
     critic: Tensor  # [P] bool: uses the critic's learning rate
+    decays: Tensor  # [P] bool: is not a bias, and decays with `weight_decay`
     low: Tensor  # [P] bounds of the parameters after every step
     high: Tensor
     is_limited: bool  # some bound is finite
