@@ -1,12 +1,16 @@
 """Train a preset on several seeds in both backends and keep the result as JSON.
 
-    python benchmarks/learning.py HalfCheetah-v5 --seeds 5 [--backends jax torch] [--jobs 2] [--work DIR]
+    python benchmarks/learning.py HalfCheetah-v5 --seeds 0-4 [--confirm 10-14] [--backends jax torch] [--jobs 2]
+        [--work DIR]
 
 Each run is the `proximo train` command that its record states, in this folder and on one thread; the tasks of tasks.py
-are `tasks:ID`, and unknown flags go to the command. A result is the mean return of
-the last 100 training episodes at the end of the run, and a deterministic evaluation of the final policy. Runs
-that are finished in DIR are not repeated, so that an interrupted benchmark goes on where it was. Where one backend is
-measured again, the runs of the other stay, with the commit that they were made at.
+are `tasks:ID`, and unknown flags go to the command. A result is the mean return of the last 100 training episodes at
+the end of the run, and a deterministic evaluation of the final policy. Seeds to confirm the result should not have been
+used to choose the settings; they have a summary of their own.
+
+Runs that are finished in DIR are not repeated, and others continue from their last checkpoint, so that an interrupted
+benchmark goes on where it was. Where one backend is measured again, the runs of the other stay, with the commit that
+they were made at.
 """
 
 from __future__ import annotations
@@ -18,12 +22,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import yaml
+from scipy import stats
 
 from proximo.config.names import names_module
+from proximo.config.settings import SETTINGS
 from proximo.evaluate import bootstrap_interval
 from proximo.run.metrics import read_metrics
 from proximo.run.versions import collect_versions
@@ -39,9 +47,12 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
     run_dir = folder / f"{backend}-{seed}"
     done = run_dir / "learning_curve.png"  # the last thing that a run writes
     command = ["proximo", "train", env, "--backend", backend, "--seed", str(seed), *flags]
-    module = [sys.executable, "-m", *command, "--quiet", "--run-dir", str(run_dir), "--checkpoint-interval", "0"]
-    if not done.exists():
+    if not done.exists() and any(run_dir.glob("checkpoints/step_*")):
+        resume = [sys.executable, "-m", "proximo", "resume", str(run_dir), "--env", env, "--quiet"]
+        subprocess.run(resume, check=True, env=ONE_THREAD, cwd=HERE)
+    elif not done.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
+        module = [sys.executable, "-m", *command, "--quiet", "--run-dir", str(run_dir)]
         subprocess.run(module, check=True, env=ONE_THREAD, cwd=HERE)
     rows = [row for row in read_metrics(run_dir) if row[RETURN] is not None]
     evaluate = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--env", env, "--episodes", "20", "--json"]
@@ -57,8 +68,29 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         "best_return_last_100_episodes": best[RETURN],
         "best_at_step": best["global_step"],
         "evaluation": json.loads(said),
+        "steps_per_second": steps_per_second(rows),
+        "settings": settings_of(run_dir),
         "curve": [[row["global_step"], round(row[RETURN], 2)] for row in rows[:: max(len(rows) // 200, 1)]],
     }
+
+
+def steps_per_second(rows: list[dict]) -> float:
+    """Steps per second of training, without start, evaluations and records."""
+    speeds = np.array([row["time/steps_per_second"] for row in rows])
+    steps = np.diff([row["global_step"] for row in rows], prepend=0)
+    return float(steps.sum() / (steps / speeds).sum())
+
+
+def settings_of(run_dir: Path) -> dict:
+    """The settings of a run but those of its place and its records."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))
+    kept = {name for name, setting in SETTINGS.items() if setting.group != "records"} - {"run_dir", "seed"}
+    return {name: value for name, value in config.items() if name in kept}
+
+
+def interquartile_mean(returns: np.ndarray) -> float:
+    """The mean of the middle half, as rliable defines it (Agarwal et al. 2021, arXiv:2108.13264)."""
+    return float(stats.trim_mean(returns, 0.25))
 
 
 def difference_interval(a: np.ndarray, b: np.ndarray) -> list[float]:
@@ -72,7 +104,8 @@ def main() -> None:
     """Run all seeds and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("env")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=seeds_of, default=range(5), help="a number of seeds from 0 on, or FIRST-LAST")
+    parser.add_argument("--confirm", type=seeds_of, default=(), help="seeds for a second summary")
     parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--name", help="file name of the result; the environment's by default")
@@ -84,19 +117,21 @@ def main() -> None:
         work = Path(options.work or folder).resolve()
         jobs = [
             pool.submit(run, options.env, backend, seed, work, flags)
-            for seed in range(options.seeds)
+            for seed in (*options.seeds, *options.confirm)
             for backend in options.backends
         ]
         runs = [job.result() for job in jobs]
 
     env_id = options.env.rpartition(":")[2]
     path = (RESULTS / "tasks" if names_module(options.env) else RESULTS) / f"{options.name or env_id}.json"
-    command = ["python benchmarks/learning.py", options.env, f"--seeds {options.seeds}"]
+    command = ["python benchmarks/learning.py", options.env, f"--seeds {name_of(options.seeds)}"]
+    command += [f"--confirm {name_of(options.confirm)}"] if options.confirm else []
     result = document(
         options.env,
         " ".join([*command, "--backends", *options.backends, *flags]),
         commit.stdout.strip(),
         runs + kept(path, options.backends),
+        options.confirm,
     )
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -104,26 +139,47 @@ def main() -> None:
     print(f"written: {path}")
 
 
+def seeds_of(text: str) -> range:
+    """5 or 10-14 as seeds."""
+    first, _, last = text.rpartition("-")
+    return range(int(first), int(last) + 1) if first else range(int(last))
+
+
+def name_of(seeds: range) -> str:
+    """The inverse of `seeds_of`."""
+    return str(len(seeds)) if seeds[0] == 0 else f"{seeds[0]}-{seeds[-1]}"
+
+
 def kept(path: Path, backends: list[str]) -> list[dict]:
     """The runs of other backends in an earlier result."""
     if not path.exists():
         return []
     before = json.loads(path.read_text("utf-8"))
-    known = {"commit": before["commit"]}
-    return [{**known, **run} for run in before["runs"] if run["backend"] not in backends]
+    known, settings = {"commit": before["commit"]}, before.get("settings", {})
+    others = [run for run in before["runs"] if run["backend"] not in backends]
+    return [{**known, **run, "settings": settings.get(run["backend"], {})} for run in others]
 
 
-def document(env: str, command: str, commit: str, runs: list[dict]) -> dict:
-    """A result: what was run, and means over seeds."""
-    summary, backends = {}, sorted({r["backend"] for r in runs})
-    for backend in backends:
+def summarize(runs: list[dict]) -> dict:
+    """Mean, interquartile mean and intervals over the seeds of each backend."""
+    summary = {}
+    for backend in sorted({r["backend"] for r in runs}):
         returns = np.array([r["return_last_100_episodes"] for r in runs if r["backend"] == backend])
         summary[backend] = {
             "mean": float(returns.mean()),
             "std": float(returns.std(ddof=1)) if len(returns) > 1 else 0.0,
             "ci95": list(bootstrap_interval(returns)),
+            "iqm": interquartile_mean(returns),
             "seeds": [float(value) for value in returns],
         }
+    return summary
+
+
+def document(env: str, command: str, commit: str, runs: list[dict], confirm: Collection[int] = ()) -> dict:
+    """A result: what was run, and means over seeds, apart for those that confirm it."""
+    confirming = [r for r in runs if r["seed"] in confirm]
+    summary = summarize([r for r in runs if r["seed"] not in confirm])
+    backends = list(summary)
     if len(backends) == 2:
         a, b = (np.array(summary[backend]["seeds"]) for backend in backends)
         summary["difference"] = {
@@ -136,7 +192,9 @@ def document(env: str, command: str, commit: str, runs: list[dict]) -> dict:
         "command": command,
         "commit": commit,
         "versions": collect_versions(),
+        "settings": {run["backend"]: run.pop("settings", {}) for run in runs},
         "summary": summary,
+        **({"confirmation": summarize(confirming)} if confirming else {}),
         "runs": sorted(runs, key=lambda r: (r["backend"], r["seed"])),
     }
 
