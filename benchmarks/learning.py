@@ -177,8 +177,10 @@ def summarize(runs: list[dict]) -> dict:
 
 def document(env: str, command: str, commit: str, runs: list[dict], confirm: Collection[int] = ()) -> dict:
     """A result: what was run, and means over seeds, apart for those that confirm it."""
-    confirming = [r for r in runs if r["seed"] in confirm]
-    summary = summarize([r for r in runs if r["seed"] not in confirm])
+    for run in runs:
+        run["confirms"] = run.get("confirms", run["seed"] in confirm)
+    confirming = [run for run in runs if run["confirms"]]
+    summary = summarize([run for run in runs if not run["confirms"]])
     backends = list(summary)
     if len(backends) == 2:
         a, b = (np.array(summary[backend]["seeds"]) for backend in backends)

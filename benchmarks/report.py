@@ -37,23 +37,31 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+def spread(summary: dict[str, Any]) -> str:
+    """Format a mean with its standard deviation."""
+    return f"{digits(summary['mean'])} ± {digits(summary['std'])}"
+
+
 def table(every_seed: bool, folder: Path = RESULTS) -> str:
-    """Environment, steps, backend, mean ± standard deviation over seeds, each seed, deterministic evaluation."""
-    rows = [["environment", "steps", "backend", "return", "every seed", "evaluated"]]
-    rows.append(["---", "---:", "---", "---:", "---", "---:"])
+    """Environment, steps, backend, mean ± standard deviation over seeds, each seed, evaluation, confirming seeds."""
+    rows = [["environment", "steps", "backend", "return", "every seed", "evaluated", "confirmed"]]
+    rows.append(["---", "---:", "---", "---:", "---", "---:", "---:"])
     for name, result in results(folder).items():
         for backend in NAMES:
-            runs = [run for run in result["runs"] if run["backend"] == backend]
-            if not runs:
+            summary = result["summary"].get(backend)
+            if not summary:
                 continue
-            summary = result["summary"][backend]
+            runs = [run for run in result["runs"] if run["backend"] == backend and not run.get("confirms")]
             steps = f"{round(runs[0]['steps'] / 1000):,} k"
             evaluated = sum(run["evaluation"]["return_mean"] for run in runs) / len(runs)
             seeds = ", ".join(map(digits, summary["seeds"]))
-            mean = f"{digits(summary['mean'])} ± {digits(summary['std'])}"
-            rows.append([name, steps, NAMES[backend], mean, seeds, digits(evaluated)])
+            confirmed = result.get("confirmation", {}).get(backend)
+            cells = [name, steps, NAMES[backend], spread(summary), seeds, digits(evaluated)]
+            rows.append([*cells, spread(confirmed) if confirmed else ""])
     if not every_seed:
-        rows = [[*row[:4], row[5]] for row in rows]
+        rows = [[*row[:4], *row[5:]] for row in rows]
+    if not any(row[-1] for row in rows[2:]):
+        rows = [row[:-1] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -88,7 +88,7 @@ class Agent:
         **settings: Unpack[Settings],
     ) -> None:
         config = from_mapping({**DEFAULTS, **agent_settings(settings)})
-        spaces = spaces_from(observation, action)
+        spaces = spaces_from(observation, action, config.action_bins)
         self._bind(config, spaces, make_learner(config, spaces, network), Progress(), None)
 
     def _bind(self, config: Config, spaces: Spaces, learner: Learner, progress: Progress, env_id: str | None) -> None:
@@ -326,8 +326,12 @@ def agent_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.Space[Any] | int) -> Spaces:
+def spaces_from(
+    observation: gym.Space[Any] | int | Sequence[int], action: gym.Space[Any] | int, bins: int | None
+) -> Spaces:
     """Spaces as given, or from dimensions (integers ≥ 1): unbounded float32 numbers, discrete actions from 0.
+
+    `bins` is the setting `action_bins`.
 
     Raise UserError for another dimension or an unsupported space.
     """
@@ -339,7 +343,7 @@ def spaces_from(observation: gym.Space[Any] | int | Sequence[int], action: gym.S
     if not isinstance(action, gym.Space):
         message = f"action is {action!r}; expected a space, or an integer ≥ 1, the number of discrete actions."
         action = gym.spaces.Discrete(dimension(action, message))
-    return Spaces.of(observation, action)
+    return Spaces.of(observation, action, bins)
 
 
 def dimension(value: Any, message: str) -> int:

@@ -188,7 +188,7 @@ def make_or_wrap_envs(env: EnvLike, config: Config, spaces: Spaces | None) -> tu
                 "or sync."
             )
         if spaces:
-            require_matching_spaces(spaces_of(envs), spaces)
+            require_matching_spaces(spaces_of(envs, config.action_bins), spaces)
     except UserError:
         if envs is not env:
             envs.close()

@@ -140,7 +140,7 @@ def evaluate(
     with closing(
         make_envs(env, count, engine, env_kwargs, timeout_s=config.env_timeout, log_info=config.log_info)
     ) as envs:
-        require_matching_spaces(spaces_of(envs), spaces)
+        require_matching_spaces(spaces_of(envs, config.action_bins), spaces)
         if warn:
             warn_of_statistics(envs)
             warn_of_info(envs, config.log_info)

@@ -68,7 +68,7 @@ class PPO:
         self._bind(TrainingEnvs(env), config_for(env, preset, {**settings}))
         self.preset = presets.select_name(self.env_id, preset)
         try:
-            self.spaces = spaces_of(self.envs.open(self.config))
+            self.spaces = spaces_of(self.envs.open(self.config), self.config.action_bins)
             self.learner: Learner = make_learner(self.config, self.spaces, network, self.envs.engine == "device")
         except BaseException:
             if self.envs.owns_envs:
@@ -358,7 +358,7 @@ def read_spaces(env: EnvLike, config: Config) -> Spaces:
     """Make one environment and return its spaces."""
     env, kwargs = with_wrappers(env, config.wrappers), config.env_kwargs
     with closing(make_envs(env, 1, evaluation_engine(env, kwargs), kwargs, timeout_s=config.env_timeout)) as envs:
-        return spaces_of(envs)
+        return spaces_of(envs, config.action_bins)
 
 
 def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

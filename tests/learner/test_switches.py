@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from rollouts import CATEGORICAL, CONTINUOUS, act_rollout, scramble, small
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
+from proximo.jax.loop import to_env
 from proximo.learner.schedules import hyper_at
 from proximo.ppo import PPO
 from proximo.rollout.minibatches import minibatch_order
@@ -195,6 +197,58 @@ def test_the_second_epoch_uses_the_critic_of_the_first(backend):
         other.update(rollout, epoch[None], hyper_at(config, 0))
     for name, value in other.state().items():
         np.testing.assert_allclose(learner.state()[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+class Aims(gym.Env):
+    """One step; the best action is (½ s, −½ s) for the observed s = ±1, and costs nothing."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._seen = np.float32([self.np_random.choice([-1.0, 1.0])])
+        return self._seen, {}
+
+    def step(self, action):
+        cost = np.square(action - np.array([0.5, -0.5]) * self._seen).sum()
+        return self._seen, -float(cost), True, False, {}
+
+
+@each_backend
+def test_binned_actions_are_learned(backend, tmp_path):
+    """Five values per dimension are −1, −½, 0, ½, 1: the best action is one of them, also after loading, and on CPU in
+    NumPy as in the network. A uniform policy loses 2 · (½² + ½) = 1.5 on average."""
+    settings = {"num_envs": 8, "num_steps": 32, "minibatch_size": 64, "learning_rate": 5e-3, "hidden_sizes": (16,)}
+    with PPO(Aims, backend=backend.name, action_bins=5, histogram_interval=1, **settings) as agent:
+        row = list(agent.iterate(6000, run_dir=tmp_path / "run"))[-1]
+        assert row["rollout/episode_return_mean"] > -0.2
+        assert row["policy/mean/0"] == pytest.approx(0.0, abs=0.3)
+        assert not any(name.startswith("policy/probability") for name in row)
+        for seen in (1.0, -1.0):
+            assert agent.predict(np.float32([seen]), deterministic=True).tolist() == [0.5 * seen, -0.5 * seen]
+        agent.save(tmp_path / "saved")
+    with PPO.load(tmp_path / "saved", Aims) as agent:
+        assert agent.predict(np.float32([1.0]), deterministic=True).tolist() == [0.5, -0.5]
+
+
+def test_binned_actions_reach_both_bounds():
+    """−1 to 3 in five steps of 1, on the host and on the device; a Dict may hold such a Box and others."""
+    box = gym.spaces.Box(-1.0, 3.0, (1,), np.float32)
+    spaces = Spaces.of(box, gym.spaces.Dict({"a": box, "b": gym.spaces.Discrete(2)}), 5)
+    raw = {"a": np.arange(5, dtype=np.int32)[:, None], "b": np.zeros(5, np.int32)}
+    for action in (spaces.action.to_env(raw, Config()), to_env(spaces, raw, Config())):
+        assert np.ravel(action["a"]).tolist() == [-1.0, 0.0, 1.0, 2.0, 3.0]
+    assert Spaces.from_dict(json.loads(json.dumps(spaces.to_dict()))) == spaces
+
+
+def test_bins_need_bounded_actions():
+    infinite = gym.spaces.Box(-np.inf, 1.0, (2,))
+    with pytest.raises(UserError, match="`action_bins` needs finite bounds, but the action space is Box"):
+        Spaces.of(infinite, infinite, 5)
+    with pytest.raises(UserError, match="`action_bins` needs a Box action, and there is none"):
+        PPO("CartPole-v1", action_bins=5)
+    with pytest.raises(UserError, match="`squash` needs a Box action without `action_bins`"):
+        PPO("Pendulum-v1", action_bins=5, squash=True, preset="none")
 
 
 @each_backend

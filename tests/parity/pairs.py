@@ -64,7 +64,7 @@ SWITCHES: dict[str, list[Any]] = {
 BOX = SWITCHES | {
     "observation": ["vector", "discrete", "dict"],
     "std": ["learned", "predicted", "fixed"],
-    "bounded_by": ["nothing", "squash", "tanh_mean", "bound_coef"],
+    "bounded_by": ["nothing", "squash", "tanh_mean", "bound_coef", "action_bins"],
 }
 DISCRETE = SWITCHES | {"observation": ["vector", "discrete", "dict", "masked"]}
 VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,))
@@ -167,6 +167,8 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
         case[bounded_by] = True
     if bounded_by == "bound_coef":
         case["bound_coef"] = 0.5
+    bins = 5 if bounded_by == "action_bins" else None
+    case["action_bins"] = bins
     config = Config(
         **case, seed=seed, num_envs=4, num_steps=8, num_minibatches=MINIBATCHES, update_epochs=EPOCHS,
         learning_rate=3e-3, desired_kl=3e-3, init_std=0.6, clip_observation=1.5, clip_reward=2.0, vf_coef=0.7,
@@ -175,7 +177,7 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     space = OBSERVATIONS[observation]
     if observation == "masked":
         space = gym.spaces.Dict({"x": VECTOR, "action_mask": MASKS[action]})
-    return config, Spaces.of(space, ACTIONS[action])
+    return config, Spaces.of(space, ACTIONS[action], bins)
 
 
 def perturbed(state: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

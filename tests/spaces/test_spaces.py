@@ -21,7 +21,7 @@ from proximo.envs.wrappers import read_arguments
 from proximo.errors import UserError
 from proximo.ppo import PPO
 from proximo.spaces.actions import Actions
-from proximo.spaces.heads import CategoricalHead, GaussianHead, head_from_dict
+from proximo.spaces.heads import BinnedHead, CategoricalHead, GaussianHead, head_from_dict
 from proximo.spaces.observations import Leaf
 from proximo.spaces.spaces import Spaces
 from proximo.spaces.trees import select
@@ -340,6 +340,7 @@ HEADS = [
     GaussianHead((2, 2), (-1.0,) * 4, (1.0, 2.0, 3.0, 4.0)),
     GaussianHead((3,), (-np.inf, -1.0, 0.0), (np.inf, np.inf, 2.5), "float64", "arm.joints"),
     GaussianHead((), (-np.inf,), (np.inf,), path="scalar"),
+    BinnedHead((2, 1), (-1.0, 0.0), (1.0, 2.0), 41, "float64", "arm"),
 ]
 
 

@@ -232,6 +232,10 @@ class Config:
         "learned", "standard deviation of a Gaussian policy: learned, predicted from the observation, or fixed",
         source=WHAT_MATTERS
     )
+    action_bins: int | None = policy(
+        None, "values of each number of a bounded Box action, chosen by a categorical policy instead of a Gaussian; "
+        "off by default", low=2, high=1024, source="Tang and Agrawal 2020, arXiv:1901.10500"
+    )
     init_std: float = policy(1.0, "initial standard deviation", above=0, high=7)
     min_std: float = policy(1e-3, "lower bound of the standard deviation", above=0)
     tanh_mean: bool = policy(False, "bound the mean of the Gaussian to [-1, 1] with tanh")

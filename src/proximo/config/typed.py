@@ -77,6 +77,7 @@ class Settings(TypedDict, total=False):
     layer_norm: bool
     orthogonal_init: bool
     std: Literal["learned", "predicted", "fixed"]
+    action_bins: int | None
     init_std: float
     min_std: float
     tanh_mean: bool

@@ -311,9 +311,9 @@ def warn_of_info(envs: VectorEnv, names: Sequence[str]) -> None:
         )
 
 
-def spaces_of(envs: VectorEnv) -> Spaces:
-    """Return the spaces of one environment."""
-    return Spaces.of(envs.single_observation_space, envs.single_action_space)
+def spaces_of(envs: VectorEnv, bins: int | None = None) -> Spaces:
+    """Return the spaces of one environment; `bins` is the setting `action_bins`."""
+    return Spaces.of(envs.single_observation_space, envs.single_action_space, bins)
 
 
 def require_matching_spaces(spaces: Spaces, expected: Spaces) -> None:

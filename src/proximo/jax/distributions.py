@@ -78,6 +78,35 @@ class Bernoulli(NamedTuple):
         return {"probability": jax.nn.sigmoid(self.logits)}
 
 
+class Binned(NamedTuple):
+    """Independent choices of one of B values for each of D dimensions."""
+
+    logits: Array  # [..., D, B]
+
+    def sample(self, noise: Array) -> Array:
+        """Standard Gumbel noise [..., D · B] -> indices [..., D]."""
+        return jnp.argmax(self.logits + noise.reshape(self.logits.shape), axis=-1).astype(jnp.int32)
+
+    def log_prob(self, action: Array) -> Array:
+        """log π of indices [..., D], summed over dimensions: [...]."""
+        return jnp.sum(Categorical(self.logits).log_prob(action), axis=-1)
+
+    def entropy(self) -> Array:
+        """Entropy, summed over dimensions: [...]."""
+        return jnp.sum(Categorical(self.logits).entropy(), axis=-1)
+
+    def stds(self) -> Array:
+        """Standard deviations that are parameters: none, [..., 0]."""
+        return self.logits[..., 0, :0]
+
+    def describe(self) -> dict[str, Array]:
+        """`mean` and `std` of every dimension, where the values lie between −1 and 1: [..., D]."""
+        values = jnp.linspace(-1.0, 1.0, self.logits.shape[-1], dtype=self.logits.dtype)
+        probability = jax.nn.softmax(self.logits)
+        mean = jnp.sum(probability * values, axis=-1)
+        return {"mean": mean, "std": jnp.sqrt(jnp.sum(probability * (values - mean[..., None]) ** 2, axis=-1))}
+
+
 class Gaussian(NamedTuple):
     """Independent normals."""
 
@@ -167,7 +196,14 @@ def bernoulli(config: Config, head: Head, logits: Array, log_std: Array | None, 
     return Bernoulli(logits)
 
 
-BUILDERS = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}  # by kind of head
+def binned(config: Config, head: Head, logits: Array, log_std: Array | None, masks: Sequence[Array]) -> Binned:
+    """The distribution of a binned head from its logits [..., D · B]."""
+    return Binned(logits.reshape(*logits.shape[:-1], *head.raw_shape, -1))
+
+
+BUILDERS = {  # by kind of head
+    "categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli, "binned": binned,
+}  # fmt: skip
 
 
 # (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`

@@ -27,11 +27,14 @@ from proximo.rollout.env_state import EnvState
 from proximo.rollout.jax_env import JaxEnv
 from proximo.rollout.randomness import Purpose, environment_seeds, sequence
 from proximo.rollout.rollout import Rollout
-from proximo.spaces.heads import CategoricalHead, GaussianHead, Head
+from proximo.spaces.heads import BinnedHead, CategoricalHead, GaussianHead, Head
 from proximo.spaces.spaces import Spaces
 from proximo.spaces.trees import build, is_inside
 
-NOISE = {"categorical": jax.random.gumbel, "gaussian": jax.random.normal, "bernoulli": jax.random.logistic}
+NOISE = {  # by kind of head
+    "categorical": jax.random.gumbel, "gaussian": jax.random.normal, "bernoulli": jax.random.logistic,
+    "binned": jax.random.gumbel,
+}  # fmt: skip
 KEY_TYPES = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}  # name of a dtype -> of JAX
 MAX_ITERATIONS = 128  # of one call
 MAX_ROWS, MAX_BYTES = 1 << 20, 1 << 24  # of the results of one call: transitions, and states after each iteration
@@ -113,6 +116,10 @@ def env_action(head: Head, raw: Array, config: Config) -> Array:
     """Raw samples [N, ...] of one head -> environment actions [N, ...]; see `to_env` of the head."""
     if isinstance(head, CategoricalHead):
         return (raw + head.start).astype(jax.dtypes.canonicalize_dtype(head.dtype))
+    if isinstance(head, BinnedHead):
+        low, high = jnp.array(head.low, head.dtype), jnp.array(head.high, head.dtype)
+        share = raw.astype(head.dtype) / (head.bins - 1)
+        return (low * (1.0 - share) + high * share).reshape(-1, *head.shape)
     if not isinstance(head, GaussianHead):
         return raw.reshape(-1, *head.shape)
     low, high = head.bounds

@@ -91,7 +91,8 @@ def record(
         raise UserError(f"max_frames must be a whole number in [2, ∞), got {max_frames}")
     dtypes = {leaf.path: leaf.dtype for leaf in spaces.observation}
     with open_rendering_env(env, config) as rendering_env:
-        require_matching_spaces(Spaces.of(rendering_env.observation_space, rendering_env.action_space), spaces)
+        given = (rendering_env.observation_space, rendering_env.action_space, config.action_bins)
+        require_matching_spaces(Spaces.of(*given), spaces)
         reports = reports_episodes(rendering_env)
         fps = (rendering_env.metadata or {}).get("render_fps") or DEFAULT_FPS
         with open_encoder(path, Fraction(fps).limit_denominator(1001)) as write_frame:

@@ -11,7 +11,7 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import UserError
-from proximo.spaces.heads import BernoulliHead, CategoricalHead, GaussianHead, Head, RawAction
+from proximo.spaces.heads import BernoulliHead, BinnedHead, CategoricalHead, GaussianHead, Head, RawAction
 from proximo.spaces.observations import named_children
 from proximo.spaces.trees import build, describe_path, is_inside, join
 
@@ -67,9 +67,11 @@ class Actions:
     def check(self, config: Config) -> None:
         """Raise UserError for settings of continuous actions that these cannot serve."""
         continuous = [head for head in self.heads if isinstance(head, GaussianHead)]
-        for name in ("squash", "rescale_actions", "tanh_mean", "bound_coef"):
-            if getattr(config, name) and not continuous:
-                raise UserError(f"`{name}` needs a Box action, and there is none: {self.describe()}. Turn it off.")
+        is_binned = any(isinstance(head, BinnedHead) for head in self.heads)
+        kind = "a Box action without `action_bins`" if is_binned else "a Box action"
+        for name in ("squash", "rescale_actions", "tanh_mean", "bound_coef", "action_bins"):
+            if getattr(config, name) and not (is_binned if name == "action_bins" else continuous):
+                raise UserError(f"`{name}` needs {kind}, and there is none: {self.describe()}. Turn it off.")
         for head in continuous:
             head.check(config)
 
@@ -107,20 +109,23 @@ class Actions:
         return ", ".join(head.describe_outputs(config) for head in self.heads)
 
     @staticmethod
-    def of(space: gym.Space[Any]) -> Actions:
+    def of(space: gym.Space[Any], bins: int | None = None) -> Actions:
         """Read a Gymnasium action space.
+
+        Args:
+            bins: values of each number of a Box; None for any.
 
         Raises:
             UserError: the space is not supported.
         """
-        parts = list(read_actions(space))
+        parts = list(read_actions(space, bins))
         heads = [head for heads, _ in parts for head in heads]
         order, grids = tuple(head.path for head in heads), tuple(grid for _, grid in parts if grid)
         return Actions(tuple(sorted(heads, key=lambda head: head.path)), grids, order)
 
 
 def read_actions(
-    space: gym.Space[Any], path: str = ""
+    space: gym.Space[Any], bins: int | None, path: str = ""
 ) -> Iterator[tuple[list[Head], tuple[str, tuple[int, ...]] | None]]:
     """Yield (heads, path and shape of a MultiDiscrete action or None) for each simple space of an action space.
 
@@ -130,7 +135,7 @@ def read_actions(
     name = f"action space {describe_path(path)!r}" if path else "action space"
     if children := list(named_children(space, name)):
         for key, child in children:
-            yield from read_actions(child, join(path, key, len(children)))
+            yield from read_actions(child, bins, join(path, key, len(children)))
     elif isinstance(space, gym.spaces.Discrete):
         yield [CategoricalHead(int(space.n), int(space.start), path, str(space.dtype))], None
     elif isinstance(space, gym.spaces.MultiDiscrete) or is_grid(space):
@@ -145,7 +150,15 @@ def read_actions(
         yield [BernoulliHead(tuple(space.shape), path)], None
     elif isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and 0 not in space.shape:
         low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (space.low, space.high))
-        yield [GaussianHead(tuple(space.shape), low, high, str(space.dtype), path)], None
+        if bins is None:
+            yield [GaussianHead(tuple(space.shape), low, high, str(space.dtype), path)], None
+            return
+        if not np.isfinite([low, high]).all():
+            raise UserError(
+                f"`action_bins` needs finite bounds, but the {name} is {space}. Turn it off, or wrap the environment "
+                "with gymnasium.wrappers.RescaleAction."
+            )
+        yield [BinnedHead(tuple(space.shape), low, high, bins, str(space.dtype), path)], None
     else:
         raise UserError(
             f"{name} {space} is not supported: expected Discrete, MultiDiscrete, MultiBinary, Box of floating-point "

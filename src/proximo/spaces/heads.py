@@ -212,6 +212,80 @@ class GaussianHead:
 
 
 @dataclass(frozen=True)
+class BinnedHead:
+    """Bounded real-valued actions as one of `bins` equidistant values per dimension, the first and last at the bounds.
+
+    The dimensions are independent (Tang and Agrawal 2020, arXiv:1901.10500). The raw sample is the index of each, [D].
+    """
+
+    shape: tuple[int, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    bins: int
+    dtype: str = "float32"
+    path: str = ""
+
+    kind: ClassVar[str] = "binned"
+    raw_dtype: ClassVar[str] = "int32"
+    std_size: ClassVar[int] = 0  # standard deviations
+
+    @property
+    def size(self) -> int:
+        """D, the number of action dimensions."""
+        return len(self.low)
+
+    @property
+    def noise_size(self) -> int:
+        """Noise values per sample."""
+        return self.size * self.bins
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of one raw sample."""
+        return (self.size,)
+
+    def output_size(self, config: Config) -> int:
+        """Outputs of the network: one logit per value of each dimension."""
+        return self.size * self.bins
+
+    def noise(self, rng: np.random.Generator, leading: tuple[int, ...]) -> np.ndarray:
+        """Standard Gumbel noise [*leading, noise_size], as for a categorical head."""
+        return rng.gumbel(size=(*leading, self.noise_size)).astype(np.float32)
+
+    def sample(
+        self, config: Config, logits: np.ndarray, std: Any, noise: Any, masks: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Indices [N, D] from logits [N, D · bins] with the Gumbel-max trick."""
+        return np.argmax((logits + noise).reshape(-1, self.size, self.bins), axis=-1).astype(np.int32)
+
+    def random(self, rng: np.random.Generator, count: int, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """Uniform raw samples [count, D]."""
+        return rng.integers(self.bins, size=(count, self.size), dtype=np.int32)
+
+    def is_out_of_reach(self, config: Config) -> bool:
+        """Whether some action can hardly be sampled at first: no."""
+        return False
+
+    def to_env(self, raw: np.ndarray, config: Config) -> np.ndarray:
+        """Indices [N, D] -> environment actions [N, *shape]."""
+        share = raw / (self.bins - 1)
+        action = np.multiply(self.low, 1.0 - share) + np.multiply(self.high, share)
+        return action.astype(self.dtype).reshape(-1, *self.shape)
+
+    def describe(self) -> str:
+        """Describe the actions in a message."""
+        return f"{self.bins} numbers for each of shape {self.shape}, from {self.low} to {self.high}, as {self.dtype}"
+
+    def describe_outputs(self, config: Config) -> str:
+        """Describe the network's outputs in a message."""
+        return f"{self.bins} logits for each dimension of the action"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
 class BernoulliHead:
     """Independent bits of any shape. The raw sample is flat, [..., size], of 0 and 1."""
 
@@ -278,7 +352,7 @@ def frequency(head: Head, raw: np.ndarray) -> np.ndarray:
     return np.bincount(raw, minlength=head.n) / len(raw) if isinstance(head, CategoricalHead) else raw.mean(axis=0)
 
 
-Head = CategoricalHead | GaussianHead | BernoulliHead
+Head = CategoricalHead | GaussianHead | BinnedHead | BernoulliHead
 
 
 def head_from_dict(values: Mapping[str, Any]) -> Head:
@@ -291,6 +365,8 @@ def head_from_dict(values: Mapping[str, Any]) -> Head:
         return CategoricalHead(**values)
     if kind == "bernoulli":
         return BernoulliHead(**{**values, "shape": tuple(values["shape"])})
+    if kind == "binned":
+        return BinnedHead(**{**values, **{name: tuple(values[name]) for name in ("shape", "low", "high")}})
     if kind != "gaussian":
         raise ValueError(f"unknown kind of action head: {kind!r}")
     low = tuple(-np.inf if value is None else value for value in values.pop("low"))

@@ -89,8 +89,11 @@ class Spaces:
         return Spaces(leaves, Actions(heads, grids, order))
 
     @staticmethod
-    def of(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Spaces:
+    def of(observation_space: gym.Space[Any], action_space: gym.Space[Any], bins: int | None = None) -> Spaces:
         """Read the spaces of one (not vectorised) environment.
+
+        Args:
+            bins: the setting `action_bins`.
 
         Raises:
             UserError: a space that Proximo cannot train on.
@@ -99,7 +102,7 @@ class Spaces:
             leaves = tuple(read_leaves(observation_space))
         except UnsupportedSpace as error:
             raise UserError(f"{error} {remedy(observation_space)}") from error
-        spaces = Spaces(leaves, Actions.of(action_space))
+        spaces = Spaces(leaves, Actions.of(action_space, bins))
         for leaf in [leaf for leaf in spaces.observation if leaf.kind == "mask"]:
             sizes = [part.stop - part.start for _, part in spaces.masked_heads(leaf)]
             size, rows = sum(sizes), leaf.stack[:-1]

@@ -78,6 +78,35 @@ class Bernoulli(NamedTuple):
         return {"probability": torch.sigmoid(self.logits)}
 
 
+class Binned(NamedTuple):
+    """Independent choices of one of B values for each of D dimensions."""
+
+    logits: Tensor  # [..., D, B]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Standard Gumbel noise [..., D · B] -> indices [..., D]."""
+        return torch.argmax(self.logits + noise.reshape(self.logits.shape), dim=-1).to(torch.int32)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """log π of indices [..., D], summed over dimensions: [...]."""
+        return torch.sum(Categorical(self.logits).log_prob(action), dim=-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy, summed over dimensions: [...]."""
+        return torch.sum(Categorical(self.logits).entropy(), dim=-1)
+
+    def stds(self) -> Tensor:
+        """Standard deviations that are parameters: none, [..., 0]."""
+        return self.logits[..., 0, :0]
+
+    def describe(self) -> dict[str, Tensor]:
+        """`mean` and `std` of every dimension, where the values lie between −1 and 1: [..., D]."""
+        values = torch.linspace(-1.0, 1.0, self.logits.shape[-1], dtype=self.logits.dtype, device=self.logits.device)
+        probability = torch.softmax(self.logits, dim=-1)
+        mean = torch.sum(probability * values, dim=-1)
+        return {"mean": mean, "std": torch.sqrt(torch.sum(probability * (values - mean[..., None]) ** 2, dim=-1))}
+
+
 class Gaussian(NamedTuple):
     """Independent normals."""
 
@@ -172,7 +201,14 @@ def bernoulli(config: Config, head: Head, logits: Tensor, log_std: Tensor | None
     return Bernoulli(logits)
 
 
-BUILDERS = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}  # by kind of head
+def binned(config: Config, head: Head, logits: Tensor, log_std: Tensor | None, masks: Sequence[Tensor]) -> Binned:
+    """The distribution of a binned head from its logits [..., D · B]."""
+    return Binned(logits.reshape(*logits.shape[:-1], *head.raw_shape, -1))
+
+
+BUILDERS = {  # by kind of head
+    "categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli, "binned": binned,
+}  # fmt: skip
 
 
 # (config, spaces, output [..., K] of a network, log_std [D], obs) -> Policy; see `proximo.learner.policy`
