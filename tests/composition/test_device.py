@@ -48,13 +48,14 @@ SETTINGS = {
         "memory": "lstm",
         "memory_size": 8,
     },
+    "residual": {"residual": True, "hidden_sizes": (8, 16), "action_bins": 5},
     "adaptive": {"lr_schedule": "adaptive", "vf_clip_coef": 0.2, "normalize_advantage": "rollout", "std": "predicted"},
 }
 
 
 def source_of(env, **settings):
     config = Config(backend="jax", total_timesteps=64_000, **{**SMALL, **settings})
-    learner = make_learner(config, Spaces.of(env.observation_space, env.action_space))
+    learner = make_learner(config, Spaces.of(env.observation_space, env.action_space, config.action_bins))
     source = DeviceGroup([learner], env).sources[0]
     source.reset(0)
     return source, learner, config

@@ -273,3 +273,42 @@ def test_normalised_layers_ignore_the_scale_of_their_weights(backend):
         found.append((action[""], log_prob, value))
     for one, ten in zip(*found, strict=True):
         np.testing.assert_allclose(one, ten, rtol=1e-3, atol=1e-4)
+
+
+def standardized(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+
+
+@each_backend
+def test_residual_blocks_by_hand(backend):
+    """x ← W₀ s, then x ← x + W₂ relu(W₁ norm(x)) for each block of inner widths 5 and 3, then norm(x)."""
+    config = small(residual=True, hidden_sizes=(7, 5, 3), activation="relu")
+    learner = backend.learner(config, CATEGORICAL)
+    scramble(learner)
+    params = {name[7:]: x.astype(np.float64) for name, x in learner.state().items() if name.startswith("params/")}
+    obs = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return standardized(x) * params[f"{name}.scale"] + params[f"{name}.shift"]
+
+    outputs = []
+    for part in ("actor", "critic"):
+        x = linear(f"{part}.0", obs)
+        for name in (f"{part}.1", f"{part}.2"):
+            x = x + linear(f"{name}.out", np.maximum(linear(name, norm(name, x)), 0.0))
+        outputs.append(linear(f"{part}.head", norm(f"{part}.norm", x)))
+    action = np.argmax(outputs[0], axis=1).astype(np.int32)
+    log_prob, value, _ = learner.evaluate_actions({"": obs}, {"": action})
+    np.testing.assert_allclose(value, outputs[1][:, 0], rtol=1e-4, atol=1e-4)
+    shifted = outputs[0] - outputs[0].max(axis=1, keepdims=True)
+    np.testing.assert_allclose(log_prob, -np.log(np.exp(shifted).sum(axis=1)), rtol=1e-4, atol=1e-4)
+    assert (learner.actor(None)({"": obs}, np.ones(6, bool))[""] == action).all()
+
+
+def test_residual_networks_need_a_width():
+    for settings in ({"hidden_sizes": ()}, {"critic_hidden_sizes": ()}, {"layer_norm": True}):
+        with pytest.raises(UserError, match="`residual` needs a width in `hidden_sizes`"):
+            Config(residual=True, **settings)

@@ -56,7 +56,7 @@ SWITCHES: dict[str, list[Any]] = {
     "upper_clip_coef": [None, 0.3],
     "reward_scale": [1.0, 0.1],
     "weight_decay": [None, 0.05],
-    "layer_norm": [False, True],
+    "layers": ["plain", "layer_norm", "residual"],
     "memory": [None, "gru", "lstm"],
     "sequence_length": [1, 4],
     "resets": ["next_step", "same_step"],
@@ -160,6 +160,8 @@ def setting(case: Case, seed: int) -> tuple[Config, Spaces]:
     case = {**case}
     action, observation, bounded_by = (case.pop(x, None) for x in ("action", "observation", "bounded_by"))
     case.pop("resets")
+    if (layers := case.pop("layers", "plain")) != "plain" and case["hidden_sizes"]:
+        case[layers] = True
     if case.get("shared_trunk") is not False:
         case.pop("critic_hidden_sizes", None)
     case["target_kl"] = 1e9 if case["target_kl"] else None  # replaced by a value that stops midway

@@ -223,6 +223,10 @@ class Config:
         False, "layer normalisation of every hidden layer, before its activation",
         source="Ba et al. 2016, arXiv:1607.06450"
     )
+    residual: bool = network(
+        False, "hidden layers as residual blocks with layer normalisation: hidden_sizes are the width, and the inner "
+        "width of each block", source="Lee et al. 2024, SimBa, arXiv:2410.09754"
+    )
     orthogonal_init: bool = network(
         True, "orthogonal weights (gain sqrt 2; policy head 0.01; value head 1) and zero biases, except those of "
         "memory; otherwise PyTorch's default for linear layers, uniform in ±1/sqrt(inputs)", source=DETAILS
@@ -289,6 +293,8 @@ class Config:
             raise UserError(
                 "`squash` and `tanh_mean` both apply tanh, which would bound actions to tanh(±1). Use one of them."
             )
+        if self.residual and (self.layer_norm or () in (self.hidden_sizes, self.critic_hidden_sizes)):
+            raise UserError("`residual` needs a width in `hidden_sizes`, and normalises layers without `layer_norm`.")
         if self.squash and self.bound_coef is not None:
             raise UserError("`squash` bounds the actions, which leaves nothing to `bound_coef`. Use one of them.")
         if self.minibatch_size is not None and self.num_minibatches is not None:

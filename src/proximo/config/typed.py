@@ -75,6 +75,7 @@ class Settings(TypedDict, total=False):
     memory_size: int
     embedding_size: int
     layer_norm: bool
+    residual: bool
     orthogonal_init: bool
     std: Literal["learned", "predicted", "fixed"]
     action_bins: int | None

@@ -4,9 +4,10 @@ A parameter is `<part>.<layer>.weight` [inputs, outputs] or `<part>.<layer>.bias
 `actor`, `critic` or `trunk`, and layer a number or `head`. A convolution is `<part>.conv.<layer>`, with a weight
 [height, width, inputs, outputs]. The embedding of a discrete leaf is `<part>.embedding`, followed by the path of the
 leaf. A recurrent layer has `<part>.memory.input` and `<part>.memory.hidden`, whose outputs are its gates, in the order
-of PyTorch's GRU and LSTM. A layer with layer normalisation has `<part>.<layer>.scale` and `<part>.<layer>.shift`
-[outputs]. `actor.log_std` [D] is the learned log standard deviation of all Gaussian heads.
-Parameters whose names begin with `critic` use the critic's learning rate.
+of PyTorch's GRU and LSTM. Layer normalisation has `<part>.<layer>.scale` and `<part>.<layer>.shift`. A residual block
+has these for its input, a second layer `<part>.<layer>.out`, and `<part>.norm` follows the last block. `actor.log_std`
+[D] is the learned log standard deviation of all Gaussian heads. Parameters whose names begin with `critic` use the
+critic's learning rate.
 """
 
 import itertools
@@ -36,6 +37,7 @@ IMPALA = (16, 32, 32)  # outputs of each section: convolution, pooling by 2, two
 GATES = {"none": 0, "gru": 3, "lstm": 4}  # of a recurrent layer
 CARRIED = {"none": 0, "gru": 1, "lstm": 2}  # vectors in its state
 HIDDEN_GAIN, POLICY_GAIN, VALUE_GAIN, MEMORY_GAIN, EMBEDDING_GAIN = math.sqrt(2.0), 0.01, 1.0, 1.0, 1.0
+BLOCK_GAIN = 1.0  # of the second layer of a residual block
 
 
 def is_critic(name: str) -> bool:
@@ -60,10 +62,16 @@ class Architecture(NamedTuple):
     critic_hidden_sizes: tuple[int, ...] = ()  # hidden_sizes, unless they were set
     embedding_size: int = 0  # of each discrete leaf; 0 for one-hot codes
     layer_norm: bool = False
+    residual: bool = False
 
     def sizes(self, part: str) -> tuple[int, ...]:
         """Widths of the hidden layers of a part."""
         return self.critic_hidden_sizes if part == "critic" else self.hidden_sizes
+
+    def width(self, part: str) -> int:
+        """Numbers in the output of the hidden layers of a part; 0 without any."""
+        sizes = self.sizes(part)
+        return 0 if not sizes else sizes[0] if self.residual else sizes[-1]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -116,6 +124,7 @@ def architecture(config: Config, spaces: Spaces) -> Architecture:
         sizes if config.critic_hidden_sizes is None else config.critic_hidden_sizes,
         config.embedding_size if any(leaf.kind == "discrete" for leaf in spaces.observation) else 0,
         config.layer_norm,
+        config.residual,
     )
 
 
@@ -195,11 +204,15 @@ def orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 def initial_norms(config: Config, spaces: Spaces) -> Parameters:
     """Scales of 1 and shifts of 0, [H] each, of every normalised layer."""
-    arch, parameters = architecture(config, spaces), {}
-    for part in arch.parts if arch.layer_norm else ():
-        for index, size in enumerate(arch.sizes(part)):
-            parameters[f"{part}.{index}.scale"], parameters[f"{part}.{index}.shift"] = np.ones(size), np.zeros(size)
-    return parameters
+    arch, sizes = architecture(config, spaces), {}
+    for part in arch.parts:
+        if arch.layer_norm:
+            sizes |= {f"{part}.{index}": size for index, size in enumerate(arch.sizes(part))}
+        elif arch.residual:
+            names = [*(f"{part}.{index}" for index in range(1, len(arch.sizes(part)))), f"{part}.norm"]
+            sizes |= dict.fromkeys(names, arch.width(part))
+    scales = {f"{name}.scale": np.ones(size) for name, size in sizes.items()}
+    return scales | {f"{name}.shift": np.zeros(size) for name, size in sizes.items()}
 
 
 def initial_log_std(config: Config, spaces: Spaces) -> Parameters:
@@ -250,11 +263,14 @@ def _layers(config: Config, spaces: Spaces) -> Iterator[tuple[str, tuple[int, ..
         for leaf in discrete:
             yield f"{body}.{embedding_name(leaf)}", (leaf.n, arch.embedding_size), EMBEDDING_GAIN
         for index, (rows, columns) in enumerate(itertools.pairwise(sizes)):
-            yield f"{body}.{index}", (rows, columns), HIDDEN_GAIN
+            yield f"{body}.{index}", (sizes[1] if arch.residual and index else rows, columns), HIDDEN_GAIN
+            if arch.residual and index:
+                yield f"{body}.{index}.out", (columns, sizes[1]), BLOCK_GAIN
+        width = arch.width(body) or inputs
         if size:
-            yield f"{body}.memory.input", (sizes[-1], GATES[arch.memory] * size), MEMORY_GAIN
+            yield f"{body}.memory.input", (width, GATES[arch.memory] * size), MEMORY_GAIN
             yield f"{body}.memory.hidden", (size, GATES[arch.memory] * size), MEMORY_GAIN
-        last[body] = size or sizes[-1]
+        last[body] = size or width
     yield "actor.head", (last[arch.parts[0]], spaces.action.output_size(config)), POLICY_GAIN
     yield "critic.head", (last[arch.parts[-1]], 1), VALUE_GAIN
 

@@ -59,10 +59,7 @@ def mlp_actor(
     """
     arch = architecture(config, spaces)
     part = arch.parts[0]
-    names = [f"{part}.{index}" for index in range(len(arch.hidden_sizes))]
-    kinds = ("scale", "shift") if arch.layer_norm else ()
-    norms = [[params[f"{name}.{kind}"] for kind in kinds] for name in names]
-    hidden = [(params[f"{name}.weight"], params[f"{name}.bias"], norm) for name, norm in zip(names, norms, strict=True)]
+    hidden = hidden_layers(arch, part, params)
     embedded = [leaf for leaf in spaces.observation if leaf.kind == "discrete" and arch.embedding_size]
     named = ((leaf.path, f"{part}.{embedding_name(leaf)}") for leaf in embedded)
     embeddings = {path: (params[f"{name}.weight"], params[f"{name}.bias"]) for path, name in named}
@@ -72,7 +69,6 @@ def mlp_actor(
         path: (found.mean, (1.0 / np.sqrt(found.variance + VARIANCE_EPSILON)).astype(weight.dtype))
         for path, found in moments.items()
     }
-    activation = ACTIVATIONS[arch.activation]
     log_std = params.get("actor.log_std")
     fixed = np.full(spaces.action.std_size, config.init_std, weight.dtype)
     std = fixed if log_std is None else np.exp(log_std)
@@ -85,9 +81,7 @@ def mlp_actor(
 
     def actor(obs: Obs, start: np.ndarray) -> RawAction:
         x = encode(spaces, obs, scales, embeddings, config.clip_observation, weight.dtype)
-        for layer_weight, layer_bias, norm in hidden:
-            x = x @ layer_weight + layer_bias
-            x = activation(normalize_layer(x, *norm) if norm else x)
+        x = hidden(x)
         if remember:
             x = remember(x, start)
         output = x @ weight + bias
@@ -100,6 +94,43 @@ def mlp_actor(
         }
 
     return actor
+
+
+def hidden_layers(arch: Architecture, part: str, params: Parameters) -> Callable[[np.ndarray], np.ndarray]:
+    """The hidden layers of a part, a function of features [N, F]; see `proximo.jax.networks.hidden_layers`."""
+    activation, count = ACTIVATIONS[arch.activation], len(arch.sizes(part))
+
+    def layer(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+        return lambda x: x @ weight + bias
+
+    def norm(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        scale, shift = params[f"{name}.scale"], params[f"{name}.shift"]
+        return lambda x: normalize_layer(x, scale, shift)
+
+    def plain(x: np.ndarray) -> np.ndarray:
+        for weight, bias, normalize in layers:
+            x = x @ weight + bias
+            x = activation(normalize(x) if normalize else x)
+        return x
+
+    if not arch.residual:
+        names = [f"{part}.{index}" for index in range(count)]
+        norms = [norm(name) if arch.layer_norm else None for name in names]
+        weights = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
+        layers = [(*pair, normalize) for pair, normalize in zip(weights, norms, strict=True)]
+        return plain
+    first, last = layer(f"{part}.0"), norm(f"{part}.norm")
+    names = [f"{part}.{index}" for index in range(1, count)]
+    blocks = [(norm(name), layer(name), layer(f"{name}.out")) for name in names]
+
+    def residual_blocks(x: np.ndarray) -> np.ndarray:
+        x = first(x)
+        for normalize, inner, out in blocks:
+            x = x + out(activation(inner(normalize(x))))
+        return last(x)
+
+    return residual_blocks
 
 
 def normalize_layer(x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:

@@ -93,12 +93,24 @@ def hidden_layers(arch: Architecture, spaces: Spaces, params: Params, part: str,
     """The output [..., H] of a part's last hidden layer."""
     given = (arch, params, part)
     x = encode(spaces, obs, dtype_of(params), partial(convolve_image, *given), partial(embed_code, *given))
+    if arch.residual:
+        return residual_blocks(arch, params, part, x)
     for index in range(len(arch.sizes(part))):
         x = linear(params, f"{part}.{index}", x)
         if arch.layer_norm:
             x = normalize_layer(params, f"{part}.{index}", x)
         x = ACTIVATIONS[arch.activation](x)
     return x
+
+
+def residual_blocks(arch: Architecture, params: Params, part: str, x: Tensor) -> Tensor:
+    """A linear layer, pre-norm residual blocks, and a normalisation (Lee et al. 2024, arXiv:2410.09754)."""
+    x = linear(params, f"{part}.0", x)
+    for index in range(1, len(arch.sizes(part))):
+        name = f"{part}.{index}"
+        inner = ACTIVATIONS[arch.activation](linear(params, name, normalize_layer(params, name, x)))
+        x = x + linear(params, f"{name}.out", inner)
+    return normalize_layer(params, f"{part}.norm", x)
 
 
 def normalize_layer(params: Params, name: str, x: Tensor) -> Tensor:
