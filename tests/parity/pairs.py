@@ -53,7 +53,7 @@ SWITCHES: dict[str, list[Any]] = {
     "normalize_reward": [False, True],
     "normalize_value": [False, True],
     "recompute_advantages": [False, True],
-    "upper_clip_coef": [None, 0.3],
+    "upper_clip_coef": [None, 0.12],
     "reward_scale": [1.0, 0.1],
     "weight_decay": [None, 0.05],
     "layers": ["plain", "layer_norm", "residual"],
