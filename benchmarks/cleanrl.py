@@ -41,9 +41,14 @@ CARTPOLE = [
     "--num-envs", "4", "--num-steps", "128", "--num-minibatches", "4", "--update-epochs", "4",
     "--learning-rate", "2.5e-4", "--ent-coef", "0.01", "--vf-clip-coef", "0.2", "--total-timesteps", "500_000",
 ]  # fmt: skip
+CONTINUOUS = [
+    "--num-envs", "1", "--num-steps", "2048", "--num-minibatches", "32", "--update-epochs", "10",
+    "--learning-rate", "3e-4", "--vf-clip-coef", "0.2", "--normalize-observation", "--normalize-reward",
+    "--total-timesteps", "1_000_000",
+]  # fmt: skip
 CASES = {
     "CartPole-v1": ("ppo.py", ["--preset", "none", *CARTPOLE]),
-    "HalfCheetah-v4": ("ppo_continuous_action.py", ["--preset", "HalfCheetah-v5"]),
+    "HalfCheetah-v4": ("ppo_continuous_action.py", ["--preset", "none", *CONTINUOUS]),
 }
 Curve = tuple[np.ndarray, np.ndarray]
 

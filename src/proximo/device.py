@@ -5,9 +5,11 @@ that are traced (`proximo.learner.schedules.Hyper`).
 """
 
 import importlib
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,6 +56,25 @@ class Position(NamedTuple):
         return -(-(self.config.total_timesteps - self.global_step) // self.config.rollout_transitions)
 
 
+class Timer:
+    """The time at which arrays are computed, found in a thread, because the host may be busy with something else."""
+
+    def __init__(self, wait: Callable[[Any], None], arrays: Any) -> None:
+        self._finished = np.inf
+        self._thread = threading.Thread(target=self._run, args=(wait, arrays))
+        self._thread.start()
+
+    def _run(self, wait: Callable[[Any], None], arrays: Any) -> None:
+        with suppress(Exception):  # raised where the results are fetched
+            wait(arrays)
+        self._finished = time.perf_counter()
+
+    def result(self) -> float:
+        """Seconds of `time.perf_counter`; waits for the arrays."""
+        self._thread.join()
+        return self._finished
+
+
 @dataclass
 class Call:
     """A jitted call of K iterations of S runs, which has begun."""
@@ -62,7 +83,8 @@ class Call:
     hyper: list[list[Hyper]]  # [S][K]
     results: Any  # [K, S, ...] of each array, on the device; see `proximo.jax.loop.Result`
     continues: bool  # from the last iterations of another call
-    began: float  # on the clock of the group
+    began: float
+    timer: Timer
     seconds: float = np.inf  # an iteration of all runs took
     fetched: Any = None  # the results on the host without the learners' states, once they were needed
     # Returns the call that continues from the last iterations; a weak reference from its first use on, so that a run
@@ -90,20 +112,7 @@ class DeviceGroup:
         self.sources = [DeviceSource(self, row, learner) for row, learner in enumerate(learners)]
         # The latest call that does not continue from another one, while a source holds it.
         self._latest: weakref.ref[Call] | None = None
-        self._seconds, self._fetched_at = np.inf, 0.0  # seconds an iteration takes; time of the last results
-        self._left_at, self._away = np.inf, 0.0  # when the last `iterate` ended; seconds between all of them
-
-    def enter(self) -> None:
-        """Begin an iteration of some run: the time since the last one does not count."""
-        self._away += max(time.perf_counter() - self._left_at, 0.0)
-
-    def leave(self) -> None:
-        """End an iteration."""
-        self._left_at = time.perf_counter()
-
-    def clock(self) -> float:
-        """Seconds, without those between iterations, such as in callbacks and evaluations."""
-        return time.perf_counter() - self._away
+        self._seconds, self._finished = np.inf, 0.0  # seconds an iteration takes; when the last call had finished
 
     def find(self, row: int, position: Position) -> Call | None:
         """The latest call that does not continue another one, if run `row` continues from where that begins."""
@@ -140,7 +149,8 @@ class DeviceGroup:
         count = max(min(int(CALL_S / self._seconds), self.loop.max_iterations, left), 1)
         hyper = [[hyper_or_zeros(start.after(k)) for k in range(count)] for start in starts]
         results = self.loop.run(state, envs, [start.iteration for start in starts], hyper)
-        return Call(starts, hyper, results, continues, self.clock())
+        timer = Timer(self.loop.wait, results.metrics)
+        return Call(starts, hyper, results, continues, time.perf_counter(), timer)
 
     def _fetch(self, call: Call) -> Call:
         """Begin the following call, and wait for the results of this one."""
@@ -149,10 +159,10 @@ class DeviceGroup:
         if call.continues and any(start.after(len(call)).iterations_left > 0 for start in call.starts):
             self._begin_following(call)
         call.fetched = self.loop.fetch(call.results._replace(state=None))
-        now = self.clock()
-        call.seconds = (now - max(call.began, self._fetched_at)) / len(call)
+        finished = call.timer.result()
+        call.seconds = (finished - max(call.began, self._finished)) / len(call)
         self._seconds = call.seconds if call.continues else np.inf  # without the time to compile
-        self._fetched_at = now
+        self._finished = finished
         return call
 
 
@@ -238,17 +248,12 @@ class DeviceSource:
                 f"training with engine device. Save the agent, and load it with PPO.load(path, update_epochs={epochs})."
             )
         on_step(0)
-        hyper_at(config, global_step)  # raises where a function of the user fails
+        hyper = hyper_at(config, global_step)  # raises where a function of the user fails
         self.captured = None
-        self._group.enter()
-        try:
-            return self._iterate(learner, config, iteration, global_step, inspect)
-        finally:
-            self._group.leave()
-
-    def _iterate(self, learner: Learner, config: Config, iteration: int, global_step: int, inspect: bool) -> Iteration:
         position = Position(learner.snapshot(), self._envs, config, iteration, global_step)
         call, index = self._find(position)
+        if call.hyper[self._row][index] != hyper:  # a function of the user has changed its mind
+            call, index = self._group.begin(self._row, position), 0
         result, hyper = self._loop.select(call.fetched, self._row, index), call.hyper[self._row][index]
         if inspect or not self._is_checked or not result.is_sound:
             self._collect(position)

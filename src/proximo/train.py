@@ -11,7 +11,7 @@ from proximo.config.settings import SETTINGS, Config
 from proximo.errors import NotFinite, Stopped, UserError, notify_user
 from proximo.learner.learner import Learner
 from proximo.rollout.rollout import Diagnostics, Metrics
-from proximo.run.checkpoint import Checkpoint
+from proximo.run.checkpoint import NETWORK_SETTINGS, Checkpoint
 from proximo.run.progress import MAX_FAILURES, WINDOW, Progress
 from proximo.source import Iteration, Source
 
@@ -78,9 +78,10 @@ def iterations(
 def require_changeable(old: Config, new: Config, names: Iterable[str]) -> None:
     """Raise UserError if one of the named settings differs that cannot change while a learner exists."""
     for name in find_fixed(old, new, names):
+        fix = f"Save the agent, and load it with PPO.load(path, {name}=…)."
         raise UserError(
             f"`{name}` was changed from {getattr(old, name)} to {getattr(new, name)}, which is not possible in the "
-            f"middle of training. Save the agent, and load it with PPO.load(path, {name}=…)."
+            f"middle of training. {'Train a new agent.' if name in NETWORK_SETTINGS else fix}"
         )
 
 
@@ -88,7 +89,7 @@ def find_fixed(old: Config, new: Config, names: Iterable[str]) -> Iterator[str]:
     """Yield those of the named settings that differ and cannot change while a learner exists."""
     for name in names:
         before, after = getattr(old, name), getattr(new, name)
-        is_switched = (before is None) != (after is None) and not name.endswith("learning_rate")
+        is_switched = (before is None) != (after is None) and not name.endswith(("learning_rate", "upper_clip_coef"))
         is_adaptive = name == "lr_schedule" and "adaptive" in (before, after)
         if before != after and (name not in CHANGEABLE or is_switched or is_adaptive) and name != "stop_at_return":
             yield name

@@ -58,7 +58,7 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
 
     from proximo.jax.learner import Learner
     from proximo.jax.update import update
-    from proximo.learner.arrays import flatten
+    from proximo.learner.arrays import PER_ENVIRONMENT, flatten
     from proximo.learner.state import State
 
     jax.config.update("jax_enable_x64", True)
@@ -69,7 +69,8 @@ def update_jax(config, spaces, rollout, order, state, rank, address):
 
     alike, columns = P(), P(None, "rank")
     data = learner.transitions(rollout)
-    state_spec = State(alike, alike, alike, alike, alike, alike, alike, P("rank"), P("rank"))
+    own = {name: P("rank") for name in PER_ENVIRONMENT}
+    state_spec = State(**{name: own.get(name, alike) for name in State._fields})
     hyper = Hyper(*(np.float64(value) for value in hyper_at(config, 0)))
 
     def spread(spec, x):

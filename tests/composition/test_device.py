@@ -325,12 +325,32 @@ def test_a_function_that_fails_ends_the_run_where_it_fails(engine):
     assert agent.progress.iteration == 50
 
 
+def test_a_function_that_changes_its_mind_is_asked_again():
+    """The rate is read when an iteration begins, although the device has computed it ahead with another one."""
+    current, rates = [1e-3], []
+    with PPO(Counter(ends=7), learning_rate=lambda done: current[0], **SMALL) as agent:
+        for row in agent.iterate(64 * 60):
+            rates.append(row["update/learning_rate"])
+            if row["iteration"] == 40:
+                current[0] = 1e-4
+    change = rates.index(pytest.approx(1e-4))
+    assert 39 <= change <= 41
+    np.testing.assert_allclose(rates, [1e-3] * change + [1e-4] * (60 - change), rtol=1e-6)
+
+
 def test_the_speed_is_that_of_training():
-    """A callback of 0.1 s for 64 steps would make 640 steps per second."""
-    rates = []
-    with PPO(Counter(ends=7), **SMALL) as agent:
-        agent.learn(64 * 20, callback=lambda row: (rates.append(row["time/steps_per_second"]), time.sleep(0.1))[1])
-    assert rates[-1] > 6400
+    """A callback of 0.1 s for 64 steps would make 640 steps per second; and the time during callbacks is counted where
+    the device works then."""
+    last = []
+    for pause in (0.0, 0.1):
+        rates = []
+        with PPO(Counter(ends=7), **SMALL) as agent:
+            for row in agent.iterate(64 * 30):
+                rates.append(row["time/steps_per_second"])
+                time.sleep(pause)
+        last.append(np.median(rates[10:]))
+    assert 0.1 * last[0] < last[1] < 10 * last[0]
+    assert last[1] > 6400
 
 
 @pytest.mark.parametrize("memory", [None, "gru", "lstm"])

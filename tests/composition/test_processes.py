@@ -39,11 +39,12 @@ def union_order(orders: list[np.ndarray]) -> np.ndarray:
 def test_two_processes_update_as_one_on_the_union(backend, tmp_path):
     """Two processes with three environments each against one process with all six: parameters, Adam's moments,
     normalisers and metrics to 1e-10, in float64. Ranks have different reset rows, hence minibatches of different
-    sizes. Every setting that needs a sum is on: advantage, observation and reward moments, the KL stop, the
-    gradient norm."""
+    sizes. Every setting that needs a sum is on: moments of advantages, observations, rewards and values, the KL stop,
+    the gradient norm."""
     settings = {
         "num_steps": T, "minibatch_size": None, "num_minibatches": 4, "normalize_observation": True,
         "normalize_reward": True, "target_kl": 0.5, "learning_rate": 1e-2, "ent_coef": 0.01,
+        "normalize_value": True, "recompute_advantages": True, "bound_coef": 0.1,
     }  # fmt: skip
     config, union = small(**settings, num_envs=N), small(**settings, num_envs=N * RANKS)
     with backend.float64():

@@ -11,6 +11,7 @@ import pytest
 from backends import each_backend
 from rollouts import CATEGORICAL, CONTINUOUS, act_rollout, scramble, small
 
+from proximo.agent import Agent
 from proximo.config.settings import Config
 from proximo.errors import UserError
 from proximo.jax.loop import to_env
@@ -91,6 +92,10 @@ def test_means_return_to_their_bounds(backend, rescale):
 def test_the_bound_loss_needs_bounded_actions():
     with pytest.raises(UserError, match="`bound_coef` needs a Box action"):
         PPO("CartPole-v1", bound_coef=0.1)
+    with pytest.raises(UserError, match="`bound_coef` has no effect"):
+        Agent(2, gym.spaces.Box(-np.inf, np.inf, (2,)), bound_coef=0.1)
+    with pytest.raises(UserError, match="`bound_coef` has no effect"):
+        Agent(2, gym.spaces.Box(-1.0, 1.0, (2,)), bound_coef=0.1, tanh_mean=True, rescale_actions=True)
     with pytest.raises(UserError, match="`squash` bounds the actions"):
         Config(squash=True, bound_coef=0.1)
 
@@ -109,10 +114,10 @@ def test_weights_decay_and_biases_do_not(backend):
 @each_backend
 @pytest.mark.parametrize("normalised", [False, True])
 def test_rewards_are_scaled(backend, normalised):
-    """With a critic of 0, targets are sums of rewards: they scale with them, also after normalisation."""
+    """With a critic of 0, targets are sums of rewards: they scale with them, also after normalisation and clipping."""
     targets = []
     for scale in (1.0, 0.1):
-        config = small(reward_scale=scale, normalize_reward=normalised)
+        config = small(reward_scale=scale, normalize_reward=normalised, clip_reward=0.5)
         learner = backend.learner(config, CONTINUOUS)
         state = learner.state()
         for name in ("weight", "bias"):
@@ -143,6 +148,23 @@ def test_values_are_in_the_unit_of_the_rewards(backend):
     prepared = backend.prepare(learner, rollout, hyper_at(config, 0))
     expected = learner.evaluate_actions(obs, action)[1]
     np.testing.assert_allclose(prepared.value[0].reshape(rollout.reward.shape)[0], expected, rtol=1e-5)
+
+
+@each_backend
+def test_values_are_clipped_around_those_that_acted(backend):
+    """In the first minibatch the network's values are those that acted, so that clipping changes nothing, whatever the
+    moments of the targets become. Rewards of about 1000 move them far."""
+    losses = []
+    for clip in (None, 0.01):
+        config = small(normalize_value=True, vf_clip_coef=clip)
+        learner = backend.learner(config, CONTINUOUS)
+        scramble(learner)
+        rollout = act_rollout(learner, seed=0)
+        rollout.reward[:] += 1000.0
+        order = minibatch_order(rollout.valid, 1, 1, np.random.default_rng(0))
+        losses.append(learner.update(rollout, order, hyper_at(config, 0))["losses/value"])
+        assert losses[-1] < 10.0  # in variances of the targets
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 class Pays(gym.Env):
@@ -183,19 +205,27 @@ def test_advantages_of_the_first_epoch_are_those_of_the_update(backend):
 
 
 @each_backend
-def test_the_second_epoch_uses_the_critic_of_the_first(backend):
-    """Only the critic learns, and no episode ends: two epochs equal two updates of one epoch from the same rollout."""
-    settings = {"actor_learning_rate": 0.0, "critic_learning_rate": 1e-2, "lr_schedule": "constant"}
-    config = small(**settings, recompute_advantages=True)
+@pytest.mark.parametrize("memory", [None, "gru"])
+def test_the_second_epoch_uses_the_critic_of_the_first(backend, memory):
+    """Only the critic learns, and no episode begins or ends: two epochs equal two updates of one epoch from the same
+    rollout and the same recurrent state before it."""
+    settings = {"actor_learning_rate": 0.0, "critic_learning_rate": 1e-2, "lr_schedule": "constant", "memory": memory}
+    settings |= {"sequence_length": 8, "minibatch_size": 24} if memory else {}
+    config = small(**settings, recompute_advantages=True, memory_size=4)
     learner, other = (backend.learner(config, CONTINUOUS) for _ in range(2))
     for one in (learner, other):
         scramble(one)
-    rollout = act_rollout(learner, seed=0, ends=0.0)
-    order = minibatch_order(rollout.valid, 2, 4, np.random.default_rng(0))
+        carry = np.random.default_rng(1).standard_normal(one.state()["carry"].shape).astype(np.float32)
+        one.load(one.state() | {"carry": carry})
+    rollout = act_rollout(learner, seed=0, ends=0.0, begins=False)
+    order = minibatch_order(rollout.valid, 2, 1, np.random.default_rng(0), config.steps_per_sequence)
     learner.update(rollout, order, hyper_at(config, 0))
     for epoch in order:
+        other.load(other.state() | {"carry": carry})
         other.update(rollout, epoch[None], hyper_at(config, 0))
     for name, value in other.state().items():
+        if name == "carry":  # after the last step, with the parameters of the last call of `update`
+            continue
         np.testing.assert_allclose(learner.state()[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 

@@ -149,8 +149,8 @@ class Config:
     )
     clip_coef: float = update(0.2, "clip range of the probability ratio, 1 ± this value", above=0, source=PPO_PAPER)
     upper_clip_coef: float | None = update(
-        None, "clip range of ratios above 1, if it differs from clip_coef", above=0,
-        source="Yu et al. 2025, arXiv:2503.14476"
+        None, "clip range of ratios above 1, if it differs from clip_coef; a linear clip_schedule applies to both",
+        above=0, source="Yu et al. 2025, arXiv:2503.14476"
     )
     clip_schedule: Literal["constant", "linear"] = update("constant", "schedule of clip_coef", source=PPO_PAPER)
     final_clip_coef: float = update(0.0, "clip_coef at the end of a linear schedule", low=0)

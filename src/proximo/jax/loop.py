@@ -327,6 +327,10 @@ class Loop:
         """Entry [index, row] of every array, on the host."""
         return jax.tree.map(lambda x: x[index, row], tree)
 
+    def wait(self, tree: Any) -> None:
+        """Wait until all arrays are computed."""
+        jax.block_until_ready(tree)
+
     def leaves(self, tree: Any) -> list[Any]:
         """The arrays of a tree."""
         return jax.tree.leaves(tree)

@@ -138,12 +138,12 @@ def scale_reward(spec: Spec, state: State, data: Transitions, weight: Array, hyp
     return state._replace(running_return=running, return_moments=moments), reward
 
 
-def scale_targets(spec: Spec, state: State, batch: Batch) -> Batch:
-    """Samples with the values and targets of the critic normalised, where configured."""
+def scale_targets(spec: Spec, acted: State, state: State, batch: Batch) -> Batch:
+    """Samples with targets of the critic normalised, and values as the network of the state that acted gave them."""
     if not spec.config.normalize_value:
         return batch
-    value, target = (normalize(x, state.value_moments["target"], math.inf) for x in (batch.value, batch.target))
-    return batch._replace(value=value, target=target)
+    value = normalize(batch.value, acted.value_moments["target"], math.inf)
+    return batch._replace(value=value, target=normalize(batch.target, state.value_moments["target"], math.inf))
 
 
 def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Array, Metrics]:
@@ -204,7 +204,7 @@ def update(
 ) -> tuple[State, dict[str, Array]]:
     """Update from one rollout; order [epochs, minibatches, S] indexes its sequences."""
     config, moments = spec.config, state.obs_moments
-    carry = state.carry
+    acted = state
     state, data, batch, _, statistics = prepare(spec, state, data, hyper, outputs)
 
     def one_minibatch(batch: Batch, carried: tuple[State, Array], indices: Array) -> tuple[tuple[State, Array], tuple]:
@@ -219,9 +219,9 @@ def update(
         index, order = row
         samples = batch
         if config.recompute_advantages:
-            before = carried[0]._replace(carry=carry)
+            before = carried[0]._replace(carry=acted.carry)
             samples = lax.cond(index > 0, lambda: estimate_again(spec, before, data, batch, hyper), lambda: batch)
-        samples = scale_targets(spec, carried[0], samples)
+        samples = scale_targets(spec, acted, carried[0], samples)
         (state, stopped), (metrics, applied) = lax.scan(partial(one_minibatch, samples), carried, order)
         if config.lr_schedule == "adaptive":
             scale = adapt(state.rate_scale, jnp.mean(metrics.approx_kl), hyper)

@@ -12,7 +12,7 @@ from proximo.learner.learner import Learner
 from proximo.spaces.spaces import Spaces
 
 # Settings that only built-in networks use, with the values that turn them off.
-BUILT_IN_ONLY = {"precision": "float32", "memory": None, "embedding_size": 0}
+BUILT_IN_ONLY = {"precision": "float32", "memory": None, "embedding_size": 0, "layer_norm": False, "residual": False}
 INSTALL = {"jax": "Run pip install jax", "torch": "Run pip install 'proximo[torch]'"}
 
 

@@ -33,7 +33,7 @@ REQUIRED_FIELDS = {
 # Settings that define the network, so trained parameters are valid only with the same values.
 NETWORK_SETTINGS = {
     "architecture", "hidden_sizes", "critic_hidden_sizes", "activation", "shared_trunk", "memory", "memory_size",
-    "embedding_size", "std", "tanh_mean", "squash",
+    "embedding_size", "layer_norm", "residual", "normalize_value", "action_bins", "std", "tanh_mean", "squash",
 }  # fmt: skip
 # Settings besides the group "records" that do not affect what is learned.
 NEUTRAL_SETTINGS = {

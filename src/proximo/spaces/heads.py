@@ -138,7 +138,13 @@ class GaussianHead:
         return self.size * (2 if config.std == "predicted" else 1)
 
     def check(self, config: Config) -> None:
-        """Raise UserError where actions are to be rescaled to infinite bounds."""
+        """Raise UserError where actions are to be rescaled to infinite bounds, or kept within bounds that are not."""
+        if config.bound_coef is not None and (
+            not np.isfinite(self.bounds).all(axis=0).any() or (config.tanh_mean and config.rescale_actions)
+        ):
+            raise UserError(
+                "`bound_coef` has no effect: the means have no finite bounds, or tanh keeps them inside. Turn it off."
+            )
         if config.rescale_actions and not np.isfinite(self.width).all():
             raise UserError(
                 "`rescale_actions` needs finite action bounds, but this action space is unbounded. Turn it off, or "

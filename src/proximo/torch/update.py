@@ -142,12 +142,12 @@ def scale_reward(spec: Spec, state: State, data: Transitions, weight: Tensor, hy
     return state._replace(running_return=running, return_moments=moments), reward
 
 
-def scale_targets(spec: Spec, state: State, batch: Batch) -> Batch:
-    """Samples with the values and targets of the critic normalised, where configured."""
+def scale_targets(spec: Spec, acted: State, state: State, batch: Batch) -> Batch:
+    """Samples with targets of the critic normalised, and values as the network of the state that acted gave them."""
     if not spec.config.normalize_value:
         return batch
-    value, target = (normalize(x, state.value_moments["target"], math.inf) for x in (batch.value, batch.target))
-    return batch._replace(value=value, target=target)
+    value = normalize(batch.value, acted.value_moments["target"], math.inf)
+    return batch._replace(value=value, target=normalize(batch.target, state.value_moments["target"], math.inf))
 
 
 def loss(spec: Spec, params: Params, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
@@ -217,15 +217,15 @@ def update(
 ) -> tuple[State, dict[str, Tensor]]:
     """Update from one rollout; order [epochs, minibatches, S] indexes its sequences."""
     config, moments = spec.config, state.obs_moments
-    carry = state.carry
+    acted = state
     state, data, batch, _, statistics = prepare(spec, state, data, hyper, outputs)
 
     minibatches, applied = order.shape[1], []
-    samples = scale_targets(spec, state, batch)
+    samples = scale_targets(spec, acted, state, batch)
     for indices in order.flatten(0, 1):
         if config.recompute_advantages and applied and len(applied) % minibatches == 0:
-            batch = estimate_again(spec, state._replace(carry=carry), data, batch, hyper)
-            samples = scale_targets(spec, state, batch)
+            batch = estimate_again(spec, state._replace(carry=acted.carry), data, batch, hyper)
+            samples = scale_targets(spec, acted, state, batch)
         new_state, metrics = minibatch(spec, state, samples, indices, hyper)
         if config.target_kl is not None and metrics.approx_kl > hyper.target_kl:
             break  # checked before the step that it stops
