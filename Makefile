@@ -42,6 +42,7 @@ results: $(VENV)/dev
 	$(BIN)/python benchmarks/learning.py HalfCheetah-v4 --seeds 5 --backends jax
 	for env in Acrobot-v1 LunarLander-v3 Pendulum-v1 InvertedPendulum-v5 Reacher-v5 Hopper-v5 Walker2d-v5; do \
 		$(BIN)/python benchmarks/learning.py $$env --seeds 3 --backends jax || exit 1; done
+	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/report.py --write
 
 # The same for tasks that need memory, hybrid actions, nested observations or masks. About an hour on two cores.
