@@ -667,6 +667,6 @@ def test_a_random_policy_acts_in_an_environment_of_envpool():
 
 
 def test_info_that_an_engine_does_not_return_is_noted(capsys):
-    for engine, name in (("envpool", "EnvPoolVectorEnv"), ("native", "CartPoleVectorEnv")):
+    for engine, name in (("envpool", "EnvPoolVectorEnv"), ("native", "ResumableCartPoleVectorEnv")):
         PPO("CartPole-v1", engine=engine, log_info=["x"], num_envs=1).close()
         assert f"`log_info` x has no effect: {name} returns no info" in capsys.readouterr().err
