@@ -116,6 +116,8 @@ def run_sweep(seeds: list[int], core: int, settings: dict, total: int, barrier: 
         pin_to_core(os.getpid(), core)
     with PPO.sweep("jax:CartPole-v1", {"seed": seeds}, **settings) as sweep:
         sweep.learn(WARMUP * settings["num_envs"] * settings["num_steps"])
+        for agent in sweep:
+            agent.learner.state()
         barrier.wait()
         began = time.perf_counter()
         sweep.learn(total)
@@ -128,6 +130,7 @@ def run_proximo(num_envs: int, num_steps: int, total: int, seeds: int, options: 
 
     with PPO("jax:CartPole-v1", **settings_of(num_envs, num_steps, options.device)) as agent:
         agent.learn(WARMUP * num_envs * num_steps)
+        agent.learner.state()  # compiles what reads the state of one iteration
         began = time.perf_counter()
         agent.learn(total)
         seconds = time.perf_counter() - began
