@@ -227,9 +227,9 @@ def combinations(env: Any, values: Mapping[str, Any], others: Mapping[str, Any])
     if not isinstance(values, Mapping):
         raise UserError(f'the sweep is {values!r}; expected lists of values, such as {{"seed": [0, 1, 2]}}.')
     values = {name: to_list(name, given) for name, given in canonical_names(values).items()}
+    if "run_dir" in values:
+        raise UserError("`run_dir` is the folder of the whole sweep, with one for each run in it. Give one value.")
     for name in values:
-        if name == "run_dir":
-            raise UserError("`run_dir` is the folder of the whole sweep, with one for each run in it. Give one value.")
         if name in canonical_names(others):
             raise UserError(f"`{name}` is given both with a list of values and with one value. Use one of them.")
     if not values:

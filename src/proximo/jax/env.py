@@ -14,7 +14,7 @@ from proximo.rollout.jax_env import JaxEnv
 from proximo.spaces.actions import Actions
 from proximo.spaces.heads import CategoricalHead
 from proximo.spaces.spaces import Spaces
-from proximo.spaces.trees import find, label
+from proximo.spaces.trees import label
 
 Obs = dict[str, Array]  # path -> [N, ...]
 
@@ -61,10 +61,7 @@ def read(spaces: Spaces, observation: Any) -> Obs:
     """
     obs: Obs = {}
     for leaf in spaces.observation:
-        try:
-            array: Any = jnp.asarray(find(observation, leaf.keys))
-        except LookupError as error:
-            raise UserError(f"{leaf.name} is missing, which its space declares.") from error
+        array: Any = jnp.asarray(leaf.find(observation))
         is_integer = leaf.dtype == "int32" and jnp.issubdtype(array.dtype, jnp.integer)
         is_held = is_integer or leaf.dtype == "float32" or array.dtype in (leaf.dtype, bool)
         if array.shape[1:] != leaf.env_shape or not is_held:

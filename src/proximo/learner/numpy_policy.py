@@ -108,17 +108,16 @@ def hidden_layers(arch: Architecture, part: str, params: Parameters) -> Callable
         scale, shift = params[f"{name}.scale"], params[f"{name}.shift"]
         return lambda x: normalize_layer(x, scale, shift)
 
-    def plain(x: np.ndarray) -> np.ndarray:
-        for weight, bias, normalize in layers:
-            x = x @ weight + bias
-            x = activation(normalize(x) if normalize else x)
-        return x
-
     if not arch.residual:
         names = [f"{part}.{index}" for index in range(count)]
-        norms = [norm(name) if arch.layer_norm else None for name in names]
-        weights = [(params[f"{name}.weight"], params[f"{name}.bias"]) for name in names]
-        layers = [(*pair, normalize) for pair, normalize in zip(weights, norms, strict=True)]
+        layers = [(layer(name), norm(name) if arch.layer_norm else None) for name in names]
+
+        def plain(x: np.ndarray) -> np.ndarray:
+            for linear, normalize in layers:
+                x = linear(x)
+                x = activation(normalize(x) if normalize else x)
+            return x
+
         return plain
     first, last = layer(f"{part}.0"), norm(f"{part}.norm")
     names = [f"{part}.{index}" for index in range(1, count)]

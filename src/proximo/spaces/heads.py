@@ -130,8 +130,7 @@ class GaussianHead:
 
     def raw_bounds(self, config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Bounds of raw samples, [D] each: those of the actions, or ±1 where samples are rescaled to them."""
-        ones = (1.0,) * self.size
-        return (tuple(-x for x in ones), ones) if config.rescale_actions else (self.low, self.high)
+        return ((-1.0,) * self.size, (1.0,) * self.size) if config.rescale_actions else (self.low, self.high)
 
     def output_size(self, config: Config) -> int:
         """Outputs of the network: one mean per dimension, then one deviation where `std` is predicted."""

@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.errors import UserError
-from proximo.spaces.trees import Key, describe_path, join, keys_of, label
+from proximo.spaces.trees import Key, describe_path, find, join, keys_of, label
 
 Obs = dict[str, np.ndarray]  # path -> [..., *leaf shape]
 
@@ -63,6 +63,13 @@ class Leaf:
     def keys(self) -> tuple[Key, ...]:
         """Keys of dictionaries and positions in tuples that lead to the array."""
         return keys_of(self.path)
+
+    def find(self, observation: Any) -> Any:
+        """The leaf's part of a possibly nested observation; UserError if it is missing."""
+        try:
+            return find(observation, self.keys)
+        except LookupError as error:
+            raise UserError(f"{self.name} is missing, which its space declares.") from error
 
     @property
     def env_shape(self) -> tuple[int, ...]:

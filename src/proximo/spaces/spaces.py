@@ -16,7 +16,7 @@ from proximo.errors import UserError
 from proximo.spaces.actions import Actions
 from proximo.spaces.heads import Head, RawAction, head_from_dict
 from proximo.spaces.observations import MASK, Leaf, Obs, UnsupportedSpace, read_leaves, remedy
-from proximo.spaces.trees import describe_path, find
+from proximo.spaces.trees import describe_path
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,7 @@ class Spaces:
         """
         for leaf in self.observation:
             shape = leaf.env_shape
-            try:
-                value = find(observation, leaf.keys)
-            except LookupError as error:
-                raise UserError(f"{leaf.name} is missing, which its space declares.") from error
+            value = leaf.find(observation)
             try:
                 array = np.asarray(value)
             except ValueError as error:  # a list of lists of different lengths
