@@ -192,7 +192,6 @@ class DeviceSource:
         self._call: Call | None = None  # whose iteration `_index` was the last
         self._index = 0
         self._end: Position | None = None  # after the last iteration
-        self._is_checked = False  # whether a rollout was checked for values outside their spaces
 
     def bind(self, settings: Callable[[], Config], progress: Progress) -> None:
         """Set where the settings and the progress of the run are found, which other runs of the group need."""
@@ -255,7 +254,7 @@ class DeviceSource:
         if call.hyper[self._row][index] != hyper:  # a function of the user has changed its mind
             call, index = self._group.begin(self._row, position), 0
         result, hyper = self._loop.select(call.fetched, self._row, index), call.hyper[self._row][index]
-        if inspect or not self._is_checked or not result.is_sound:
+        if inspect or not result.is_sound:
             self._collect(position)
         before = learner.inspect_rollout(self._rollout, hyper) if inspect else None
         results = call.results  # not the call, which holds those that follow
@@ -292,7 +291,6 @@ class DeviceSource:
         """
         state, envs = resolve(position.state), resolve(position.envs)
         self._loop.collect(state, envs, self._row, position.iteration, self._rollout)
-        self._is_checked = True
         try:
             self._rollout.check_finite()
         except NotFinite as error:

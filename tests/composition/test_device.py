@@ -116,7 +116,7 @@ def test_branches_change_nothing(name, optimized):
     source, learner, config = source_of(env, **SETTINGS[name])
     keys, envs = base_keys(config.seed).of(np.int32(0)), source._envs()
     first, second = (
-        jax.jit(partial(collect, learner.spec, env, branches, True))(learner.snapshot(), envs, keys)
+        jax.jit(partial(collect, learner.spec, env, branches))(learner.snapshot(), envs, keys)
         for branches in (True, False)
     )
     final = np.asarray(first.data.final)
@@ -131,7 +131,7 @@ def test_values_of_final_observations(name):
     """Those of the device are those that the learner computes from the final observations of the same rollout."""
     source, learner, config = source_of(Counter(time_limit=3), **SETTINGS[name])
     keys = base_keys(config.seed).of(np.int32(0))
-    collected = collect(learner.spec, Counter(time_limit=3), True, True, learner.snapshot(), source._envs(), keys)
+    collected = collect(learner.spec, Counter(time_limit=3), True, learner.snapshot(), source._envs(), keys)
     collect_rollout(source, 0)
     expected = learner.transitions(source._rollout)
     final = np.asarray(expected.final)

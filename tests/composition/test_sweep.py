@@ -12,7 +12,7 @@ from rollouts import assert_same
 
 from proximo import PPO, RunError, UserError, device
 from proximo.device import DeviceGroup
-from proximo.jax.loop import Loop, run
+from proximo.jax.loop import Loop, collect, run
 from proximo.learner.schedules import hyper_at
 
 SMALL = {"num_envs": 4, "num_steps": 16, "minibatch_size": 32, "update_epochs": 2, "backend": "jax"}
@@ -54,7 +54,11 @@ def test_a_batch_of_runs_computes_the_same(optimized):
         envs = loop.stack([loop.reset(row, 0) for row in range(3)])
         hyper = jax.tree.map(lambda x: np.full((4, 3), x, np.float32), hyper_at(sweep[0].config, 0))
         arguments = states, envs, loop._keys, np.zeros(3, np.int32), np.int32(4), hyper
-        one, all = (jax.jit(partial(run, learners[0].spec, env, branches))(*arguments) for branches in (True, False))
+        spec = learners[0].spec
+        one, all = (
+            jax.jit(partial(run, spec, partial(collect, spec, env, branches), branches))(*arguments)
+            for branches in (True, False)
+        )
     assert one.ended.over.any()
     for name in ("state", "envs", "ended"):
         for a, b in zip(jax.tree.leaves(getattr(one, name)), jax.tree.leaves(getattr(all, name)), strict=True):

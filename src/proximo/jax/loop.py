@@ -4,7 +4,7 @@ Every iteration is a function of the learner's state, the environments, the base
 not depend on how many iterations one call computes. The update is that of `proximo.jax.update`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import and_, or_
 from typing import Any, NamedTuple
@@ -67,7 +67,10 @@ class Collection(NamedTuple):
     data: Transitions
     ended: Ended
     is_sound: Array  # [] bool: rewards and observations are finite and inside their spaces, masks allow an action
-    next_obs: dict[str, Array] | None  # path -> [T, N, ...], before automatic resets
+    next_obs: dict[str, Array]  # path -> [T, N, ...], before automatic resets
+
+
+Collect = Callable[[State, Envs, Keys], Collection]
 
 
 class Result(NamedTuple):
@@ -131,14 +134,11 @@ def env_action(head: Head, raw: Array, config: Config) -> Array:
     return action.reshape(-1, *head.shape)
 
 
-def collect(
-    spec: Spec, env: JaxEnv, branches: bool, keep_next: bool, state: State, envs: Envs, keys: Keys
-) -> Collection:
+def collect(spec: Spec, env: JaxEnv, branches: bool, state: State, envs: Envs, keys: Keys) -> Collection:
     """Collect T steps of N environments with the keys of an iteration.
 
     Args:
         branches: compute resets and values of final observations only in steps where an episode ends.
-        keep_next: add `next_obs` to the result.
     """
     config, spaces = spec.config, spec.spaces
     noise = draw_noise(spaces, keys.noise, (config.num_steps, config.num_envs))
@@ -159,9 +159,9 @@ def collect(
         ended = Ended(result.terminated | result.truncated, result.episode_return, result.episode_length)
         is_sound = rows_finite((result.reward, result.next_obs, after.obs))
         is_sound &= are_inside(spaces, result.next_obs) & are_inside(spaces, after.obs) & allow_some(spaces, envs.obs)
-        flags, kept = (result.terminated, result.truncated), following if keep_next or not branches else None
+        flags = result.terminated, result.truncated
         found = (envs.obs, action, result.reward, *flags, envs.start, final_value)
-        return (after, carry), (found, ended, is_sound, kept)
+        return (after, carry), (found, ended, is_sound, following)
 
     given = noise, jax.random.split(step_key, config.num_steps)
     (after, _), (rows, ended, is_sound, following) = lax.scan(step, (envs, state.carry), given)
@@ -173,7 +173,7 @@ def collect(
         jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), obs, after.obs), action, reward, terminated,
         truncated, jnp.ones_like(terminated), jnp.concatenate([start, after.start[None]]), ended.over, final_value,
     )  # fmt: skip
-    return Collection(after, data, ended, jnp.all(is_sound), following[0] if keep_next else None)
+    return Collection(after, data, ended, jnp.all(is_sound), following[0])
 
 
 def values_after(spec: Spec, state: State, next_obs: dict[str, Array], carry: Array) -> Array:
@@ -204,9 +204,9 @@ def are_finite(tree: Any) -> Array:
     return jnp.all(jnp.array(checks))
 
 
-def iterate(spec: Spec, env: JaxEnv, branches: bool, state: State, envs: Envs, keys: Keys, hyper: Hyper) -> Result:
+def iterate(spec: Spec, collect: Collect, state: State, envs: Envs, keys: Keys, hyper: Hyper) -> Result:
     """One iteration with the keys of its number; without effect on the learner if rewards or observations are wrong."""
-    after, data, ended, is_sound, _ = collect(spec, env, branches, False, state, envs, keys)
+    after, data, ended, is_sound, _ = collect(state, envs, keys)
     updated, metrics = update(spec, state, data, draw_order(spec.config, keys.order), hyper)
     is_updated = are_finite((updated, metrics["losses/total"], metrics["update/gradient_norm"]))
     updated = lax.cond(is_updated, lambda: updated, lambda: skip_finite(spec, state, data, hyper))
@@ -223,7 +223,7 @@ def skip_finite(spec: Spec, state: State, data: Transitions, hyper: Hyper) -> St
 
 def run(
     spec: Spec,
-    env: JaxEnv,
+    collect: Collect,
     branches: bool,
     state: State,
     envs: Envs,
@@ -244,8 +244,9 @@ def run(
 
     def one(row: tuple[State, Envs, Keys, Array, Hyper]) -> Result:
         state, envs, keys, iteration, hyper = row
-        return iterate(spec, env, branches, state, envs, keys.of(iteration), hyper)
+        return iterate(spec, collect, state, envs, keys.of(iteration), hyper)
 
+    @jax.jit  # traced once, for the shapes and for the loop
     def compute(index: Array, state: State, envs: Envs) -> Result:
         rows = state, envs, keys, first + index, jax.tree.map(lambda x: x[index], hyper)
         return lax.map(one, rows) if branches else jax.vmap(one)(rows)
@@ -281,8 +282,8 @@ class Loop:
         self._seeds = [learner.spec.config.seed for learner in learners]
         self._keys = jax.tree.map(lambda *keys: jnp.stack(keys), *map(base_keys, self._seeds))
         branches = first.device.name == "cpu"  # a GPU waits for the host at every branch
-        self._run = jit("run", partial(run, spec, env, branches))
-        self._collect = jit("collect", partial(collect, spec, env, branches, True))
+        self._collect = jit("collect", partial(collect, spec, env, branches))
+        self._run = jit("run", partial(run, spec, self._collect, branches))
         self._reset = jit("reset", partial(reset_envs, env, spec.spaces))
         self._take = jit("take", lambda tree, row, index: jax.tree.map(lambda x: x[index, row], tree))
         self._take_all = jit("take_all", lambda tree, index: jax.tree.map(lambda x: x[index], tree))
