@@ -21,9 +21,10 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from proximo.agent import Agent
+    from proximo.apply import evaluate_random
     from proximo.config.settings import Config
     from proximo.errors import RunError, UserError
-    from proximo.ppo import PPO, evaluate_random
+    from proximo.ppo import PPO
 
 __all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random"]
 
@@ -33,7 +34,7 @@ _MODULES = {
     "Config": "config.settings",
     "RunError": "errors",
     "UserError": "errors",
-    "evaluate_random": "ppo",
+    "evaluate_random": "apply",
 }
 
 

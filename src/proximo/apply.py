@@ -1,16 +1,21 @@
-"""Apply a policy: predict actions, with or without the state of a memory, and evaluate with a video."""
+"""Apply a policy: predict actions, with or without the state of a memory, and evaluate it or a random one."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import VectorEnv
 
+from proximo.config.names import from_mapping
 from proximo.config.settings import Config
-from proximo.envs.make import EnvLike
+from proximo.envs.make import EnvLike, evaluation_engine, make_envs, spaces_of
+from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError
-from proximo.evaluate import Evaluation, Policy, evaluate
+from proximo.evaluate import NUM_ENVS, Evaluation, Policy, evaluate, random_policy
 from proximo.learner.learner import Learner
-from proximo.report.video import record
+from proximo.report.video import MAX_FRAMES, record
 from proximo.run.trackers import status_line
 from proximo.spaces.spaces import Spaces
 from proximo.spaces.trees import select
@@ -86,3 +91,46 @@ def evaluate_and_record(
         if path is not None:
             record(policy(1), *given, path, seed=seed, max_frames=max_frames, on_progress=show)
     return result
+
+
+def evaluate_random(
+    env: EnvLike,
+    episodes: int = 100,
+    *,
+    seed: int = 0,
+    env_kwargs: Mapping[str, Any] | None = None,
+    wrappers: Sequence[str] = (),
+    env_timeout: float | None = 60.0,
+    log_info: Sequence[str] = (),
+    num_envs: int = NUM_ENVS,
+    render: bool = False,
+    record: str | Path | None = None,
+    max_frames: int = MAX_FRAMES,
+    progress: bool = False,
+) -> Evaluation:
+    """Run complete episodes with random actions: a baseline.
+
+    Args:
+        env_kwargs, wrappers, env_timeout, log_info: the settings of `proximo.Config` with these names.
+
+    The other arguments are those of `PPO.evaluate`.
+
+    Raises:
+        UserError: as `PPO.evaluate`.
+    """
+    if isinstance(env, VectorEnv):
+        raise UserError(
+            "evaluate_random cannot use a vector environment. Give an id or a function that makes one environment."
+        )
+    names = {"env_kwargs": env_kwargs or {}, "wrappers": wrappers, "env_timeout": env_timeout, "log_info": log_info}
+    config = from_mapping(names)
+    spaces = read_spaces(env, config)
+    given = (random_policy(spaces, seed), config, spaces, env, episodes, False, seed, num_envs)
+    return evaluate_and_record(*given, render, record, max_frames, progress, warn=True)
+
+
+def read_spaces(env: EnvLike, config: Config) -> Spaces:
+    """Make one environment and return its spaces."""
+    env, kwargs = with_wrappers(env, config.wrappers), config.env_kwargs
+    with closing(make_envs(env, 1, evaluation_engine(env, kwargs), kwargs, timeout_s=config.env_timeout)) as envs:
+        return spaces_of(envs, config.action_bins)

@@ -18,12 +18,12 @@ from proximo.config.resolved import Resolved
 from proximo.config.settings import Config
 from proximo.config.typed import Settings
 from proximo.environments import TrainingEnvs, record_resume
-from proximo.envs.make import EnvLike, evaluation_engine, make_envs, spaces_of, with_version
-from proximo.envs.wrappers import with_wrappers
+from proximo.envs.make import EnvLike, spaces_of, with_version
 from proximo.errors import UserError, refuse_pickling
-from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, random_policy, trained_policy
+from proximo.evaluate import NUM_ENVS, Evaluation, PeriodicEvaluation, trained_policy
 from proximo.learner.learner import Learner
 from proximo.learner.make import make_learner, resolved_by
+from proximo.report.analysis.analyze import EPISODES, Analysis, analyze
 from proximo.report.recorder import Callback, call_back, record_run
 from proximo.report.video import MAX_FRAMES, Video, require_video
 from proximo.report.video import record as record_video
@@ -32,8 +32,7 @@ from proximo.rollout.rollout import Metrics
 from proximo.run import checkpoint, checkpoint_files
 from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
 from proximo.run.progress import Progress
-from proximo.run.trackers import import_wandb
-from proximo.spaces.spaces import Spaces
+from proximo.run.trackers import import_wandb, status_line
 from proximo.sweep import Sweep, combinations, make_each
 from proximo.train import iterations, plan_call
 
@@ -253,6 +252,27 @@ class PPO:
         actor = trained_policy(self.learner, self.spaces, deterministic, seed)(1)
         return record_video(actor, self.config, self.spaces, env, path, seed=seed, max_frames=max_frames)
 
+    def analyze(
+        self, folder: str | Path, *, episodes: int = EPISODES, dims: Sequence[str] | None = None, seed: int = 0,
+        env: EnvLike | None = None, num_envs: int = NUM_ENVS, progress: bool = False,
+    ) -> Analysis:  # fmt: skip
+        """Analyse policy and value function on fresh episodes of sampled actions; see `proximo.report.analysis`.
+
+        Args:
+            folder: for a PNG and a CSV file of each view, and `analysis.json`.
+            dims: names, such as `observation[0]`, or indices of the two dimensions of the map.
+
+        The other arguments are those of `evaluate`.
+
+        Raises:
+            UserError: as `evaluate`; or a dimension is unknown, or the folder cannot be written.
+        """
+        env = self.envs.env_for("an analysis", env)
+        actor_of = trained_policy(self.learner, self.spaces, False, seed)
+        with status_line(progress) as show:
+            given = (actor_of, self.learner, self.config, self.spaces, env, folder)
+            return analyze(*given, episodes, dims, seed, num_envs, show)
+
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint folder, readable by both backends.
 
@@ -292,42 +312,6 @@ class PPO:
         self.envs.close()
 
 
-def evaluate_random(
-    env: EnvLike,
-    episodes: int = 100,
-    *,
-    seed: int = 0,
-    env_kwargs: Mapping[str, Any] | None = None,
-    wrappers: Sequence[str] = (),
-    env_timeout: float | None = 60.0,
-    log_info: Sequence[str] = (),
-    num_envs: int = NUM_ENVS,
-    render: bool = False,
-    record: str | Path | None = None,
-    max_frames: int = MAX_FRAMES,
-    progress: bool = False,
-) -> Evaluation:
-    """Run complete episodes with random actions: a baseline.
-
-    Args:
-        env_kwargs, wrappers, env_timeout, log_info: the settings of `proximo.Config` with these names.
-
-    The other arguments are those of `PPO.evaluate`.
-
-    Raises:
-        UserError: as `PPO.evaluate`.
-    """
-    if isinstance(env, VectorEnv):
-        raise UserError(
-            "evaluate_random cannot use a vector environment. Give an id or a function that makes one environment."
-        )
-    names = {"env_kwargs": env_kwargs or {}, "wrappers": wrappers, "env_timeout": env_timeout, "log_info": log_info}
-    config = from_mapping(names)
-    spaces = read_spaces(env, config)
-    given = (random_policy(spaces, seed), config, spaces, env, episodes, False, seed, num_envs)
-    return evaluate_and_record(*given, render, record, max_frames, progress, warn=True)
-
-
 def environments_of(
     saved: Checkpoint, env: EnvLike | None, changes: dict[str, Any]
 ) -> tuple[TrainingEnvs, dict[str, Any]]:
@@ -352,13 +336,6 @@ def check_records(config: Config, envs: TrainingEnvs, run_dir: str | Path | None
         require_video(envs.env_for("a video"), config)
     if config.evaluation_interval:
         envs.env_for("an evaluation")
-
-
-def read_spaces(env: EnvLike, config: Config) -> Spaces:
-    """Make one environment and return its spaces."""
-    env, kwargs = with_wrappers(env, config.wrappers), config.env_kwargs
-    with closing(make_envs(env, 1, evaluation_engine(env, kwargs), kwargs, timeout_s=config.env_timeout)) as envs:
-        return spaces_of(envs, config.action_bins)
 
 
 def settings_for(env: EnvLike | None, settings: dict[str, Any]) -> dict[str, Any]:

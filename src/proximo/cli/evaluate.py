@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from proximo.cli import analyze
 from proximo.cli.flags import non_negative_int, seed_folders, yaml_mapping
 from proximo.errors import UserError, escape, format_number, notify_user
 from proximo.files import require_no_link
@@ -62,14 +63,27 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-frames", type=non_negative_int, default=10_000, metavar="N", help="length limit of the video [10000]"
     )
+    parser.add_argument(
+        "--analyze-value", action="store_true",
+        help="analyse policy and value function instead, as `proximo analyze` does, with episodes of sampled actions",
+    )  # fmt: skip
+    analyze.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print only a JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print the result; return the exit status."""
-    from proximo.ppo import PPO, evaluate_random
+    from proximo.apply import evaluate_random
+    from proximo.ppo import PPO
 
     path, agent = options.path or options.run_path, None
+    if options.analyze_value:
+        if path is None or options.policy == "random":
+            raise UserError("--analyze-value needs a trained policy. Use proximo analyze RUN.")
+        options.path = path
+        return analyze.run(options)
+    if options.dims or options.output:
+        raise UserError("--dims and --output belong to --analyze-value. Add it, or use proximo analyze RUN.")
     if options.record and not options.record.lower().endswith(".mp4"):
         raise UserError(
             f"--record FILE must end in .mp4, got {options.record!r}. Name another file, or put RUN before --record."

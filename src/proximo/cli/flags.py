@@ -136,6 +136,7 @@ def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:
     Joining keeps argparse from reading `-1e2` as a flag, or an environment id as another value of --hidden-sizes.
     """
     several = tuple(f"--{name.replace('_', '-')}=" for name, setting in SETTINGS.items() if setting.kind == INTEGERS)
+    several += ("--dims=",)
     result: list[str] = []
     for word in words:
         last = result[-1] if result else ""

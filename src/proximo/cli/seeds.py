@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from proximo.apply import read_spaces
 from proximo.cli.flags import run_arguments
 from proximo.cli.signals import StopSignals
 from proximo.config import presets
@@ -25,7 +26,7 @@ from proximo.envs.wrappers import with_wrappers
 from proximo.errors import RunError, UserError, format_number
 from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
-from proximo.ppo import PPO, check_records, config_for, read_spaces
+from proximo.ppo import PPO, check_records, config_for
 from proximo.report.plot import RETURN, plot
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics

@@ -19,7 +19,7 @@ Arrays = dict[str, Array]
 
 def bind(spec: Spec, forward: Forward, prepare: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The functions below of (state, ...) by name, for the spec and the functions of one backend."""
-    functions = (act, values, evaluate_actions)
+    functions = (act, values, evaluate_actions, examine)
     bound = {function.__name__: partial(function, forward, spec) for function in functions}
     return bound | {"inspect": partial(inspect, prepare, spec)}
 
@@ -45,6 +45,16 @@ def evaluate_actions(
     policy, value, carries = _one_step(forward, spec, state, obs, start, carry)
     log_prob = policy.log_prob({path: x[None] for path, x in action.items()})
     return log_prob[0], value[0], carries[0]
+
+
+def examine(
+    forward: Forward, spec: Spec, state: State, obs: Arrays, action: Arrays, start: Array, carry: Array
+) -> Arrays:
+    """Policy and critic at single observations [N, ...]; see `Learner.examine`."""
+    policy, value, carries = _one_step(forward, spec, state, obs, start, carry)
+    log_prob = policy.log_prob({path: x[None] for path, x in action.items()})
+    found = {"log_prob": log_prob, "value": value, "entropy": policy.entropy(), "carry": carries, **policy.describe()}
+    return {name: x[0] for name, x in found.items()}
 
 
 def _one_step(forward: Forward, spec: Spec, state: State, obs: Arrays, start: Array, carry: Array) -> Output:

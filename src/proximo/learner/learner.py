@@ -11,7 +11,7 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.errors import NotFinite
-from proximo.learner.architecture import architecture, is_chunked, work_per_row
+from proximo.learner.architecture import VARIANCE_EPSILON, architecture, is_chunked, work_per_row
 from proximo.learner.arrays import flatten, identity, require_finite, unflatten
 from proximo.learner.numpy_policy import mlp_actor
 from proximo.learner.schedules import Hyper
@@ -253,6 +253,23 @@ class Learner:
         if carry is None:
             carry = np.zeros((rows, self.spec.network.carry_size), self._dtype)
         return self._call("evaluate_actions", obs, action, start, carry)
+
+    def examine(self, obs: Obs, action: RawAction, start: np.ndarray, carry: np.ndarray) -> dict[str, np.ndarray]:
+        """Policy and critic at observations [B, ...], with `start` [B] and recurrent states [B, H].
+
+        Returns:
+            `log_prob` [B] of the raw actions [B, ...], `value` [B] in the unit of the scaled rewards, `entropy` [B],
+            `carry` [B, H] after the step, and `mean` and `std` [B, D] or `probability` [B, A] of each head, after its
+            path where it has one.
+        """
+        return self._call("examine", obs, action, start, carry.astype(self._dtype))
+
+    def reward_factor(self) -> float:
+        """What rewards are multiplied with before the critic learns their discounted sum, without clipping."""
+        config, moments = self.spec.config, self._to_numpy(self._state.return_moments)
+        if not config.normalize_reward or not moments.count:
+            return config.reward_scale
+        return float(config.reward_scale / np.sqrt(moments.variance + VARIANCE_EPSILON * moments.mean**2))
 
     def snapshot(self) -> Any:
         """The learned state, for `restore` in this process. Nothing is copied: a state never changes."""
