@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from proximo.report.plot import mean_curve
+from proximo.report.curves import bootstrap_band
 from proximo.run.metrics import read_metrics
 from proximo.run.versions import collect_versions
 
@@ -56,7 +56,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 def ours(env: str, seed: int, folder: Path) -> Curve:
     """Steps and returns of one of our runs."""
     run_dir = folder / f"proximo-{env}-{seed}"
-    if not (run_dir / "learning_curve.png").exists():
+    if not (run_dir / "report.html").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
         command = [sys.executable, "-m", "proximo", "train", env, "--seed", str(seed), "--quiet"]
         subprocess.run([*command, *CASES[env][1], "--run-dir", str(run_dir)], check=True, env=ONE_THREAD)
@@ -131,9 +131,9 @@ def draw(results: dict[tuple[str, str], list[Curve]], envs: list[str], path: Pat
     for axes, env in zip(panels, envs, strict=True):
         for who in ("Proximo", "CleanRL"):
             found = results[env, who]
-            grid, mean, std = mean_curve(found)
-            (line,) = axes.plot(grid, mean, linewidth=1.8, label=f"{who} ({len(found)} seeds)")
-            axes.fill_between(grid, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+            band = bootstrap_band(found)
+            (line,) = axes.plot(band.steps, band.mean, linewidth=1.8, label=f"{who} ({len(found)} seeds)")
+            axes.fill_between(band.steps, band.low, band.high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(env, fontsize=10, loc="left")
         axes.set_xlabel("steps, over all environments", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -1,7 +1,7 @@
 """Train a preset on several seeds in both backends and keep the result as JSON.
 
     python benchmarks/learning.py HalfCheetah-v5 --seeds 0-4 [--confirm 10-14] [--backends jax torch] [--jobs 2]
-        [--work DIR]
+        [--film] [--work DIR]
 
 Each run is the `proximo train` command that its record states, in this folder and on one thread; the tasks of tasks.py
 are `tasks:ID`, and unknown flags go to the command. A result is the mean return of the last 100 training episodes at
@@ -38,6 +38,7 @@ from proximo.run.versions import collect_versions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+MAX_FRAMES = 400  # of a video
 RETURN = "rollout/episode_return_mean"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run per core
 
@@ -45,7 +46,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run 
 def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> dict:
     """One training run in a process of its own, then a deterministic evaluation of its final policy."""
     run_dir = folder / f"{backend}-{seed}"
-    done = run_dir / "learning_curve.png"  # the last thing that a run writes
+    done = run_dir / "report.html"  # the last thing that a run writes
     command = ["proximo", "train", env, "--backend", backend, "--seed", str(seed), *flags]
     if not done.exists() and any(run_dir.glob("checkpoints/step_*")):
         resume = [sys.executable, "-m", "proximo", "resume", str(run_dir), "--env", env, "--quiet"]
@@ -69,9 +70,22 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         "best_at_step": best["global_step"],
         "evaluation": json.loads(said),
         "steps_per_second": steps_per_second(rows),
+        "training_seconds": rows[-1]["global_step"] / steps_per_second(rows),
         "settings": settings_of(run_dir),
         "curve": [[row["global_step"], round(row[RETURN], 2)] for row in rows[:: max(len(rows) // 200, 1)]],
     }
+
+
+def film(env: str, runs: list[dict], folder: Path, path: Path) -> None:
+    """Record an episode of the run whose return is the median; without effect where the environment cannot render."""
+    ordered = sorted(runs, key=lambda found: found["return_last_100_episodes"])
+    median = ordered[len(ordered) // 2]
+    path.parent.mkdir(exist_ok=True)
+    record = ["--episodes", "1", "--record", str(path), "--max-frames", str(MAX_FRAMES), "--json"]
+    run_dir = folder / f"{median['backend']}-{median['seed']}"
+    command = [sys.executable, "-m", "proximo", "evaluate", str(run_dir), "--env", env, *record]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, cwd=HERE)
+    print(f"video: {path}" if not done.returncode else f"no video: {done.stderr.strip()}", flush=True)
 
 
 def steps_per_second(rows: list[dict]) -> float:
@@ -109,6 +123,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["jax", "torch"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--name", help="file name of the result; the environment's by default")
+    parser.add_argument("--film", action="store_true", help="record a video of the median seed, into results/videos")
     parser.add_argument("--work", help="folder that keeps the runs; a temporary one by default")
     options, flags = parser.parse_known_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -121,6 +136,9 @@ def main() -> None:
             for backend in options.backends
         ]
         runs = [job.result() for job in jobs]
+        if options.film:
+            chosen = [one for one in runs if one["backend"] == options.backends[0] and one["seed"] in options.seeds]
+            film(options.env, chosen, work, RESULTS / "videos" / f"{options.env.rpartition(':')[2]}.mp4")
 
     env_id = options.env.rpartition(":")[2]
     path = (RESULTS / "tasks" if names_module(options.env) else RESULTS) / f"{options.name or env_id}.json"

@@ -22,7 +22,8 @@ from proximo.device import DeviceGroup
 from proximo.environments import TrainingEnvs
 from proximo.errors import NOTES_OF, RunError, UserError
 from proximo.learner.learner import Learner
-from proximo.report.plot import RETURN, plot
+from proximo.report.page.write import write_records
+from proximo.report.plot import RETURN
 from proximo.report.recorder import call_back
 from proximo.rollout.rollout import Metrics
 from proximo.run.folder import require_empty
@@ -104,7 +105,7 @@ class Sweep(Generic[Agent]):
         Args:
             total_timesteps: of each agent.
             run_dir: a folder in which each agent gets a run folder with a name such as `seed-0`; by default `run_dir`
-                of the settings. The mean return over all runs is plotted to `learning_curve.png`.
+                of the settings. Curves and a report of all runs are written there too.
             progress: show progress on the terminal.
             callback: called with an agent and the metrics of every iteration of it; False ends its run.
 
@@ -158,7 +159,7 @@ class Sweep(Generic[Agent]):
                     yield self.agents[n], metrics
         written = [path for path in run_dirs if path and (path / METRICS).exists()]
         if folder and written:
-            plot(written, Path(folder) / "learning_curve.png", [RETURN])
+            write_records(written, folder)
 
     def _train_unit(
         self,

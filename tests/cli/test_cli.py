@@ -43,7 +43,7 @@ def test_train_then_evaluate(tmp_path, backend, capsys):
         "time/fraction_act", "time/fraction_update",
     }  # fmt: skip
     assert expected <= set(rows[-1])
-    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "report.html").read_text("utf-8").startswith("<!doctype html>")
     assert json.loads((run / "versions.json").read_text())["gymnasium"]
 
     assert main(["evaluate", str(run), "--episodes", "6", "--json"]) == 0
@@ -59,12 +59,12 @@ def test_train_then_evaluate(tmp_path, backend, capsys):
 
 
 def test_metrics_before_the_first_episode_ends_are_null(tmp_path):
-    """Pendulum's episodes last 200 steps, so none ends in 2 × 16 steps, and no curve is plotted."""
+    """Pendulum's episodes last 200 steps, so none ends in 2 × 16 steps; the report says so."""
     run = tmp_path / "run"
     assert main(["train", "Pendulum-v1", *SMALL, "--total-timesteps", "32", "--run-dir", str(run), "--quiet"]) == 0
     (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     assert row["rollout/episode_return_mean"] is None
-    assert not (run / "learning_curve.png").exists()
+    assert "no episode ended" in (run / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -351,9 +351,9 @@ def test_commands_take_the_folder_of_several_seeds(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["CartPole-v1", "seed-0", "seed-1", "mean over 2 seeds"]
     (folder / "seed-2").mkdir()  # as when a run is interrupted while a seed waits for a core
-    begun = (folder / "learning_curve.png").stat().st_mtime_ns
+    begun = (folder / "report.html").stat().st_mtime_ns
     assert main(["resume", str(folder), "--total-timesteps=96"]) == 0
-    assert (folder / "learning_curve.png").stat().st_mtime_ns > begun
+    assert (folder / "report.html").stat().st_mtime_ns > begun
     assert [len((folder / f"seed-{n}" / "metrics.jsonl").read_text().splitlines()) for n in (0, 1, 2)] == [3, 3, 3]
     assert "seed: 2" in (folder / "seed-2" / "config.yaml").read_text()
     (folder / "seed-1-unfinished").mkdir()  # from an earlier time

@@ -126,7 +126,7 @@ def test_one_run_ends_and_the_others_go_on(tmp_path):
     with PPO.sweep(Counter(ends=7), {"seed": [0, 1, 2]}, **SMALL) as sweep:
         sweep.learn(STEPS, run_dir=tmp_path, callback=callback)
         assert [agent.progress.iteration for agent in sweep] == [6, 2, 6]
-        assert (tmp_path / "learning_curve.png").exists()
+        assert (tmp_path / "report.html").exists()
         before = len(rows_of(tmp_path / "seed-1"))
         for n in (0, 2):
             assert_same(sweep[n].learner.state(), alone(Counter(ends=7), seed=n))

@@ -277,7 +277,7 @@ def test_several_seeds_equal_single_runs(tmp_path, capsys):
     folder, single = tmp_path / "all", tmp_path / "single"
     assert main([*TRAIN, "--total-timesteps", "640", "--seeds", "0,2", "--run-dir", str(folder)]) == 0
     assert "finished after 1,280 steps over 2 seeds" in capsys.readouterr().out
-    assert (folder / "learning_curve.png").exists()
+    assert (folder / "report.html").exists()
     assert main([*TRAIN, "--total-timesteps", "640", "--seed", "2", "--run-dir", str(single)]) == 0
     several, one = ([{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run)]
                  for run in (folder / "seed-2", single))  # fmt: skip

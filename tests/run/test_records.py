@@ -9,13 +9,15 @@ import pytest
 import yaml
 from PIL import Image
 from rollouts import act_rollout
+from scipy.stats import trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from proximo.cli import main
 from proximo.errors import UserError
 from proximo.learner.schedules import hyper_at
 from proximo.ppo import PPO
-from proximo.report.plot import Run, group_by_settings, mean_curve, plot
+from proximo.report.curves import Run, bootstrap_band, group_by_settings, interquartile_mean, smooth
+from proximo.report.plot import plot
 from proximo.rollout.diagnostics import histograms_of
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.metrics import read_metrics
@@ -151,12 +153,40 @@ def test_runs_that_differ_in_their_seed_form_one_group(tmp_path):
 
 
 def test_the_mean_curve_covers_the_steps_of_all_runs():
-    """Over the common steps 2 to 8, values s and 3 s have mean 2 s and standard deviation s."""
+    """Over the common steps 2 to 8, values s and 3 s have mean 2 s and the range [s, 3 s]."""
     long, short = np.arange(0.0, 11.0), np.arange(2.0, 9.0)
-    steps, mean, std = mean_curve([(long, long), (short, 3.0 * short)])
-    assert (steps[0], steps[-1]) == (2.0, 8.0)
-    np.testing.assert_allclose(mean, 2.0 * steps)
-    np.testing.assert_allclose(std, steps)
+    band = bootstrap_band([(long, long), (short, 3.0 * short)])
+    assert (band.steps[0], band.steps[-1]) == (2.0, 8.0)
+    np.testing.assert_allclose(band.mean, 2.0 * band.steps)
+    np.testing.assert_allclose(band.low, band.steps)
+    np.testing.assert_allclose(band.high, 3.0 * band.steps)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 10])
+def test_the_interquartile_mean_is_that_of_rliable(count):
+    """rliable uses scipy.stats.trim_mean(…, 0.25); of 0, 1, 2, 3 and 100 it is the mean of 1, 2 and 3."""
+    values = np.random.default_rng(0).normal(size=(count, 7))
+    np.testing.assert_allclose(interquartile_mean(values), trim_mean(values, 0.25, axis=0))
+    assert interquartile_mean(np.array([100.0, 0.0, 3.0, 1.0, 2.0])) == 2.0
+
+
+def test_the_band_is_a_bootstrap_interval():
+    """Constant curves at 0, …, 9: the interval covers the mean, and is that of resampled interquartile means."""
+    steps = np.array([0.0, 1.0])
+    band = bootstrap_band([(steps, np.full(2, float(k))) for k in range(10)])
+    assert band.mean[0] == 4.5  # of 2 to 7
+    rng = np.random.default_rng(1)
+    means = interquartile_mean(rng.integers(10, size=(10, 20_000)).astype(float))
+    np.testing.assert_allclose([band.low[0], band.high[0]], np.quantile(means, [0.025, 0.975]), atol=0.35)
+
+
+def test_smoothing_keeps_the_mean_of_a_line():
+    """A centred average leaves a line as it is, and divides the variance of noise by the number of points."""
+    line = np.arange(1000.0)
+    np.testing.assert_allclose(smooth(line)[20:-20], line[20:-20])
+    noise = np.random.default_rng(0).normal(size=10_000)
+    assert smooth(noise).var() == pytest.approx(1 / 301, rel=0.3)
+    assert smooth(np.ones(3)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_plots_of_runs(tmp_path, capsys):
@@ -165,9 +195,8 @@ def test_plots_of_runs(tmp_path, capsys):
         run = tmp_path / f"s{seed}"
         command = ["train", "CartPole-v1", *TINY, "--num-envs", "2", "--seed", str(seed)]
         assert main([*command, "--total-timesteps", "320", "--run-dir", str(run)]) == 0
-    for name in ("curves.png", "learning_curve.png"):
-        with Image.open(tmp_path / "s0" / name) as image:
-            assert len(np.unique(np.asarray(image.convert("L")))) > 10  # not blank
+    with Image.open(tmp_path / "s0" / "curves.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10  # not blank
     picture = tmp_path / "both.svg"
     capsys.readouterr()
     runs = [str(tmp_path / "s0"), str(tmp_path / "s1")]

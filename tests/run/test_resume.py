@@ -597,7 +597,7 @@ def test_a_killed_run_is_resumed_by_command(tmp_path, capsys):
     with subprocess.Popen(train(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for_rows(killed, 30, process)
         process.kill()
-    assert not (killed / "learning_curve.png").exists()
+    assert not (killed / "report.html").exists()
     done = subprocess.run([*PROXIMO, "resume", str(killed)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stdout

@@ -130,6 +130,16 @@ def seed_folders(path: str | Path, with_empty: bool = False) -> list[Path]:
     return sorted(begun, key=lambda run: int(run.name[5:]))
 
 
+def expand_runs(paths: list[str], output: str | None, name: str) -> tuple[list[str | Path], str | None]:
+    """Run folders, those of several seeds expanded, and the output: `name` in a single folder of several seeds."""
+    runs: list[str | Path] = []
+    for path in paths:
+        runs += seed_folders(path) or [path]
+    if output is None and len(paths) == 1 and len(runs) > 1:
+        output = f"{paths[0]}/{name}"
+    return runs, output
+
+
 def normalize_arguments(words: list[str], flags: set[str]) -> list[str]:
     """Rename flags to Proximo's names, and join numbers to the flag before them with "=".
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from proximo.cli.flags import seed_folders
+from proximo.cli.flags import expand_runs
 
 
 def add_to(commands: Any) -> None:
@@ -12,8 +12,8 @@ def add_to(commands: Any) -> None:
         "plot",
         help="plot returns, episode lengths and losses of runs",
         usage="proximo plot RUN [RUN …] [options]",
-        description="Plot learning curves. Runs that differ only in their seed are combined: a line for their mean, a "
-        "band of one standard deviation.",
+        description="Plot learning curves. Runs that differ only in their seed are combined: a line for their "
+        "interquartile mean, a band for its 95 % bootstrap interval, and thin lines for the runs.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of several seeds")
     parser.add_argument(
@@ -26,9 +26,6 @@ def run(options: argparse.Namespace) -> int:
     """Plot, and print the path of the figure; return the exit status."""
     from proximo.report.plot import plot
 
-    runs = [run for path in options.runs for run in seed_folders(path) or [path]]
-    output = options.output
-    if len(options.runs) == 1 and runs != options.runs and output is None:
-        output = f"{options.runs[0]}/curves.png"
+    runs, output = expand_runs(options.runs, options.output, "curves.png")
     print(plot(runs, output=output, metrics=options.metric))
     return 0

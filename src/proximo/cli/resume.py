@@ -75,7 +75,7 @@ def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
 
     The first that does not finish is the last.
     """
-    from proximo.report.plot import RETURN, plot
+    from proximo.report.page.write import write_records
     from proximo.run.checkpoint_files import list_checkpoints
     from proximo.run.metrics import CONFIG
 
@@ -98,7 +98,7 @@ def resume_seeds(options: argparse.Namespace, folders: list[Path]) -> int:
             return status
     if len(complete) == len(folders):
         raise complete[0]
-    plot(folders, folders[0].parent / "learning_curve.png", [RETURN])
+    write_records(folders, folders[0].parent)
     return 0
 
 

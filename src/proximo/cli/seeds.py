@@ -27,7 +27,8 @@ from proximo.errors import RunError, UserError, format_number
 from proximo.learner.make import choose_backend
 from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.ppo import PPO, check_records, config_for
-from proximo.report.plot import RETURN, plot
+from proximo.report.page.write import write_records
+from proximo.report.plot import RETURN
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
 from proximo.run.trackers import Console
@@ -205,7 +206,7 @@ def _summarize(run_dirs: RunDirs, named: str, folder: Path, interrupted: bool) -
     yield f"mean return over the last 100 episodes: {format_number(values.mean())}{spread}"
     yield "  " + ", ".join(f"seed {seed}: {format_number(value)}" for seed, value in returns.items())
     folders = [run_dirs[seed] for seed in returns]
-    yield f"learning curve: {plot(folders, folder / 'learning_curve.png', [RETURN])}"
+    yield f"report and curves: {', '.join(map(str, write_records(folders, folder)))}"
     yield f"evaluate with: proximo evaluate {named}"
     if interrupted:
         waiting = [seed for seed, run_dir in run_dirs.items() if not any(run_dir.glob("checkpoints/*"))]

@@ -194,12 +194,12 @@ def summarize(agent: PPO, run_dir: Path, interrupted: bool) -> list[str]:
     if mean is not None:
         count = len(progress.episodes)
         result = f"mean return over the last {f'{count} episodes' if count > 1 else 'episode'} {format_number(mean)}"
-    names = ("learning_curve.png", "curves.png", "videos")
+    names = ("report.html", "curves.png", "videos")
     files = [str(run_dir / name) for name in names if (run_dir / name).exists()]
     named = run_arguments(run_dir, agent.env_id, agent.config.wrappers)
     lines = [
         f"{'interrupted' if interrupted else 'finished'} after {progress.global_step:,} steps: {result}",
-        f"plots and videos: {', '.join(files) or 'none'}",
+        f"report, plots and videos: {', '.join(files) or 'none'}",
         f"evaluate with: proximo evaluate {named}",
     ]
     if interrupted:

@@ -13,7 +13,7 @@ from proximo.config.values import to_plain
 from proximo.errors import Exited, NotFinite, RunError, RunFolderLost, Stopped, UserError, describe_error, notify_user
 from proximo.learner.learner import Learner
 from proximo.machine import hold_signals
-from proximo.report.plot import RETURN, plot
+from proximo.report.page.write import write_records
 from proximo.rollout.episodes import to_number
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run import debug_bundle
@@ -130,16 +130,14 @@ class Recorder:
                 notify_user(f"the last checkpoint or the debug bundle could not be saved: {another}")
 
     def conclude(self) -> None:
-        """Record a last video and plot the curves."""
+        """Record a last video, plot the curves and write the report."""
         if not self.folder:
             return
         path = self.folder.path
         self._record_step(path)
         try:
             if self.folder.rows:
-                plot([path])
-            if self.folder.rows and self.progress.episodes:
-                plot([path], path / "learning_curve.png", [RETURN])
+                write_records([path], path)
         except Exception as error:
             notify_user(f"the curves of {path} could not be drawn: {error}")
 
