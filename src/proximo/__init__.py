@@ -22,10 +22,11 @@ if sys.platform == "win32":
 if TYPE_CHECKING:
     from proximo.agent import Agent
     from proximo.config.settings import Config
+    from proximo.deploy.export import export
     from proximo.errors import RunError, UserError
     from proximo.ppo import PPO, evaluate_random
 
-__all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random"]
+__all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random", "export"]
 
 _MODULES = {
     "PPO": "ppo",
@@ -34,6 +35,7 @@ _MODULES = {
     "RunError": "errors",
     "UserError": "errors",
     "evaluate_random": "ppo",
+    "export": "deploy.export",
 }
 
 

@@ -8,14 +8,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from proximo.cli import evaluate, inspect, plot, presets, resume, train
+from proximo.cli import evaluate, export, inspect, plot, presets, resume, train
 from proximo.cli.flags import ESSENTIAL, normalize_arguments
 from proximo.config.settings import SETTINGS
 from proximo.errors import RunError, UserError, print_error, replace_unencodable, suggest
 from proximo.version import __version__
 
 COMMANDS = {
-    "train": train, "resume": resume, "evaluate": evaluate, "inspect": inspect, "plot": plot, "presets": presets,
+    "train": train, "resume": resume, "evaluate": evaluate, "export": export, "inspect": inspect, "plot": plot,
+    "presets": presets,
 }  # fmt: skip
 
 
