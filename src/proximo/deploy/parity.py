@@ -145,8 +145,8 @@ def compare(run: Run, spec: dict[str, Any], learner: Learner, batches: list[Batc
                 differs = (gaps > (TOLERANCE if leaf["kind"] == "binned" else 0.0)).reshape(count, -1)
                 mismatches.append(int((differs & ~tied).sum()))
                 ties += int((differs & tied).sum())
-    given = max(differences, default=None), sum(mismatches) if mismatches else None
-    return Parity(count * len(batches), *given, ties)
+    difference = float(np.max(differences)) if differences else None  # NaN, unlike with max
+    return Parity(count * len(batches), difference, sum(mismatches) if mismatches else None, ties)
 
 
 def match(spec: dict[str, Any], action: Any) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
