@@ -1,5 +1,6 @@
 """Exported policies compute what `predict` computes, for every kind of policy, format and backend."""
 
+import json
 from collections import OrderedDict
 
 import numpy as np
@@ -9,12 +10,13 @@ from backends import BACKENDS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 from proximo.config.settings import Config
-from proximo.deploy import export as export_module
-from proximo.deploy.description import describe
+from proximo.deploy.description import Description, describe
 from proximo.deploy.export import WRITERS, open_file
-from proximo.deploy.parity import NUM_ENVS, compare, sample
+from proximo.deploy.parity import NUM_ENVS, Parity, compare, is_tied, sample
+from proximo.deploy.runtime import read
 from proximo.learner.make import make_learner
 from proximo.spaces.spaces import Spaces
+from proximo.spaces.trees import is_inside
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -140,24 +142,75 @@ def test_files_compute_what_predict_computes(case, tmp_path):
         assert parity.is_equal, f"{name}: {parity}"
         assert parity.ties <= 1
         assert parity.observations == 16 * NUM_ENVS
-    batch = batches[-1]
-    inputs = export_module.Policy(*description).spec["observation"]
-    obs, _ = learner.spec.spaces.read_batch(batch.observation)
-    rows, _ = export_module_read(description.spec, batch.observation)
-    zeros = np.zeros((NUM_ENVS, description.spec["state_size"]), np.float32)
-    assert [x["name"] for x in inputs] == list(rows)
+    inputs, _ = read(description.spec, batches[-1].observation)
+    state = np.zeros((NUM_ENVS, description.spec["state_size"]), np.float32)
+    obs, _ = learner.spec.spaces.read_batch(batches[-1].observation)
+    raw = learner.act_first(obs, None)
+    log_prob, values, _ = learner.evaluate_actions(obs, raw)
     for name in WRITERS:
         run = open_file(name, tmp_path / name)
-        outputs, one = run(rows, zeros), run({path: x[:1] for path, x in rows.items()}, zeros[:1])
+        outputs, one = run(inputs, state), run({path: x[:1] for path, x in inputs.items()}, state[:1])
         for path, x in one.items():
-            np.testing.assert_allclose(x[0], outputs[path][0], rtol=1e-5, atol=1e-5, err_msg=path)
+            np.testing.assert_allclose(x[0], outputs[path][0], rtol=1e-5, atol=1e-5, err_msg=f"{name}: {path}")
         if value:
-            raw = learner.actor(None)(obs, np.ones(NUM_ENVS, bool))
-            expected = learner.evaluate_actions(obs, raw)[1]
-            np.testing.assert_allclose(outputs["value"], expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(outputs["value"], values, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(log_density(description.spec, outputs, raw), log_prob, rtol=1e-4, atol=1e-4)
 
 
-def export_module_read(spec, observation):
-    from proximo.deploy.runtime import read
+def log_density(spec, outputs, raw):
+    """log π of raw actions from the exported logits, means and standard deviations."""
+    total = 0.0
+    for leaf in spec["action"]:
+        suffix = leaf["name"].removeprefix("action")
+        path = suffix.removeprefix(".")
+        if leaf["kind"] == "gaussian":
+            mean, std = outputs[f"mean{suffix}"], outputs[f"std{suffix}"]
+            normal = -0.5 * ((raw[path] - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+            slope = np.log(1 - np.tanh(raw[path].astype(np.float64)) ** 2) if leaf["squash"] else 0.0
+            total = total + (normal - slope).sum(axis=1)
+            continue
+        logits = outputs[f"logits{suffix}"].astype(np.float64)
+        if leaf["kind"] == "bernoulli":
+            total = total - np.logaddexp(0.0, np.where(raw[path] == 1, -logits, logits)).sum(axis=1)
+            continue
+        if leaf["kind"] == "binned":
+            sizes, chosen = [leaf["bins"]] * len(leaf["low"]), raw[path]
+        else:
+            sizes = [entry["n"] for entry in leaf["entries"]]
+            chosen = np.stack([raw[x] for x in sorted(raw) if is_inside(x, path)], axis=1)
+        for k, part in enumerate(np.split(logits, np.cumsum(sizes)[:-1], axis=1)):
+            of_chosen = np.take_along_axis(part, chosen[:, k, None].astype(int), axis=1)[:, 0]
+            total = total + of_chosen - np.log(np.exp(part).sum(axis=1))
+    return total
 
-    return read(spec, observation)
+
+def test_a_difference_is_found(tmp_path):
+    """Changed weights, for discrete and continuous actions, and a mask that is ignored."""
+    for action, mask in (("discrete", True), ("multi-binary", False), ("binned", False), ("rescale", False)):
+        learner = learner_for(action, "vector", mask)
+        description = describe(learner.spec.config, learner.spec.spaces, learner.state())
+        batches = sample(learner.spec.spaces, learner.state())
+        changed = {**description.arrays, "actor.0.bias": description.arrays["actor.0.bias"] + np.float32(0.01)}
+        broken = [Description(description.spec, changed)]
+        if mask:
+            spec = json.loads(json.dumps(description.spec))
+            spec["action"][0]["entries"][0]["masks"] = []
+            broken.append(Description(spec, description.arrays))
+        for one in broken:
+            for parity in check(tmp_path, learner, one, batches).values():
+                assert not parity.is_equal
+                assert parity.mismatches or parity.difference > 1e-4
+
+
+def test_ties_are_not_mismatches():
+    """Two logits that are equal up to rounding errors, for each kind of discrete action."""
+    entries = [{"n": 1}, {"n": 3}]
+    logits = np.float32([[5.0, 1.0, 1.0 + 1e-6, 0.0], [5.0, 1.0, 0.9, 0.0]])
+    np.testing.assert_array_equal(is_tied({"kind": "categorical", "entries": entries}, logits), [[0, 1], [0, 0]])
+    np.testing.assert_array_equal(is_tied({"kind": "bernoulli"}, np.float32([[1e-6, 0.1]])), [[1, 0]])
+    leaf = {"kind": "binned", "bins": 2, "low": [0.0, 0.0]}
+    np.testing.assert_array_equal(is_tied(leaf, np.float32([[3.0, 3.0, 1.0, 2.0]])), [[1, 0]])
+
+
+def test_nan_is_no_parity():
+    assert not Parity(8, float("nan"), None, 0).is_equal
