@@ -190,7 +190,7 @@ def test_a_difference_is_found(tmp_path):
         learner = learner_for(action, "vector", mask)
         description = describe(learner.spec.config, learner.spec.spaces, learner.state())
         batches = sample(learner.spec.spaces, learner.state())
-        changed = {**description.arrays, "actor.0.bias": description.arrays["actor.0.bias"] + np.float32(0.01)}
+        changed = {**description.arrays, "actor.0.bias": description.arrays["actor.0.bias"] + np.float32(0.3)}
         broken = [Description(description.spec, changed)]
         if mask:
             spec = json.loads(json.dumps(description.spec))
