@@ -37,6 +37,7 @@ SHORTER = {
     "train": ["--total-timesteps", "512", "--update-epochs", "1", "--histogram-interval", "0"],
     "resume": ["--total-timesteps", "4096"],
     "evaluate": ["--episodes", "2"],
+    "export": [],
     "inspect": [],
     "plot": [],
     "presets": [],

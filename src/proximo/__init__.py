@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from proximo.agent import Agent
     from proximo.apply import evaluate_random
     from proximo.config.settings import Config
+    from proximo.deploy.export import export
     from proximo.errors import RunError, UserError
     from proximo.ppo import PPO
 
-__all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random"]
+__all__ = ["PPO", "Agent", "Config", "RunError", "UserError", "__version__", "evaluate_random", "export"]
 
 _MODULES = {
     "PPO": "ppo",
@@ -35,6 +36,7 @@ _MODULES = {
     "RunError": "errors",
     "UserError": "errors",
     "evaluate_random": "apply",
+    "export": "deploy.export",
 }
 
 

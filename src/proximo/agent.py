@@ -93,7 +93,7 @@ class Agent:
 
     def _bind(self, config: Config, spaces: Spaces, learner: Learner, progress: Progress, env_id: str | None) -> None:
         self.config, self.spaces, self.learner = config, spaces, learner
-        self.progress, self._env_id = progress, env_id
+        self.progress, self.env_id = progress, env_id
         self._wrappers: tuple[str, ...] = ()  # of the checkpoint, to save again
         count = config.num_envs
         self._rollout = Rollout(spaces, config.num_steps, count)
@@ -257,7 +257,7 @@ class Agent:
             UserError: the path exists and is not a checkpoint.
         """
         config = self.config.replace(wrappers=self._wrappers)
-        info = RunInfo(self._env_id, None, config, resolved_by(self.learner))
+        info = RunInfo(self.env_id, None, config, resolved_by(self.learner))
         return checkpoint.save(path, self.learner, info, self.spaces, self.progress)
 
     @classmethod

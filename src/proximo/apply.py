@@ -35,7 +35,7 @@ def predict(
     rows = len(next(iter(obs.values())))
     noise = None if deterministic else spaces.action.noise(rng, (rows,))
     if state is None:
-        raw, carry = learner.actor(None if noise is None else [noise])(obs, np.ones(rows, bool)), None
+        raw, carry = learner.act_first(obs, noise), None
     else:
         raw, carry = learner.act(obs, read_state(state, initial_state(learner, rows), is_single), noise)
     action = spaces.action.to_env(raw, config)

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from proximo.cli import analyze, evaluate, inspect, plot, presets, report, resume, train
+from proximo.cli import analyze, evaluate, export, inspect, plot, presets, report, resume, train
 from proximo.cli.flags import ESSENTIAL, normalize_arguments
 from proximo.config.settings import SETTINGS
 from proximo.errors import RunError, UserError, print_error, replace_unencodable, suggest
 from proximo.version import __version__
 
 COMMANDS = {
-    "train": train, "resume": resume, "evaluate": evaluate, "analyze": analyze, "inspect": inspect, "plot": plot,
-    "report": report, "presets": presets,
+    "train": train, "resume": resume, "evaluate": evaluate, "analyze": analyze, "export": export, "inspect": inspect,
+    "plot": plot, "report": report, "presets": presets,
 }  # fmt: skip
 
 

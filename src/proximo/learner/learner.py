@@ -13,7 +13,7 @@ from proximo.config.settings import Config
 from proximo.errors import NotFinite
 from proximo.learner.architecture import VARIANCE_EPSILON, architecture, is_chunked, work_per_row
 from proximo.learner.arrays import flatten, identity, require_finite, unflatten
-from proximo.learner.numpy_policy import mlp_actor
+from proximo.learner.numpy_policy import Step, mlp_actor, mlp_step
 from proximo.learner.schedules import Hyper
 from proximo.learner.state import Reduce, Spec, State, Transitions, initial_state
 from proximo.machine import choose_device, choose_num_threads
@@ -108,6 +108,7 @@ class Learner:
     compiled: bool | None
     spec: Spec
     _held: State | Deferred
+    _mlp_step: tuple[Any, Step] | None = None  # a held state, and its policy in NumPy
 
     def __init__(
         self, config: Config, spaces: Spaces, network: Any = None, dtype: str = "float32", reduce: Reduce = identity
@@ -130,7 +131,7 @@ class Learner:
 
     @_state.setter
     def _state(self, state: State) -> None:
-        self._held = state
+        self.restore(state)
 
     def share_functions(self, other: "Learner") -> None:
         """Use the compiled functions of another learner, whose settings differ only in what is not compiled in."""
@@ -148,15 +149,31 @@ class Learner:
         Args:
             keep_outputs: let the actor store network outputs that `update` would compute again (images only).
         """
-        spaces = self.spec.spaces
         if self._acts_in_numpy:
-            params, moments = self._to_numpy((self._to_named(self._state.params), self._state.obs_moments))
-            carry = self._to_numpy(self._state.carry)
-            return mlp_actor(self.spec.config, spaces, params, moments, noise, carry)
-        keep_outputs = keep_outputs and is_chunked(self.spec)
-        return NetworkActor(
-            self._policy_step(), noise, spaces.action.noise_size, self._state.carry, self._dtype, keep_outputs
-        )
+            return mlp_actor(self._numpy_step(), noise, self._to_numpy(self._state.carry))
+        size, keep_outputs = self.spec.spaces.action.noise_size, keep_outputs and is_chunked(self.spec)
+        return NetworkActor(self._policy_step(), noise, size, self._state.carry, self._dtype, keep_outputs)
+
+    def act_first(self, obs: Obs, noise: np.ndarray | None) -> RawAction:
+        """Raw actions [N, ...] for the first observations [N, ...] of episodes.
+
+        Args:
+            noise: [N, K]; None gives the policy's mode.
+        """
+        count = len(next(iter(obs.values())))
+        if self._acts_in_numpy:
+            carry = np.zeros((count, self.spec.network.carry_size), self._dtype)
+            return self._numpy_step()(obs, carry, noise)[0]
+        return self.actor(None if noise is None else [noise])(obs, np.ones(count, bool))
+
+    def _numpy_step(self) -> Step:
+        """One step of the current policy in NumPy, prepared once for every state."""
+        held, prepared = self._held, self._mlp_step
+        if prepared is None or prepared[0] is not held:  # another thread may replace the state at any time
+            state = resolve(held)
+            params, moments = self._to_numpy((self._to_named(state.params), state.obs_moments))
+            self._mlp_step = prepared = held, mlp_step(self.spec.config, self.spec.spaces, params, moments)
+        return prepared[1]
 
     def act(self, obs: Obs, carry: np.ndarray, noise: np.ndarray | None) -> tuple[RawAction, np.ndarray]:
         """Raw actions [N, ...] and next recurrent states [N, H] for observations [N, ...] within an episode.
@@ -277,7 +294,7 @@ class Learner:
 
     def restore(self, snapshot: Any) -> None:
         """Restore a snapshot, or a deferred one."""
-        self._held = snapshot
+        self._held, self._mlp_step = snapshot, None
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of everything learned; names and shapes are the same in both backends."""

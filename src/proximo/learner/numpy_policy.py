@@ -25,6 +25,9 @@ from proximo.spaces.heads import RawAction
 from proximo.spaces.observations import Obs
 from proximo.spaces.spaces import Spaces
 
+# (observations [N, ...], recurrent states [N, H], noise [N, K] or None for the mode) -> raw actions, next states
+Step = Callable[[Obs, np.ndarray, np.ndarray | None], tuple[RawAction, np.ndarray]]
+
 
 def gelu(x: np.ndarray) -> np.ndarray:
     """x Φ(x) with the standard normal distribution function Φ."""
@@ -43,19 +46,32 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def mlp_actor(
-    config: Config,
-    spaces: Spaces,
-    params: Parameters,
-    moments: Mapping[str, Moments],
-    noise: Iterable[np.ndarray] | None,
-    carry: np.ndarray,
-) -> Actor:
-    """The policy with these parameters, sampling with noise [T, N, K] for T calls; None gives the mode.
+def mlp_actor(step: Step, noise: Iterable[np.ndarray] | None, carry: np.ndarray) -> Actor:
+    """A policy that acts step by step, sampling with noise [T, N, K] for T calls; None gives the mode.
+
+    Args:
+        step: the result of `mlp_step`.
+        carry: [N, H], the recurrent state before the first call; zero for any other number of environments.
+    """
+    calls = None if noise is None else iter(noise)
+
+    def actor(obs: Obs, start: np.ndarray) -> RawAction:
+        nonlocal carry
+        if carry.shape[1]:
+            if len(carry) != len(start):
+                carry = np.zeros((len(start), carry.shape[1]), carry.dtype)
+            carry = np.where(start[:, None], 0.0, carry)
+        action, carry = step(obs, carry, None if calls is None else next(calls))
+        return action
+
+    return actor
+
+
+def mlp_step(config: Config, spaces: Spaces, params: Parameters, moments: Mapping[str, Moments]) -> Step:
+    """One step of the policy with these parameters, a pure function.
 
     Args:
         moments: path -> moments of normalised observations.
-        carry: [N, H], the recurrent state before the first call; zero for any other number of environments.
     """
     arch = architecture(config, spaces)
     part = arch.parts[0]
@@ -63,7 +79,7 @@ def mlp_actor(
     embedded = [leaf for leaf in spaces.observation if leaf.kind == "discrete" and arch.embedding_size]
     named = ((leaf.path, f"{part}.{embedding_name(leaf)}") for leaf in embedded)
     embeddings = {path: (params[f"{name}.weight"], params[f"{name}.bias"]) for path, name in named}
-    remember = recurrent_layer(arch, params, carry) if arch.carry_size else None
+    remember = recurrent_layer(arch, params) if arch.carry_size else None
     weight, bias = params["actor.head.weight"], params["actor.head.bias"]
     scales = {
         path: (found.mean, (1.0 / np.sqrt(found.variance + VARIANCE_EPSILON)).astype(weight.dtype))
@@ -76,24 +92,23 @@ def mlp_actor(
         (head, outputs, noises, std[stds], spaces.masks(head))
         for head, outputs, noises, stds in spaces.action.slices(config)
     ]
-    zero = np.zeros(spaces.action.noise_size, weight.dtype)
-    calls = None if noise is None else iter(noise)
 
-    def actor(obs: Obs, start: np.ndarray) -> RawAction:
-        x = encode(spaces, obs, scales, embeddings, config.clip_observation, weight.dtype)
-        x = hidden(x)
+    zero = np.zeros(spaces.action.noise_size, weight.dtype)
+
+    def step(obs: Obs, carry: np.ndarray, noise: np.ndarray | None) -> tuple[RawAction, np.ndarray]:
+        x = hidden(encode(spaces, obs, scales, embeddings, config.clip_observation, weight.dtype))
         if remember:
-            x = remember(x, start)
-        output = x @ weight + bias
-        drawn = zero if calls is None else next(calls)
-        return {
+            x, carry = remember(x, carry)
+        output, drawn = x @ weight + bias, zero if noise is None else noise
+        action = {
             head.path: head.sample(
                 config, output[..., outputs], std, drawn[..., noises], [obs[path][..., part] for path, part in masks]
             )
             for head, outputs, noises, std, masks in heads
         }
+        return action, carry
 
-    return actor
+    return step
 
 
 def hidden_layers(arch: Architecture, part: str, params: Parameters) -> Callable[[np.ndarray], np.ndarray]:
@@ -139,21 +154,20 @@ def normalize_layer(x: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.n
 
 
 def recurrent_layer(
-    arch: Architecture, params: Parameters, carry: np.ndarray
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The actor's recurrent layer: a function of inputs [N, F] and `start` [N] that keeps its state between calls."""
+    arch: Architecture, params: Parameters
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The actor's recurrent layer: (inputs [N, F], states [N, H]) -> outputs and the next states.
+
+    The state of the critic's layer, the rest of H, is returned unchanged.
+    """
     name, size, cell = f"{arch.parts[0]}.memory", arch.memory_size, CELLS[arch.memory]
     input_weight, input_bias = params[f"{name}.input.weight"], params[f"{name}.input.bias"]
     weight, bias = params[f"{name}.hidden.weight"], params[f"{name}.hidden.bias"]
-    state = carry[:, : CARRIED[arch.memory] * size]
+    used = CARRIED[arch.memory] * size
 
-    def remember(x: np.ndarray, start: np.ndarray) -> np.ndarray:
-        nonlocal state
-        if len(state) != len(x):
-            state = np.zeros((len(x), state.shape[1]), state.dtype)
-        state = np.where(start[:, None], 0.0, state)
-        state = cell(x @ input_weight + input_bias, state[:, :size] @ weight + bias, state)
-        return state[:, :size]
+    def remember(x: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        state = cell(x @ input_weight + input_bias, carry[:, :size] @ weight + bias, carry[:, :used])
+        return state[:, :size], np.concatenate([state, carry[:, used:]], axis=1)
 
     return remember
 

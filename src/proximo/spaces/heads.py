@@ -62,7 +62,7 @@ class CategoricalHead:
         """Indices [N] from logits [N, n] with the Gumbel-max trick."""
         for mask in masks:
             logits = np.where(mask > 0, logits, logits.dtype.type(MASKED))
-        return np.argmax(logits + noise, axis=-1).astype(np.int32)
+        return (logits + noise).argmax(axis=-1).astype(np.int32)
 
     def random(self, rng: np.random.Generator, count: int, masks: Sequence[np.ndarray]) -> np.ndarray:
         """Uniform raw samples [count] of the actions that masks [count, n] allow."""
@@ -196,7 +196,7 @@ class GaussianHead:
         if config.rescale_actions:
             action = low + 0.5 * (action + 1.0) * self.width.astype(self.dtype)
         if config.clip_actions:
-            action = np.minimum(np.maximum(action, low), high)
+            action = action.clip(low, high)
         return action.reshape(-1, *self.shape)
 
     def describe(self) -> str:

@@ -82,6 +82,11 @@ class Leaf:
         sizes, starts = self.sizes or (self.n,), self.starts or (self.start,)
         return tuple((np.cumsum([0, *sizes[:-1]]) - starts).tolist())
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether its values may lie outside the space; numbers may exceed the bounds of a Box."""
+        return self.is_binary or self.kind == "discrete"
+
     def is_outside(self, values: Any) -> Any:
         """Whether values [..., *shape] of NumPy or JAX lie outside a discrete space: [...]."""
         axes = tuple(range(values.ndim - len(self.shape), values.ndim))

@@ -57,7 +57,7 @@ class Spaces:
         """
         for leaf in self.observation:
             values = obs[leaf.path]
-            if leaf.is_outside(values).any():
+            if leaf.has_limits and leaf.is_outside(values).any():
                 raise UserError(f"{leaf.outside_message(values)}.")
             if leaf.kind == "mask" and self.allows_nothing(obs, leaf).any():
                 raise UserError(f"{describe_path(leaf.path)!r} of {name} allows no action. Allow at least one.")
@@ -152,13 +152,15 @@ class Spaces:
                 nothing.
         """
         obs = dict(self.read(observation))
-        leading = {obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation}
-        if len(leading) > 1 or len(max(leading)) > 1 or 0 in max(leading):
-            raise UserError(f"the observation has leading axes {leading}; expected one observation or a batch of them.")
-        is_single = leading == {()}
-        obs = {leaf.path: leaf.convert(obs[leaf.path]) for leaf in self.observation}
-        if not all(np.isfinite(value).all() for value in obs.values()):
-            raise UserError("the observation is not finite as float32; expected finite numbers.")
-        obs = {path: value[None] if is_single else value for path, value in obs.items()}
+        leading = [obs[leaf.path].shape[: obs[leaf.path].ndim - len(leaf.shape)] for leaf in self.observation]
+        first, is_single = leading[0], leading[0] == ()
+        if len(first) > 1 or 0 in first or leading.count(first) < len(leading):
+            found = set(leading)
+            raise UserError(f"the observation has leading axes {found}; expected one observation or a batch of them.")
+        for leaf in self.observation:
+            value = leaf.convert(obs[leaf.path])
+            if not np.isfinite(value).all():
+                raise UserError("the observation is not finite as float32; expected finite numbers.")
+            obs[leaf.path] = value[None] if is_single else value
         self.check_values(obs)
         return obs, is_single
