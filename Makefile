@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SUITES := .venv-suites
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-suites lint format docs results results-tasks bench bench-device bench-gpu soak fuzz clean
+.PHONY: demo test test-slow test-suites lint format docs results results-tasks bench bench-device bench-gpu soak fuzz clean
 
 demo: $(VENV)/demo
 	$(BIN)/proximo train CartPole-v1 --stop-at-return 475 --run-dir $(DEMO)
@@ -14,9 +14,13 @@ demo: $(VENV)/demo
 	@echo "everything is in $(DEMO):"
 	@ls $(DEMO)
 
-# Lint, types, import contracts, then every test. `make test ARGS="-m 'not slow'"` leaves out the long ones.
+# Lint, types, import contracts, then the tests that take less than about ten seconds each.
 test: lint
-	$(BIN)/pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto -m "not slow" $(ARGS)
+
+# The longer ones: learning to a stated return, commands in the documentation, faults over minutes.
+test-slow: $(VENV)/dev
+	$(BIN)/pytest -n auto -m slow $(ARGS)
 
 # Environments in JAX of other packages, which need an older Gymnasium, in a virtual environment of their own.
 test-suites: $(SUITES)/ok

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from backends import each_backend
 
+from proximo import PPO, evaluate_random
 from proximo.agent import Agent
 from proximo.errors import RunError, UserError
-from proximo.ppo import PPO, evaluate_random
 from proximo.spaces.heads import BernoulliHead
 from proximo.spaces.spaces import Spaces
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
+from proximo import PPO, evaluate_random
 from proximo.config import presets
 from proximo.config.settings import Config
 from proximo.envs.atari import AtariVectorEnv
 from proximo.envs.make import make_envs, make_one, resolve_engine, spaces_of
 from proximo.envs.wrappers import with_wrappers
 from proximo.errors import UserError
-from proximo.ppo import PPO, evaluate_random
 from proximo.rollout.collector import Collector
 from proximo.rollout.rollout import Rollout
 

@@ -20,9 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from proximo import PPO, evaluate_random
 from proximo.agent import Agent
 from proximo.errors import RunError, UserError
-from proximo.ppo import PPO, evaluate_random
 
 # NumPy also warns about NaN and infinity, before the rollout is refused.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow encountered|invalid value):RuntimeWarning")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
+from proximo import PPO, evaluate_random
 from proximo.cli import main
 from proximo.envs.wrappers import read_arguments
 from proximo.errors import UserError
-from proximo.ppo import PPO, evaluate_random
 
 STACK = "gymnasium.wrappers:FrameStackObservation,stack_size=3"
 LIMIT = "gymnasium.wrappers:TimeLimit,max_episode_steps=5"

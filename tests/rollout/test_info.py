@@ -9,8 +9,8 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from proximo import PPO, evaluate_random
 from proximo.agent import Agent
-from proximo.ppo import PPO, evaluate_random
 from proximo.rollout.episodes import select_info
 
 SETTINGS = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 1}
