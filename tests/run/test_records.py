@@ -18,8 +18,8 @@ from proximo.ppo import PPO
 from proximo.report.plot import Run, group_by_settings, mean_curve, plot
 from proximo.rollout.diagnostics import histograms_of
 from proximo.rollout.minibatches import minibatch_order
+from proximo.run.console import Console
 from proximo.run.metrics import read_metrics
-from proximo.run.trackers import Console
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
 TINY = ["--preset=none", "--num-steps=16", "--minibatch-size=16", "--update-epochs=1", "--quiet"]
