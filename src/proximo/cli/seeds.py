@@ -161,9 +161,7 @@ def _run(
                     "global_step": sum(steps for steps, _ in each.values()),
                     RETURN: float(np.mean(means)) if means else None,
                 }
-                rows = [
-                    RunRow(f"seed {seed}", steps, total_timesteps, mean) for seed, (steps, mean) in progress.items()
-                ]
+                rows = [RunRow(f"seed {seed}", steps, total_timesteps, mean) for seed, (steps, mean) in each.items()]
                 console.write(metrics, runs=rows)
     except BaseException as error:
         # A failed run stops the others after their iteration; an interrupt ends them immediately.

@@ -109,7 +109,8 @@ class Console:
         if runs:
             view.status = ""
         if mean is not None:
-            view.best = mean if view.best is None else max(view.best, mean)
+            if not runs:  # a mean over runs changes when one more has episodes
+                view.best = mean if view.best is None else max(view.best, mean)
             self._returns[min(step * HISTORY // max(self._total, 1), HISTORY)] = mean
         if (evaluated := metrics.get("evaluation/return_mean")) is not None:
             view.evaluation = evaluated, step

@@ -1,11 +1,14 @@
 """Live display of training on a terminal, built from plain data."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import IO
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -19,6 +22,7 @@ from proximo.run.console import RunRow, View
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 LABEL, CELL, MAX_CELL, GAP = 13, 23, 30, 3  # characters
+NARROW = 50  # characters inside the frame
 MAX_COLUMNS, MAX_ROWS = 3, 4  # of metrics
 OTHER_LINES = 8  # at most, besides the runs of a group and one line of the shell
 SHOWN = (
@@ -42,12 +46,13 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
 def build(view: View, width: int, height: int = 24, is_ascii: bool = False) -> Panel:
     """Build the display for a terminal of this size: at most 12 lines, or with `runs` as many as fit."""
     inner = max(width - 4, 1)
-    share = min(100 * view.step / max(view.total, 1), 100.0)
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)
     bar.add_column(justify="right", no_wrap=True)
-    bar.add_row(_bar(view.step, view.total), Text(f"{int(share):3} %", "bold"))
-    lines: list[RenderableType] = [bar, Text(_counters(view, inner), no_wrap=True)]
+    bar.add_row(_bar(view.step, view.total), Text(_times(view, inner)))
+    speed = "?" if view.speed is None else f"{view.speed:,.0f}"
+    counters = Text(f"{view.step:,} / {view.total:,} steps   {speed} steps/s")
+    lines: list[RenderableType] = [bar, counters]
     lines.append(_return_line(view, inner, ASCII_BLOCKS if is_ascii else BLOCKS))
     if view.evaluation:
         value, step = view.evaluation
@@ -78,18 +83,11 @@ def _bar(step: int, total: int, width: int | None = None) -> ProgressBar:
     return ProgressBar(max(total, 1), min(step, total), width, complete_style=style, finished_style=style)
 
 
-def _counters(view: View, width: int) -> str:
-    """Steps, speed and times; what matters least is left out if the line is too short."""
-    speed = "?" if view.speed is None else f"{view.speed:,.0f}"
+def _times(view: View, width: int) -> str:
+    """Percentage and times; the elapsed time is left out on a narrow terminal."""
     remaining = "?" if view.remaining is None else format_clock(view.remaining)
-    parts = [
-        f"{view.step:,} / {view.total:,} steps", f"{speed} steps/s", f"{format_clock(view.elapsed)} elapsed",
-        f"{remaining} left",
-    ]  # fmt: skip
-    for least_important in (2, 1, 0):  # elapsed time, speed, steps
-        if len("   ".join(parts)) > width:
-            parts.pop(least_important)
-    return "   ".join(parts)
+    elapsed = f"   {format_clock(view.elapsed)} elapsed" if width >= NARROW else ""
+    return f"{min(100 * view.step // max(view.total, 1), 100):3} %{elapsed}   {remaining} left"
 
 
 def _return_line(view: View, width: int, blocks: str) -> Text:
@@ -127,12 +125,20 @@ def _run_lines(runs: Sequence[RunRow], most: int) -> Iterator[RenderableType]:
     for name, step, total, mean in shown:
         share = min(100 * step // max(total, 1), 100)
         number = "?" if mean is None else format_number(mean)
-        state = "in the first iteration or waiting" if step == 0 else f"mean return {number}"
+        state = "no complete iteration yet" if step == 0 else f"mean return {number}"
         name = Text(_literal(name), no_wrap=True, overflow="ellipsis")
         table.add_row(name, _bar(step, total, 16), Text(f"{share:3} %", no_wrap=True), Text(state, no_wrap=True))
     yield table
     if len(shown) < len(runs):
         yield Text(f"and {len(runs) - len(shown)} more", "dim")
+
+
+def terminal_size(stream: IO[str]) -> ConsoleDimensions:
+    """Columns and lines of a terminal: COLUMNS and LINES, or its own size, or 80 × 24."""
+    size = (0, 0)
+    with suppress(OSError, ValueError):  # not every stream has a file descriptor
+        size = os.get_terminal_size(stream.fileno())
+    return ConsoleDimensions(*shutil.get_terminal_size((size[0] or 80, size[1] or 24)))
 
 
 class LiveDisplay:
@@ -155,7 +161,7 @@ class LiveDisplay:
 
     def show(self, view: View) -> None:
         """Redraw. May raise OSError or ValueError if the terminal was closed."""
-        width, height = self._console.size
+        self._console.size = width, height = terminal_size(self._stream)
         is_ascii = not self._console.encoding.startswith("utf")
         self._live.update(build(view, width, height, is_ascii))
         if not self._live.is_started:
