@@ -56,16 +56,16 @@ def build(view: View, width: int, height: int = 24, is_ascii: bool = False) -> P
     lines.append(_return_line(view, inner, ASCII_BLOCKS if is_ascii else BLOCKS))
     if view.evaluation:
         value, step = view.evaluation
-        lines.append(_labelled("evaluation", Text(f"{format_number(value)}", "bold") + Text(f" at step {step:,}")))
+        lines.append(_labelled("evaluation", (format_number(value), "bold"), f" at step {step:,}"))
     lines += _run_lines(view.runs, max(height - OTHER_LINES, 2)) if view.runs else _metric_lines(view.metrics, inner)
     if view.run_dir:
-        lines.append(_labelled("records in", Text(_literal(view.run_dir))))
+        lines.append(_labelled("records in", _literal(view.run_dir)))
     if view.status:
         lines.append(Text(_literal(view.status), "dim italic"))
     for line in lines:
         if isinstance(line, Text):
             line.no_wrap, line.overflow = True, "crop" if is_ascii else "ellipsis"
-    title = Text(_literal(view.title), "bold") if view.title else None
+    title = Text(_literal(view.title), "bold not dim") if view.title else None
     return Panel(Group(*lines), title=title, title_align="left", border_style="dim", padding=(0, 1), width=width)
 
 
@@ -74,8 +74,9 @@ def _literal(text: str) -> str:
     return escape(" ".join(text.split()))
 
 
-def _labelled(label: str, text: Text) -> Text:
-    return Text(f"{label:<{LABEL}}", "dim") + text
+def _labelled(label: str, *parts: str | tuple[str, str]) -> Text:
+    """A line of a label and parts, each a text or a text and its style."""
+    return Text.assemble((f"{label:<{LABEL}}", "dim"), *parts)
 
 
 def _bar(step: int, total: int, width: int | None = None) -> ProgressBar:
@@ -92,12 +93,12 @@ def _times(view: View, width: int) -> str:
 
 def _return_line(view: View, width: int, blocks: str) -> Text:
     if view.return_mean is None:
-        return _labelled("mean return", Text("?"))
-    line = _labelled("mean return", Text(format_number(view.return_mean), "bold green"))
+        return _labelled("mean return", "?")
+    line = _labelled("mean return", (format_number(view.return_mean), "bold green"))
     if view.best is not None:
-        line += Text(f"  best {format_number(view.best)}")
+        line.append(f"  best {format_number(view.best)}")
     curve = sparkline(view.returns, min(width - len(line) - 2, 60), blocks)
-    return line + Text(f"  {curve}", "green") if curve else line
+    return line.append(f"  {curve}", "green") if curve else line
 
 
 def _metric_lines(metrics: Metrics, width: int) -> list[Text]:
@@ -111,7 +112,7 @@ def _metric_lines(metrics: Metrics, width: int) -> list[Text]:
         line = Text()
         for column, (label, value) in enumerate(found[row::rows][:columns]):
             number = f"{value:.3g}"
-            line += Text(" " * GAP * (column > 0) + f"{label:<{max(cell - len(number), 0)}}", "dim") + Text(number)
+            line.append(" " * GAP * (column > 0) + f"{label:<{max(cell - len(number), 0)}}", "dim").append(number)
         lines.append(line)
     return lines
 
