@@ -16,7 +16,7 @@ from proximo.errors import UserError
 from proximo.evaluate import NUM_ENVS, Evaluation, Policy, evaluate, random_policy
 from proximo.learner.learner import Learner
 from proximo.report.video import MAX_FRAMES, record
-from proximo.run.trackers import status_line
+from proximo.run.console import status_line
 from proximo.spaces.spaces import Spaces
 from proximo.spaces.trees import select
 

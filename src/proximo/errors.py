@@ -123,6 +123,13 @@ def spell_in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
     return "".join(PLAIN.get(char) or ascii(char)[1:-1] for char in text), error.end
 
 
+def format_clock(seconds: float) -> str:
+    """Format a duration as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def escape(text: str) -> str:
     """Replace characters that control a terminal, except newlines and tabs: files of other people may contain them."""
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)

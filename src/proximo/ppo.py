@@ -31,8 +31,9 @@ from proximo.rollout.randomness import Purpose, generator
 from proximo.rollout.rollout import Metrics
 from proximo.run import checkpoint, checkpoint_files
 from proximo.run.checkpoint import Checkpoint, RunInfo, load, restore
+from proximo.run.console import status_line
 from proximo.run.progress import Progress
-from proximo.run.trackers import import_wandb, status_line
+from proximo.run.trackers import import_wandb
 from proximo.sweep import Sweep, combinations, make_each
 from proximo.train import iterations, plan_call
 

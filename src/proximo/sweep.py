@@ -26,10 +26,10 @@ from proximo.report.page.write import write_records
 from proximo.report.plot import RETURN
 from proximo.report.recorder import call_back
 from proximo.rollout.rollout import Metrics
+from proximo.run.console import Console, RunRow
 from proximo.run.folder import require_empty
 from proximo.run.metrics import METRICS
 from proximo.run.progress import Progress
-from proximo.run.trackers import Console
 from proximo.spaces.spaces import Spaces
 from proximo.train import find_fixed
 
@@ -151,11 +151,12 @@ class Sweep(Generic[Agent]):
         if total_timesteps is None:
             ends = [agent.config.total_timesteps for agent in self.agents]
         with ExitStack() as stack:
-            console = stack.enter_context(closing(Console(sum(ends)))) if show else None
+            console = stack.enter_context(closing(Console(sum(ends), run_dir=str(folder or "")))) if show else None
             for unit in self._units:
                 for n, metrics in self._train_unit(unit, total_timesteps, run_dirs, callback):
                     if console:
-                        console.write(self._summary())
+                        rows = zip(names, self.agents, ends, strict=True)
+                        console.write(self._summary(), runs=[run_row(*row) for row in rows])
                     yield self.agents[n], metrics
         written = [path for path in run_dirs if path and (path / METRICS).exists()]
         if folder and written:
@@ -272,6 +273,11 @@ def run_names(values: Sequence[Mapping[str, Any]]) -> list[str]:
         name = re.sub(r"[^\w.,+-]+", "-", "_".join(f"{key}-{to_text(value)}" for key, value in one.items()))[:MAX_NAME]
         names.append(name if name not in names else f"{name}_{number}")
     return names
+
+
+def run_row(name: str, agent: Trainable, end: int) -> RunRow:
+    """What the terminal shows of a run."""
+    return RunRow(name, agent.progress.global_step, end, agent.progress.return_mean)
 
 
 def to_text(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Records of a run: metrics, TensorBoard events, plots, videos, and a settings file that reproduces it."""
 
-import io
 import json
 import sys
 
@@ -21,7 +20,6 @@ from proximo.report.plot import plot
 from proximo.rollout.diagnostics import histograms_of
 from proximo.rollout.minibatches import minibatch_order
 from proximo.run.metrics import read_metrics
-from proximo.run.trackers import Console
 
 SMALL = {"preset": None, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1}
 TINY = ["--preset=none", "--num-steps=16", "--minibatch-size=16", "--update-epochs=1", "--quiet"]
@@ -319,58 +317,6 @@ def test_environment_keywords_survive_every_file(tmp_path):
     assert main(["evaluate", str(run), "--episodes", "1", "--json"]) == 0
     with pytest.raises(UserError, match=r"`env_kwargs` is .*; expected a mapping of names to numbers"):
         PPO("CartPole-v1", env_kwargs={"a": object()})
-
-
-def test_a_closed_terminal_does_not_stop_the_run():
-    """A failed write raises nothing, and later writes are skipped."""
-
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise OSError(5, "Input/output error")
-
-    row = {"global_step": 10, "rollout/episode_return_mean": None}
-    console = Console(100, stream=Gone())
-    console.write(row)
-    console.write(row)
-    console.close()
-
-
-def test_progress_rewrites_a_line_on_a_terminal():
-    """On a terminal every iteration rewrites the line; elsewhere a line is printed every few seconds."""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    rows = [{"global_step": step, "rollout/episode_return_mean": 1.0} for step in (10, 20)]
-    for stream, lines in ((Terminal(), 2), (io.StringIO(), 2)):
-        console = Console(100, stream=stream)
-        for row in rows:
-            console.write(row)
-        console.close()
-        text = stream.getvalue()
-        assert text.count("mean return 1.0") == lines
-        assert text.endswith("\n")
-        assert ("\r" in text) == stream.isatty()
-
-
-@pytest.mark.parametrize("columns", [30, 50, 80, 120])
-def test_the_progress_line_shows_the_return_at_every_width(columns, monkeypatch):
-    """What matters less is left out, instead of cutting the line."""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setenv("COLUMNS", str(columns))
-    console = Console(200_000_000, stream=(stream := Terminal()))
-    console.write({"global_step": 1_000_000, "rollout/episode_return_mean": 0.01234})
-    console.close()
-    line = stream.getvalue().removeprefix("\r\x1b[K").rstrip("\n")
-    assert line.endswith("mean return 0.01234")
-    assert len(line) < columns
-    assert ("200,000,000" in line) == (columns > 60)
-    assert ("steps/s" in line) == (columns > 80)
 
 
 def test_a_tracker_that_fails_to_start_leaves_no_folder(tmp_path, monkeypatch):

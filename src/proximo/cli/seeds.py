@@ -29,9 +29,9 @@ from proximo.machine import STOP_SIGNALS, can_pin_to_cores, cores, pin_to_core
 from proximo.ppo import PPO, check_records, config_for
 from proximo.report.page.write import write_records
 from proximo.report.plot import RETURN
+from proximo.run.console import Console, RunRow
 from proximo.run.folder import default_run_dir, require_empty
 from proximo.run.metrics import CONFIG, read_last_metrics
-from proximo.run.trackers import Console
 
 POLL_S = 0.5
 
@@ -85,9 +85,12 @@ def train_seeds(
     if backend == "jax" and on_device:
         count = 1 if config.device == "cuda" else min(cores(), len(seeds))  # a GPU is shared by all seeds
         jobs = [seeds[n::count] for n in range(count)]
-    console = None if options.quiet else Console(config.total_timesteps * len(seeds))
+    console = None
+    if not options.quiet:
+        title = f"{env_id}: {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        console = Console(config.total_timesteps * len(seeds), title=title, run_dir=str(folder))
     try:
-        _run(jobs, run_dirs, command, console, signals)
+        _run(jobs, run_dirs, command, console, signals, config.total_timesteps)
     finally:
         if console:
             console.close()
@@ -115,7 +118,12 @@ def train_together(
 
 
 def _run(
-    jobs: Sequence[Seeds], run_dirs: RunDirs, command: Sequence[str], console: Console | None, signals: StopSignals
+    jobs: Sequence[Seeds],
+    run_dirs: RunDirs,
+    command: Sequence[str],
+    console: Console | None,
+    signals: StopSignals,
+    total_timesteps: int,
 ) -> None:
     """Run as many jobs at once as there are cores; whatever happens, no process remains afterwards."""
     waiting, free_cores, is_stopping = list(jobs), list(range(cores())), False
@@ -145,12 +153,17 @@ def _run(
                     running.remove(job)
                     free_cores.append(core)
                     _require_success(seeds, run_dirs, process.returncode, is_stopping)
-            steps, count, returns = _read_progress(run_dirs)
-            if console and not count:
+            each = _read_progress(run_dirs)
+            if console and not any(steps for steps, _ in each.values()):
                 console.show_status(f"{name_seeds([n for job in running for n in job[0]])}: in the first iteration")
             elif console:
-                mean = float(np.mean(list(returns.values()))) if returns else None
-                console.write({"global_step": steps, RETURN: mean})
+                means = [mean for _, mean in each.values() if mean is not None]
+                metrics = {
+                    "global_step": sum(steps for steps, _ in each.values()),
+                    RETURN: float(np.mean(means)) if means else None,
+                }
+                rows = [RunRow(f"seed {seed}", steps, total_timesteps, mean) for seed, (steps, mean) in each.items()]
+                console.write(metrics, runs=rows)
     except BaseException as error:
         # A failed run stops the others after their iteration; an interrupt ends them immediately.
         if not (is_stopping and isinstance(error, (UserError, RunError))):
@@ -189,15 +202,16 @@ def _require_success(seeds: Seeds, run_dirs: RunDirs, status: int, is_stopping: 
         raise RunError(f"{name_seeds(seeds)} failed with status {status}. The checkpoints are in {folder}.")
 
 
-def _read_progress(run_dirs: RunDirs) -> tuple[int, int, dict[int, float]]:
-    """Total steps of the runs that have metrics, their number, and the mean return by seed where there is one."""
-    rows = {seed: row for seed, run_dir in run_dirs.items() if (row := read_last_metrics(run_dir))}
-    steps = sum(int(row["global_step"] or 0) for row in rows.values())
-    return steps, len(rows), {seed: value for seed, row in rows.items() if (value := row.get(RETURN)) is not None}
+def _read_progress(run_dirs: RunDirs) -> dict[int, tuple[int, float | None]]:
+    """Steps and mean return of every seed: 0 and None before its first iteration ends."""
+    rows = {seed: read_last_metrics(run_dir) or {} for seed, run_dir in run_dirs.items()}
+    return {seed: (int(row.get("global_step") or 0), row.get(RETURN)) for seed, row in rows.items()}
 
 
 def _summarize(run_dirs: RunDirs, named: str, folder: Path, interrupted: bool) -> Iterator[str]:
-    steps, count, returns = _read_progress(run_dirs)
+    progress = _read_progress(run_dirs)
+    steps, count = sum(steps for steps, _ in progress.values()), sum(steps > 0 for steps, _ in progress.values())
+    returns = {seed: mean for seed, (_, mean) in progress.items() if mean is not None}
     yield f"{'interrupted' if interrupted else 'finished'} after {steps:,} steps over {count} seed{'s' * (count != 1)}"
     if not returns:
         return

@@ -18,10 +18,11 @@ from proximo.rollout.episodes import to_number
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run import debug_bundle
 from proximo.run.checkpoint import RunInfo
+from proximo.run.console import Console
 from proximo.run.folder import RunFolder
 from proximo.run.progress import Progress
 from proximo.run.retention import CheckpointManager, explain_failure
-from proximo.run.trackers import Console, Tracker, close_tracker, open_trackers
+from proximo.run.trackers import Tracker, close_tracker, open_trackers
 
 Callback = Callable[[Metrics], Any]
 """Called with the metrics of an iteration; may return metrics to add, or False to stop."""

@@ -1,29 +1,26 @@
-"""Trackers of metrics: TensorBoard, Weights & Biases and progress on the terminal."""
+"""Trackers of metrics: TensorBoard and Weights & Biases, and those of a run."""
 
 import os
 import re
-import shutil
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from proximo.errors import UserError, format_number, notify_user
+from proximo.errors import UserError, notify_user
 from proximo.files import open_regular, read_bytes, write_atomically
 from proximo.rollout.rollout import Diagnostics, Metrics
 from proximo.run.checkpoint import RunInfo
+from proximo.run.console import Console
 from proximo.run.folder import RunFolder
 from proximo.run.metrics import WANDB_ID
 from proximo.run.progress import Progress
 
 BINS = 40  # of histograms
-PLAIN_SECONDS = 5.0  # between lines if the output is not a terminal
-STATUS_SECONDS = (30.0, 0.5)  # between lines inside an iteration, without and with a terminal
 MAX_ID_BYTES = 1024
 
 
@@ -114,99 +111,6 @@ class WandB:
         self._run.finish(exit_code=int(failed))
 
 
-class Console:
-    """Progress display: a line that is rewritten on a terminal, or a new line every few seconds elsewhere."""
-
-    def __init__(self, total_timesteps: int = 0, stream: IO[str] | None = None, num_steps: int = 0) -> None:
-        self._total, self._num_steps, self._stream = total_timesteps, num_steps, stream or sys.stderr
-        is_terminal = getattr(self._stream, "isatty", None)  # a program may replace standard error by any object
-        self._is_terminal = bool(is_terminal and is_terminal())
-        self._first: tuple[int, float] | None = None  # steps and seconds at the end of the first iteration
-        self._began, self._printed_at = time.perf_counter(), -PLAIN_SECONDS
-        self._line = ""  # not finished, on a terminal; not printed, elsewhere
-        self._status_due, self._has_status = 0.0, False
-
-    def write(self, metrics: Metrics, diagnostics: Diagnostics | None = None) -> None:
-        """Show steps, speed, remaining time and the mean return."""
-        step, seconds = int(metrics["global_step"] or 0), time.perf_counter() - self._began
-        if self._first is None:  # compiles, so its time is excluded from the speed
-            self._first = step, seconds
-        speed = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
-        remaining = _clock(max(self._total - step, 0) / speed) if speed else "0:00" if step >= self._total else "?"
-        self._status_due, self._has_status = seconds + STATUS_SECONDS[self._is_terminal], False
-        mean = metrics["rollout/episode_return_mean"]
-        parts = [
-            f"{step:>{len(f'{self._total:,}')},} / {self._total:,}",
-            f"{min(100 * step / self._total, 100):3.0f} %",
-            f"{f'{speed:,.0f}' if speed else '?':>6} steps/s",
-            f"{remaining:>5} left",
-            f"mean return {'?' if mean is None else format_number(mean)}",
-        ]
-        self._line = "  ".join(parts)
-        if self._is_terminal:
-            width = max(shutil.get_terminal_size().columns - 1, 20)
-            for least_important in (2, 0, 1, 0):  # speed, steps, remaining time, percentage
-                if len(self._line) > width:
-                    parts.pop(least_important)
-                    self._line = "  ".join(parts)
-            self._print("\r\x1b[K" + self._line[:width])
-        elif seconds - self._printed_at >= PLAIN_SECONDS:
-            self._print(self._line + "\n")
-            self._printed_at, self._line = seconds, ""
-
-    def show_step(self, done: int) -> None:
-        """Show how many steps of an iteration are collected, or that all are and the update has begun."""
-        if done < self._num_steps and time.perf_counter() - self._began < self._status_due:
-            return  # before the text is formatted, because this runs in every step
-        if done < self._num_steps:
-            self.show_status(f"collecting step {done + 1:,} of {self._num_steps:,}")
-        elif self._has_status:
-            self._status_due = 0.0
-            self.show_status("updating" if self._first else "compiling and updating")
-
-    def show_status(self, text: str) -> None:
-        """Show what is going on between two metrics, if enough time has passed since the last line."""
-        seconds = time.perf_counter() - self._began
-        if seconds < self._status_due:
-            return
-        self._status_due, self._has_status = seconds + STATUS_SECONDS[self._is_terminal], True
-        if self._is_terminal:
-            width = max(shutil.get_terminal_size().columns - 1, 20)
-            line = f"{self._line}  {text}" if self._line else text
-            self._print("\r\x1b[K" + (line if len(line) <= width else text[:width]))
-        else:
-            self._print(text + "\n")
-
-    def close(self, failed: bool = False) -> None:
-        """Finish the current line."""
-        if self._has_status and self._is_terminal:
-            self._print("\r\x1b[K" + self._line[: max(shutil.get_terminal_size().columns - 1, 20)])
-        if self._line:
-            self._print("\n" if self._is_terminal else self._line + "\n")
-
-    def _print(self, text: str) -> None:
-        if self._stream is None:  # print would use standard output
-            return
-        with suppress(OSError, ValueError):  # the terminal was closed; training continues
-            print(text, end="", file=self._stream, flush=True)
-
-
-@contextmanager
-def status_line(show: bool) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is going on, on standard error; without effect unless `show`."""
-    console = Console()
-    try:
-        yield console.show_status if show else lambda text: None
-    finally:
-        console.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def import_wandb() -> Any:
     """Import and return the wandb package; raise `UserError` if it is not installed."""
     try:
@@ -233,7 +137,8 @@ def open_trackers(
         if info.config.tensorboard:
             yield TensorBoard(folder.path / "tensorboard", resumed.global_step if resumed else None)
     if console:
-        yield Console(info.config.total_timesteps, num_steps=info.config.num_steps)
+        run_dir = str(folder.path) if folder else ""
+        yield Console(info.config.total_timesteps, None, info.config.num_steps, info.env_id or "", run_dir)
 
 
 def close_tracker(tracker: Tracker, failed: bool) -> None:
