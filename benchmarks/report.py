@@ -4,13 +4,15 @@
     python benchmarks/report.py --write
 
 README.md and docs/explanation/results.md hold the table of presets between two comments, and the latter also that of
-the tasks in results/tasks; a preset holds its means under `measured`.
+the tasks in results/tasks and that of published results; a preset holds its means under `measured`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ PRESETS = ROOT / "src" / "proximo" / "config" / "presets"
 # Pages with the table, and whether it lists the return of every seed.
 PAGES = {ROOT / "README.md": False, ROOT / "docs" / "explanation" / "results.md": True}
 TASKS = RESULTS / "tasks"
+PUBLISHED = RESULTS / "others" / "published.json"
+BEGIN_PUBLISHED = "<!-- published results: benchmarks/report.py -->"
 BEGIN_TASKS = "<!-- results of tasks: benchmarks/report.py -->"
 BEGIN, END = "<!-- results: benchmarks/report.py -->", "<!-- end of results -->"
 NAMES = {"jax": "JAX", "torch": "PyTorch"}
@@ -65,14 +69,36 @@ def table(every_seed: bool, folder: Path = RESULTS) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def published() -> str:
+    """Published results of deterministic policies beside ours, with the steps and the time of training."""
+    rows = [["environment", "published", "steps", "evaluated", "seeds", "steps", "training"]]
+    rows.append(["---", "---:", "---:", "---:", "---:", "---:", "---:"])
+    ours = results()
+    for row in json.loads(PUBLISHED.read_text("utf-8"))["rows"]:
+        if row["env"] not in ours:
+            continue
+        runs = [run for run in ours[row["env"]]["runs"] if run["backend"] == "jax"]
+        returns = [run["evaluation"]["return_mean"] for run in runs]
+        summary = {"mean": statistics.mean(returns), "std": statistics.stdev(returns)}
+        seconds = statistics.mean(run.get("training_seconds", math.nan) for run in runs)
+        name = row["env"] if row["env"] == row["published_env"] else f"{row['env']} ({row['published_env']})"
+        steps = [f"{count / 1000:,.0f} k" for count in (row["steps"], runs[0]["steps"])]
+        cells = [name, digits(row["return"]), steps[0], spread(summary), str(len(runs)), steps[1]]
+        rows.append([*cells, "" if math.isnan(seconds) else f"{seconds:.0f} s"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def page(text: str, every_seed: bool) -> str:
-    """Return a page with the current tables; that of the tasks only where every seed is listed.
+    """Return a page with the current tables; those of tasks and published results only where every seed is listed.
 
     Raises:
         ValueError: the page lacks the two comments around a table.
     """
     text = replace(text, BEGIN, table(every_seed))
-    return replace(text, BEGIN_TASKS, table(every_seed, TASKS)) if every_seed else text
+    if every_seed:
+        text = replace(text, BEGIN_TASKS, table(every_seed, TASKS))
+        text = replace(text, BEGIN_PUBLISHED, published())
+    return text
 
 
 def replace(text: str, opening: str, content: str) -> str:
