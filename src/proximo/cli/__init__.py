@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from proximo.cli import analyze, evaluate, export, inspect, plot, presets, report, resume, train
+from proximo.cli import analyze, doctor, evaluate, export, inspect, plot, presets, report, resume, train
 from proximo.cli.flags import ESSENTIAL, normalize_arguments
 from proximo.config.settings import SETTINGS
 from proximo.errors import RunError, UserError, print_error, replace_unencodable, suggest
@@ -16,7 +16,7 @@ from proximo.version import __version__
 
 COMMANDS = {
     "train": train, "resume": resume, "evaluate": evaluate, "analyze": analyze, "export": export, "inspect": inspect,
-    "plot": plot, "report": report, "presets": presets,
+    "plot": plot, "report": report, "presets": presets, "doctor": doctor,
 }  # fmt: skip
 
 
