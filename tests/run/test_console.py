@@ -110,7 +110,7 @@ def test_without_colors_and_on_a_narrow_terminal(environment, tmp_path):
     assert {len(line) for frame in frames(text) for line in frame} == {40}
     environment.setenv("TERM", "dumb")
     assert "\x1b" not in (text := train(environment, 80, tmp_path / "dumb"))
-    assert "100 %" in text
+    assert "640 / 640  100 %" in text
 
 
 def test_a_pipe_receives_plain_lines(capsys, tmp_path):
@@ -185,14 +185,18 @@ def test_output_during_training_stays_above_the_display(environment, capsys):
         console = Console(1000, title="a[/]\x1b[31m", run_dir="[red]x[/red]")
         console.write(METRICS)
         print("[red]note[/red] [/]", file=sys.stderr)
-        print("unfinished [/b]", end="", file=sys.stderr)
-        with status_line(True) as show:  # of an evaluation meanwhile; a display cannot be in another
+        with status_line(True) as show:  # of an evaluation meanwhile, which cannot rewrite its line here
             show("episode 1 of 10")
+        print("unfinished [/b]", end="", file=sys.stderr)
         console.close()
         print("after", file=sys.stderr)
-    text = CONTROL.sub("", received[0])
+    raw = received[0]
+    text = CONTROL.sub("", raw)
+    assert "\x1b[K" not in raw
     for line in ("[red]note[/red] [/]", "unfinished [/b]", "episode 1 of 10"):
         assert 0 < text.index(line) < text.rindex("╭─ a[/]\\x1b[31m")
+        place = raw.index(line)
+        assert "\x1b[2K" in raw[raw.rindex("╯", 0, place) : place]  # the display was erased before
     assert text.rstrip().endswith("after")
     assert "[red]x[/red]" in text
 
