@@ -1,6 +1,7 @@
 """Devices and threads of JAX."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -35,5 +36,8 @@ def start(threads: int) -> int:
 
 def count_threads() -> int:
     """CPU threads of JAX in this process; 0 where the system does not list them (outside Linux)."""
-    names = Path("/proc/self/task").glob("*/comm")
-    return sum(name.read_text().strip() == "tf_XLAEigen" for name in names)
+    count = 0
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # the thread has ended since
+            count += name.read_text().strip() == "tf_XLAEigen"
+    return count
