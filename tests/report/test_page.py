@@ -14,6 +14,7 @@ import pytest
 
 from proximo import PPO, UserError
 from proximo.cli import main
+from proximo.report.curves import read_runs
 from proximo.report.page.content import MAX_EMBEDDED_BYTES, read_content
 from proximo.report.page.write import write_report
 
@@ -65,7 +66,8 @@ def test_a_run_writes_its_report(runs):
 
 def test_results_are_those_of_the_metrics(runs):
     """Means and spreads of the last returns of two seeds; the third run is a group of its own."""
-    content, groups = read_content([runs / name for name in "abc"])
+    folders = [runs / name for name in "abc"]
+    content = read_content(folders, read_runs(folders))
     assert [len(group.runs) for group in content.groups] == [2, 1]
     last = [
         json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1])["rollout/episode_return_mean"]
@@ -77,7 +79,6 @@ def test_results_are_those_of_the_metrics(runs):
     assert {"gamma", "num_envs", "num_steps"} <= different
     assert "gae_lambda" not in different
     assert "cores" in dict(content.versions)
-    assert len(groups) == 2
 
 
 def test_hostile_names_are_escaped(runs, tmp_path):
@@ -102,20 +103,30 @@ def test_hostile_names_are_escaped(runs, tmp_path):
     assert not any(name.startswith("on") for name, _ in parser.attributes)
 
 
+def test_long_runs_have_small_pages(runs, tmp_path):
+    """20,000 iterations are drawn with at most about 1,500 points for each curve."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "a", run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    long = [{**rows[k % len(rows)], "iteration": k + 1, "global_step": 64 * (k + 1)} for k in range(20_000)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long), "utf-8")
+    assert write_report([run]).stat().st_size < 3_000_000
+
+
 def test_large_videos_are_named_and_links_are_not_followed(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "a", run)
     (run / "videos").mkdir()
     with (run / "videos" / "step_1.mp4").open("wb") as file:
         file.truncate(MAX_EMBEDDED_BYTES + 1)
-    (content,) = read_content([run])[0].videos
+    (content,) = read_content([run], read_runs([run])).videos
     assert content.uri == ""
     (run / "videos" / "step_2.mp4").write_bytes(b"small")
-    (content,) = read_content([run])[0].videos
+    (content,) = read_content([run], read_runs([run])).videos
     assert content.uri.startswith("data:video/mp4;base64,")
     (tmp_path / "secret").write_bytes(b"secret")
     (run / "videos" / "step_3.mp4").symlink_to(tmp_path / "secret")
-    assert read_content([run])[0].videos == []
+    assert read_content([run], read_runs([run])).videos == []
 
 
 def test_wrong_input_is_refused(runs, tmp_path, capsys):

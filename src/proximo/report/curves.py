@@ -16,6 +16,7 @@ MAX_LABEL_SETTINGS = 3  # in a legend entry
 GRID_POINTS = 200  # of a mean curve
 RESAMPLES, RESAMPLED_AT_ONCE = 1_000, 2_000_000  # of the seeds, and numbers
 MIN_SEEDS = 3  # for a bootstrap interval
+MAX_POINTS = 1_500  # of a drawn curve
 SMOOTHED_SHARE = 0.03  # of a curve, that a smoothed point averages
 
 NEUTRAL_SETTINGS = {"seed", "run_dir", "preset", "engine", "device", "threads"}  # do not set runs apart
@@ -29,6 +30,10 @@ class Run(NamedTuple):
     name: str
     config: Mapping[str, Any]
     rows: Sequence[Metrics]
+
+    def has(self, metric: str) -> bool:
+        """Whether the metric has a value in some iteration."""
+        return any(row.get(metric) is not None for row in self.rows)
 
     def curve(self, metric: str) -> Curve:
         """Steps and values, [B] each, of the iterations in which the metric has a value."""
@@ -92,6 +97,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
     stop = np.minimum(np.arange(len(values)) + half + 1, len(values))
     start = np.maximum(np.arange(len(values)) - half, 0)
     return (sums[stop] - sums[start]) / (stop - start)
+
+
+def thin(steps: np.ndarray, values: np.ndarray) -> Curve:
+    """Every k-th point of a curve [B] and its last one, so that at most about MAX_POINTS are drawn."""
+    stride = -(-len(steps) // MAX_POINTS)
+    rows = np.unique(np.append(np.arange(0, len(steps), max(stride, 1)), len(steps) - 1))
+    return steps[rows], values[rows]
 
 
 def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:

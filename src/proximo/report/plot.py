@@ -8,7 +8,7 @@ import numpy as np
 
 from proximo.errors import UserError, suggest
 from proximo.files import require_no_link
-from proximo.report.curves import Curve, Run, bootstrap_band, group_by_settings, read_runs, smooth
+from proximo.report.curves import Curve, Run, bootstrap_band, group_by_settings, read_runs, smooth, thin
 from proximo.report.figures import COLORS, INK, style_axes
 
 RETURN, LENGTH = "rollout/episode_return_mean", "rollout/episode_length_mean"
@@ -27,6 +27,7 @@ LABELS = {
     "update/learning_rate": "learning rate",
 }
 AVERAGED = {RETURN, LENGTH}  # not smoothed again
+CURVES = "curves.png"
 EVALUATED = "evaluation/return_mean"
 COLUMNS = 4  # of small panels
 LARGE, SMALL = (9.2, 3.4), (2.75, 1.95)  # width and height of the first panel and of the others, in inches
@@ -54,7 +55,7 @@ def plot(
     if isinstance(run_dirs, (str, Path)):
         run_dirs = [run_dirs]
     runs = read_runs(run_dirs)
-    names = [name for name in metrics or LABELS if any(len(run.curve(name)[0]) for run in runs)]
+    names = [name for name in metrics or LABELS if any(run.has(name) for run in runs)]
     folders = ", ".join(map(str, run_dirs))
     if missing := set(metrics or ()) - set(names):
         known = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
@@ -65,10 +66,14 @@ def plot(
         )
     if not names:
         raise UserError(f"{folders} has no complete iteration yet. Plot it after the first iteration.")
-    figure = draw(group_by_settings(runs), names)
-    path = Path(output or (Path(run_dirs[0]) / "curves.png" if len(runs) == 1 else "curves.png"))
+    path = Path(output or (Path(run_dirs[0]) / CURVES if len(runs) == 1 else CURVES))
+    return save(draw(group_by_settings(runs), names), path, is_in_run=path.parent in map(Path, run_dirs))
+
+
+def save(figure: Any, path: Path, is_in_run: bool) -> Path:
+    """Write a figure; UserError if that fails, or if it would follow a link in a run folder."""
     try:
-        if path.parent in map(Path, run_dirs):
+        if is_in_run:
             require_no_link(path)
         figure.savefig(path, dpi=DPI)
     except (OSError, ValueError) as error:
@@ -123,12 +128,12 @@ def draw_group(axes: Any, metric: str, members: Sequence[Run], color: str, name:
         steps, values = curves[0]
         shown = values if metric in AVERAGED else smooth(values)
         if shown is not values:
-            axes.plot(steps, values, alpha=0.3, gid=f"{name}-raw", **faint)
-        axes.plot(steps, shown, marker="o" if len(steps) < 3 else None, gid=f"{name}-line", **strong)
+            axes.plot(*thin(steps, values), alpha=0.3, gid=f"{name}-raw", **faint)
+        axes.plot(*thin(steps, shown), marker="o" if len(steps) < 3 else None, gid=f"{name}-line", **strong)
     elif curves:
         for index, (steps, values) in enumerate(curves):
             shown = values if metric in AVERAGED else smooth(values)
-            axes.plot(steps, shown, alpha=0.35, gid=f"{name}-seed{index}", **faint)
+            axes.plot(*thin(steps, shown), alpha=0.35, gid=f"{name}-seed{index}", **faint)
         band = bootstrap_band([(x, y if metric in AVERAGED else smooth(y)) for x, y in curves])
         axes.plot(band.steps, band.mean, gid=f"{name}-line", **strong)
         axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.2, linewidth=0, gid=f"{name}-band")

@@ -13,7 +13,7 @@ from proximo.config import presets
 from proximo.config.settings import SETTINGS
 from proximo.errors import UserError, format_number
 from proximo.files import read_bytes
-from proximo.report.curves import Run, group_by_settings, interquartile_mean, read_runs
+from proximo.report.curves import Run, group_by_settings, interquartile_mean
 from proximo.report.plot import RETURN
 from proximo.run.metrics import VERSIONS
 
@@ -54,6 +54,7 @@ class Content(NamedTuple):
     """Everything that a report shows."""
 
     title: str
+    curves: dict[str, list[Run]]  # of each group
     groups: list[Group]
     settings: list[Setting]
     versions: list[tuple[str, str]]
@@ -62,10 +63,9 @@ class Content(NamedTuple):
     faults: list[str]
 
 
-def read_content(run_dirs: Sequence[str | Path]) -> tuple[Content, dict[str, list[Run]]]:
-    """What a report of these runs shows, and the runs by the label of their group; UserError for what is no run."""
+def read_content(run_dirs: Sequence[str | Path], runs: Sequence[Run]) -> Content:
+    """What a report of these runs shows; UserError if they have no iteration yet."""
     folders = [Path(path) for path in run_dirs]
-    runs = read_runs(folders)
     if not any(run.rows for run in runs):
         raise UserError(f"{', '.join(map(str, folders))} has no complete iteration yet.")
     by_label = group_by_settings(runs)
@@ -74,8 +74,9 @@ def read_content(run_dirs: Sequence[str | Path]) -> tuple[Content, dict[str, lis
     verdicts, left = read_verdicts(folders, left)
     videos, left = read_videos(folders, left)
     envs = list(dict.fromkeys(str(config.get("env")) for config in configs))
-    content = Content(
+    return Content(
         ", ".join(envs),
+        by_label,
         [read_group(label, members) for label, members in by_label.items()],
         read_settings(configs),
         read_versions(folders[0]),
@@ -83,7 +84,6 @@ def read_content(run_dirs: Sequence[str | Path]) -> tuple[Content, dict[str, lis
         videos,
         [f"{folder.name}: {path.name}" for folder in folders for path in sorted((folder / FAULTS).glob("*"))],
     )
-    return content, by_label
 
 
 def read_group(label: str, members: Sequence[Run]) -> Group:

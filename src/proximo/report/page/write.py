@@ -8,10 +8,10 @@ from pathlib import Path
 
 from proximo.errors import UserError
 from proximo.files import replace_atomically
-from proximo.report.curves import Run
+from proximo.report.curves import Run, group_by_settings, read_runs
 from proximo.report.figures import COLORS, GRID, INK, MUTED
-from proximo.report.page.content import read_content
-from proximo.report.plot import LABELS, draw, plot
+from proximo.report.page.content import Content, read_content
+from proximo.report.plot import CURVES, LABELS, draw, save
 from proximo.version import __version__
 
 REPORT = "report.html"
@@ -32,14 +32,25 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     if output is not None and Path(output).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"output {output} is no HTML file. Use a file name that ends in .html.")
     path = Path(output or (Path(run_dirs[0]) / REPORT if len(run_dirs) == 1 else REPORT))
-    content, groups = read_content(run_dirs)
+    return write_page(read_content(run_dirs, read_runs(run_dirs)), path)
+
+
+def write_records(run_dirs: Sequence[str | Path], folder: str | Path) -> list[Path]:
+    """Write `curves.png` and `report.html` of runs into a folder; return their paths."""
+    runs, folder = read_runs(run_dirs), Path(folder)
+    content = read_content(run_dirs, runs)
+    figure = draw(group_by_settings(runs), names_in(runs))
+    return [save(figure, folder / CURVES, is_in_run=True), write_page(content, folder / REPORT)]
+
+
+def write_page(content: Content, path: Path) -> Path:
+    """Fill the template."""
     import jinja2
 
     template = resources.files("proximo.report.page").joinpath("template.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(template).render(
-        **content._asdict(), curves=curves_as_svg(groups), colors=COLORS, version=__version__
-    )
+    values = {**content._asdict(), "curves": curves_as_svg(content.curves), "colors": COLORS, "version": __version__}
+    page = environment.from_string(template).render(values)
     try:
         with replace_atomically(path) as temporary:
             temporary.write_text(page, "utf-8")
@@ -48,16 +59,16 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     return path
 
 
-def write_records(run_dirs: Sequence[str | Path], folder: str | Path) -> list[Path]:
-    """Write `curves.png` and `report.html` of runs into a folder; return their paths."""
-    return [plot(run_dirs, Path(folder) / "curves.png"), write_report(run_dirs, Path(folder) / REPORT)]
+def names_in(runs: Sequence[Run]) -> list[str]:
+    """The metrics to draw that have values."""
+    return [name for name in LABELS if any(run.has(name) for run in runs)]
 
 
 def curves_as_svg(groups: dict[str, list[Run]]) -> str:
     """The curves as an SVG element whose colours follow the page's."""
     import matplotlib
 
-    names = [name for name in LABELS if any(len(run.curve(name)[0]) for members in groups.values() for run in members)]
+    names = names_in([run for members in groups.values() for run in members])
     if not names:
         return ""
     file = io.StringIO()
