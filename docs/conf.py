@@ -22,6 +22,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"Proximo {__version__}"
 html_copy_source = False
+html_extra_path = ["../llms.txt"]
 html_show_copyright = False
 
 

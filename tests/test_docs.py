@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from proximo.cli import main
 from proximo.config.names import ALIASES
 from proximo.config.settings import SETTINGS
+from proximo.version import __version__
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -268,3 +270,22 @@ def resolves(package: str, path: str) -> bool:
             module = importlib.import_module(".".join([package, *parts[:count]]))
             return has(module, ".".join(parts[count:]))
     return False
+
+
+def test_llms_txt_lists_every_page():
+    """In the format of llmstxt.org: a title, a summary, and sections of links with the titles of the pages."""
+    text = (ROOT / "llms.txt").read_text("utf-8")
+    assert text.startswith("# Proximo\n\n> ")
+    listed = dict(re.findall(r"^- \[(.*)\]\((docs/.*\.md)\): .+$", text, re.MULTILINE))
+    pages = [page for page in PAGES if page.parent != ROOT and page.name != "index.md"]
+    assert {(ROOT / path).resolve() for path in listed.values()} == {page.resolve() for page in pages}
+    for title, path in listed.items():
+        assert (ROOT / path).read_text("utf-8").startswith(f"# {title}\n")
+
+
+def test_the_citation_file_is_valid():
+    """The keys that the Citation File Format 1.2.0 requires, and the current version."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == __version__
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["license"]
