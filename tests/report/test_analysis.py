@@ -85,6 +85,17 @@ def test_returns_of_complete_episodes(normalize):
     assert (episodes.weight == 0).all()
 
 
+def test_rewards_are_clipped_as_in_training():
+    """A reward of 1 that is scaled to more than the clip of 0.01 counts as what the clip leaves of it."""
+    with agent_on(Countdown, normalize_reward=True, clip_reward=0.01) as agent:
+        agent.learn(256)
+        episodes = played(agent, 2)
+        assert episodes.factor > 0.01
+        clipped = 0.01 / episodes.factor
+        expected = clipped * (1 - GAMMA ** np.arange(LENGTH, 0, -1)) / (1 - GAMMA)
+        np.testing.assert_allclose(episodes.discounted(episodes.plays[0]), expected, rtol=1e-5)
+
+
 def test_cut_episodes_are_bootstrapped():
     """After a truncation, G of step t is Σ γᵏ + γ^(4 − t) V(final observation)."""
     with agent_on(lambda: Countdown(time_limit=4)) as agent:

@@ -81,16 +81,18 @@ class Episodes:
     learner: Learner
     factor: float  # scale of rewards in the learner
 
+    def learned_reward(self, play: Play) -> np.ndarray:
+        """The rewards of an episode, clipped where training clips them, [L]."""
+        if not self.config.normalize_reward:
+            return play.reward
+        bound = self.config.clip_reward * self.config.reward_scale / self.factor
+        return np.clip(play.reward, -bound, bound)
+
     def discounted(self, play: Play) -> np.ndarray:
         """Σ γᵏ r after each step of an episode, [L]."""
-        reward, gamma = play.reward * self.factor, self.config.gamma
-        if self.config.normalize_reward:
-            bound = self.config.clip_reward * self.config.reward_scale
-            reward = np.clip(reward, -bound, bound)
-        reward = reward / self.factor
-        total, found = play.final_value, np.empty(len(play))
+        reward, total, found = self.learned_reward(play), play.final_value, np.empty(len(play))
         for t in range(len(play) - 1, -1, -1):
-            total = reward[t] + gamma * total
+            total = reward[t] + self.config.gamma * total
             found[t] = total
         return found
 

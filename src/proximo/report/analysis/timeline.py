@@ -27,9 +27,9 @@ def choose_play(episodes: Episodes) -> Play:
 
 
 def td_errors(episodes: Episodes, play: Play) -> np.ndarray:
-    """r + γ V(next) − V of each step, [L], with the rewards as the environment returned them."""
+    """r + γ V(next) − V of each step, [L], with the rewards that the critic learns."""
     following = np.append(play.examined.value[1:], play.final_value)
-    return play.reward + episodes.config.gamma * following - play.examined.value
+    return episodes.learned_reward(play) + episodes.config.gamma * following - play.examined.value
 
 
 def repeat(
