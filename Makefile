@@ -47,6 +47,7 @@ results: $(VENV)/dev
 	$(BIN)/python benchmarks/learning.py HalfCheetah-v4 --seeds 5 --backends jax
 	$(BIN)/python benchmarks/curves.py
 	$(BIN)/python benchmarks/report.py --write
+	$(BIN)/python benchmarks/gallery.py --write
 
 # The same for tasks that need memory, hybrid actions, nested observations or masks. About an hour on two cores.
 results-tasks: $(VENV)/dev

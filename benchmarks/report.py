@@ -4,7 +4,8 @@
     python benchmarks/report.py --write
 
 README.md and docs/explanation/results.md hold the table of presets between two comments, and the latter also that of
-the tasks in results/tasks and that of published results; a preset holds its means under `measured`.
+the tasks in results/tasks and that of published results. docs/index.md holds the rows of a few environments. A preset
+holds its means under `measured`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = ROOT / "src" / "proximo" / "config" / "presets"
 # Pages with the table, and whether it lists the return of every seed.
 PAGES = {ROOT / "README.md": False, ROOT / "docs" / "explanation" / "results.md": True}
+# The landing page has a row for each of these: one or two for each family of environments.
+INDEX = ROOT / "docs" / "index.md"
+HEADLINE = ("CartPole-v1", "LunarLander-v3", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "SpaceInvaders-MinAtar")
 TASKS = RESULTS / "tasks"
 PUBLISHED = RESULTS / "others" / "published.json"
 BEGIN_PUBLISHED = "<!-- published results: benchmarks/report.py -->"
@@ -66,6 +70,19 @@ def table(every_seed: bool, folder: Path = RESULTS) -> str:
         rows = [[*row[:4], *row[5:]] for row in rows]
     if not any(row[-1] for row in rows[2:]):
         rows = [row[:-1] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def headline() -> str:
+    """Environment, mean ± standard deviation, evaluation, seeds and steps of a few environments with JAX."""
+    rows = [["environment", "return", "evaluated", "seeds", "steps"], ["---", "---:", "---:", "---:", "---:"]]
+    found = results()
+    for name in HEADLINE:
+        summary = found[name]["summary"]["jax"]
+        runs = [run for run in found[name]["runs"] if run["backend"] == "jax" and not run.get("confirms")]
+        evaluated = statistics.mean(run["evaluation"]["return_mean"] for run in runs)
+        steps = f"{round(runs[0]['steps'] / 1000):,} k"
+        rows.append([name, spread(summary), digits(evaluated), str(len(runs)), steps])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -125,6 +142,7 @@ def preset(text: str, summary: dict[str, Any]) -> str:
 def wanted() -> dict[Path, str]:
     """Return the expected text of every file that quotes results."""
     files = {path: page(path.read_text("utf-8"), every_seed) for path, every_seed in PAGES.items()}
+    files[INDEX] = replace(INDEX.read_text("utf-8"), BEGIN, headline())
     for name, result in results().items():
         path = PRESETS / f"{name}.yaml"
         if path.exists():

@@ -3,6 +3,9 @@
 import argparse
 import importlib
 import inspect
+import re
+import shutil
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -22,7 +25,6 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"Proximo {__version__}"
 html_copy_source = False
-html_extra_path = ["../llms.txt"]
 html_show_copyright = False
 
 
@@ -130,8 +132,16 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 STYLE = """<style>
-code.literal { white-space: nowrap }  /* do not break a flag at its hyphens */
+code.literal, td code.literal .pre { white-space: nowrap }  /* do not break a flag at its hyphens */
+td code.literal { white-space: normal }
+@media (max-width: 46em) { td code.literal .pre { white-space: normal; overflow-wrap: anywhere } }
 @media (min-width: 110em) { .content { width: 60em !important } }  /* formulas in blocks are wide */
+td:first-child { min-width: 9rem }
+td.text-right { white-space: nowrap }  /* numbers */
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; margin: 1rem 0 }
+.pictures p { margin: 0 }
+.pictures video { width: 360px; max-width: 100%; max-height: 240px; border-radius: .3rem; background: #8882 }
+.content img[src$=".png"] { border-radius: .3rem }  /* their background stays white in dark mode */
 </style>"""
 
 
@@ -140,8 +150,22 @@ def add_style(app: Sphinx, page: str, template: str, context: dict, doctree: obj
     context["metatags"] = context.get("metatags", "") + STYLE
 
 
+def copy_files(app: Sphinx, failure: Exception | None) -> None:
+    """Copy the videos of the gallery with their covers, and llms.txt with links to the pages of the site."""
+    if failure or app.builder.format != "html":
+        return
+    root, output = Path(app.srcdir).parent, Path(app.outdir)
+    (output / "videos").mkdir(exist_ok=True)
+    for folder, pattern in (("benchmarks/results/videos", "*.mp4"), ("docs/pictures/gallery", "*.jpg")):
+        for path in (root / folder).glob(pattern):
+            shutil.copyfile(path, output / "videos" / path.name)
+    text = (root / "llms.txt").read_text("utf-8")
+    (output / "llms.txt").write_text(re.sub(r"\(docs/(.*)\.md\)", r"(\1.html)", text), "utf-8")
+
+
 def setup(app: Sphinx) -> None:
-    """Register the directives and the style."""
+    """Register the directives, the style and the files that Sphinx does not copy."""
     for directive in (Settings, Options, Members):
         app.add_directive(directive.__name__.lower(), directive)
     app.connect("html-page-context", add_style)
+    app.connect("build-finished", copy_files)
