@@ -11,8 +11,10 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
@@ -167,16 +169,63 @@ def test_commands_and_snippets_run(page, tmp_path, monkeypatch, capsys):
         sys.modules.pop(file.stem, None)
 
 
-def test_the_site_builds(tmp_path):
-    """Sphinx reports no warning and no broken link within the site. External links are not checked."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site. Sphinx reports no warning and no broken link within it. External links are not checked."""
     pytest.importorskip("sphinx")
+    folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html"]
-    command += ["-d", str(tmp_path / "doctrees"), str(DOCS), str(tmp_path / "html")]
+    command += ["-d", str(folder / "doctrees"), str(DOCS), str(folder / "html")]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    settings = (tmp_path / "html" / "reference" / "settings.html").read_text("utf-8")
+    return folder / "html"
+
+
+def test_the_site_lists_every_setting(site):
+    """The site builds, and its page of settings has all names."""
+    settings = (site / "reference" / "settings.html").read_text("utf-8")
     shown = set(re.findall(r'<span class="pre">(\w+)</span>', settings))
     assert {*SETTINGS, *ALIASES} <= shown
+
+
+class References(HTMLParser):
+    """Collects the values of `href`, `src` and `poster`, and the ids, of an HTML page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the attributes of a tag."""
+        for name, value in attrs:
+            if name in ("href", "src", "poster") and value:
+                self.targets.append(value)
+            elif name == "id" and value:
+                self.ids.add(value)
+
+
+@pytest.mark.slow
+def test_everything_that_the_site_refers_to_exists(site):
+    """Pages, anchors, pictures, videos, scripts and styles of every page, and the pages in its llms.txt."""
+    pages = {path: References(path.read_text("utf-8")) for path in site.rglob("*.html")}
+    assert len(pages) > 40
+    missing, videos = [], 0
+    for page, references in pages.items():
+        for target in references.targets:
+            url = urlsplit(target)
+            if url.scheme or url.netloc:
+                continue
+            path = (page.parent / unquote(url.path)).resolve() if url.path else page
+            videos += path.suffix == ".mp4"
+            known = path.exists() and (not url.fragment or path not in pages or url.fragment in pages[path].ids)
+            missing += [] if known else [f"{page.relative_to(site)}: {target}"]
+    assert not missing
+    assert videos >= 7
+    listed = re.findall(r"^- \[.*?\]\((.*?)\): ", (site / "llms.txt").read_text("utf-8"), re.MULTILINE)
+    assert len(listed) > 30
+    assert all((site / path).is_file() for path in listed)
 
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
