@@ -53,7 +53,7 @@ def spread(summary: dict[str, Any]) -> str:
 def table(every_seed: bool, folder: Path = RESULTS) -> str:
     """Environment, steps, backend, mean ± standard deviation over seeds, each seed, evaluation, confirming seeds."""
     rows = [["environment", "steps", "backend", "return", "every seed", "evaluated", "confirmed"]]
-    rows.append(["---", "---:", "---", "---:", "---", "---:", "---:"])
+    rows.append(["---", "---:", "---", "---:", ":---", "---:", "---:"])
     for name, result in results(folder).items():
         for backend in NAMES:
             summary = result["summary"].get(backend)
@@ -62,7 +62,8 @@ def table(every_seed: bool, folder: Path = RESULTS) -> str:
             runs = [run for run in result["runs"] if run["backend"] == backend and not run.get("confirms")]
             steps = f"{round(runs[0]['steps'] / 1000):,} k"
             evaluated = sum(run["evaluation"]["return_mean"] for run in runs) / len(runs)
-            seeds = ", ".join(map(digits, summary["seeds"]))
+            seeds = list(map(digits, summary["seeds"]))
+            seeds = f"{len(seeds)} × {seeds[0]}" if len({*seeds}) == 1 < len(seeds) else ", ".join(seeds)
             confirmed = result.get("confirmation", {}).get(backend)
             cells = [name, steps, NAMES[backend], spread(summary), seeds, digits(evaluated)]
             rows.append([*cells, spread(confirmed) if confirmed else ""])

@@ -136,7 +136,8 @@ code.literal, td code.literal .pre { white-space: nowrap }  /* do not break a fl
 td code.literal { white-space: normal }
 @media (max-width: 46em) { td code.literal .pre { white-space: normal; overflow-wrap: anywhere } }
 @media (min-width: 110em) { .content { width: 60em !important } }  /* formulas in blocks are wide */
-td:first-child { min-width: 9rem }
+td:first-child:has(code) { min-width: 9rem }
+td.text-left { min-width: 11rem }  /* lists of numbers */
 td.text-right { white-space: nowrap }  /* numbers */
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; margin: 1rem 0 }
 .pictures p { margin: 0 }
