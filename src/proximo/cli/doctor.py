@@ -10,12 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from proximo.errors import describe_error, escape
-from proximo.learner.make import INSTALL, is_installed
 from proximo.machine import cache_dir, cores
-from proximo.run.versions import collect_versions
 
 PURPOSES = {  # of the extras that users install
     "torch": "the PyTorch backend",
@@ -63,6 +59,11 @@ def run(options: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Versions, devices of each backend, problems of required packages, what each extra lacks, tools and caches."""
+    from packaging.requirements import Requirement
+
+    from proximo.learner.make import INSTALL, is_installed
+    from proximo.run.versions import collect_versions
+
     requirements = [Requirement(text) for text in importlib.metadata.requires(SELF) or ()]
     required = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
     extras = {
@@ -91,8 +92,8 @@ def devices_of(backend: str) -> list[str]:
         return [f"does not start: {describe_error(error)}"]
 
 
-def problem_of(requirement: Requirement) -> str:
-    """Why a requirement is not met, or ""."""
+def problem_of(requirement: Any) -> str:
+    """Why a requirement of `packaging` is not met, or ""."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
