@@ -41,6 +41,8 @@ SHORTER = {
     "train": ["--total-timesteps", "512", "--update-epochs", "1", "--histogram-interval", "0"],
     "resume": ["--total-timesteps", "4096"],
     "evaluate": ["--episodes", "2"],
+    "analyze": ["--episodes", "2"],
+    "report": [],
     "export": [],
     "inspect": [],
     "plot": [],
