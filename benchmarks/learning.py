@@ -38,6 +38,7 @@ from proximo.run.versions import collect_versions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+RECORD = "report.html"  # the last file that a run writes
 MAX_FRAMES = 400  # of a video
 RETURN = "rollout/episode_return_mean"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run per core
@@ -46,12 +47,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PJRT_NPROC": "1"}  # a run 
 def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> dict:
     """One training run in a process of its own, then a deterministic evaluation of its final policy."""
     run_dir = folder / f"{backend}-{seed}"
-    done = run_dir / "report.html"  # the last thing that a run writes
+    is_done = is_complete(run_dir)
     command = ["proximo", "train", env, "--backend", backend, "--seed", str(seed), *flags]
-    if not done.exists() and any(run_dir.glob("checkpoints/step_*")):
+    if not is_done and any(run_dir.glob("checkpoints/step_*")):
         resume = [sys.executable, "-m", "proximo", "resume", str(run_dir), "--env", env, "--quiet"]
         subprocess.run(resume, check=True, env=ONE_THREAD, cwd=HERE)
-    elif not done.exists():
+    elif not is_done:
         shutil.rmtree(run_dir, ignore_errors=True)
         module = [sys.executable, "-m", *command, "--quiet", "--run-dir", str(run_dir)]
         subprocess.run(module, check=True, env=ONE_THREAD, cwd=HERE)
@@ -74,6 +75,14 @@ def run(env: str, backend: str, seed: int, folder: Path, flags: list[str]) -> di
         "settings": settings_of(run_dir),
         "curve": [[row["global_step"], round(row[RETURN], 2)] for row in rows[:: max(len(rows) // 200, 1)]],
     }
+
+
+def is_complete(run_dir: Path) -> bool:
+    """Whether a run has reached its last step and written its records; an interrupted one writes them too."""
+    if not (run_dir / RECORD).exists():
+        return False
+    total = yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))["total_timesteps"]
+    return read_metrics(run_dir)[-1]["global_step"] >= total
 
 
 def film(env: str, runs: list[dict], folder: Path, path: Path) -> None:
