@@ -19,6 +19,7 @@ from proximo.report.analysis.calibration import calibrate, vanishes, view_calibr
 from proximo.report.analysis.episodes import Episodes, Examined, Play, play_episodes
 from proximo.report.analysis.maps import find_dimensions, view_map
 from proximo.report.analysis.sensitivity import inputs_of, measure_inputs, view_past
+from proximo.report.analysis.timeline import choose_play, td_errors
 from proximo.report.analysis.view import Unavailable
 
 GAMMA = 0.9
@@ -94,6 +95,15 @@ def test_rewards_are_clipped_as_in_training():
         clipped = 0.01 / episodes.factor
         expected = clipped * (1 - GAMMA ** np.arange(LENGTH, 0, -1)) / (1 - GAMMA)
         np.testing.assert_allclose(episodes.discounted(episodes.plays[0]), expected, rtol=1e-5)
+
+
+def test_td_errors_are_those_of_their_definition():
+    """r + γ V(next) − V, with 0 after a termination."""
+    with agent_on(Countdown) as agent:
+        episodes = played(agent, 3)
+        play = choose_play(episodes)
+        value = play.examined.value
+        np.testing.assert_allclose(td_errors(episodes, play), 1 + GAMMA * np.append(value[1:], 0) - value, rtol=1e-6)
 
 
 def test_cut_episodes_are_bootstrapped():
@@ -290,6 +300,8 @@ def test_wrong_input_is_refused(tmp_path):
     with agent_on(Countdown) as agent:
         with pytest.raises(UserError, match="`episodes` is 0"):
             agent.analyze(tmp_path / "a", episodes=0)
+        with pytest.raises(UserError, match="`num_envs` is 0"):
+            agent.analyze(tmp_path / "a", num_envs=0)
         with pytest.raises(UserError, match="no dimension 'speed'"):
             agent.analyze(tmp_path / "a", dims=["speed", "0"])
         (tmp_path / "file").touch()

@@ -84,7 +84,7 @@ def test_results_are_those_of_the_metrics(runs):
 def test_hostile_names_are_escaped(runs, tmp_path):
     """Names of folders, environments, settings and files cannot become markup."""
     evil = '<img src=x onerror=alert(1)>"{{7*7}}'
-    run = tmp_path / "<b>{{ 7 * 7 }}</b>"
+    run = tmp_path / "<b>{{ 7 * 7 }}"
     shutil.copytree(runs / "a", run)
     text = (run / "config.yaml").read_text("utf-8").replace("env: CartPole-v1", f"env: {json.dumps(evil)}")
     (run / "config.yaml").write_text(text, "utf-8")
@@ -97,6 +97,7 @@ def test_hostile_names_are_escaped(runs, tmp_path):
     assert evil not in page
     assert html.escape("<script>x") in page
     assert "<b>{{" not in page
+    assert html.escape("<b>{{ 7 * 7 }}") in page
     assert "49" not in re.findall(r"<h1>(.*?)</h1>", page)[0]
     parser = Balanced()
     parser.feed(page)
@@ -127,6 +128,13 @@ def test_large_videos_are_named_and_links_are_not_followed(runs, tmp_path):
     (tmp_path / "secret").write_bytes(b"secret")
     (run / "videos" / "step_3.mp4").symlink_to(tmp_path / "secret")
     assert read_content([run], read_runs([run])).videos == []
+    shutil.rmtree(run / "videos")
+    for name in ("videos", "faults", "analysis"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "private.mp4").write_bytes(b"private")
+        (run / name).symlink_to(tmp_path / "elsewhere" / name)
+    content = read_content([run], read_runs([run]))
+    assert content.videos == content.faults == content.verdicts == []
 
 
 def test_wrong_input_is_refused(runs, tmp_path, capsys):

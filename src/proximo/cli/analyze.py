@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(found._asdict() | {"folder": str(found.folder)}))
         return 0
     print(
-        f"{escape(name)}: {found.episodes} episode{'s' * (found.episodes > 1)} of sampled actions, {found.steps:,} "
-        f"steps, mean return {format_number(found.return_mean)}"
+        f"{escape(name)}: {found.episodes} episode{'s' * (found.episodes > 1)} as the learner sees them, of sampled "
+        f"actions, {found.steps:,} steps, mean return {format_number(found.return_mean)}"
     )
     for view, verdict in found.verdicts.items():
         print(f"\n{view}: {escape(verdict)}")

@@ -286,7 +286,8 @@ class Learner:
         config, moments = self.spec.config, self._to_numpy(self._state.return_moments)
         if not config.normalize_reward or not moments.count:
             return config.reward_scale
-        return float(config.reward_scale / np.sqrt(moments.variance + VARIANCE_EPSILON * moments.mean**2))
+        tiny = np.finfo(self._dtype).tiny
+        return float(config.reward_scale / np.sqrt(moments.variance + VARIANCE_EPSILON * moments.mean**2 + tiny))
 
     def snapshot(self) -> Any:
         """The learned state, for `restore` in this process. Nothing is copied: a state never changes."""

@@ -109,7 +109,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Curve:
 def group_by_settings(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs that have the same settings except the seed. Keys are legend labels of the settings that differ."""
     settings = {name for run in runs for name in run.config} - NEUTRAL_SETTINGS
-    differing = [name for name in settings if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
+    differing = [name for name in settings if len({json.dumps(run.config.get(name), default=str) for run in runs}) > 1]
     differing.sort(key=lambda name: (name != "env", name != "backend", name))
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:

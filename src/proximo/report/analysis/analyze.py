@@ -10,7 +10,7 @@ import numpy as np
 
 from proximo.config.settings import Config
 from proximo.envs.make import EnvLike
-from proximo.errors import UserError
+from proximo.errors import RunError, UserError, describe_error
 from proximo.files import replace_atomically, write_atomically
 from proximo.learner.learner import Learner
 from proximo.report.analysis.actions import view_actions, view_ratios
@@ -64,8 +64,9 @@ def analyze(
     Raises:
         UserError: the environment cannot be made, a dimension is unknown, or the folder cannot be written.
     """
-    if episodes < 1:
-        raise UserError(f"`episodes` is {episodes}; expected an integer ≥ 1.")
+    for name, value in (("episodes", episodes), ("num_envs", num_envs)):
+        if value < 1:
+            raise UserError(f"`{name}` is {value}; expected an integer ≥ 1.")
     folder = Path(folder)
     pair = find_dimensions(inputs_of(spaces), dims) if dims else None
     found = play_episodes(actor_of, learner, config, spaces, env, episodes, seed, num_envs, on_progress)
@@ -100,8 +101,8 @@ def views(
         on_progress(f"analysing: {name.replace('_', ' ')}")
         try:
             return name, make()
-        except Unavailable as error:
-            return name, error
+        except (Unavailable, RunError) as error:  # the other views remain
+            return name, Unavailable(describe_error(error) if isinstance(error, RunError) else str(error))
 
     inputs, value, policy = measure_inputs(episodes)
     yield attempt("calibration", lambda: view_calibration(episodes))

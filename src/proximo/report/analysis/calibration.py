@@ -85,7 +85,9 @@ def describe(found: Calibration, episodes: Episodes, left_out: int, is_bootstrap
     numbers = f"bias {number(found.bias)} (returns: {number(found.mean)} ± {number(found.spread)})"
     if found.spread <= FLAT * abs(found.mean):
         numbers = f"{numbers}; {basis}"
-        share = abs(found.bias) / max(abs(found.mean), 1e-9)
+        if found.mean == 0:
+            return f"The returns are all 0: {numbers}."
+        share = abs(found.bias) / abs(found.mean)
         if share <= FLAT:
             return f"The value function is right on average, and returns hardly differ: {numbers}."
         way = "too high" if found.bias > 0 else "too low"

@@ -29,6 +29,7 @@ def find_dimensions(inputs: Sequence[Input], names: Sequence[str]) -> tuple[Inpu
     Raises:
         UserError: a name is unknown, or no number of a vector, or there are not two.
     """
+    names = [str(name).strip() for name in names]
     known = {name: one for k, one in enumerate(inputs) if is_number(one) for name in (one.name, str(k))}
     if not known:
         raise UserError("a map needs numbers of a vector, and the policy sees images or discrete values. Omit `dims`.")
@@ -85,7 +86,8 @@ def view_map(episodes: Episodes, pair: tuple[Input, Input]) -> View:
         shown = np.where(blank, np.nan, values).reshape(GRID, GRID).T
         image = axes.pcolormesh(*axis, shown, cmap=color, shading="nearest", rasterized=True)
         figure.colorbar(image, ax=axes).ax.tick_params(labelsize=8)
-        axes.contour(*axis, density.T, levels=CONTOURS * density.max(), colors=INK, linewidths=0.5, alpha=0.5)
+        if density.max() > 0:
+            axes.contour(*axis, density.T, levels=CONTOURS * density.max(), colors=INK, linewidths=0.5, alpha=0.5)
     table = {pair[0].name: points[:, 0], pair[1].name: points[:, 1], **panels, "near_visited_state": ~blank}
     inside = found.value[~blank]
     top, bottom = (points[~blank][pick(inside)] for pick in (np.argmax, np.argmin))

@@ -20,6 +20,9 @@ from proximo.run.metrics import VERSIONS
 MAX_EMBEDDED_BYTES = 8 << 20  # of all videos and pictures; further ones are named
 MAX_JSON_BYTES = 1 << 20
 FAULTS = "faults"
+VIEWS = (
+    "calibration", "time_to_end", "episode", "td_errors", "inputs", "map", "saliency", "past", "actions", "ratios",
+)  # fmt: skip
 
 
 class Media(NamedTuple):
@@ -82,7 +85,7 @@ def read_content(run_dirs: Sequence[str | Path], runs: Sequence[Run]) -> Content
         read_versions(folders[0]),
         verdicts,
         videos,
-        [f"{folder.name}: {path.name}" for folder in folders for path in sorted((folder / FAULTS).glob("*"))],
+        [f"{folder.name}: {path.name}" for folder in folders for path in sorted(folder_in(folder, FAULTS).glob("*"))],
     )
 
 
@@ -142,7 +145,8 @@ def usual_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def describe(value: Any) -> str:
     """A setting as text."""
-    return "" if value is None else json.dumps(value) if isinstance(value, (dict, list, tuple, bool)) else str(value)
+    is_nested = isinstance(value, (dict, list, tuple, bool))
+    return "" if value is None else json.dumps(value, default=str) if is_nested else str(value)
 
 
 def read_versions(folder: Path) -> list[tuple[str, str]]:
@@ -166,10 +170,13 @@ def read_verdicts(folders: Sequence[Path], left: int) -> tuple[list[tuple[str, s
     """The sentences and pictures of the runs' analyses, and how many bytes may still be embedded."""
     found: list[tuple[str, str, Media | None]] = []
     for folder in folders:
-        analysis: Any = read_json(folder / "analysis" / "analysis.json")
+        analyzed = folder_in(folder, "analysis")
+        analysis: Any = read_json(analyzed / "analysis.json")
         verdicts = analysis.get("verdicts") if isinstance(analysis, dict) else None
         for view, sentence in verdicts.items() if isinstance(verdicts, dict) else ():
-            picture, left = embed(folder / "analysis" / f"{Path(str(view)).name}.png", "image/png", str(view), left)
+            if view not in VIEWS:
+                continue
+            picture, left = embed(analyzed / f"{view}.png", "image/png", view, left)
             name = str(view).replace("_", " ")
             found.append((f"{folder.name}: {name}" if len(folders) > 1 else name, str(sentence), picture))
     return found, left
@@ -179,11 +186,17 @@ def read_videos(folders: Sequence[Path], left: int) -> tuple[list[Media], int]:
     """The last video of each run, and how many bytes may still be embedded."""
     found = []
     for folder in folders:
-        if videos := sorted((folder / "videos").glob("*.mp4")):
+        if videos := sorted(folder_in(folder, "videos").glob("*.mp4")):
             media, left = embed(videos[-1], "video/mp4", f"{folder.name}: {videos[-1].name}", left)
             if media:
                 found.append(media)
     return found, left
+
+
+def folder_in(run_dir: Path, name: str) -> Path:
+    """A folder of a run; one that does not exist in place of a link, which could lead elsewhere."""
+    folder = run_dir / name
+    return folder if not folder.is_symlink() else run_dir / ".link"
 
 
 def embed(path: Path, kind: str, text: str, left: int) -> tuple[Media | None, int]:

@@ -53,7 +53,7 @@ def write_page(content: Content, path: Path) -> Path:
     page = environment.from_string(template).render(values)
     try:
         with replace_atomically(path) as temporary:
-            temporary.write_text(page, "utf-8")
+            temporary.write_text(page, "utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}. Choose another file with --output.") from error
     return path
