@@ -16,7 +16,6 @@ MAX_LABEL_SETTINGS = 3  # in a legend entry
 GRID_POINTS = 200  # of a mean curve
 RESAMPLES, RESAMPLED_AT_ONCE = 1_000, 2_000_000  # of the seeds, and numbers
 MIN_SEEDS = 3  # for a bootstrap interval
-MAX_POINTS = 1_500  # of a drawn curve
 SMOOTHED_SHARE = 0.03  # of a curve, that a smoothed point averages
 
 NEUTRAL_SETTINGS = {"seed", "run_dir", "preset", "engine", "device", "threads"}  # do not set runs apart
@@ -99,9 +98,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def thin(steps: np.ndarray, values: np.ndarray) -> Curve:
-    """Every k-th point of a curve [B] and its last one, so that at most about MAX_POINTS are drawn."""
-    stride = -(-len(steps) // MAX_POINTS)
+def thin(steps: np.ndarray, values: np.ndarray, points: int) -> Curve:
+    """Every k-th point of a curve [B] and its last one: at most about `points` of them."""
+    stride = -(-len(steps) // points)
     rows = np.unique(np.append(np.arange(0, len(steps), max(stride, 1)), len(steps) - 1))
     return steps[rows], values[rows]
 

@@ -28,6 +28,7 @@ LABELS = {
 }
 AVERAGED = {RETURN, LENGTH}  # not smoothed again
 CURVES = "curves.png"
+MAX_POINTS, MIN_POINTS = 3_000, 60  # of a panel, and of each of its curves
 EVALUATED = "evaluation/return_mean"
 COLUMNS = 4  # of small panels
 LARGE, SMALL = (9.2, 3.4), (2.75, 1.95)  # width and height of the first panel and of the others, in inches
@@ -100,6 +101,7 @@ def draw(groups: Mapping[str, Sequence[Run]], names: Sequence[str], has_heading:
     figure = Figure(figsize=(width, height))
     # Fixed margins: a layout that measures all texts takes longer than the drawing.
     left, right, bottom, top = MARGINS
+    points = max(MAX_POINTS // sum(map(len, groups.values())), MIN_POINTS)
     for number, metric in enumerate(names):
         row, column = divmod(number - 1, COLUMNS)
         panel = (width, LARGE[1]) if number == 0 else SMALL
@@ -114,26 +116,32 @@ def draw(groups: Mapping[str, Sequence[Run]], names: Sequence[str], has_heading:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.yaxis.set_major_locator(MaxNLocator(6 if number == 0 else 4))
         for index, members in enumerate(groups.values()):
-            draw_group(axes, metric, members, COLORS[index % len(COLORS)], f"g{index}-m{number}", number == 0)
+            draw_group(axes, metric, members, COLORS[index % len(COLORS)], f"g{index}-m{number}", number == 0, points)
     if has_heading:
         add_heading(figure, list(groups), width, height)
     return figure
 
 
-def draw_group(axes: Any, metric: str, members: Sequence[Run], color: str, name: str, is_large: bool) -> None:
-    """One curve with its noise, or the mean of several with an interval; ids of artists begin with `name`."""
+def draw_group(
+    axes: Any, metric: str, members: Sequence[Run], color: str, name: str, is_large: bool, points: int
+) -> None:
+    """One curve with its noise, or the mean of several with an interval; ids of artists begin with `name`.
+
+    Args:
+        points: at most about this many of each curve are drawn.
+    """
     curves = [curve for run in members if len((curve := run.curve(metric))[0])]
     strong, faint = {"color": color, "linewidth": 1.8 if is_large else 1.1}, {"color": color, "linewidth": 0.6}
     if len(curves) == 1:
         steps, values = curves[0]
         shown = values if metric in AVERAGED else smooth(values)
         if shown is not values:
-            axes.plot(*thin(steps, values), alpha=0.3, gid=f"{name}-raw", **faint)
-        axes.plot(*thin(steps, shown), marker="o" if len(steps) < 3 else None, gid=f"{name}-line", **strong)
+            axes.plot(*thin(steps, values, points), alpha=0.3, gid=f"{name}-raw", **faint)
+        axes.plot(*thin(steps, shown, points), marker="o" if len(steps) < 3 else None, gid=f"{name}-line", **strong)
     elif curves:
         for index, (steps, values) in enumerate(curves):
             shown = values if metric in AVERAGED else smooth(values)
-            axes.plot(*thin(steps, shown), alpha=0.35, gid=f"{name}-seed{index}", **faint)
+            axes.plot(*thin(steps, shown, points), alpha=0.35, gid=f"{name}-seed{index}", **faint)
         band = bootstrap_band([(x, y if metric in AVERAGED else smooth(y)) for x, y in curves])
         axes.plot(band.steps, band.mean, gid=f"{name}-line", **strong)
         axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.2, linewidth=0, gid=f"{name}-band")
